@@ -1,0 +1,1 @@
+"""Rank-stabilised LoRA for JAX."""
