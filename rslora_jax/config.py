@@ -1,0 +1,130 @@
+"""What to adapt and how: `LoraConfig`, and the patterns that select weights."""
+
+import dataclasses
+import difflib
+import fnmatch
+import json
+import re
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any
+
+from rslora_jax import scaling as scalings
+
+Patterns = tuple[tuple[str, Any], ...]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class LoraConfig:
+    """Say which weights get adapters, of which rank, and how they are scaled and initialised.
+
+    Attributes:
+      rank: rank r of every adapter that no pattern gives another.
+      alpha: numerator of the scale gamma.
+      scaling: "rslora" (alpha / sqrt(r), the default), "lora" (alpha / r), "constant" (alpha), or a
+        function from r to gamma / alpha.
+      targets: "all-linear" (every weight used in a matrix product, without embeddings and the output
+        head), or globs over paths such as "*/{q,v}_proj/kernel"; `*` also crosses "/".
+      exclude: globs over paths to leave out of `targets`.
+      rank_pattern, alpha_pattern: globs over paths with the rank or alpha of the weights that match;
+        the first match wins. A mapping, or a sequence of pairs.
+      init: how A starts: "uniform" (PEFT's Kaiming-uniform: variance 1 / (3 in)), "gaussian" (variance
+        1 / in), or a function (key, shape, dtype, fan_in) -> array. B starts at zero.
+      dtype: dtype in which adapters are held and trained.
+      on_fallback: "warn" or "error", where a weight is used in a way that has no low-rank form.
+      allow_large_rank: accept a rank above min(in, out), with a warning.
+
+    Raises:
+      ValueError: for a rank below 1, an unknown name, or an alpha that is not a positive number.
+
+    >>> config = LoraConfig(rank=24, alpha=16, rank_pattern={"*/mlp/*": 80})
+    >>> LoraConfig.from_json(config.to_json()) == config
+    True
+    """
+
+    rank: int = 16
+    alpha: float = 16.0
+    scaling: str | Callable[[int], float] = "rslora"
+    targets: str | Sequence[str] = "all-linear"
+    exclude: str | Sequence[str] = ()
+    rank_pattern: Mapping[str, int] | Sequence[tuple[str, int]] = ()
+    alpha_pattern: Mapping[str, float] | Sequence[tuple[str, float]] = ()
+    init: str | Callable[..., Any] = "uniform"
+    dtype: str = "float32"
+    on_fallback: str = "warn"
+    allow_large_rank: bool = False
+
+    def __post_init__(self) -> None:
+        for name in ("targets", "exclude"):
+            value = getattr(self, name)
+            if not isinstance(value, str):
+                object.__setattr__(self, name, tuple(value))
+        for name in ("rank_pattern", "alpha_pattern"):
+            value = getattr(self, name)
+            pairs = value.items() if isinstance(value, Mapping) else value
+            object.__setattr__(self, name, tuple((str(p), v) for p, v in pairs))
+        for rank in (self.rank, *(v for _, v in self.rank_pattern)):  # type: ignore[union-attr]
+            if isinstance(rank, bool) or not isinstance(rank, int) or rank < 1:
+                raise ValueError(f"rank={rank!r} is not a positive whole number: an adapter needs a rank of 1 or more")
+        for alpha in (self.alpha, *(v for _, v in self.alpha_pattern)):  # type: ignore[union-attr]
+            if isinstance(alpha, bool) or not isinstance(alpha, (int, float)) or not 0 < alpha < float("inf"):
+                raise ValueError(f"alpha={alpha!r} is not a positive number")
+        if not callable(self.scaling):
+            scalings.gamma(1, 1.0, self.scaling)  # refuses an unknown name
+        if not callable(self.init) and self.init not in ("uniform", "gaussian"):
+            raise ValueError(f"init={self.init!r} is not known: use 'uniform', 'gaussian' or a function")
+        if self.on_fallback not in ("warn", "error"):
+            raise ValueError(f"on_fallback={self.on_fallback!r} is not known: use 'warn' or 'error'")
+
+    def to_json(self) -> str:
+        """Return the config as JSON; a function in it cannot be written and is an error."""
+        for name in ("scaling", "init"):
+            if callable(getattr(self, name)):
+                raise ValueError(f"{name} is a function, which JSON cannot hold: name a built-in one to save this config")
+        return json.dumps(dataclasses.asdict(self), indent=1)
+
+    @classmethod
+    def from_json(cls, text: str) -> "LoraConfig":
+        """Read a config from JSON; a field that this version does not know is an error."""
+        fields = json.loads(text)
+        unknown = set(fields) - {f.name for f in dataclasses.fields(cls)}
+        if unknown:
+            raise ValueError(f"LoraConfig has no field {', '.join(sorted(unknown))}: was it written by a newer version?")
+        for name in ("rank_pattern", "alpha_pattern"):
+            fields[name] = [tuple(pair) for pair in fields.get(name, ())]
+        return cls(**fields)
+
+
+def matches(path: str, pattern: str) -> bool:
+    """Say whether a path matches a glob; `*` crosses "/", and `{a,b}` gives alternatives.
+
+    >>> matches("params/layers_3/attn/q_proj/kernel", "*/{q,v}_proj/kernel")
+    True
+    """
+    return any(fnmatch.fnmatchcase(path, p) for p in expand_braces(pattern))
+
+
+def expand_braces(pattern: str) -> list[str]:
+    """Write out the alternatives of a pattern.
+
+    >>> expand_braces("{q,v}_proj/*")
+    ['q_proj/*', 'v_proj/*']
+    """
+    found = re.search(r"\{([^{}]*)\}", pattern)
+    if not found:
+        return [pattern]
+    head, tail = pattern[: found.start()], pattern[found.end() :]
+    return [p for option in found[1].split(",") for p in expand_braces(head + option + tail)]
+
+
+def first_match(path: str, patterns: Iterable[tuple[str, Any]], default: Any) -> Any:
+    """Return the value of the first pattern that matches a path."""
+    return next((value for pattern, value in patterns if matches(path, pattern)), default)
+
+
+def near_misses(pattern: str, paths: Sequence[str]) -> str:
+    """Name up to three paths that resemble a pattern that matches none."""
+    close = difflib.get_close_matches(pattern, paths, n=3, cutoff=0.3)
+    words = [w for w in re.split(r"[^A-Za-z0-9_]+", pattern) if w]
+    holding = [p for p in paths if words and all(w in p for w in words)]
+    found = list(dict.fromkeys([*holding[:3], *close]))[:3]
+    return ", ".join(found or list(paths)[:3])

@@ -1,0 +1,187 @@
+"""Primitives that hold programs of their own: views are carried into them."""
+
+from typing import Any
+
+import jax
+from jax import lax
+
+from rslora_jax.transform import compat
+from rslora_jax.transform.interpreter import Rule, Walk
+from rslora_jax.transform.views import View, materialise
+
+
+def constrain(value: Any, sharding: Any) -> Any:
+    if sharding is None or isinstance(value, View):
+        return value
+    return lax.with_sharding_constraint(value, sharding)
+
+
+def jit(walk: Walk, eqn: compat.Eqn, values: list[Any]) -> list[Any]:
+    """Enter a jit call, and keep it a call: it is traced and compiled once for the views it sees."""
+
+    def build():
+        asked_in, asked_out = compat.call_shardings(eqn)
+
+        def body(*args):
+            outs = walk.run(eqn.params["jaxpr"], [*map(constrain, args, asked_in)])
+            return [*map(constrain, outs, asked_out)]
+
+        body.__name__ = body.__qualname__ = eqn.params["name"]
+        return jax.jit(body, inline=eqn.params["inline"], keep_unused=eqn.params["keep_unused"])
+
+    return walk.call(eqn, build)(*values)
+
+
+def closed_call(walk: Walk, eqn: compat.Eqn, values: list[Any]) -> list[Any]:
+    return walk.run(eqn.params["call_jaxpr"], values)
+
+
+def remat(walk: Walk, eqn: compat.Eqn, values: list[Any]) -> list[Any]:
+    """Enter a rematerialised block under its own policy, so that the adapters' values are recomputed too."""
+
+    def build():
+        def body(*args):
+            return walk.run(eqn.params["jaxpr"], args)
+
+        kept = jax.checkpoint(body, prevent_cse=eqn.params["prevent_cse"], policy=eqn.params["policy"])
+        return jax.jit(kept, inline=True)
+
+    return walk.call(eqn, build)(*values)
+
+
+def scan(walk: Walk, eqn: compat.Eqn, values: list[Any]) -> list[Any]:
+    """Enter a scan: stacked weights travel with their stacked factors, shared ones as constants."""
+    num_consts, num_carry = compat.scan_counts(eqn)
+    loose = changing(eqn.params["jaxpr"], num_consts, num_carry)
+    values = [walk.array(v, "scan carry") if n - num_consts in loose else v for n, v in enumerate(values)]
+    # A view's leading axis is the scan's own only where both factors span it.
+    for n, v in enumerate(values[num_consts + num_carry :], num_consts + num_carry):
+        if isinstance(v, View) and not v.stacked:
+            values[n] = walk.array(v, "scan along an axis of A or B")
+
+    def build():
+        def whole(*values):
+            consts, carry, xs = split(values, num_consts, num_carry)
+            fixed, moving = hold(carry)
+
+            def body(moving, xs):
+                carry = [fixed.get(n, c) for n, c in enumerate(moving)]
+                outs = walk.run(eqn.params["jaxpr"], [*consts, *carry, *map(enter, xs)])
+                outs = [None if n in fixed else walk.array(o, "scan output") for n, o in enumerate(outs)]
+                return outs[:num_carry], outs[num_carry:]
+
+            options = {k: eqn.params[k] for k in ("reverse", "length", "unroll")}
+            moved, ys = lax.scan(body, moving, xs, **options)
+            return [*(fixed.get(n, c) for n, c in enumerate(moved)), *ys]
+
+        return jax.jit(whole, inline=True)
+
+    return walk.call(eqn, build)(*values)
+
+
+def while_(walk: Walk, eqn: compat.Eqn, values: list[Any]) -> list[Any]:
+    """Enter a while loop: weights as constants of the condition and the body, or carried unchanged."""
+    p = eqn.params
+    counts = p["cond_nconsts"], p["body_nconsts"]
+    loose = changing(p["body_jaxpr"], p["body_nconsts"], len(values) - sum(counts))
+    values = [walk.array(v, "while carry") if n - sum(counts) in loose else v for n, v in enumerate(values)]
+
+    def build():
+        def whole(*values):
+            cond_consts, body_consts, carry = split(values, *counts)
+            fixed, moving = hold(carry)
+            full = lambda moving: [fixed.get(n, c) for n, c in enumerate(moving)]
+
+            def going(moving):
+                return walk.run(p["cond_jaxpr"], [*cond_consts, *full(moving)])[0]
+
+            def body(moving):
+                outs = walk.run(p["body_jaxpr"], [*body_consts, *full(moving)])
+                return [None if n in fixed else walk.array(o, "while carry") for n, o in enumerate(outs)]
+
+            return full(lax.while_loop(going, body, moving))
+
+        return jax.jit(whole, inline=True)
+
+    return walk.call(eqn, build)(*values)
+
+
+def cond(walk: Walk, eqn: compat.Eqn, values: list[Any]) -> list[Any]:
+    """Enter every branch of a conditional."""
+    values = [walk.array(values[0], "cond"), *values[1:]]
+
+    def build():
+        def branch(jaxpr):
+            return lambda *args: [walk.array(o, "cond") for o in walk.run(jaxpr, args)]
+
+        branches = [branch(jaxpr) for jaxpr in eqn.params["branches"]]
+        return jax.jit(lambda index, *args: lax.switch(index, branches, *args), inline=True)
+
+    return walk.call(eqn, build)(*values)
+
+
+def custom_jvp(walk: Walk, eqn: compat.Eqn, values: list[Any]) -> list[Any]:
+    """Enter a function with a derivative rule of its own for its value; differentiate it by that rule.
+
+    The rule is written for the weight itself, so under differentiation the weight is materialised.
+    """
+    for v in values:
+        if isinstance(v, View):
+            walk.on_fallback(v.site, "the derivative rule of custom_jvp")
+
+    def build():
+        @jax.custom_jvp
+        def value(*args):
+            return [o if not isinstance(o, View) else materialise(o) for o in walk.run(eqn.params["call_jaxpr"], args)]
+
+        @value.defjvp
+        def rule(primals, tangents):
+            exact = lambda *args: compat.bind(eqn, *(materialise(v) if isinstance(v, View) else v for v in args))
+            return jax.jvp(exact, primals, tangents)
+
+        return jax.jit(value, inline=True)
+
+    return walk.call(eqn, build)(*values)
+
+
+def split(values, *counts):
+    """Split a flat list into runs of the given lengths and the rest."""
+    runs, at = [], 0
+    for count in counts:
+        runs.append(list(values[at : at + count]))
+        at += count
+    return [*runs, list(values[at:])]
+
+
+def enter(value: Any) -> Any:
+    """Take the scanned axis off a view's label: scanning has taken it off its arrays."""
+    if not isinstance(value, View):
+        return value
+    return View(value.w, value.a, value.b, value.axes[1:], value.dtype, value.site)
+
+
+def changing(body: compat.Jaxpr, num_consts: int, num_carry: int) -> set[int]:
+    """Return which of the values that a loop carries its body does not pass on as it got them."""
+    jaxpr, _ = compat.opened(body)
+    ins = jaxpr.invars[num_consts : num_consts + num_carry]
+    return {n for n, (i, o) in enumerate(zip(ins, jaxpr.outvars[:num_carry], strict=True)) if i is not o}
+
+
+def hold(carry: list[Any]) -> tuple[dict[int, View], list[Any]]:
+    """Take the views out of a loop's carry, where they do not change; leave None in their places."""
+    fixed = {n: c for n, c in enumerate(carry) if isinstance(c, View)}
+    return fixed, [None if n in fixed else c for n, c in enumerate(carry)]
+
+
+RULES: dict[str, Rule] = {
+    "jit": jit,
+    "pjit": jit,
+    "closed_call": closed_call,
+    "core_call": closed_call,
+    "remat2": remat,
+    "checkpoint": remat,
+    "scan": scan,
+    "while": while_,
+    "cond": cond,
+    "custom_jvp_call": custom_jvp,
+}

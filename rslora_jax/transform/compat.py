@@ -1,0 +1,62 @@
+"""Everything that differs between JAX versions, or that JAX has no public name for.
+
+Supported: 0.10 (Python 3.11) to the newest. No other file of the package imports `jax._src`.
+"""
+
+import contextlib
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import jax
+from jax._src import source_info_util
+from jax.extend.core import Literal
+
+Jaxpr = Any  # `Jaxpr` and `ClosedJaxpr` are two classes on JAX 0.10 and one on 0.12
+Eqn = Any
+
+
+def is_literal(atom: Any) -> bool:
+    return isinstance(atom, Literal)
+
+
+def opened(jaxpr: Jaxpr) -> tuple[Jaxpr, Sequence[Any]]:
+    """Return a jaxpr, closed or not, as (open jaxpr, constants)."""
+    return getattr(jaxpr, "jaxpr", jaxpr), getattr(jaxpr, "consts", ())
+
+
+@contextlib.contextmanager
+def provenance(eqn: Eqn) -> Iterator[None]:
+    """Run the body under the equation's own source line, named scopes and compute context."""
+    stack = source_info_util.current_name_stack() + eqn.source_info.name_stack
+    with source_info_util.user_context(eqn.source_info.traceback, name_stack=stack), eqn.ctx.manager:
+        yield
+
+
+def bind(eqn: Eqn, *values: Any, **changed: Any) -> list[Any]:
+    """Evaluate one equation on `values`, with its parameters except those in `changed`."""
+    params = eqn.primitive.get_bind_params({**eqn.params, **changed})
+    out = eqn.primitive.bind(*values, **params)
+    return list(out) if eqn.primitive.multiple_results else [out]
+
+
+def scan_counts(eqn: Eqn) -> tuple[int, int]:
+    """Return how many of a scan's inputs are constants, and how many are carried."""
+    if "num_consts" in eqn.params:
+        return eqn.params["num_consts"], eqn.params["num_carry"]
+    consts, carry, _ = eqn.params["ft_in"].unpack()
+    return len(consts), len(carry)
+
+
+def call_shardings(eqn: Eqn) -> tuple[list[Any], list[Any]]:
+    """Return the shardings a jit call asks of its inputs and outputs, None where it asks for none."""
+
+    def asked(shardings: Sequence[Any]) -> list[Any]:
+        return [None if type(s).__name__ == "UnspecifiedValue" else s for s in shardings]
+
+    return asked(eqn.params["in_shardings"]), asked(eqn.params["out_shardings"])
+
+
+def trace(jitted: Callable[..., Any], *args: Any) -> tuple[Jaxpr, Any]:
+    """Trace a jitted function, or take the trace it keeps; return (jaxpr, tree of its output)."""
+    traced = jitted.trace(*args)  # type: ignore[attr-defined]
+    return traced.jaxpr, jax.tree.structure(traced.out_info)

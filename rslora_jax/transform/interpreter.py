@@ -1,0 +1,96 @@
+"""The walk over a jaxpr: plain equations are bound as they are, those that meet a view go by a rule."""
+
+import dataclasses
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+from rslora_jax.transform import compat
+from rslora_jax.transform.views import View, materialise
+
+# A rule takes (walk, equation, values) and returns the equation's outputs, some of which may be views,
+# or None where it has no low-rank form for these views: then they are materialised.
+Rule = Callable[["Walk", compat.Eqn, list[Any]], list[Any] | None]
+
+
+@dataclasses.dataclass(frozen=True)
+class Use:
+    """One way in which the program consumes a weight.
+
+    Attributes:
+      site: the weight's path.
+      kind: "product" or "lookup".
+      contracted, batch: the stored axes summed over (or indexed, in a look-up), and shared with the data.
+      free: the stored axes left in the result.
+      eqn: the equation; it identifies the use in the jaxpr.
+    """
+
+    site: str
+    kind: str
+    contracted: frozenset[int]
+    batch: frozenset[int]
+    free: frozenset[int]
+    eqn: compat.Eqn
+
+
+@dataclasses.dataclass(frozen=True)
+class Walk:
+    """What a walk needs beside the program.
+
+    Attributes:
+      rules: the rule of each primitive, by name.
+      on_use: called with each low-rank use of a weight.
+      on_fallback: called with (site, primitive) where a weight is materialised.
+      calls: compiled calls by equation, kept so that the same call never traces twice.
+    """
+
+    rules: Mapping[str, Rule]
+    on_use: Callable[[Use], None] = lambda use: None
+    on_fallback: Callable[[str, str], None] = lambda site, primitive: None
+    calls: dict[int, Any] = dataclasses.field(default_factory=dict)
+
+    def run(self, jaxpr: compat.Jaxpr, args: Sequence[Any], consts: Sequence[Any] | None = None) -> list[Any]:
+        """Evaluate a jaxpr on arrays and views; return its outputs, some of which may be views."""
+        jaxpr, own_consts = compat.opened(jaxpr)
+        env: dict[Any, Any] = dict(zip(jaxpr.constvars, own_consts if consts is None else consts, strict=True))
+        env.update(zip(jaxpr.invars, args, strict=True))
+        last_use = {v: n for n, eqn in enumerate(jaxpr.eqns) for v in eqn.invars if not compat.is_literal(v)}
+        keep = {v for v in jaxpr.outvars if not compat.is_literal(v)}
+        read = lambda atom: atom.val if compat.is_literal(atom) else env[atom]
+        for n, eqn in enumerate(jaxpr.eqns):
+            with compat.provenance(eqn):
+                outs = self.evaluate(eqn, [read(v) for v in eqn.invars])
+            env.update(zip(eqn.outvars, outs, strict=True))
+            for v in eqn.invars:  # so that an op-by-op run frees what it no longer needs
+                if not compat.is_literal(v) and last_use[v] == n and v not in keep:
+                    env.pop(v, None)
+        return [read(v) for v in jaxpr.outvars]
+
+    def evaluate(self, eqn: compat.Eqn, values: list[Any]) -> list[Any]:
+        """Evaluate one equation."""
+        if not any(isinstance(v, View) for v in values):
+            return compat.bind(eqn, *values)
+        rule = self.rules.get(eqn.primitive.name)
+        outs = rule(self, eqn, values) if rule else None
+        if outs is None:
+            outs = compat.bind(eqn, *(self.array(v, eqn.primitive.name) for v in values))
+        return outs
+
+    def array(self, value: Any, primitive: str) -> Any:
+        """Return a value as an array; a view is materialised, and `primitive` reported as the cause."""
+        if not isinstance(value, View):
+            return value
+        self.on_fallback(value.site, primitive)
+        return materialise(value)
+
+    def call(self, eqn: compat.Eqn, build: Callable[[], Callable[..., Any]]) -> Callable[..., Any]:
+        """Return the compiled function that stands for a call equation, built once per walk."""
+        key = id(eqn)
+        if key not in self.calls:
+            # The equation is kept beside its function, so that its id stays its own.
+            self.calls[key] = (eqn, build())
+        return self.calls[key][1]
+
+
+def as_arrays(walk: Walk, outs: Sequence[Any]) -> list[Any]:
+    """Return a program's outputs as arrays."""
+    return [walk.array(o, "output of the function") for o in outs]

@@ -1,0 +1,231 @@
+"""`wrap`: make a function of (parameters, data) a function of (parameters, adapters, data)."""
+
+import dataclasses
+import math
+import warnings
+from collections.abc import Callable, Mapping, Sequence
+from types import MappingProxyType
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import Array
+
+from rslora_jax.config import LoraConfig
+from rslora_jax.init import init_adapters
+from rslora_jax.sites import Site, named_leaves, select
+from rslora_jax.table import table
+from rslora_jax.transform.discover import discover, roles
+from rslora_jax.transform.interpreter import Walk, as_arrays
+from rslora_jax.transform.program import ARRAYS, Program
+from rslora_jax.transform.rules import RULES
+from rslora_jax.transform.views import View, materialise
+
+Adapters = dict[str, dict[str, Array]]
+
+
+class RsloraWarning(UserWarning):
+    """Said once where a weight has no low-rank form or a rank is larger than it need be."""
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Lora:
+    """A function with adapters: what `wrap` returns.
+
+    Attributes:
+      fn: the function that was wrapped.
+      config: what was asked for.
+      sites: the adapted weights by path, in the order in which the function uses them.
+    """
+
+    fn: Callable[..., Any]
+    config: LoraConfig
+    sites: Mapping[str, Site]
+    _program: Program
+    _walk: Walk
+    _shapes: Mapping[str, tuple[int, ...]]
+
+    def init(self, key: Array) -> Adapters:
+        """Return fresh adapters: A random, B zero, so that `apply` starts as `fn`.
+
+        Args:
+          key: a PRNG key.
+
+        Returns:
+          `{path: {"a": (*stack, *in, r), "b": (*stack, r, *out)}}` in the config's dtype, and nothing else.
+        """
+        return init_adapters(self.sites, key, self.config.init, jnp.dtype(self.config.dtype))
+
+    def apply(self, params: Any, adapters: Adapters, *args: Any, **kwargs: Any) -> Any:
+        """Evaluate the function with every adapted weight W acting as W + gamma A B.
+
+        Gives what `fn(merge(params, adapters), *args, **kwargs)` gives, without forming that sum unless
+        this is cheaper, and composes with jit, grad, vmap, scan and the rest.
+
+        Raises:
+          ValueError: where the adapters or the parameters are not of the shapes wrapped; it names the
+            path and both shapes.
+        """
+        self.check(params, adapters)
+        jaxpr, tree, leaves = self._program.trace(params, args, kwargs)
+        values = views_of(leaves, list(array_leaves(params)), self.sites, adapters)
+        outs = self._walk.run(jaxpr, values)
+        return jax.tree.unflatten(tree, as_arrays(self._walk, outs))
+
+    def merge(self, params: Any, adapters: Adapters) -> Any:
+        """Return the parameters with every adapter added in: W + gamma A B.
+
+        The sum is formed in float32 (or the weight's own dtype if wider) and rounded once.
+
+        Returns:
+          A pytree of the structure, dtypes and shardings of `params`.
+        """
+        self.check(params, adapters)
+        leaves, tree = jax.tree.flatten(params)
+        names = list(named_leaves(params))
+
+        def one(leaf: Any, site: Site) -> Array:
+            merged = materialise(view_of(jnp.asarray(leaf), site, adapters[site.path]))
+            concrete = isinstance(leaf, jax.Array) and not isinstance(leaf, jax.core.Tracer)
+            return jax.device_put(merged, leaf.sharding) if concrete else merged
+
+        merged = [
+            one(leaf, self.sites[name]) if name in self.sites else leaf
+            for name, leaf in zip(names, leaves, strict=True)
+        ]
+        return jax.tree.unflatten(tree, merged)
+
+    def check(self, params: Any, adapters: Adapters) -> None:
+        """Raise a ValueError that names the first path at which parameters or adapters do not fit."""
+        shapes = {name: tuple(leaf.shape) for name, leaf in array_leaves(params).items()}
+        for name, shape in self._shapes.items():
+            if name not in shapes:
+                raise ValueError(f"the parameters have no {name}, which was there when the function was wrapped")
+            if shapes[name] != shape:
+                raise ValueError(f"parameter {name} has shape {shapes[name]}, and was wrapped with shape {shape}")
+        for name, site in self.sites.items():
+            if name not in adapters:
+                raise ValueError(f"the adapters have none for {name}: they were made for another config or another base")
+            for factor, shape in (("a", site.a_shape), ("b", site.b_shape)):
+                found = tuple(np.shape(adapters[name][factor]))
+                if found != shape:
+                    raise ValueError(
+                        f"adapter {name}/{factor} has shape {found}, and this config asks for {shape} "
+                        f"(rank {site.rank}): they were made for another config or another base"
+                    )
+        extra = sorted(set(adapters) - set(self.sites))
+        if extra:
+            raise ValueError(f"the adapters have {extra[0]}, which this config does not adapt")
+
+    @property
+    def num_parameters(self) -> int:
+        """Number of trainable numbers in all adapters."""
+        return sum(site.num_parameters for site in self.sites.values())
+
+    def __str__(self) -> str:
+        return table(self.sites, sum(math.prod(shape) for shape in self._shapes.values()))
+
+    __repr__ = __str__
+
+
+def wrap(fn: Callable[..., Any], params: Any, *args: Any, config: LoraConfig = LoraConfig(), **kwargs: Any) -> Lora:
+    """Give a function adapters on the weights it uses; the function itself is left as it is.
+
+    `fn(params, *args, **kwargs)` is traced once, with abstract values; every weight in `params` is found
+    by how it is used: which axes are summed over, which are free, which are stacked by a scan.
+
+    Args:
+      fn: a pure JAX function, such as a Flax model's `apply`.
+      params: its parameters, any pytree of arrays or of `jax.ShapeDtypeStruct`.
+      *args, **kwargs: an example of its other arguments; arrays or `jax.ShapeDtypeStruct`s. What is not
+        an array (`train=True`, None, a string) is static.
+      config: which weights, which rank, which scale.
+
+    Raises:
+      ValueError: where the config does not fit the function; it says what would.
+
+    >>> import jax, jax.numpy as jnp
+    >>> def mlp(params, x_BxI):
+    ...     return jnp.tanh(x_BxI @ params["up"]) @ params["down"]
+    >>> params = {"up": jnp.ones((8, 32)), "down": jnp.ones((32, 8))}
+    >>> x_BxI = jnp.ones((2, 8))
+    >>> lora = wrap(mlp, params, x_BxI, config=LoraConfig(rank=3, alpha=6))
+    >>> adapters = lora.init(jax.random.key(0))
+    >>> adapters["up"]["a"].shape, adapters["up"]["b"].shape
+    ((8, 3), (3, 32))
+    >>> bool((lora.apply(params, adapters, x_BxI) == mlp(params, x_BxI)).all())
+    True
+    """
+    program = Program(fn)
+    jaxpr, _, leaves = program.trace(params, args, kwargs)
+    shapes = {name: tuple(leaf.shape) for name, leaf in array_leaves(params).items()}
+    uses, heads = discover(jaxpr, list(shapes), leaves)
+    sites, notes = select(config, shapes, roles(shapes, uses), heads)
+
+    fallbacks: dict[str, set[str]] = {name: set() for name in sites}
+    quiet = True
+
+    def on_fallback(name: str, primitive: str) -> None:
+        if primitive in fallbacks[name]:
+            return
+        text = f"{name} is materialised by a use that has no low-rank form ({primitive}): exact, but it costs memory"
+        if config.on_fallback == "error":
+            raise ValueError(f"{text}; exclude it, or set on_fallback='warn'")
+        fallbacks[name].add(primitive)
+        if not quiet:
+            warnings.warn(text, RsloraWarning, stacklevel=2)
+
+    walk = Walk(RULES, on_fallback=on_fallback)
+    adapters = jax.eval_shape(lambda: init_adapters(sites, jax.random.key(0), config.init, config.dtype))
+
+    def rehearse(leaves: list[Array], adapters: Adapters) -> list[Array]:
+        return as_arrays(walk, walk.run(jaxpr, views_of(leaves, list(shapes), sites, adapters)))
+
+    jax.eval_shape(rehearse, leaves, adapters)
+    quiet = False
+
+    sites = {name: dataclasses.replace(s, fallbacks=tuple(sorted(fallbacks[name]))) for name, s in sites.items()}
+    loud = [s for s in sites.values() if s.fallbacks]
+    if loud:
+        notes.append(
+            f"{len(loud)} of {len(sites)} adapted weights are materialised by a use that has no low-rank form, first "
+            f"{loud[0].path} ({', '.join(loud[0].fallbacks)}): exact, but it costs memory; see `lora.sites`"
+        )
+    for note in notes:
+        warnings.warn(note, RsloraWarning, stacklevel=2)
+    return Lora(fn, config, MappingProxyType(sites), program, walk, MappingProxyType(shapes))
+
+
+def array_leaves(params: Any) -> dict[str, Any]:
+    """Return the parameters that are arrays, by path."""
+    return {name: leaf for name, leaf in named_leaves(params).items() if isinstance(leaf, ARRAYS)}
+
+
+def views_of(leaves: Sequence[Any], names: Sequence[str], sites: Mapping[str, Site], adapters: Adapters) -> list[Any]:
+    """Return a program's inputs, those that are adapted as views; the first are the parameters of `names`."""
+    views = [
+        view_of(w, sites[name], adapters[name]) if name in sites else w
+        for w, name in zip(leaves, names, strict=False)
+    ]
+    return [*views, *leaves[len(names) :]]
+
+
+def view_of(w: Array, site: Site, factors: Mapping[str, Array]) -> View:
+    """Return the view of a weight and its adapter, with the factors aligned to the weight's axes."""
+    stack = len(site.stack_axes)
+    a, b = factors["a"], site.gamma * jnp.moveaxis(factors["b"], stack, -1)
+
+    def align(factor: Array, axes: tuple[int, ...]) -> Array:
+        order = sorted(range(len(axes)), key=axes.__getitem__)
+        sizes = [n if axis in axes else 1 for axis, n in enumerate(site.shape)]
+        return jnp.reshape(jnp.transpose(factor, (*order, len(axes))), (*sizes, site.rank))
+
+    return View(
+        w,
+        align(a, site.stack_axes + site.in_axes),
+        align(b, site.stack_axes + site.out_axes),
+        tuple(frozenset({n}) for n in range(len(site.shape))),
+        w.dtype,
+        site.path,
+    )
