@@ -127,7 +127,7 @@ def custom_jvp(walk: Walk, eqn: compat.Eqn, values: list[Any]) -> list[Any]:
     """
     for v in values:
         if isinstance(v, View):
-            walk.on_fallback(v.site, "the derivative rule of custom_jvp")
+            walk.on_fallback(v.site, "derivative rule of custom_jvp")
 
     def build():
         @jax.custom_jvp
@@ -142,6 +142,18 @@ def custom_jvp(walk: Walk, eqn: compat.Eqn, values: list[Any]) -> list[Any]:
         return jax.jit(value, inline=True)
 
     return walk.call(eqn, build)(*values)
+
+
+def custom_vjp(walk: Walk, eqn: compat.Eqn, values: list[Any]) -> list[Any] | None:
+    """Materialise under a backward rule of the function's own, which is written for the weight itself.
+
+    In discovery the call is entered all the same, to see what the weight is used for.
+    """
+    views = [v for v in values if isinstance(v, View)]
+    if any(v.a is not None for v in views):
+        return None
+    walk.run(eqn.params["call_jaxpr"], values)
+    return compat.bind(eqn, *(v.base if isinstance(v, View) else v for v in values))
 
 
 def split(values, *counts):
@@ -184,4 +196,5 @@ RULES: dict[str, Rule] = {
     "while": while_,
     "cond": cond,
     "custom_jvp_call": custom_jvp,
+    "custom_vjp_call": custom_vjp,
 }
