@@ -66,16 +66,16 @@ def constrain_sharding(walk: Walk, eqn: compat.Eqn, values: list[Any]) -> list[A
 def dot_general(walk: Walk, eqn: compat.Eqn, values: list[Any]) -> list[Any] | None:
     """Use a view in a product, whichever side it stands on and whichever axes are contracted."""
     lhs, rhs = values
+    (lhs_contracted, rhs_contracted), (lhs_batch, rhs_batch) = eqn.params["dimension_numbers"]
+    for view, contracted, batch in ((lhs, lhs_contracted, lhs_batch), (rhs, rhs_contracted, rhs_batch)):
+        if isinstance(view, View):
+            label = lambda axes, view=view: frozenset().union(*(view.axes[n] for n in axes))
+            rest = [n for n in range(len(view.shape)) if n not in (*contracted, *batch)]
+            walk.on_use(Use(view.site, "product", label(contracted), label(batch), label(rest), eqn))
     if isinstance(lhs, View) and isinstance(rhs, View):
         lhs = walk.array(lhs, "dot_general of two weights")
-    (lhs_contracted, rhs_contracted), (lhs_batch, rhs_batch) = eqn.params["dimension_numbers"]
     view_left = isinstance(lhs, View)
-    view, contracted, batch = (
-        (lhs, lhs_contracted, lhs_batch) if view_left else (rhs, rhs_contracted, rhs_batch)
-    )
-    label = lambda axes: frozenset().union(*(view.axes[n] for n in axes))
-    rest = [n for n in range(len(view.shape)) if n not in (*contracted, *batch)]
-    walk.on_use(Use(view.site, "product", label(contracted), label(batch), label(rest), eqn))
+    view = lhs if view_left else rhs
     if view.a is None:
         return compat.bind(eqn, *((view.base, rhs) if view_left else (lhs, view.base)))
 
@@ -95,9 +95,7 @@ def dot_general(walk: Walk, eqn: compat.Eqn, values: list[Any]) -> list[Any] | N
         x=x_letters,
         w=w_letters,
         out=out_letters,
-        dtype=view.dtype,
         precision=eqn.params["precision"],
-        preferred=eqn.params["preferred_element_type"],
         base=lambda x, w: compat.bind(eqn, *((w, x) if view_left else (x, w)))[0],
     )
     y = adapted_product(spec, rhs if view_left else lhs, view)

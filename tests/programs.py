@@ -1,0 +1,283 @@
+"""The programs on which the laws are tested: each a function, its parameters and example arguments."""
+
+import dataclasses
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jax import lax
+
+import rslora_jax as rslora
+
+
+@dataclasses.dataclass(frozen=True)
+class Case:
+    """A function to adapt, its parameters and arguments, what to target, and its rounding."""
+
+    fn: Callable[..., Any]
+    params: Any
+    args: tuple
+    targets: Any = "all-linear"
+    tolerance: float = 1e-5
+    sites: int | None = None  # how many weights a correct discovery finds
+    fallback: str = ""  # the one use, if any, that has no low-rank form
+
+
+def normal(seed: int, *shape: int, dtype: Any = jnp.float32) -> jax.Array:
+    return jax.random.normal(jax.random.key(seed), shape, dtype) / np.sqrt(shape[-2] if len(shape) > 1 else 1)
+
+
+def tokens(batch: int = 2, length: int = 7, vocab: int = 50) -> jax.Array:
+    return jax.random.randint(jax.random.key(1), (batch, length), 0, vocab)
+
+
+class Block(nn.Module):
+    width: int = 32
+    scanned: bool = False
+    dtype: Any = jnp.float32
+    param_dtype: Any = jnp.float32
+
+    @nn.compact
+    def __call__(self, x, _=None):
+        kind = {"dtype": self.dtype, "param_dtype": self.param_dtype}
+        h = nn.LayerNorm(**kind)(x)
+        x = x + nn.MultiHeadDotProductAttention(num_heads=4, name="attn", **kind)(h, h)
+        h = nn.LayerNorm(**kind)(x)
+        h = nn.gelu(nn.Dense(3 * self.width, name="up", **kind)(h))
+        x = x + nn.Dense(self.width, name="down", **kind)(h)
+        return (x, None) if self.scanned else x
+
+
+class Transformer(nn.Module):
+    scanned: bool = False
+    tied: bool = False
+    dtype: Any = jnp.float32
+    param_dtype: Any = jnp.float32
+
+    @nn.compact
+    def __call__(self, tokens):
+        kind = {"dtype": self.dtype, "param_dtype": self.param_dtype}
+        embed = nn.Embed(50, 32, name="embed", **kind)
+        x = embed(tokens)
+        if self.scanned:
+            block = nn.scan(
+                nn.remat(Block, prevent_cse=False),
+                variable_axes={"params": 0},
+                split_rngs={"params": True},
+                length=3,
+            )
+            x, _ = block(scanned=True, name="layers", **kind)(x, None)
+        else:
+            for n in range(3):
+                x = Block(name=f"layers_{n}", **kind)(x)
+        x = nn.LayerNorm(name="norm", **kind)(x)
+        return embed.attend(x) if self.tied else nn.Dense(50, use_bias=False, name="head", **kind)(x)
+
+
+def linen(targets: Any = "all-linear", tolerance: float = 1e-5, sites: int = 18, **kwargs: Any) -> Case:
+    model = Transformer(**kwargs)
+    return Case(model.apply, model.init(jax.random.key(0), tokens()), (tokens(),), targets, tolerance, sites)
+
+
+class NnxBlock(nnx.Module):
+    def __init__(self, rngs: nnx.Rngs):
+        self.norm = nnx.LayerNorm(32, rngs=rngs)
+        self.attn = nnx.MultiHeadAttention(4, 32, decode=False, rngs=rngs)
+        self.up = nnx.Linear(32, 80, rngs=rngs)
+        self.down = nnx.Linear(80, 32, rngs=rngs)
+        self.drop = nnx.Dropout(0.1, deterministic=True, rngs=rngs)
+
+    def __call__(self, x):
+        x = x + self.attn(self.norm(x))
+        return x + self.drop(self.down(nnx.relu(self.up(x))))
+
+
+class NnxTransformer(nnx.Module):
+    def __init__(self, rngs: nnx.Rngs):
+        self.embed = nnx.Embed(50, 32, rngs=rngs)
+        self.layers = nnx.List([NnxBlock(rngs) for _ in range(2)])
+        self.head = nnx.Linear(32, 50, rngs=rngs)
+
+    def __call__(self, tokens):
+        x = self.embed(tokens)
+        for layer in self.layers:
+            x = layer(x)
+        return self.head(x)
+
+
+def nnx_transformer() -> Case:
+    fn, params = rslora.from_nnx(NnxTransformer(nnx.Rngs(0)))
+    return Case(fn, params, (tokens(),), sites=12, tolerance=3e-5)
+
+
+def mlp() -> Case:
+    def fn(params, x):
+        for layer in params[:-1]:
+            x = jnp.tanh(x @ layer["w"] + layer["b"])
+        return x @ params[-1]["w"]
+
+    params = [{"w": normal(n, i, o), "b": normal(9, o)} for n, (i, o) in enumerate([(12, 40), (40, 24), (24, 12)])]
+    return Case(fn, params, (normal(5, 6, 12),), sites=3)
+
+
+def stacked(name: str) -> Case:
+    """Programs that take a stack of weights apart in different ways."""
+
+    def by_scan(p, x):
+        return lax.scan(lambda c, w: (jnp.tanh(c @ w), c.sum()), x, p["w"], reverse=True, unroll=2)
+
+    def by_scanned_index(p, x):
+        return lax.scan(lambda c, i: (jnp.tanh(c @ p["w"][i]), None), x, jnp.arange(3))[0]
+
+    def by_hand(p, x):
+        x = jnp.tanh(x @ p["w"][0]) + jnp.tanh(x @ p["w"][2])
+        return x @ p["w"][(x.sum() > 0).astype(jnp.int32)].T
+
+    def by_scan_of_one(p, x):
+        return lax.scan(lambda c, _: (jnp.tanh(c @ p["w"][1]), None), x, None, length=3)[0]
+
+    def experts(p, x):
+        return jnp.einsum("etd,edf->etf", jnp.stack([x, 2 * x, x - 1]), p["w"])
+
+    def nested(p, x):
+        def outer(c, w):
+            return lax.scan(lambda c, _: (jnp.tanh(c @ w), None), c, None, length=2)[0], None
+
+        return lax.scan(jax.checkpoint(outer), x, p["w"])[0]
+
+    fns = {f.__name__: f for f in (by_scan, by_scanned_index, by_hand, by_scan_of_one, experts, nested)}
+    return Case(fns[name], {"w": normal(3, 3, 12, 12)}, (normal(5, 6, 12),), sites=1)
+
+
+def control(name: str) -> Case:
+    """Programs that use one weight inside a loop, a branch or a call."""
+
+    def while_(p, x):
+        return lax.while_loop(lambda c: (c[1] < 3) & (jnp.sum(c[0] @ p["w"]) < 1e9), lambda c: (jnp.sin(c[0] @ p["w"]), c[1] + 1), (x, 0))[0]
+
+    def while_carry(p, x):
+        return lax.while_loop(lambda c: c[1] < 3, lambda c: (jnp.sin(c[0] @ c[2]), c[1] + 1, c[2]), (x, 0, p["w"]))[0]
+
+    def fori_carry(p, x):
+        return lax.fori_loop(0, 3, lambda i, c: (jnp.sin(c[0] @ c[1]), c[1]), (x, p["w"]))[0]
+
+    def cond(p, x):
+        return lax.cond(x.sum() > 0, lambda x: x @ p["w"], lambda x: jnp.sin(x) @ p["w"].T, x)
+
+    def switch_of_weights(p, x):
+        w = lax.switch(1, [lambda w: w, lambda w: w.T], p["w"])
+        return x @ p["w"] + x @ w
+
+    def jit_of_transpose(p, x):
+        turned = jax.jit(lambda w: w.T)(p["w"])
+        return jax.jit(lambda x, w: x @ w)(x, turned) + jax.jit(lambda w, x: w @ x.T)(p["w"], x).T
+
+    def checkpoint_policy(p, x):
+        f = jax.checkpoint(lambda x: jnp.sin(x @ p["w"]) @ p["w"], policy=jax.checkpoint_policies.dots_saveable)
+        return f(x)
+
+    fns = {f.__name__: f for f in (while_, while_carry, fori_carry, cond, switch_of_weights, jit_of_transpose, checkpoint_policy)}
+    return Case(fns[name], {"w": normal(3, 12, 12)}, (normal(5, 6, 12),), sites=1, fallback="cond" if name == "switch_of_weights" else "")
+
+
+def layout(name: str) -> Case:
+    """Programs that store or reshape a weight in unusual ways."""
+
+    def left(p, x):
+        return jnp.einsum("fd,td->ft", p["w"].T, x)
+
+    def split_heads(p, x):
+        return jnp.einsum("td,dhk->thk", x, p["w"].reshape(12, 4, 6)).reshape(6, -1) @ p["w"].T
+
+    def fused(p, x):
+        q, k = p["w"][:, :8], p["w"][:, 8:]
+        return (x @ q) @ (x @ k)[:, :8].T
+
+    def strided(p, x):
+        return x[:, ::2] @ p["w"][::2, 1::3]
+
+    def batch_axis_of_out(p, x):  # as multi-head latent attention absorbs a projection
+        w = p["w"].reshape(12, 4, 6)
+        h = jnp.einsum("td,dhk->thk", x, w)
+        return jnp.einsum("thk,dhk->thd", h, w)
+
+    def cast_twice(p, x):
+        return x @ p["w"].astype(jnp.bfloat16).astype(jnp.float32)
+
+    fns = {f.__name__: f for f in (left, split_heads, fused, strided, batch_axis_of_out, cast_twice)}
+    tolerance = 1e-2 if name == "cast_twice" else 1e-5
+    return Case(fns[name], {"w": normal(3, 12, 24)}, (normal(5, 6, 12),), tolerance=tolerance, sites=1)
+
+
+def lookup(name: str) -> Case:
+    def tied(p, t):
+        return jnp.tanh(p["table"][t] @ p["w"]) @ p["table"].T
+
+    def take_with_fill(p, t):
+        return jnp.take(p["table"], 2 * t, axis=0, fill_value=0) @ p["w"]
+
+    def columns(p, t):
+        return jnp.take(p["table"].T, t, axis=1).sum(1).T @ p["w"]
+
+    fns = {f.__name__: f for f in (tied, take_with_fill, columns)}
+    params = {"table": normal(2, 50, 12), "w": normal(3, 12, 12)}
+    return Case(fns[name], params, (tokens(),), targets=["*"], sites=2)
+
+
+def family(build: Callable[[str], Case], names: str) -> dict[str, Callable[[], Case]]:
+    return {f"{build.__name__} {name}": functools.partial(build, name) for name in names.split()}
+
+
+CASES: dict[str, Callable[[], Case]] = {
+    "linen looped": linen,
+    "linen scanned, remat": lambda: linen(scanned=True, sites=6),
+    "linen every matrix": lambda: linen(targets=["*/{kernel,embedding}"], sites=20),
+    "linen tied": lambda: linen(tied=True),
+    "linen tied, every matrix": lambda: linen(tied=True, targets=["*/{kernel,embedding}"], sites=19),
+    "linen bfloat16 compute": lambda: linen(dtype=jnp.bfloat16, tolerance=4e-2),
+    "linen bfloat16 parameters": lambda: linen(
+        dtype=jnp.bfloat16, param_dtype=jnp.bfloat16, tolerance=4e-2, scanned=True, sites=6
+    ),
+    "nnx": nnx_transformer,
+    "mlp": mlp,
+    **family(stacked, "by_scan by_scanned_index by_hand by_scan_of_one experts nested"),
+    **family(control, "while_ while_carry fori_carry cond switch_of_weights jit_of_transpose checkpoint_policy"),
+    **family(layout, "left split_heads fused strided batch_axis_of_out cast_twice"),
+    **family(lookup, "tied take_with_fill columns"),
+}
+
+
+def trained(lora: rslora.Lora, seed: int = 7, scale: float = 0.1) -> dict:
+    """Return adapters as if trained: both factors away from their start."""
+    adapters = lora.init(jax.random.key(seed))
+    leaves, tree = jax.tree.flatten(adapters)
+    keys = jax.random.split(jax.random.key(seed), len(leaves))
+    moved = [x + scale * jax.random.normal(k, x.shape) for x, k in zip(leaves, keys, strict=True)]
+    return jax.tree.unflatten(tree, moved)
+
+
+def merged_by_hand(lora: rslora.Lora, params: Any, adapters: dict) -> Any:
+    """Merge with numpy in float64, from the definition and nothing of the package but the sites' axes."""
+    from rslora_jax.sites import path_name
+
+    def one(path: Any, leaf: Any) -> Any:
+        name = path_name(path)
+        if name not in adapters:
+            return leaf
+        site = lora.sites[name]
+        config = lora.config
+        assert config.alpha != config.rank
+        stack, size = site.stack_axes, lambda axes: [site.shape[n] for n in axes]
+        a = np.asarray(adapters[name]["a"], np.float64).reshape(*size(stack), -1, site.rank)
+        b = np.asarray(adapters[name]["b"], np.float64).reshape(*size(stack), site.rank, -1)
+        update = (site.alpha / np.sqrt(site.rank)) * (a @ b)
+        order = (*stack, *site.in_axes, *site.out_axes)
+        update = np.transpose(update.reshape(size(order)), np.argsort(order))
+        return jnp.asarray(np.asarray(leaf, np.float64) + update).astype(leaf.dtype)
+
+    return jax.tree_util.tree_map_with_path(one, params)
