@@ -1,0 +1,134 @@
+"""Attention by positions: rotary embedding, grouped heads, and the cache of keys and values.
+
+Shapes in names are those of `rslora_jax.models.llama`.
+"""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+Array = jax.Array
+Cache = dict[str, Array]
+
+
+def rotary(positions_BxT: Array, head_dim: int, base: float) -> tuple[Array, Array]:
+    """Give the cosines and sines of rotary embedding (RoFormer, arXiv 2104.09864, eq. 15).
+
+    `positions_BxT` is int; both results are float32 of shape (B, T, head_dim / 2).
+
+    >>> cos, sin = rotary(jnp.zeros((1, 3), jnp.int32), head_dim=8, base=10000.0)
+    >>> cos.shape, float(cos.min()), float(sin.max())
+    ((1, 3, 4), 1.0, 0.0)
+    """
+    frequencies = base ** (-jnp.arange(0, head_dim, 2, dtype=jnp.float32) / head_dim)
+    angles = positions_BxT[..., None].astype(jnp.float32) * frequencies
+    return jnp.cos(angles), jnp.sin(angles)
+
+
+def rotate(x_BxTxNxH: Array, cos: Array, sin: Array) -> Array:
+    """Turn every head by its position, pairing coordinate i with i + H/2 as Hugging Face stores weights.
+
+    `cos` and `sin` come from `rotary`. Same shape and dtype as the input; computed in float32.
+
+    >>> x = jnp.ones((1, 2, 3, 8), jnp.bfloat16)
+    >>> y = rotate(x, *rotary(jnp.array([[0, 1]]), head_dim=8, base=10000.0))
+    >>> y.dtype, bool((y[:, 0] == x[:, 0]).all())
+    (dtype(bfloat16), True)
+    """
+    first, second = jnp.split(x_BxTxNxH.astype(jnp.float32), 2, axis=-1)
+    cos, sin = cos[:, :, None], sin[:, :, None]
+    return jnp.concatenate([first * cos - second * sin, second * cos + first * sin], -1).astype(
+        x_BxTxNxH.dtype
+    )
+
+
+def attend(q_BxTxNxH: Array, blocks: list[tuple[Array, Array, Array]]) -> Array:
+    """Attend to several blocks of keys as if they were one.
+
+    `blocks` holds (keys_BxSxKxH, values_BxSxKxH, mask_BxTxS), with N a multiple of K. Returns (B, T, N, H) in
+    the queries' dtype; scores and softmax are float32. A query whose mask is empty gets a finite average.
+
+    Blocks stay apart because joining a cache with the new keys would copy the cache at every token.
+
+    >>> q, kv, mask = jnp.ones((1, 2, 4, 8)), jnp.ones((1, 2, 2, 8)), jnp.ones((1, 2, 2), bool)
+    >>> attend(q, [(kv, kv, mask), (kv, kv, mask)]).shape
+    (1, 2, 4, 8)
+    """
+    B, T, N, H = q_BxTxNxH.shape
+    K = blocks[0][0].shape[2]
+    q_BxTxKxGxH = q_BxTxNxH.reshape(B, T, K, N // K, H)
+    einsum = partial(jnp.einsum, preferred_element_type=jnp.float32)
+    # A finite floor and not -inf: padding rows see no key at all, and -inf would make them (and, through
+    # the backward pass, everything) NaN.
+    scores = [
+        jnp.where(mask[:, None, None], einsum("btkgh,bskh->bkgts", q_BxTxKxGxH, k) * H**-0.5, -1e30)
+        for k, _, mask in blocks
+    ]
+    weights_BxKxGxTxS = jax.nn.softmax(jnp.concatenate(scores, axis=-1), axis=-1).astype(q_BxTxNxH.dtype)
+    out_BxTxKxGxH = jnp.zeros((), jnp.float32)
+    start = 0
+    for _, v_BxSxKxH, mask in blocks:
+        part = lax.slice_in_dim(weights_BxKxGxTxS, start, start + mask.shape[-1], axis=-1)
+        out_BxTxKxGxH += einsum("bkgts,bskh->btkgh", part, v_BxSxKxH)
+        start += mask.shape[-1]
+    return out_BxTxKxGxH.reshape(B, T, N, H).astype(q_BxTxNxH.dtype)
+
+
+def visible(query_positions_BxT: Array, key_positions_BxS: Array) -> Array:
+    """Say which keys each query may see, bool (B, T, S): those at a position neither negative nor later.
+
+    >>> visible(jnp.array([[0, 1]]), jnp.array([[-1, 0, 1]])).tolist()
+    [[[False, True, False], [False, True, True]]]
+    """
+    keys_Bx1xS = key_positions_BxS[:, None, :]
+    return (keys_Bx1xS >= 0) & (keys_Bx1xS <= query_positions_BxT[:, :, None])
+
+
+def init_cache(config: Any, batch: int, length: int, dtype: Any = None) -> Cache:
+    """Give an empty cache of `length` slots for `batch` rows.
+
+    A plain dict: "k" and "v" of shape (L, B, S, K, H) in `dtype` (default `config.dtype`), "positions" (B, S)
+    int32 with -1 for an empty slot, "index" () int32, the next slot to write.
+
+    Raises `ValueError` when `length` is above `config.max_len`.
+
+    >>> from rslora_jax.models.llama import LlamaConfig
+    >>> config = LlamaConfig(vocab_size=32, width=16, mlp_width=24, num_layers=2, num_heads=4, num_kv_heads=2)
+    >>> {name: leaf.shape for name, leaf in init_cache(config, batch=3, length=8).items()}
+    {'k': (2, 3, 8, 2, 4), 'v': (2, 3, 8, 2, 4), 'positions': (3, 8), 'index': ()}
+    """
+    if length > config.max_len:
+        raise ValueError(f"a cache of {length} slots is longer than max_len={config.max_len}: ask for fewer")
+    shape = (config.num_layers, batch, length, config.num_kv_heads, config.head_dim)
+    return {
+        "k": jnp.zeros(shape, dtype or config.dtype),
+        "v": jnp.zeros(shape, dtype or config.dtype),
+        "positions": jnp.full((batch, length), -1, jnp.int32),
+        "index": jnp.zeros((), jnp.int32),
+    }
+
+
+def extend(cache: Cache, new: dict[str, Array], positions_BxT: Array) -> Cache:
+    """Write the keys and values of T tokens, each (L, B, T, K, H), into the next T slots of a cache.
+
+    The caller keeps within the cache's end: past it the write would slide back over older slots.
+
+    >>> from rslora_jax.models.llama import LlamaConfig
+    >>> config = LlamaConfig(vocab_size=32, width=16, mlp_width=24, num_layers=2, num_heads=4, num_kv_heads=2)
+    >>> new = jnp.ones((2, 1, 3, 2, 4))
+    >>> cache = extend(init_cache(config, 1, 5), {"k": new, "v": new}, jnp.array([[-1, 0, 1]]))
+    >>> cache["positions"].tolist(), int(cache["index"])
+    ([[-1, 0, 1, -1, -1]], 3)
+    """
+    write = partial(lax.dynamic_update_slice_in_dim, start_index=cache["index"])
+    return {
+        "k": write(cache["k"], new["k"].astype(cache["k"].dtype), axis=2),
+        "v": write(cache["v"], new["v"].astype(cache["v"].dtype), axis=2),
+        "positions": write(cache["positions"], positions_BxT.astype(jnp.int32), axis=1),
+        "index": cache["index"] + positions_BxT.shape[1],
+    }

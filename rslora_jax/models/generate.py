@@ -1,0 +1,184 @@
+"""Generate text: one compiled loop over a cache, for prompts of different lengths and any `apply`."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+
+from rslora_jax.models.llama import LlamaConfig, init_cache
+
+Array = jax.Array
+
+
+def generate(
+    apply: Callable[..., Any],
+    variables: Any,
+    prompts: Sequence[Sequence[int]],
+    config: LlamaConfig,
+    *,
+    max_new: int,
+    eos_id: int | None = None,
+    temperature: float = 0.0,
+    top_p: float = 1.0,
+    key: Array | None = None,
+    bucket: int = 64,
+) -> list[list[int]]:
+    """Continue a batch of prompts (token ids) by up to `max_new` tokens each, without the prompts.
+
+    `apply(variables, tokens_BxT, positions_BxT, cache=cache)` gives (logits_BxTxV, cache), as `Llama.apply`
+    does; `variables` is whatever pytree it takes, for instance (base, adapters):
+
+        run = lambda both, *args, **kwargs: lora.apply(*both, *args, **kwargs)
+        generate(run, (variables, adapters), prompts, config, max_new=32)
+
+    Keep one `apply` between calls: it is part of what is compiled, once for each number of prompts, `max_new`
+    and prompt length rounded up to `bucket`. Temperature 0 takes the likeliest token; otherwise `key` draws
+    one from the smallest set of tokens that holds `top_p` of the probability (arXiv 1904.09751, section 3.1).
+    A row ends with, and includes, `eos_id`. What a row gives does not depend on the other rows, except
+    through rounding.
+
+    Raises `ValueError` for no prompts, an empty prompt, `max_new` below 1, `top_p` outside (0, 1], a
+    negative temperature, a missing key, and for prompts that leave no room within `config.max_len`.
+
+    >>> from rslora_jax.models.llama import Llama
+    >>> config = LlamaConfig(vocab_size=32, width=16, mlp_width=24, num_layers=2, num_heads=4, num_kv_heads=2)
+    >>> model = Llama(config)
+    >>> variables = model.init(jax.random.key(0), jnp.zeros((1, 1), jnp.int32))
+    >>> outs = generate(model.apply, variables, [[1, 2, 3], [4]], config, max_new=5, bucket=4)
+    >>> [len(out) for out in outs]
+    [5, 5]
+    """
+    _check(prompts, config, max_new, temperature, top_p, key)
+    longest = max(len(prompt) for prompt in prompts)
+    length = min(-(-longest // bucket) * bucket, config.max_len - max_new + 1)
+    tokens_BxP = np.zeros((len(prompts), length), np.int32)
+    positions_BxP = np.full((len(prompts), length), -1, np.int32)
+    for row, prompt in enumerate(prompts):
+        # Padding goes to the left, so that every row's last token sits in the same column.
+        tokens_BxP[row, length - len(prompt) :] = prompt
+        positions_BxP[row, length - len(prompt) :] = np.arange(len(prompt))
+    new_BxM, lengths_B = _loop(
+        apply,
+        variables,
+        jnp.asarray(tokens_BxP),
+        jnp.asarray(positions_BxP),
+        # No token has id -1, so that without an end every row runs to max_new, by the same program.
+        jnp.asarray(-1 if eos_id is None else eos_id, jnp.int32),
+        jnp.asarray(temperature, jnp.float32),
+        jnp.asarray(top_p, jnp.float32),
+        key if temperature else None,
+        config=config,
+        max_new=max_new,
+        nucleus=top_p < 1,
+    )
+    lengths = np.asarray(lengths_B)
+    return [row[:n].tolist() for row, n in zip(np.asarray(new_BxM), lengths, strict=True)]
+
+
+def sample(key: Array, logits_V: Array, temperature: Array, top_p: Array | None = None) -> Array:
+    """Draw a token id () from logits (V,), float32, among the likeliest that hold `top_p` of the probability.
+
+    >>> logits = jnp.log(jnp.array([0.6, 0.3, 0.1]))
+    >>> draws = jax.vmap(lambda key: sample(key, logits, 1.0, 0.8))(jax.random.split(jax.random.key(0), 200))
+    >>> sorted(set(draws.tolist()))
+    [0, 1]
+    """
+    logits_V = logits_V / temperature
+    if top_p is not None:
+        falling_V = jnp.sort(jax.nn.softmax(logits_V), descending=True)
+        # A token is kept when those before it hold less than top_p: the likeliest one always is.
+        kept_V = jnp.cumsum(falling_V) - falling_V < top_p
+        floor = jnp.min(jnp.where(kept_V, falling_V, jnp.inf))
+        logits_V = jnp.where(jax.nn.softmax(logits_V) >= floor, logits_V, -jnp.inf)
+    return jax.random.categorical(key, logits_V)
+
+
+@partial(jax.jit, static_argnums=0, static_argnames=("config", "max_new", "nucleus"))
+def _loop(
+    apply: Callable[..., Any],
+    variables: Any,
+    tokens_BxP: Array,
+    positions_BxP: Array,
+    eos_id: Array,
+    temperature: Array,
+    top_p: Array,
+    key: Array | None,
+    *,
+    config: LlamaConfig,
+    max_new: int,
+    nucleus: bool,
+) -> tuple[Array, Array]:
+    B, P = tokens_BxP.shape
+    cache = init_cache(config, B, P - 1 + max_new)
+    if P > 1:
+        # All but the last prompt token. Nothing reads these logits, so the compiler drops their product
+        # with the vocabulary; the loop's first step gives the first ones that are wanted.
+        _, cache = apply(variables, tokens_BxP[:, :-1], positions_BxP[:, :-1], cache=cache)
+
+    def choose(step: Array, logits_BxV: Array) -> Array:
+        if key is None:
+            return jnp.argmax(logits_BxV, axis=-1)
+        # One key for each row and step, so that a row draws the same whatever the batch.
+        keys_B = jax.vmap(partial(jax.random.fold_in, jax.random.fold_in(key, step)))(jnp.arange(B))
+        draw = partial(sample, temperature=temperature, top_p=top_p if nucleus else None)
+        return jax.vmap(draw)(keys_B, logits_BxV)
+
+    def go_on(state: dict[str, Any]) -> Array:
+        return (state["step"] < max_new) & ~jnp.all(state["done_B"])
+
+    def advance(state: dict[str, Any]) -> dict[str, Any]:
+        step, done_B = state["step"], state["done_B"]
+        position_Bx1 = positions_BxP[:, -1:] + step
+        logits_Bx1xV, cache = apply(variables, state["last_Bx1"], position_Bx1, cache=state["cache"])
+        token_B = choose(step, logits_Bx1xV[:, 0]).astype(jnp.int32)
+        return {
+            "step": step + 1,
+            "last_Bx1": token_B[:, None],
+            "cache": cache,
+            "new_BxM": lax.dynamic_update_slice(state["new_BxM"], token_B[:, None], (0, step)),
+            "lengths_B": state["lengths_B"] + ~done_B,
+            "done_B": done_B | (token_B == eos_id),
+        }
+
+    end: dict[str, Any] = lax.while_loop(
+        go_on,
+        advance,
+        {
+            "step": jnp.zeros((), jnp.int32),
+            "last_Bx1": tokens_BxP[:, -1:],
+            "cache": cache,
+            "new_BxM": jnp.zeros((B, max_new), jnp.int32),
+            "lengths_B": jnp.zeros(B, jnp.int32),
+            "done_B": jnp.zeros(B, bool),
+        },
+    )
+    return end["new_BxM"], end["lengths_B"]
+
+
+def _check(
+    prompts: Sequence[Sequence[int]],
+    config: LlamaConfig,
+    max_new: int,
+    temperature: float,
+    top_p: float,
+    key: Array | None,
+) -> None:
+    if not len(prompts) or not all(len(prompt) for prompt in prompts):
+        raise ValueError("a prompt is empty: give each at least one token")
+    if max_new < 1:
+        raise ValueError(f"max_new={max_new}: ask for at least one token")
+    if temperature < 0 or not 0 < top_p <= 1:
+        raise ValueError(f"temperature={temperature}, top_p={top_p}: give at least 0, and 0 < top_p <= 1")
+    if temperature and key is None:
+        raise ValueError("drawing tokens needs a key: pass key=jax.random.key(seed), or temperature=0")
+    longest = max(len(prompt) for prompt in prompts)
+    if longest - 1 + max_new > config.max_len:
+        raise ValueError(
+            f"a prompt of {longest} tokens and {max_new} new ones exceed max_len={config.max_len}: cut one"
+        )

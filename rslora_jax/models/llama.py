@@ -1,0 +1,291 @@
+"""A decoder of the Llama family in Flax Linen, small enough to read and equal to the published weights.
+
+The module keeps no state of its own: the cache of keys and values is an argument and a result, so that
+`Llama.apply` stays the pure function of arrays that `jax.jit`, `jax.grad` and `rslora_jax.wrap` expect.
+
+Shapes in names: B batch, T tokens of this call, S slots of the cache, L layers, N query heads, K key-value
+heads, G = N / K query heads for each of them, H size of a head, D width, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import linen as nn
+from jax import lax
+
+from rslora_jax.models.attention import Array, Cache, attend, extend, init_cache, rotary, rotate, visible
+
+__all__ = ["REMAT_POLICIES", "Llama", "LlamaConfig", "init_cache"]
+
+# Only the policies of jax.checkpoint_policies that take no argument: the others are factories, which a bare
+# name in a configuration file cannot call.
+REMAT_POLICIES = (
+    "everything_saveable",
+    "nothing_saveable",
+    "dots_saveable",
+    "dots_with_no_batch_dims_saveable",
+    "checkpoint_dots",
+    "checkpoint_dots_with_no_batch_dims",
+)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class LlamaConfig:
+    """Describe a Llama-family decoder.
+
+    `param_dtype` is what weights are stored in, `dtype` what products are computed in; normalisation,
+    rotation, softmax and logits are float32 whatever `dtype` is. `remat` is None or "none" (keep all
+    activations), "full" (keep none inside a layer) or a name in `REMAT_POLICIES`. `scan_layers` stacks the
+    layers' weights on a leading axis and compiles one layer in place of `num_layers`.
+
+    Raises `ValueError` when the sizes do not fit together or `remat` is unknown.
+
+    >>> config = LlamaConfig(vocab_size=32, width=16, mlp_width=24, num_layers=2, num_heads=4, num_kv_heads=2)
+    >>> config.head_dim, config.dtype
+    (4, dtype('float32'))
+    """
+
+    vocab_size: int
+    width: int
+    mlp_width: int
+    num_layers: int
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int = 0
+    rope_base: float = 10000.0
+    norm_eps: float = 1e-5
+    max_len: int = 2048
+    tie_head: bool = True
+    scan_layers: bool = False
+    remat: str | None = None
+    param_dtype: Any = jnp.float32
+    dtype: Any = jnp.float32
+
+    def __post_init__(self) -> None:
+        if self.num_heads % self.num_kv_heads:
+            raise ValueError(
+                f"num_heads={self.num_heads} is not a multiple of num_kv_heads={self.num_kv_heads}: "
+                "every key-value head serves the same number of query heads"
+            )
+        # Dtypes are normalised so that jnp.float32, "float32" and np.dtype("float32") make equal
+        # configurations, hence equal modules and no second compilation.
+        object.__setattr__(self, "param_dtype", jnp.dtype(self.param_dtype))
+        object.__setattr__(self, "dtype", jnp.dtype(self.dtype))
+        object.__setattr__(self, "head_dim", self.head_dim or self.width // self.num_heads)
+        if self.head_dim % 2:
+            raise ValueError(f"head_dim={self.head_dim} is odd: rotary embedding turns pairs of coordinates")
+        if self.remat not in (None, "none", "full", *REMAT_POLICIES):
+            raise ValueError(
+                f"remat={self.remat!r} is unknown: use None, 'full' or one of {', '.join(REMAT_POLICIES)}"
+            )
+
+
+class RMSNorm(nn.Module):
+    """Divide by the root mean square over the last axis, in float32 (arXiv 1910.07467, eq. 4)."""
+
+    config: LlamaConfig
+
+    @nn.compact
+    def __call__(self, x_BxTxD: Array) -> Array:
+        scale_D = self.param("scale", nn.initializers.ones, (x_BxTxD.shape[-1],), self.config.param_dtype)
+        wide = x_BxTxD.astype(jnp.float32)
+        wide = wide * lax.rsqrt(jnp.mean(wide**2, axis=-1, keepdims=True) + self.config.norm_eps)
+        return (wide * scale_D).astype(self.config.dtype)
+
+
+def _dense(config: LlamaConfig, features: int, name: str) -> nn.Dense:
+    return nn.Dense(features, use_bias=False, dtype=config.dtype, param_dtype=config.param_dtype, name=name)
+
+
+class Attention(nn.Module):
+    """Self-attention with grouped keys and values (arXiv 2305.13245); returns the new keys and values too."""
+
+    config: LlamaConfig
+
+    @nn.compact
+    def __call__(self, x_BxTxD: Array, rope: Any, masks: Any, cached: Any) -> tuple[Array, Any]:
+        c = self.config
+        heads = x_BxTxD.shape[:-1]
+        q = _dense(c, c.num_heads * c.head_dim, "q_proj")(x_BxTxD).reshape(*heads, c.num_heads, c.head_dim)
+        k = _dense(c, c.num_kv_heads * c.head_dim, "k_proj")(x_BxTxD).reshape(*heads, -1, c.head_dim)
+        v = _dense(c, c.num_kv_heads * c.head_dim, "v_proj")(x_BxTxD).reshape(*heads, -1, c.head_dim)
+        q, k = rotate(q, *rope), rotate(k, *rope)
+        blocks = [(k, v, masks["new"])]
+        if cached is not None:
+            blocks.insert(0, (cached["k"], cached["v"], masks["cached"]))
+        out = attend(q, blocks).reshape(*heads, -1)
+        return _dense(c, c.width, "o_proj")(out), {"k": k, "v": v}
+
+
+class MLP(nn.Module):
+    """The gated feed-forward part, SwiGLU (arXiv 2002.05202, eq. 6)."""
+
+    config: LlamaConfig
+
+    @nn.compact
+    def __call__(self, x_BxTxD: Array) -> Array:
+        c = self.config
+        gate = _dense(c, c.mlp_width, "gate_proj")(x_BxTxD)
+        up = _dense(c, c.mlp_width, "up_proj")(x_BxTxD)
+        return _dense(c, c.width, "down_proj")(nn.silu(gate) * up)
+
+
+class Layer(nn.Module):
+    """One residual layer. The stream is the carry of a scan, the new keys and values its stacked result."""
+
+    config: LlamaConfig
+
+    @nn.compact
+    def __call__(self, x_BxTxD: Array, rope: Any, masks: Any, cached: Any) -> tuple[Array, Any]:
+        out, new = Attention(self.config, name="attn")(
+            RMSNorm(self.config, name="attn_norm")(x_BxTxD), rope, masks, cached
+        )
+        x_BxTxD = x_BxTxD + out
+        x_BxTxD = x_BxTxD + MLP(self.config, name="mlp")(RMSNorm(self.config, name="mlp_norm")(x_BxTxD))
+        # Without a cache nobody wants the keys, and a scan would stack and keep them.
+        return x_BxTxD, None if cached is None else new
+
+
+class Embed(nn.Module):
+    """The token table (V, D), read by look-up and, when the head is tied, by a product."""
+
+    config: LlamaConfig
+
+    def setup(self) -> None:
+        shape = (self.config.vocab_size, self.config.width)
+        init = nn.initializers.variance_scaling(1.0, "fan_in", "normal", out_axis=0)
+        self.embedding = self.param("embedding", init, shape, self.config.param_dtype)
+
+    def __call__(self, tokens_BxT: Array) -> Array:
+        # Cast after the look-up: casting the table would touch V rows to read T. A token outside the
+        # vocabulary gives NaN, not a neighbour's row.
+        return jnp.take(self.embedding, tokens_BxT, axis=0).astype(self.config.dtype)
+
+    def attend(self, x: Array) -> Array:
+        table_VxD = self.embedding.astype(self.config.dtype)
+        contract = (((x.ndim - 1,), (1,)), ((), ()))
+        return lax.dot_general(x, table_VxD, contract, preferred_element_type=jnp.float32)
+
+
+def _layer_class(config: LlamaConfig) -> Any:
+    if config.remat in (None, "none"):
+        return Layer
+    policy = None if config.remat == "full" else getattr(jax.checkpoint_policies, str(config.remat))
+    # The body of a scan is compiled apart, so common-subexpression elimination cannot undo the remat there
+    # and the barriers that guard against it would only cost.
+    return nn.remat(Layer, policy=policy, prevent_cse=not config.scan_layers)
+
+
+class Llama(nn.Module):
+    """A Llama-family decoder: `Llama(config).apply(variables, tokens_BxT)` gives logits_BxTxV in float32.
+
+    Weights are `params/layers_3/attn/q_proj/kernel` and the like, or, with `scan_layers`,
+    `params/layers/attn/q_proj/kernel` with a leading axis of layers; kernels are (in, out).
+
+    >>> config = LlamaConfig(vocab_size=32, width=16, mlp_width=24, num_layers=2, num_heads=4, num_kv_heads=2)
+    >>> model, tokens = Llama(config), jnp.array([[1, 2, 3]])
+    >>> variables = model.init(jax.random.key(0), tokens)
+    >>> logits = model.apply(variables, tokens)
+    >>> logits.shape, logits.dtype
+    ((1, 3, 32), dtype('float32'))
+
+    Logits only where they are wanted:
+
+    >>> x = model.apply(variables, tokens, method="hidden")
+    >>> model.apply(variables, x[:, -1], method="head").shape
+    (1, 32)
+    """
+
+    config: LlamaConfig
+
+    def setup(self) -> None:
+        c = self.config
+        self.embed = Embed(c)
+        if c.scan_layers:
+            self.layers = nn.scan(
+                _layer_class(c),
+                variable_axes={"params": 0},
+                split_rngs={"params": True},
+                in_axes=(nn.broadcast, nn.broadcast, 0),
+                length=c.num_layers,
+            )(c)
+        else:
+            self.layers = [_layer_class(c)(c) for _ in range(c.num_layers)]
+        self.norm = RMSNorm(c)
+        if not c.tie_head:
+            wide = partial(lax.dot_general, preferred_element_type=jnp.float32)
+            self.lm_head = nn.Dense(
+                c.vocab_size, use_bias=False, dtype=c.dtype, param_dtype=c.param_dtype, dot_general=wide
+            )
+
+    def __call__(
+        self,
+        tokens_BxT: Array,
+        positions_BxT: Array | None = None,
+        segments_BxT: Array | None = None,
+        cache: Cache | None = None,
+    ) -> Any:
+        """Give logits_BxTxV (float32), or (logits, cache) when a cache is given. Arguments as in `hidden`."""
+        if cache is None:
+            return self.head(self.hidden(tokens_BxT, positions_BxT, segments_BxT))
+        x_BxTxD, cache = self.hidden(tokens_BxT, positions_BxT, segments_BxT, cache)
+        return self.head(x_BxTxD), cache
+
+    def hidden(
+        self,
+        tokens_BxT: Array,
+        positions_BxT: Array | None = None,
+        segments_BxT: Array | None = None,
+        cache: Cache | None = None,
+    ) -> Any:
+        """Give the last normalised state x_BxTxD in `config.dtype`, or (x, cache) when a cache is given.
+
+        A token attends to tokens of its row whose position is not negative and not after its own; so
+        position -1 marks padding, on either side. Positions default to 0, 1, 2, ... or to what follows the
+        cache. `segments_BxT` (int) keeps packed documents apart: a token sees its own segment only.
+
+        Raises `ValueError` for more tokens than `config.max_len` or than the cache holds, and for segments
+        with a cache. Writing past the cache's end over several calls gives NaN, as no shape shows it.
+        """
+        (B, T), c = tokens_BxT.shape, self.config
+        if c.max_len < T:
+            raise ValueError(f"{T} tokens are more than max_len={c.max_len}: cut them or raise max_len")
+        if positions_BxT is None:
+            first_Bx1 = 0 if cache is None else cache["positions"].max(axis=1, keepdims=True) + 1
+            positions_BxT = jnp.broadcast_to(first_Bx1 + jnp.arange(T, dtype=jnp.int32), (B, T))
+        masks = {"new": visible(positions_BxT, positions_BxT)}
+        if segments_BxT is not None:
+            if cache is not None:
+                raise ValueError("segments cannot be used with a cache: decode packed documents apart")
+            masks["new"] &= segments_BxT[:, :, None] == segments_BxT[:, None, :]
+        cached = None
+        x_BxTxD = self.embed(tokens_BxT)
+        if cache is not None:
+            slots = cache["positions"].shape[1]
+            if slots < T:
+                raise ValueError(f"{T} tokens do not fit a cache of {slots}: call init_cache with more")
+            masks["cached"] = visible(positions_BxT, cache["positions"])
+            cached = {"k": cache["k"], "v": cache["v"]}
+            x_BxTxD = jnp.where(cache["index"] + T <= slots, x_BxTxD, jnp.nan)
+        rope = rotary(positions_BxT, c.head_dim, c.rope_base)
+        x_BxTxD, new = self._run_layers(x_BxTxD, rope, masks, cached)
+        x_BxTxD = self.norm(x_BxTxD)
+        return x_BxTxD if cache is None else (x_BxTxD, extend(cache, new, positions_BxT))
+
+    def head(self, x: Array) -> Array:
+        """Give logits (..., V) in float32 for states (..., D), such as some rows of `hidden`."""
+        return self.embed.attend(x) if self.config.tie_head else self.lm_head(x)
+
+    def _run_layers(self, x_BxTxD: Array, rope: Any, masks: Any, cached: Any) -> tuple[Array, Any]:
+        if self.config.scan_layers:
+            return self.layers(x_BxTxD, rope, masks, cached)
+        news = []
+        for i, layer in enumerate(self.layers):
+            x_BxTxD, new = layer(x_BxTxD, rope, masks, jax.tree.map(lambda a, i=i: a[i], cached))
+            news.append(new)
+        return x_BxTxD, None if cached is None else jax.tree.map(lambda *a: jnp.stack(a), *news)
