@@ -15,7 +15,7 @@ class ByteTokenizer:
     ([72, 195, 169], 'Hé')
     """
 
-    vocabulary_size = 258
+    vocab_size = 258
     eos_id = 256
     pad_id = 257
     bos_id: int | None = None
@@ -25,11 +25,11 @@ class ByteTokenizer:
         """Give the bytes of a text, each in 0..255."""
         return list(text.encode("utf-8"))
 
-    def decode(self, ids: Iterable[int]) -> str:
-        """Give the text of a list of tokens; the special ones have none, broken UTF-8 becomes U+FFFD."""
+    def decode(self, ids: Iterable[int], *, skip_special: bool = True) -> str:
+        """Give the text of tokens; the special ones have none, and broken UTF-8 becomes U+FFFD."""
         return bytes(i for i in ids if i < 256).decode("utf-8", errors="replace")
 
-    def chat(self, messages: Sequence[Mapping[str, str]], add_generation_prompt: bool = True) -> str:
+    def chat(self, messages: Sequence[Mapping[str, str]], *, add_generation_prompt: bool = True) -> str:
         """Raise ValueError, for want of a chat template."""
         raise ValueError(
             "bytes have no chat template; use a model that has one, or {prompt, completion} lines"

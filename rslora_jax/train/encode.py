@@ -14,22 +14,20 @@ from rslora_jax.train.examples import Example, Message
 class Tokenizer(Protocol):
     """Describe what is asked of a tokenizer.
 
-    `encode` adds no token of its own, and reads special tokens where their text stands. `chat` renders the
-    model's chat template, special tokens included; it is called only if `chat_template` is not None.
+    `encode` gives what the model is given when it generates: the bos token in front if the model wants one,
+    and special tokens where their text stands. `chat` renders the chat template, special tokens included;
+    it is called only if `chat_template` is not None.
     """
 
     @property
     def eos_id(self) -> int: ...
-    @property
-    def bos_id(self) -> int | None: ...
     @property
     def pad_id(self) -> int: ...
     @property
     def chat_template(self) -> str | None: ...
 
     def encode(self, text: str) -> list[int]: ...
-    def decode(self, ids: list[int]) -> str: ...
-    def chat(self, messages: list[dict[str, str]], add_generation_prompt: bool = True) -> str: ...
+    def chat(self, messages: list[dict[str, str]], *, add_generation_prompt: bool = True) -> str: ...
 
 
 @dataclass(frozen=True, eq=False)
@@ -51,8 +49,7 @@ def encode_example(tokenizer: Tokenizer, example: Example) -> list[Encoded]:
 
     With a chat template the prompt is the user's turn and the completion the assistant's, which is learnt
     up to and including the template's end-of-turn token. Without one, prompt and completion are joined as
-    they stand (a chat of one question gets a newline after it), between the bos token, if there is one, and
-    the eos token, which is learnt.
+    they stand (a chat of one question gets a newline after it), and the eos token, which is learnt, follows.
 
     A chat gives one sequence in which all the assistant's turns are learnt. Some templates render a turn
     otherwise once it is history (they drop its reasoning, say): then that turn, as it is when it is
@@ -67,13 +64,17 @@ def encode_example(tokenizer: Tokenizer, example: Example) -> list[Encoded]:
     >>> encoded.ids_N.tolist(), encoded.is_learnt_N.tolist()
     ([97, 98, 99, 256], [False, False, True, True])
     """
-    if example.prompt == "" or tokenizer.chat_template is None:
-        encoded = [_encode_plain(tokenizer, example)]
-    else:
-        encoded = _encode_chat(tokenizer, example)
-    if not all(one.is_learnt_N.any() for one in encoded):
-        raise ValueError(f"{example.origin or 'an example'} leaves no token to learn; remove it")
-    return encoded
+    origin = example.origin or "an example"
+    try:
+        if example.prompt == "" or tokenizer.chat_template is None:
+            sequences = [_encode_plain(tokenizer, example)]
+        else:
+            sequences = _encode_chat(tokenizer, example)
+    except ValueError as error:
+        raise ValueError(f"{origin} cannot be encoded: {error}") from error
+    if not all(sequence.is_learnt_N.any() for sequence in sequences):
+        raise ValueError(f"{origin} leaves no token to learn; remove it")
+    return sequences
 
 
 def cut(encoded: Encoded, limit: int) -> Encoded:
@@ -112,16 +113,13 @@ def _encode_plain(tokenizer: Tokenizer, example: Example) -> Encoded:
     prompt = example.prompt
     if not isinstance(prompt, str):
         if [message.role for message in prompt] != ["user"]:
-            where = f"{example.origin} is" if example.origin else "an example is"
             raise ValueError(
-                f"{where} a chat of several turns and this model has no chat template; "
+                "it is a chat of several turns and the model has no chat template; "
                 "use an instruction-tuned model, or {prompt, completion} lines"
             )
         prompt = prompt[0].content + "\n"
-    bos = [] if tokenizer.bos_id is None else [tokenizer.bos_id]
-    prompt_ids = bos + (tokenizer.encode(prompt) if prompt else [])
-    completion_ids = _encode_after(tokenizer, prompt, example.completion, prompt_ids, len(bos))
-    return _encoded(prompt_ids, [*completion_ids, tokenizer.eos_id])
+    prompt_ids = tokenizer.encode(prompt)
+    return _encoded(prompt_ids, [*_encode_after(tokenizer, prompt, example.completion), tokenizer.eos_id])
 
 
 def _encode_chat(tokenizer: Tokenizer, example: Example) -> list[Encoded]:
@@ -155,23 +153,20 @@ def _encode_turn(tokenizer: Tokenizer, messages: Sequence[Message]) -> Encoded:
         if not found:
             raise ValueError("the chat template changes the assistant's text; use one that keeps it")
         whole = request + answer + end_of_turn
-    prompt_ids = tokenizer.encode(request)
-    completion_ids = _encode_after(tokenizer, request, whole[len(request) :], prompt_ids, 0)
-    return _encoded(prompt_ids, completion_ids if has_end_of_turn else [*completion_ids, tokenizer.eos_id])
+    completion_ids = _encode_after(tokenizer, request, whole[len(request) :])
+    end_ids = [] if has_end_of_turn else [tokenizer.eos_id]
+    return _encoded(tokenizer.encode(request), completion_ids + end_ids)
 
 
-def _encode_after(
-    tokenizer: Tokenizer, prompt: str, completion: str, prompt_ids: list[int], skipped: int
-) -> list[int]:
-    """Encode the completion so that prompt_ids, which is all that is seen when generating, stay as they are.
-
-    Encoded jointly if that keeps them: some tokenizers put a space before whatever they are given.
-    """
-    own_ids = prompt_ids[skipped:]
+def _encode_after(tokenizer: Tokenizer, prompt: str, completion: str) -> list[int]:
+    # Encoded jointly, as some tokenizers put a space or a bos token before whatever they are given; but not
+    # if the prompt's end then merges with the completion: when generating, the prompt is all there is.
+    prompt_ids = tokenizer.encode(prompt)
     joint = tokenizer.encode(prompt + completion)
-    if joint[: len(own_ids)] == own_ids:
-        return joint[len(own_ids) :]
-    return tokenizer.encode(completion)
+    if joint[: len(prompt_ids)] == prompt_ids:
+        return joint[len(prompt_ids) :]
+    alone, nothing = tokenizer.encode(completion), tokenizer.encode("")
+    return alone[len(nothing) :] if alone[: len(nothing)] == nothing else alone
 
 
 def _encoded(prompt_ids: list[int], completion_ids: list[int]) -> Encoded:

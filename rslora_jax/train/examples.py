@@ -92,7 +92,7 @@ def _lines(path: Path) -> Iterator[tuple[int, bytes]]:
             for number, line in enumerate(file, start=1):
                 if number == 1:
                     line = line.removeprefix(b"\xef\xbb\xbf")
-                if line.strip():
+                if line := line.rstrip():
                     yield number, line
     except OSError as error:
         reason = (error.strerror or str(error)).lower()
