@@ -1,0 +1,187 @@
+"""Batches of tokens, each a pure function of the seed and its number."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import grain
+import numpy as np
+
+from rslora_jax.train.encode import Encoded, Tokenizer, cut, encode_example
+from rslora_jax.train.examples import Example
+from rslora_jax.train.packing import pack
+
+
+class Batch(NamedTuple):
+    """Hold B rows of T tokens as a pytree of arrays, always of one shape, so a step compiles once.
+
+    The shift is done here: `targets_BxT[b, t]` is the token that follows `tokens_BxT[b, t]` in its example,
+    so logits at t are scored against targets at t, with weight `loss_mask_BxT[b, t]`. An example of n
+    tokens fills n - 1 places; its last token is only a target.
+
+    - tokens_BxT: int32, what the model reads; `pad_id` where there is no example.
+    - targets_BxT: int32, what it should predict; `pad_id` where there is no example.
+    - loss_mask_BxT: float32, 1 where the target is learnt, else 0.
+    - positions_BxT: int32, from 0 within each example; 0 where there is none.
+    - segment_ids_BxT: int32, 1, 2, ... for the examples of a row, 0 where there is none. Attention stays
+      between equal ids.
+    """
+
+    tokens_BxT: np.ndarray
+    targets_BxT: np.ndarray
+    loss_mask_BxT: np.ndarray
+    positions_BxT: np.ndarray
+    segment_ids_BxT: np.ndarray
+
+
+@dataclass(frozen=True)
+class Statistics:
+    """Count what a data set holds, and what was cut to make it fit. Printed, it is a line or two.
+
+    `sequences` is above `examples` where a chat had to be taken apart (see `encode_example`). `tokens` are
+    those the model reads, `loss_tokens` those it learns, `padding` the part of all places that is empty.
+    """
+
+    examples: int
+    sequences: int
+    tokens: int
+    loss_tokens: int
+    rows: int
+    row_length: int
+    padding: float
+    prompts_cut: int
+    completions_cut: int
+    tokens_cut: int
+
+    def __str__(self) -> str:
+        line = (
+            f"{self.examples:,} examples, {self.tokens:,} tokens ({self.loss_tokens:,} with loss) "
+            f"in {self.rows:,} rows of {self.row_length:,} ({self.padding:.1%} padding)"
+        )
+        if self.tokens_cut:
+            line += (
+                f"\n{self.tokens_cut:,} tokens cut to fit, from {self.prompts_cut:,} prompts "
+                f"and {self.completions_cut:,} completions"
+            )
+        return line
+
+
+@dataclass(frozen=True, eq=False)
+class Rows:
+    """Hold encoded examples and which of them share each row, ready to be batched. See `prepare`."""
+
+    sequences: tuple[Encoded, ...]
+    rows: tuple[tuple[int, ...], ...]
+    max_len: int
+    pad_id: int
+    statistics: Statistics
+
+
+def prepare(
+    tokenizer: Tokenizer, examples: Sequence[Example], *, max_len: int, packed: bool = True, seed: int = 0
+) -> Rows:
+    """Encode examples, cut those that do not fit, and lay them out in rows of `max_len`.
+
+    Packed, several examples share a row, and the model must obey segment ids and positions. For a model
+    that does not, `packed=False` gives each example its own row, padded at the right, which a causal model
+    cannot see.
+
+    Raises:
+        ValueError: there are no examples, `max_len` is below 1, or an example cannot be encoded.
+
+    >>> from rslora_jax.train.bytelevel import ByteTokenizer
+    >>> sums = [Example("1+1=", "2"), Example("2+2=", "4"), Example("40+2=", "42")]
+    >>> print(prepare(ByteTokenizer(), sums, max_len=12).statistics)
+    3 examples, 17 tokens (7 with loss) in 2 rows of 12 (29.2% padding)
+    """
+    if max_len < 1:
+        raise ValueError(f"max_len is {max_len}; it must be at least 1")
+    if not examples:
+        raise ValueError("there are no examples to prepare; give at least one")
+    whole = [encoded for example in examples for encoded in encode_example(tokenizer, example)]
+    sequences = tuple(cut(encoded, max_len + 1) for encoded in whole)
+    lengths = [len(encoded.ids_N) - 1 for encoded in sequences]
+    rows = tuple(pack(lengths, max_len, seed=seed)) if packed else tuple((i,) for i in range(len(sequences)))
+    statistics = Statistics(
+        examples=len(examples),
+        sequences=len(sequences),
+        tokens=sum(lengths),
+        loss_tokens=sum(int(encoded.is_learnt_N.sum()) for encoded in sequences),
+        rows=len(rows),
+        row_length=max_len,
+        padding=1 - sum(lengths) / (len(rows) * max_len),
+        prompts_cut=sum(encoded.cut[0] > 0 for encoded in sequences),
+        completions_cut=sum(encoded.cut[1] > 0 for encoded in sequences),
+        tokens_cut=sum(sum(encoded.cut) for encoded in sequences),
+    )
+    return Rows(sequences, rows, max_len, tokenizer.pad_id, statistics)
+
+
+def train_batches(rows: Rows, *, batch_size: int, seed: int = 0) -> grain.MapDataset:
+    """Give the endless training batches, by number: `train_batches(...)[n]` is a `Batch`.
+
+    Batch n depends on the arguments and n alone, so a run resumes exactly by going on from its step's number.
+    Each epoch is its own shuffle of the rows and has each row once; a batch may end one epoch and begin the
+    next. Which examples share a row stays the same, so that batch n needs no packing of the epochs before.
+
+    Raises:
+        ValueError: `batch_size` is below 1.
+
+    >>> from rslora_jax.train.bytelevel import ByteTokenizer
+    >>> rows = prepare(ByteTokenizer(), [Example("1+1=", "2"), Example("2+2=", "4")], max_len=8)
+    >>> train_batches(rows, batch_size=3)[10**6].tokens_BxT.shape
+    (3, 8)
+    """
+    _check_batch_size(batch_size)
+    # grain shuffles epoch e with seed + e: hashed seeds keep run 1 from being run 0, an epoch late.
+    hashed = int(np.random.SeedSequence(seed).generate_state(1)[0])
+    order = grain.MapDataset.range(len(rows.rows)).shuffle(seed=hashed).repeat()
+    return order.map(lambda index: _row(rows, rows.rows[index])).batch(batch_size)
+
+
+def heldout_batches(rows: Rows, *, batch_size: int) -> grain.MapDataset:
+    """Give batches that hold every example exactly once, the last one filled up with empty rows.
+
+    Raises:
+        ValueError: `batch_size` is below 1.
+
+    >>> from rslora_jax.train.bytelevel import ByteTokenizer
+    >>> rows = prepare(ByteTokenizer(), [Example("1+1=", "2")], max_len=8)
+    >>> batch, = heldout_batches(rows, batch_size=2)
+    >>> batch.loss_mask_BxT.sum(axis=1).tolist()
+    [2.0, 0.0]
+    """
+    _check_batch_size(batch_size)
+    filled = math.ceil(len(rows.rows) / batch_size) * batch_size
+    padded = rows.rows + ((),) * (filled - len(rows.rows))
+    return grain.MapDataset.range(filled).map(lambda index: _row(rows, padded[index])).batch(batch_size)
+
+
+def _check_batch_size(batch_size: int) -> None:
+    if batch_size < 1:
+        raise ValueError(f"batch_size is {batch_size}; it must be at least 1")
+
+
+def _row(rows: Rows, members: tuple[int, ...]) -> Batch:
+    shape = (rows.max_len,)
+    row = Batch(
+        tokens_BxT=np.full(shape, rows.pad_id, np.int32),
+        targets_BxT=np.full(shape, rows.pad_id, np.int32),
+        loss_mask_BxT=np.zeros(shape, np.float32),
+        positions_BxT=np.zeros(shape, np.int32),
+        segment_ids_BxT=np.zeros(shape, np.int32),
+    )
+    start = 0
+    for segment, index in enumerate(members, start=1):
+        encoded = rows.sequences[index]
+        places = slice(start, start + len(encoded.ids_N) - 1)
+        row.tokens_BxT[places] = encoded.ids_N[:-1]
+        row.targets_BxT[places] = encoded.ids_N[1:]
+        row.loss_mask_BxT[places] = encoded.is_learnt_N[1:]
+        row.positions_BxT[places] = np.arange(len(encoded.ids_N) - 1)
+        row.segment_ids_BxT[places] = segment
+        start = places.stop
+    return row

@@ -1,0 +1,179 @@
+"""From examples to tokens: the chat template, which tokens are learnt, and what is cut from the long ones."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import numpy as np
+
+from rslora_jax.train.examples import Example, Message
+
+
+class Tokenizer(Protocol):
+    """Describe what is asked of a tokenizer.
+
+    `encode` gives what the model is given when it generates: the bos token in front if the model wants one,
+    and special tokens where their text stands. `chat` renders the chat template, special tokens included;
+    it is called only if `chat_template` is not None.
+    """
+
+    @property
+    def eos_id(self) -> int: ...
+    @property
+    def pad_id(self) -> int: ...
+    @property
+    def chat_template(self) -> str | None: ...
+
+    def encode(self, text: str) -> list[int]: ...
+    def chat(self, messages: list[dict[str, str]], *, add_generation_prompt: bool = True) -> str: ...
+
+
+@dataclass(frozen=True, eq=False)
+class Encoded:
+    """Hold the tokens of one example: `ids_N` int32, and `is_learnt_N` bool, true where there is loss.
+
+    `is_learnt_N[i]` says that predicting token i, from those before it, is part of the loss; nothing comes
+    before token 0, so it is never learnt. `cut` counts the tokens taken from the prompt and from the
+    completion.
+    """
+
+    ids_N: np.ndarray
+    is_learnt_N: np.ndarray
+    cut: tuple[int, int] = (0, 0)
+
+
+def encode_example(tokenizer: Tokenizer, example: Example) -> list[Encoded]:
+    """Turn one example into tokens, and mark those that are learnt.
+
+    With a chat template the prompt is the user's turn and the completion the assistant's, which is learnt
+    up to and including the template's end-of-turn token. Without one, prompt and completion are joined as
+    they stand (a chat of one question gets a newline after it), and the eos token, which is learnt, follows.
+
+    A chat gives one sequence in which all the assistant's turns are learnt. Some templates render a turn
+    otherwise once it is history (they drop its reasoning, say): then that turn, as it is when it is
+    generated, is a sequence of its own, so that what is learnt is always what the model will meet.
+
+    Raises:
+        ValueError: the example leaves no token to learn, or is a chat of several turns and the model has no
+            chat template.
+
+    >>> from rslora_jax.train.bytelevel import ByteTokenizer
+    >>> encoded, = encode_example(ByteTokenizer(), Example("ab", "c"))
+    >>> encoded.ids_N.tolist(), encoded.is_learnt_N.tolist()
+    ([97, 98, 99, 256], [False, False, True, True])
+    """
+    origin = example.origin or "an example"
+    try:
+        if example.prompt == "" or tokenizer.chat_template is None:
+            sequences = [_encode_plain(tokenizer, example)]
+        else:
+            sequences = _encode_chat(tokenizer, example)
+    except ValueError as error:
+        raise ValueError(f"{origin} cannot be encoded: {error}") from error
+    if not all(sequence.is_learnt_N.any() for sequence in sequences):
+        raise ValueError(f"{origin} leaves no token to learn; remove it")
+    return sequences
+
+
+def cut(encoded: Encoded, limit: int) -> Encoded:
+    """Shorten an example to `limit` tokens, at the cost of its prompt first.
+
+    The prompt loses its middle: its start has the special tokens and the instructions, its end the request.
+    A completion that does not fit beside the prompt's first token is cut at its end, so there it does
+    not learn to stop.
+
+    >>> ids, learnt = np.arange(8, dtype=np.int32), np.arange(8) >= 6
+    >>> cut(Encoded(ids, learnt), 5).ids_N.tolist()
+    [0, 1, 5, 6, 7]
+    """
+    size = len(encoded.ids_N)
+    if size <= limit:
+        return encoded
+    if limit < 2:
+        raise ValueError(
+            f"limit is {limit}; an example needs at least 2 tokens, one to read and one to learn"
+        )
+    not_learnt = np.flatnonzero(~encoded.is_learnt_N)
+    completion = int(not_learnt[-1]) + 1
+    room = min(completion, max(limit - (size - completion), 1))
+    kept_tail = room // 2
+    kept_head = room - kept_tail
+    kept = np.concatenate([np.arange(kept_head), np.arange(completion - kept_tail, size)])[:limit]
+    is_learnt_N = encoded.is_learnt_N[kept]
+    if kept_tail and room < completion:
+        # The token after the gap would be predicted from the wrong one.
+        is_learnt_N[kept_head] = False
+    lost_prompt = completion - room
+    return Encoded(encoded.ids_N[kept], is_learnt_N, (lost_prompt, size - limit - lost_prompt))
+
+
+def _encode_plain(tokenizer: Tokenizer, example: Example) -> Encoded:
+    prompt = example.prompt
+    if not isinstance(prompt, str):
+        if [message.role for message in prompt] != ["user"]:
+            raise ValueError(
+                "it is a chat of several turns and the model has no chat template; "
+                "use an instruction-tuned model, or {prompt, completion} lines"
+            )
+        prompt = prompt[0].content + "\n"
+    prompt_ids = tokenizer.encode(prompt)
+    return _encoded(prompt_ids, [*_encode_after(tokenizer, prompt, example.completion), tokenizer.eos_id])
+
+
+def _encode_chat(tokenizer: Tokenizer, example: Example) -> list[Encoded]:
+    prompt = example.prompt
+    before = (Message("user", prompt),) if isinstance(prompt, str) else prompt
+    messages = (*before, Message("assistant", example.completion))
+    sequences: list[Encoded] = []
+    for end, message in enumerate(messages):
+        if message.role != "assistant":
+            continue
+        turn = _encode_turn(tokenizer, messages[: end + 1])
+        if sequences and _begins_with(turn, sequences[-1]):
+            turn.is_learnt_N[: len(sequences[-1].ids_N)] |= sequences[-1].is_learnt_N
+            sequences[-1] = turn
+        else:
+            sequences.append(turn)
+    return sequences
+
+
+def _encode_turn(tokenizer: Tokenizer, messages: Sequence[Message]) -> Encoded:
+    turns = [{"role": message.role, "content": message.content} for message in messages]
+    answer = messages[-1].content.strip()
+    # Without the newline that many templates write after the end-of-turn token: it is never generated.
+    whole = tokenizer.chat(turns, add_generation_prompt=False).rstrip()
+    has_end_of_turn = not whole.endswith(answer)
+    request = tokenizer.chat(turns[:-1], add_generation_prompt=True)
+    if not whole.startswith(request):
+        # The request opens the answer in a way that a finished turn does not show (a reasoning block, say).
+        # The answer will be asked for with the request, so it is learnt after the request.
+        _, found, end_of_turn = whole.rpartition(answer)
+        if not found:
+            raise ValueError("the chat template changes the assistant's text; use one that keeps it")
+        whole = request + answer + end_of_turn
+    completion_ids = _encode_after(tokenizer, request, whole[len(request) :])
+    end_ids = [] if has_end_of_turn else [tokenizer.eos_id]
+    return _encoded(tokenizer.encode(request), completion_ids + end_ids)
+
+
+def _encode_after(tokenizer: Tokenizer, prompt: str, completion: str) -> list[int]:
+    # Encoded jointly, as some tokenizers put a space or a bos token before whatever they are given; but not
+    # if the prompt's end then merges with the completion: when generating, the prompt is all there is.
+    prompt_ids = tokenizer.encode(prompt)
+    joint = tokenizer.encode(prompt + completion)
+    if joint[: len(prompt_ids)] == prompt_ids:
+        return joint[len(prompt_ids) :]
+    alone, nothing = tokenizer.encode(completion), tokenizer.encode("")
+    return alone[len(nothing) :] if alone[: len(nothing)] == nothing else alone
+
+
+def _encoded(prompt_ids: list[int], completion_ids: list[int]) -> Encoded:
+    ids_N = np.asarray(prompt_ids + completion_ids, dtype=np.int32)
+    is_learnt_N = np.arange(len(ids_N)) >= max(len(prompt_ids), 1)
+    return Encoded(ids_N, is_learnt_N)
+
+
+def _begins_with(whole: Encoded, start: Encoded) -> bool:
+    return np.array_equal(whole.ids_N[: len(start.ids_N)], start.ids_N)
