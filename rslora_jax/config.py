@@ -41,7 +41,7 @@ class LoraConfig:
     True
     """
 
-    rank: int = 16
+    rank: int = 32
     alpha: float = 16.0
     scaling: str | Callable[[int], float] = "rslora"
     targets: str | Sequence[str] = "all-linear"
@@ -62,10 +62,12 @@ class LoraConfig:
             value = getattr(self, name)
             pairs = value.items() if isinstance(value, Mapping) else value
             object.__setattr__(self, name, tuple((str(p), v) for p, v in pairs))
-        for rank in (self.rank, *(v for _, v in self.rank_pattern)):  # type: ignore[union-attr]
+        ranks: Any = self.rank_pattern
+        alphas: Any = self.alpha_pattern
+        for rank in (self.rank, *(v for _, v in ranks)):
             if isinstance(rank, bool) or not isinstance(rank, int) or rank < 1:
                 raise ValueError(f"rank={rank!r} is not a positive whole number: an adapter needs a rank of 1 or more")
-        for alpha in (self.alpha, *(v for _, v in self.alpha_pattern)):  # type: ignore[union-attr]
+        for alpha in (self.alpha, *(v for _, v in alphas)):
             if isinstance(alpha, bool) or not isinstance(alpha, (int, float)) or not 0 < alpha < float("inf"):
                 raise ValueError(f"alpha={alpha!r} is not a positive number")
         if not callable(self.scaling):
@@ -75,23 +77,33 @@ class LoraConfig:
         if self.on_fallback not in ("warn", "error"):
             raise ValueError(f"on_fallback={self.on_fallback!r} is not known: use 'warn' or 'error'")
 
-    def to_json(self) -> str:
-        """Return the config as JSON; a function in it cannot be written and is an error."""
+    def to_dict(self) -> dict[str, Any]:
+        """Return the config as plain JSON values; a function in it cannot be written and is an error."""
         for name in ("scaling", "init"):
             if callable(getattr(self, name)):
-                raise ValueError(f"{name} is a function, which JSON cannot hold: name a built-in one to save this config")
-        return json.dumps(dataclasses.asdict(self), indent=1)
+                raise ValueError(
+                    f"{name} is a function, which JSON cannot hold: name a built-in one to save this config"
+                )
+        return json.loads(json.dumps(dataclasses.asdict(self)))
+
+    @classmethod
+    def from_dict(cls, fields: Mapping[str, Any]) -> "LoraConfig":
+        """Read what `to_dict` wrote; a field that this version does not know is an error."""
+        unknown = set(fields) - {f.name for f in dataclasses.fields(cls)}
+        if unknown:
+            raise ValueError(
+                f"LoraConfig has no field {', '.join(sorted(unknown))}: was it written by a newer version?"
+            )
+        return cls(**fields)
+
+    def to_json(self) -> str:
+        """Return `to_dict` as text."""
+        return json.dumps(self.to_dict(), indent=1)
 
     @classmethod
     def from_json(cls, text: str) -> "LoraConfig":
-        """Read a config from JSON; a field that this version does not know is an error."""
-        fields = json.loads(text)
-        unknown = set(fields) - {f.name for f in dataclasses.fields(cls)}
-        if unknown:
-            raise ValueError(f"LoraConfig has no field {', '.join(sorted(unknown))}: was it written by a newer version?")
-        for name in ("rank_pattern", "alpha_pattern"):
-            fields[name] = [tuple(pair) for pair in fields.get(name, ())]
-        return cls(**fields)
+        """Read what `to_json` wrote."""
+        return cls.from_dict(json.loads(text))
 
 
 def matches(path: str, pattern: str) -> bool:

@@ -102,26 +102,28 @@ def select(
             if other:
                 raise ValueError(
                     f"target {pattern!r} matches {other[0]} of shape {shapes[other[0]]}, which no matrix product or "
-                    f"look-up uses as a weight, so it cannot be factored: did you mean {near_misses(pattern, list(roles))}?"
+                    "look-up uses as a weight, so it cannot be factored: did you mean "
+                    f"{near_misses(pattern, list(roles))}?"
                 )
-            raise ValueError(
-                f"target {pattern!r} matches no weight: did you mean {near_misses(pattern, list(roles))}?"
-            )
+            raise ValueError(f"target {pattern!r} matches no weight: did you mean {near_misses(pattern, list(roles))}?")
         chosen |= hit
     for pattern in exclude:
         if not any(matches(p, pattern) for p in shapes):
-            raise ValueError(f"exclude {pattern!r} matches no weight: did you mean {near_misses(pattern, list(roles))}?")
+            raise ValueError(
+                f"exclude {pattern!r} matches no weight: did you mean {near_misses(pattern, list(roles))}?"
+            )
         chosen = {p for p in chosen if not matches(p, pattern)}
     if not chosen:
         raise ValueError(
-            "no weight is left to adapt: the function uses none of its parameters in a matrix product, or all are excluded"
-            + (f"; the weights it uses are {', '.join(list(roles)[:3])}" if roles else "")
+            "no weight is left to adapt: the function uses none of its parameters in a matrix product, or all are "
+            "excluded" + (f"; the weights it uses are {', '.join(list(roles)[:3])}" if roles else "")
         )
     for name in ("rank_pattern", "alpha_pattern"):
         for pattern, _ in getattr(config, name):
             if not any(matches(p, pattern) for p in chosen):
                 raise ValueError(
-                    f"{name} {pattern!r} matches no adapted weight: did you mean {near_misses(pattern, sorted(chosen))}?"
+                    f"{name} {pattern!r} matches no adapted weight: did you mean "
+                    f"{near_misses(pattern, sorted(chosen))}?"
                 )
 
     sites, warnings = {}, []
@@ -134,7 +136,9 @@ def select(
         if rank > full:
             text = f"rank {rank} is above {full}, the full rank of {path} ({site.in_size} x {site.out_size})"
             if not config.allow_large_rank:
-                raise ValueError(f"{text}: lower it, give this weight its own in rank_pattern, or set allow_large_rank=True")
+                raise ValueError(
+                    f"{text}: lower it, give this weight its own in rank_pattern, or set allow_large_rank=True"
+                )
             warnings.append(text)
         sites[path] = site
     return sites, warnings

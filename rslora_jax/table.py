@@ -57,4 +57,6 @@ def table(sites: Mapping[str, Site], num_base: int) -> str:
     total = sum(site.num_parameters for site in sites.values())
     weights = sum(math.prod(s.sizes(s.stack_axes)) for s in sites.values())
     share = 100 * total / max(num_base, 1)
-    return f"{text}\n{total:,} parameters to train on {weights} matrices; the base keeps its {num_base:,} ({share:.2f}%)"
+    return (
+        f"{text}\n{total:,} parameters to train on {weights} matrices; the base keeps its {num_base:,} ({share:.2f}%)"
+    )

@@ -23,6 +23,7 @@ from rslora_jax.transform.rules import RULES
 from rslora_jax.transform.views import View, materialise
 
 Adapters = dict[str, dict[str, Array]]
+DEFAULT = LoraConfig()
 
 
 class RsloraWarning(UserWarning):
@@ -106,7 +107,9 @@ class Lora:
                 raise ValueError(f"parameter {name} has shape {shapes[name]}, and was wrapped with shape {shape}")
         for name, site in self.sites.items():
             if name not in adapters:
-                raise ValueError(f"the adapters have none for {name}: they were made for another config or another base")
+                raise ValueError(
+                    f"the adapters have none for {name}: they were made for another config or another base"
+                )
             for factor, shape in (("a", site.a_shape), ("b", site.b_shape)):
                 found = tuple(np.shape(adapters[name][factor]))
                 if found != shape:
@@ -129,7 +132,7 @@ class Lora:
     __repr__ = __str__
 
 
-def wrap(fn: Callable[..., Any], params: Any, *args: Any, config: LoraConfig = LoraConfig(), **kwargs: Any) -> Lora:
+def wrap(fn: Callable[..., Any], params: Any, *args: Any, config: LoraConfig = DEFAULT, **kwargs: Any) -> Lora:
     """Give a function adapters on the weights it uses; the function itself is left as it is.
 
     `fn(params, *args, **kwargs)` is traced once, with abstract values; every weight in `params` is found
@@ -205,8 +208,7 @@ def array_leaves(params: Any) -> dict[str, Any]:
 def views_of(leaves: Sequence[Any], names: Sequence[str], sites: Mapping[str, Site], adapters: Adapters) -> list[Any]:
     """Return a program's inputs, those that are adapted as views; the first are the parameters of `names`."""
     views = [
-        view_of(w, sites[name], adapters[name]) if name in sites else w
-        for w, name in zip(leaves, names, strict=False)
+        view_of(w, sites[name], adapters[name]) if name in sites else w for w, name in zip(leaves, names, strict=False)
     ]
     return [*views, *leaves[len(names) :]]
 

@@ -158,7 +158,9 @@ def control(name: str) -> Case:
     """Programs that use one weight inside a loop, a branch or a call."""
 
     def while_(p, x):
-        return lax.while_loop(lambda c: (c[1] < 3) & (jnp.sum(c[0] @ p["w"]) < 1e9), lambda c: (jnp.sin(c[0] @ p["w"]), c[1] + 1), (x, 0))[0]
+        return lax.while_loop(
+            lambda c: (c[1] < 3) & (jnp.sum(c[0] @ p["w"]) < 1e9), lambda c: (jnp.sin(c[0] @ p["w"]), c[1] + 1), (x, 0)
+        )[0]
 
     def while_carry(p, x):
         return lax.while_loop(lambda c: c[1] < 3, lambda c: (jnp.sin(c[0] @ c[2]), c[1] + 1, c[2]), (x, 0, p["w"]))[0]
@@ -181,8 +183,17 @@ def control(name: str) -> Case:
         f = jax.checkpoint(lambda x: jnp.sin(x @ p["w"]) @ p["w"], policy=jax.checkpoint_policies.dots_saveable)
         return f(x)
 
-    fns = {f.__name__: f for f in (while_, while_carry, fori_carry, cond, switch_of_weights, jit_of_transpose, checkpoint_policy)}
-    return Case(fns[name], {"w": normal(3, 12, 12)}, (normal(5, 6, 12),), sites=1, fallback="cond" if name == "switch_of_weights" else "")
+    fns = {
+        f.__name__: f
+        for f in (while_, while_carry, fori_carry, cond, switch_of_weights, jit_of_transpose, checkpoint_policy)
+    }
+    return Case(
+        fns[name],
+        {"w": normal(3, 12, 12)},
+        (normal(5, 6, 12),),
+        sites=1,
+        fallback="cond" if name == "switch_of_weights" else "",
+    )
 
 
 def layout(name: str) -> Case:

@@ -59,9 +59,7 @@ def test_law_1_fresh_adapters_change_nothing(case):
     lora = wrapped(case)
     adapters = lora.init(jax.random.key(3))
     with jax.disable_jit():
-        chex.assert_trees_all_equal(
-            lora.apply(case.params, adapters, *case.args), case.fn(case.params, *case.args)
-        )
+        chex.assert_trees_all_equal(lora.apply(case.params, adapters, *case.args), case.fn(case.params, *case.args))
     compiled = jax.jit(lora.apply)(case.params, adapters, *case.args)
     tolerance = 1e-6 if case.tolerance < 1e-3 else case.tolerance
     assert_near(compiled, jax.jit(case.fn)(case.params, *case.args), tolerance)
@@ -112,9 +110,7 @@ def test_law_3_scale_is_that_of_the_weights_own_rank_and_alpha(scaling, power):
         return x @ p["one"] + x @ p["two"]
 
     params, x = {"one": normal(0, 20, 30), "two": normal(1, 20, 30)}, normal(2, 4, 20)
-    config = rslora.LoraConfig(
-        rank=5, alpha=7, rank_pattern={"tw*": 11}, alpha_pattern={"two": 3}, scaling=scaling
-    )
+    config = rslora.LoraConfig(rank=5, alpha=7, rank_pattern={"tw*": 11}, alpha_pattern={"two": 3}, scaling=scaling)
     lora = rslora.wrap(fn, params, x, config=config)
     adapters = trained(lora)
     x64 = np.asarray(x, np.float64)
@@ -222,7 +218,7 @@ LOUD = {
     "custom_vjp_call": lambda p, x: straight_through(x, p["w"]) + x @ p["w"],
     "derivative rule of custom_jvp": lambda p, x: doubled(x, p["w"]),
     "sort": lambda p, x: x @ p["w"] + x @ jnp.sort(p["w"]),
-    "dot_general of two weights": lambda p, x: x @ (p["w"] @ p["v"]),
+    "dot_general of two weights": lambda p, x: x @ (p["w"] @ p["w"]),
     "output of the function": lambda p, x: (x @ p["w"], p["w"]),
 }
 

@@ -189,9 +189,7 @@ def _config(
     )
 
 
-def _tensor_reader(
-    path: Path, tensors: dict[str, ReaderTensor], config: LlamaConfig
-) -> Callable[[str], np.ndarray]:
+def _tensor_reader(path: Path, tensors: dict[str, ReaderTensor], config: LlamaConfig) -> Callable[[str], np.ndarray]:
     """Give a function that takes a tensor out of `tensors`: checked, dequantised, in `Llama`'s layout."""
     c = config
     q_width, kv_width = c.num_heads * c.head_dim, c.num_kv_heads * c.head_dim

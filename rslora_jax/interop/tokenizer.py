@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NoReturn
 
@@ -75,12 +76,8 @@ class Tokenizer:
         """
         if self.chat_template is None:
             raise ValueError("this tokenizer has no chat template: write the prompt out as plain text")
-        # The two options and the names below are what templates written for Hugging Face rely on.
-        environment = ImmutableSandboxedEnvironment(
-            trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"]
-        )
         try:
-            return environment.from_string(self.chat_template).render(
+            return _template(self.chat_template).render(
                 messages=messages,
                 add_generation_prompt=add_generation_prompt,
                 bos_token=self._token(self.bos_id),
@@ -144,6 +141,16 @@ def tokenizer_from_metadata(metadata: Mapping[str, Any]) -> Tokenizer:
         add_bos=bool(metadata.get("tokenizer.ggml.add_bos_token", False)),
         chat_template=metadata.get("tokenizer.chat_template"),
     )
+
+
+@functools.cache  # a data set renders one template thousands of times
+def _template(source: str) -> jinja2.Template:
+    # The two options here, and the names given when rendering, are what templates written for Hugging Face
+    # rely on.
+    environment = ImmutableSandboxedEnvironment(
+        trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"]
+    )
+    return environment.from_string(source)
 
 
 def _added(tokens: Sequence[str], types: Sequence[int], kind: int) -> list[AddedToken]:

@@ -42,9 +42,7 @@ def rotate(x_BxTxNxH: Array, cos: Array, sin: Array) -> Array:
     """
     first, second = jnp.split(x_BxTxNxH.astype(jnp.float32), 2, axis=-1)
     cos, sin = cos[:, :, None], sin[:, :, None]
-    return jnp.concatenate([first * cos - second * sin, second * cos + first * sin], -1).astype(
-        x_BxTxNxH.dtype
-    )
+    return jnp.concatenate([first * cos - second * sin, second * cos + first * sin], -1).astype(x_BxTxNxH.dtype)
 
 
 def attend(q_BxTxNxH: Array, blocks: list[tuple[Array, Array, Array]]) -> Array:

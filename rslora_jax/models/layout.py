@@ -53,11 +53,7 @@ def _stack(name: str, collection: Mapping[str, Any]) -> dict[str, Any]:
 
 def _unstack(name: str, collection: Mapping[str, Any]) -> dict[str, Any]:
     if "layers" not in collection:
-        raise ValueError(
-            f"{name!r} has no stacked 'layers' to take apart: it holds {', '.join(sorted(collection))}"
-        )
+        raise ValueError(f"{name!r} has no stacked 'layers' to take apart: it holds {', '.join(sorted(collection))}")
     count = len(jax.tree.leaves(collection["layers"])[0])
-    parts = {
-        f"{_PREFIX}{i}": jax.tree.map(lambda leaf, i=i: leaf[i], collection["layers"]) for i in range(count)
-    }
+    parts = {f"{_PREFIX}{i}": jax.tree.map(lambda leaf, i=i: leaf[i], collection["layers"]) for i in range(count)}
     return parts | {k: v for k, v in collection.items() if k != "layers"}

@@ -80,9 +80,7 @@ class LlamaConfig:
         if self.head_dim % 2:
             raise ValueError(f"head_dim={self.head_dim} is odd: rotary embedding turns pairs of coordinates")
         if self.remat not in (None, "none", "full", *REMAT_POLICIES):
-            raise ValueError(
-                f"remat={self.remat!r} is unknown: use None, 'full' or one of {', '.join(REMAT_POLICIES)}"
-            )
+            raise ValueError(f"remat={self.remat!r} is unknown: use None, 'full' or one of {', '.join(REMAT_POLICIES)}")
 
 
 class RMSNorm(nn.Module):

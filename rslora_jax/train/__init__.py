@@ -1,1 +1,36 @@
+"""Training: data, one compiled step, and the loop around it. Needs the extra `train`."""
 
+try:
+    import grain as _grain  # noqa: F401
+    import rich as _rich  # noqa: F401
+except ImportError as error:
+    raise ImportError(f"rslora_jax.train needs {error.name}: pip install 'rslora_jax[train]'") from error
+
+from rslora_jax.train.batches import Batch, Rows, heldout_batches, prepare, train_batches
+from rslora_jax.train.docstrings import docstring_pairs
+from rslora_jax.train.examples import Example, Message, read_jsonl
+from rslora_jax.train.loop import NonFiniteLoss, Result, fit
+from rslora_jax.train.loss import Loss, cross_entropy, logits_loss, token_loss
+from rslora_jax.train.state import TrainState, make_evaluate, make_step
+
+__all__ = [
+    "Batch",
+    "Example",
+    "Loss",
+    "Message",
+    "NonFiniteLoss",
+    "Result",
+    "Rows",
+    "TrainState",
+    "cross_entropy",
+    "docstring_pairs",
+    "fit",
+    "heldout_batches",
+    "logits_loss",
+    "make_evaluate",
+    "make_step",
+    "prepare",
+    "read_jsonl",
+    "token_loss",
+    "train_batches",
+]

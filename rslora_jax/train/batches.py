@@ -79,6 +79,12 @@ class Rows:
     pad_id: int
     statistics: Statistics
 
+    @property
+    def places(self) -> int:
+        """The largest number of tokens with loss in one row, at least 1."""
+        learnt = [int(encoded.is_learnt_N[1:].sum()) for encoded in self.sequences]
+        return max(1, *(sum(learnt[i] for i in row) for row in self.rows), 1)
+
 
 def prepare(
     tokenizer: Tokenizer, examples: Sequence[Example], *, max_len: int, packed: bool = True, seed: int = 0

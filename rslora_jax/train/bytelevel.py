@@ -31,6 +31,4 @@ class ByteTokenizer:
 
     def chat(self, messages: Sequence[Mapping[str, str]], *, add_generation_prompt: bool = True) -> str:
         """Raise ValueError, for want of a chat template."""
-        raise ValueError(
-            "bytes have no chat template; use a model that has one, or {prompt, completion} lines"
-        )
+        raise ValueError("bytes have no chat template; use a model that has one, or {prompt, completion} lines")

@@ -21,7 +21,7 @@ _LINUX_SPLITS_OFF = {"idlelib", "tkinter", "turtledemo", "lib2to3", "distutils",
 _NOT_THE_LIBRARY = {"site-packages", "dist-packages", "lib-dynload", "__pycache__"}
 _SKIPPED_FOLDERS = _LINUX_SPLITS_OFF | _NOT_THE_LIBRARY | {"test", "tests", "pydoc_data"}
 _SKIPPED_FILES = {"turtle.py", "sitecustomize.py", "usercustomize.py"}
-_MAX_CODE_CHARS = 1000
+_MAX_CODE_CHARS = 500
 _MIN_WORDS = 3
 _MAX_DOCSTRING_CHARS = 300
 _HELD_OUT_ONE_IN = 10
@@ -36,8 +36,8 @@ _Definition = ast.FunctionDef | ast.AsyncFunctionDef
 def docstring_pairs(split: Literal["train", "heldout"]) -> tuple[Example, ...]:
     """Make pairs of a function's source and the first paragraph of its docstring.
 
-    The prompt is the real source text, with its decorators and without its docstring, cut after about a
-    thousand characters, and a request that names the function. Nothing is imported, only parsed. The order
+    The prompt is the real source text, with its decorators and without its docstring, cut after about
+    500 characters, and a request that names the function. Nothing is imported, only parsed. The order
     is fixed: by module name, then by line.
 
     About one *module* in ten is held out, by a hash of its name: functions of a module resemble each other,

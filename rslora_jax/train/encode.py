@@ -92,9 +92,7 @@ def cut(encoded: Encoded, limit: int) -> Encoded:
     if size <= limit:
         return encoded
     if limit < 2:
-        raise ValueError(
-            f"limit is {limit}; an example needs at least 2 tokens, one to read and one to learn"
-        )
+        raise ValueError(f"limit is {limit}; an example needs at least 2 tokens, one to read and one to learn")
     not_learnt = np.flatnonzero(~encoded.is_learnt_N)
     completion = int(not_learnt[-1]) + 1
     room = min(completion, max(limit - (size - completion), 1))

@@ -53,8 +53,8 @@ def read_jsonl(path: str | PathLike[str]) -> list[Example]:
     - `{"messages": [{"role": ..., "content": ...}, ...]}`: a chat that ends with the assistant.
     - `{"text": ...}`: plain text.
 
-    The file is UTF-8. Blank lines are skipped; every other line becomes an example, in order. No other
-    keys are allowed, since a key that is ignored is data lost in silence.
+    The file is UTF-8. Blank lines are skipped; every other line becomes an example, in order. Keys of no
+    form (an id, a source) are left alone; those of two forms leave open which is meant, and are an error.
 
     Raises:
         ValueError: the file cannot be read, holds no example, or has bad lines. All lines are checked
@@ -142,13 +142,13 @@ def _without_repeats(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 def _form(record: dict[str, Any]) -> tuple[str, ...]:
     nearest = max(_FORMS, key=lambda form: len(record.keys() & set(form)))
     missing = [key for key in nearest if key not in record]
-    unknown = [key for key in record if key not in nearest]
+    others = [key for form in _FORMS for key in form if key in record and key not in nearest]
     if len(missing) == len(nearest):
         raise ValueError(f"has the keys {_quote(record)}; write it as {_FORMS_HELP}")
     if missing:
         raise ValueError(f"lacks the key {_quote(missing)}; write it as {_FORMS_HELP}")
-    if unknown:
-        raise ValueError(f"has keys beside {_quote(nearest)}: {_quote(unknown)}; remove them")
+    if others:
+        raise ValueError(f"has {_quote(others)} beside {_quote(nearest)}; keep the keys of one form")
     return nearest
 
 

@@ -7,9 +7,7 @@ from collections.abc import Sequence
 import numpy as np
 
 
-def pack(
-    lengths: Sequence[int], capacity: int, *, seed: int = 0, window: int = 4096
-) -> list[tuple[int, ...]]:
+def pack(lengths: Sequence[int], capacity: int, *, seed: int = 0, window: int = 4096) -> list[tuple[int, ...]]:
     """Put examples of the given lengths into rows of `capacity`, in few rows: index tuples, each index once.
 
     The examples are shuffled, and each `window` of them is packed by first-fit decreasing: longest first,
@@ -27,9 +25,7 @@ def pack(
         raise ValueError(f"window is {window}; it must be at least 1")
     wrong = np.flatnonzero((lengths_N < 1) | (lengths_N > capacity))
     if len(wrong):
-        raise ValueError(
-            f"example {wrong[0]} has length {lengths_N[wrong[0]]}, which is not in 1..{capacity}"
-        )
+        raise ValueError(f"example {wrong[0]} has length {lengths_N[wrong[0]]}, which is not in 1..{capacity}")
     order_N = np.random.default_rng(seed).permutation(len(lengths_N))
     rows: list[tuple[int, ...]] = []
     for start in range(0, len(order_N), window):
@@ -37,9 +33,7 @@ def pack(
     return rows
 
 
-def _first_fit_decreasing(
-    lengths_N: np.ndarray, chosen_M: np.ndarray, capacity: int
-) -> list[tuple[int, ...]]:
+def _first_fit_decreasing(lengths_N: np.ndarray, chosen_M: np.ndarray, capacity: int) -> list[tuple[int, ...]]:
     longest_first_M = chosen_M[np.argsort(-lengths_N[chosen_M], kind="stable")]
     room_R = np.full(len(chosen_M), capacity)
     rows: list[list[int]] = []

@@ -101,7 +101,8 @@ def plan(sizes: Sizes, summable: bool) -> Plan:
       summable: whether the weight is stored in a dtype in which its sum with the update keeps the update.
 
     >>> d, tokens, rank = 512, 2048, 128
-    >>> sizes = Sizes(2 * tokens * d * d, 2 * tokens * rank * d, 2 * tokens * rank * d, 2 * rank * d * d, d * d, tokens * rank)
+    >>> met = 2 * tokens * rank * d
+    >>> sizes = Sizes(2 * tokens * d * d, met, met, 2 * rank * d * d, d * d, tokens * rank)
     >>> plan(sizes, summable=True)
     Plan(value_alone=True, forward=True, dx=True, factors=False, keep=True)
     >>> plan(sizes, summable=False)

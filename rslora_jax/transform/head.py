@@ -67,5 +67,3 @@ def last_products(jaxpr: compat.Jaxpr, products: Mapping[int, Set[str]]) -> set[
 
     inner, _ = compat.opened(jaxpr)
     return {t for t in run(jaxpr, [None] * len(inner.invars)) if isinstance(t, str)} - fed
-
-

@@ -120,13 +120,12 @@ def adapted_product(spec: Spec, x: Array, view: View) -> Array | None:
     def rule(primals, tangents):
         x, w, first, second = primals
         dx, dw, dfirst, dsecond = (None if isinstance(t, SymbolicZero) else t for t in tangents)
-        whole = merged(w, first, second) if best.forward or best.dx else None
+        whole: Any = merged(w, first, second) if best.forward or best.dx else None
         y = whole(x) if best.forward else value(x, w, first, second, False)
         terms = []
         if best.factors:
-            weights = [full(dfirst, second) if dfirst is not None else None]
-            weights += [full(first, dsecond) if dsecond is not None else None]
-            weights = [t for t in weights if t is not None]
+            weights = [] if dfirst is None else [full(dfirst, second)]
+            weights += [] if dsecond is None else [full(first, dsecond)]
             if weights:
                 terms.append(spec.base(x, cast(add(weights))))
         else:

@@ -17,7 +17,7 @@ def transpose(walk: Walk, eqn: compat.Eqn, values: list[Any]) -> list[Any]:
 
 def reshape(walk: Walk, eqn: compat.Eqn, values: list[Any]) -> list[Any] | None:
     view = views.reshape(values[0], eqn.params["new_sizes"]) if len(values) == 1 else None
-    return view and [view]
+    return None if view is None else [view]
 
 
 def squeeze(walk: Walk, eqn: compat.Eqn, values: list[Any]) -> list[Any]:
@@ -82,9 +82,7 @@ def dot_general(walk: Walk, eqn: compat.Eqn, values: list[Any]) -> list[Any] | N
     lhs_letters = LETTERS[: len(lhs.shape)]
     free_letters = iter(LETTERS[len(lhs.shape) :])
     paired = dict(zip((*rhs_contracted, *rhs_batch), (*lhs_contracted, *lhs_batch), strict=True))
-    rhs_letters = "".join(
-        lhs_letters[paired[n]] if n in paired else next(free_letters) for n in range(len(rhs.shape))
-    )
+    rhs_letters = "".join(lhs_letters[paired[n]] if n in paired else next(free_letters) for n in range(len(rhs.shape)))
     out_letters = "".join(
         [lhs_letters[n] for n in lhs_batch]
         + [c for n, c in enumerate(lhs_letters) if n not in (*lhs_batch, *lhs_contracted)]
@@ -116,8 +114,7 @@ def gather(walk: Walk, eqn: compat.Eqn, values: list[Any]) -> list[Any] | None:
         or tuple(numbers.start_index_map) != tuple(looked_up)
         or tuple(numbers.collapsed_slice_dims) != tuple(looked_up)
         or numbers.operand_batching_dims
-        or eqn.params["fill_value"] not in (None, 0)
-        and eqn.params["fill_value"] == eqn.params["fill_value"]
+        or (eqn.params["fill_value"] not in (None, 0) and eqn.params["fill_value"] == eqn.params["fill_value"])
     ):
         return None
     (row,) = looked_up

@@ -8,6 +8,7 @@ every renaming acts on all three.
 import dataclasses
 import math
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -36,8 +37,8 @@ class View:
     """
 
     w: Array
-    a: Array | None
-    b: Array | None
+    a: Any  # Array, or None
+    b: Any
     axes: tuple[frozenset[int], ...] = dataclasses.field(metadata={"static": True})
     dtype: jnp.dtype = dataclasses.field(metadata={"static": True})
     site: str = dataclasses.field(metadata={"static": True})
@@ -89,9 +90,7 @@ def rename(view: View, act: Callable[[Array, tuple[bool, ...]], Array], axes: Se
     """Apply one renaming to the weight and to both factors; `act` is told which axes its array spans."""
     everything = (True,) * len(view.shape)
     factors = [None if f is None else act(f, spans(view, f)) for f in (view.a, view.b)]
-    return dataclasses.replace(
-        view, w=act(view.w, everything), a=factors[0], b=factors[1], axes=tuple(axes)
-    )
+    return dataclasses.replace(view, w=act(view.w, everything), a=factors[0], b=factors[1], axes=tuple(axes))
 
 
 def tail(array: Array, spanned: Sequence[bool]) -> tuple[int, ...]:
@@ -143,7 +142,8 @@ def reshape_groups(old: Sequence[int], new: Sequence[int]) -> list[tuple[list[in
     groups = []
     i = j = 0
     while i < len(old) or j < len(new):
-        olds, news = [], []
+        olds: list[int] = []
+        news: list[int] = []
         left = right = 1
         while True:
             if left <= right and i < len(old) and (left < right or not olds):

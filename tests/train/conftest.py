@@ -69,9 +69,7 @@ class TinyTokenizer:
 
     def chat(self, messages, *, add_generation_prompt: bool = True) -> str:
         assert self.chat_template is not None
-        return compiled(self.chat_template).render(
-            messages=messages, add_generation_prompt=add_generation_prompt
-        )
+        return compiled(self.chat_template).render(messages=messages, add_generation_prompt=add_generation_prompt)
 
 
 @pytest.fixture(scope="session")

@@ -26,8 +26,7 @@ def segments(batch: Batch):
         for segment in range(1, ids.max() + 1):
             places = ids == segment
             yield tuple(
-                a[row][places]
-                for a in (batch.tokens_BxT, batch.targets_BxT, batch.loss_mask_BxT, batch.positions_BxT)
+                a[row][places] for a in (batch.tokens_BxT, batch.targets_BxT, batch.loss_mask_BxT, batch.positions_BxT)
             )
 
 
@@ -38,9 +37,7 @@ def assert_equal(left: Batch, right: Batch) -> None:
 
 @pytest.mark.parametrize("packed", [True, False])
 @pytest.mark.parametrize("template", ["chatml", None])
-def test_heldout_batches_hold_every_example_once_with_its_answer_as_the_loss(
-    make_tokenizer, template, packed
-):
+def test_heldout_batches_hold_every_example_once_with_its_answer_as_the_loss(make_tokenizer, template, packed):
     tokenizer, examples = make_tokenizer(template), some_examples(45)
     batches = list(heldout_batches(prepare(tokenizer, examples, max_len=160, packed=packed), batch_size=4))
     end = tokenizer.backend.id_to_token(tokenizer.eos_id)
@@ -88,9 +85,7 @@ def test_each_epoch_has_every_row_once_in_an_order_of_its_own(make_tokenizer):
 
 def test_a_resumed_run_goes_on_exactly(make_tokenizer):
     def batches():
-        return train_batches(
-            prepare(make_tokenizer("chatml"), some_examples(40), max_len=96), batch_size=4, seed=7
-        )
+        return train_batches(prepare(make_tokenizer("chatml"), some_examples(40), max_len=96), batch_size=4, seed=7)
 
     reading = grain.ReadOptions(num_threads=1, prefetch_buffer_size=2)
     whole = iter(batches().to_iter_dataset(reading))
@@ -104,9 +99,7 @@ def test_a_resumed_run_goes_on_exactly(make_tokenizer):
 
 def test_the_seed_decides_the_order(make_tokenizer):
     rows = prepare(make_tokenizer("chatml"), some_examples(40), max_len=96)
-    runs = [
-        [bytes(train_batches(rows, batch_size=4, seed=s)[n].tokens_BxT) for n in range(40)] for s in (0, 1)
-    ]
+    runs = [[bytes(train_batches(rows, batch_size=4, seed=s)[n].tokens_BxT) for n in range(40)] for s in (0, 1)]
     assert not set(runs[0]) & set(runs[1])
 
 

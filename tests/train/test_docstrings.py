@@ -69,9 +69,7 @@ def test_code_that_was_not_cut_is_real_source_without_its_docstring(train):
 
 def test_another_process_makes_the_same_pairs_in_the_same_order(train, heldout):
     environment = os.environ | {"PYTHONHASHSEED": "1", "PYTHONIOENCODING": "utf-8"}
-    other = subprocess.run(
-        [sys.executable, "-c", PRINT_PAIRS], capture_output=True, check=True, env=environment
-    )
+    other = subprocess.run([sys.executable, "-c", PRINT_PAIRS], capture_output=True, check=True, env=environment)
     assert other.stdout.decode().strip() == repr((train, heldout))
 
 

@@ -57,9 +57,7 @@ def test_a_prompt_whose_end_would_merge_with_the_completion_keeps_its_tokens(mak
 
 
 @pytest.mark.parametrize(("prompt", "completion"), [("x = ", "the sum"), ("What is the n", "umber?")])
-def test_one_bos_token_where_the_tokenizer_puts_it_and_none_before_the_completion(
-    make_tokenizer, prompt, completion
-):
+def test_one_bos_token_where_the_tokenizer_puts_it_and_none_before_the_completion(make_tokenizer, prompt, completion):
     tokenizer = make_tokenizer(None, adds_bos=True)
     (encoded,) = encode_example(tokenizer, Example(prompt, completion))
     assert tokenizer.decode(encoded.ids_N) == f"<s>{prompt}{completion}</s>"

@@ -27,7 +27,7 @@ def turns(*roles: str) -> str:
 def test_all_four_forms_are_read_in_order(write):
     path = write(
         '{"prompt": " p ", "completion": " c\\n"}',
-        '{"answer": "a", "question": "q"}',
+        '{"answer": "a", "id": 7, "question": "q"}',
         turns("system", "user", "assistant", "user", "assistant"),
         '{"text": "t"}',
     )
@@ -62,13 +62,9 @@ BAD = {
     "no keys": ("{}", "has the keys none; write it as"),
     "other keys": ('{"input": "i", "output": "o"}', 'has the keys "input", "output"; write it as'),
     "half": ('{"question": "q"}', 'lacks the key "answer"; write it as'),
-    "extra": (
-        '{"prompt": "p", "completion": "c", "id": 1}',
-        'has keys beside "prompt", "completion": "id"; remove them',
-    ),
     "two forms": (
         '{"prompt": "p", "completion": "c", "text": "t"}',
-        'has keys beside "prompt", "completion": "text"',
+        'has "text" beside "prompt", "completion"; keep the keys of one form',
     ),
     "twice": ('{"text": "a", "text": "b"}', 'has the key "text" twice; keep one of them'),
     "wrong type": ('{"prompt": "p", "completion": 4}', 'has "completion" that is a number; make it a string'),

@@ -1,0 +1,68 @@
+"""The loss of a decoder on the tokens it is to learn, with logits at those tokens only."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax import Array
+
+from rslora_jax.train.batches import Batch
+
+# A loss takes a model whose parameters are bound (`run(tokens, ...)`) and a batch, and returns the sum of the
+# losses and their number. Sums add up over batches of unequal numbers; means do not.
+Loss = Callable[[Callable[..., Any], Any], tuple[Array, Array]]
+
+
+def token_loss(places: int) -> Loss:
+    """Make the cross-entropy loss of a `rslora_jax.models.Llama` over the tokens that a batch marks.
+
+    Most tokens of a batch are prompt and carry no loss. The product with the vocabulary, the largest of all,
+    is made only at `places` tokens of each row: `Rows.places` is enough for every row. What is marked beyond
+    that would be lost, so the loss is then NaN.
+
+    Args:
+      places: how many tokens of a row can carry a loss.
+
+    Returns:
+      `loss(run, batch) -> (sum, count)`, both float32; the sum is in nats.
+    """
+
+    def loss(run: Callable[..., Any], batch: Batch) -> tuple[Array, Array]:
+        x_BxTxD = run(batch.tokens_BxT, batch.positions_BxT, batch.segment_ids_BxT, method="hidden")
+        mask, targets = jnp.asarray(batch.loss_mask_BxT), jnp.asarray(batch.targets_BxT)
+        count = jnp.sum(mask)
+        if places < mask.shape[1]:
+            mask, at_BxP = jax.lax.top_k(mask, places)
+            x_BxTxD = jnp.take_along_axis(x_BxTxD, at_BxP[..., None], axis=1)
+            targets = jnp.take_along_axis(targets, at_BxP, axis=1)
+        total = cross_entropy(run(x_BxTxD, method="head"), targets, mask)
+        return jnp.where(jnp.sum(mask) == count, total, jnp.nan), count
+
+    return loss
+
+
+def logits_loss(run: Callable[..., Any], batch: Batch) -> tuple[Array, Array]:
+    """Compute the loss of any model that turns tokens (B, T) into logits (B, T, V).
+
+    Give it unpacked rows (`prepare(..., packed=False)`): this model is told neither positions nor segments.
+
+    Returns:
+      (sum, count), both float32; the sum is in nats.
+    """
+    mask = jnp.asarray(batch.loss_mask_BxT)
+    return cross_entropy(run(batch.tokens_BxT), jnp.asarray(batch.targets_BxT), mask), jnp.sum(mask)
+
+
+def cross_entropy(logits: Array, targets: Array, mask: Array) -> Array:
+    """Sum the negative log-likelihood of `targets` (...) under `logits` (..., V) where `mask` (...) is 1.
+
+    >>> round(float(cross_entropy(jnp.zeros((2, 4)), jnp.array([1, 3]), jnp.array([1.0, 0.0]))), 4)
+    1.3863
+    """
+    losses = optax.softmax_cross_entropy_with_integer_labels(logits.astype(jnp.float32), targets)
+    # Where there is no target there may be no number either, and 0 * NaN is NaN.
+    return jnp.sum(jnp.where(mask > 0, losses * mask, 0))
