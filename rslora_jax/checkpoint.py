@@ -16,7 +16,6 @@ import orbax.checkpoint as ocp
 from rslora_jax.config import LoraConfig
 from rslora_jax.sites import named_leaves
 
-ITEMS = ("adapters", "training", "about")
 
 
 @contextlib.contextmanager
@@ -38,8 +37,14 @@ def open_checkpoints(folder: str | Path, *, resume: bool = False, keep: int = 2)
     with locked(folder):
         check_folder(folder, resume=resume)  # again: another process may have been quicker
         options = ocp.CheckpointManagerOptions(max_to_keep=keep, cleanup_tmp_directories=True)
-        with ocp.CheckpointManager(folder / "checkpoints", options=options, item_names=ITEMS) as manager:
+        with ocp.CheckpointManager(folder / "checkpoints", options=options, item_handlers=handlers()) as manager:
             yield manager
+
+
+def handlers() -> dict[str, Any]:
+    """Return how orbax reads and writes each item of a checkpoint."""
+    arrays = ocp.StandardCheckpointHandler
+    return {"adapters": arrays(), "training": arrays(), "about": ocp.JsonCheckpointHandler()}
 
 
 def check_folder(folder: str | Path, *, resume: bool = False) -> None:
@@ -123,12 +128,17 @@ def load_adapters(folder: str | Path, *, params: Any = None, step: int | None = 
     """
     with reading(folder, step) as (manager, step):
         about = read_about(manager, step)
-        if params is not None and (here := fingerprint(params)) != about["base"]["fingerprint"]:
+        if params is not None and (found := fingerprint(params)) != about["base"]["fingerprint"]:
             raise ValueError(
-                f"{folder} was trained on another base (fingerprint {about['base']['fingerprint']}, here {here}): "
+                f"{folder} was trained on another base (fingerprint {about['base']['fingerprint']}, here {found}): "
                 "load the base it was trained on"
             )
-        read = manager.restore(step, args=ocp.args.Composite(adapters=ocp.args.StandardRestore()))
+        here = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+        like = jax.tree.map(
+            lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=here),
+            manager.item_metadata(step)["adapters"].tree,
+        )
+        read = manager.restore(step, args=ocp.args.Composite(adapters=ocp.args.StandardRestore(like)))
     return LoraConfig.from_dict(about["config"]), read["adapters"]
 
 
@@ -147,7 +157,7 @@ def reading(folder: str | Path, step: int | None = None) -> Iterator[tuple[ocp.C
         have = f"it has steps {', '.join(map(str, steps))}" if steps else "it holds none"
         raise ValueError(f"{folder} has no checkpoint{'' if step is None else f' of step {step}'}: {have}")
     options = ocp.CheckpointManagerOptions(read_only=True)
-    with ocp.CheckpointManager(folder / "checkpoints", options=options, item_names=ITEMS) as manager:
+    with ocp.CheckpointManager(folder / "checkpoints", options=options, item_handlers=handlers()) as manager:
         yield manager, steps[-1] if step is None else step
 
 

@@ -6,7 +6,7 @@ import argparse
 import shlex
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -24,8 +24,8 @@ examples:
 """
 
 
-def parser() -> argparse.ArgumentParser:
-    """Build the parser of the command line."""
+def parser(settings: Mapping[str, Any] | None = None) -> argparse.ArgumentParser:
+    """Build the parser of the command line; `settings` take the place of the defaults."""
     top = argparse.ArgumentParser(
         prog="rslora", description="Rank-stabilised LoRA for JAX.", epilog="`rslora train --help` shows examples."
     )
@@ -49,20 +49,21 @@ def parser() -> argparse.ArgumentParser:
     )
     add(what, "--data", None, "a JSON lines file (default: docstrings of the standard library)", metavar="FILE")
     add(what, "--max-len", 256, "tokens in a row; what is longer is cut", metavar="N")
-    add(what, "--heldout", 48, "at most so many held-out examples", metavar="N")
+    add(what, "--heldout", 32, "at most so many held-out examples", metavar="N")
     lora = train.add_argument_group("adapters")
     add(lora, "--rank", 32, "rank r of every adapter", metavar="R")
     add(lora, "--alpha", 16.0, "numerator of the scale", metavar="A")
     add(lora, "--scaling", "rslora", "alpha/sqrt(r), alpha/r or alpha", choices=("rslora", "lora", "constant"))
     add(lora, "--targets", "all-linear", 'weights to adapt: "all-linear" or a glob over their paths', metavar="GLOB")
     how = train.add_argument_group("training")
-    add(how, "--steps", 60, "optimiser steps", metavar="N")
+    add(how, "--steps", 40, "optimiser steps", metavar="N")
     add(how, "--batch-size", 2, "rows in a step", metavar="N")
     add(how, "--learning-rate", 1e-3, "peak of a cosine schedule with warm-up", metavar="X")
     add(how, "--seed", 0, "seed of the adapters and of the order of the data", metavar="N")
     add(how, "--dtype", "float32", "dtype to compute in", choices=("float32", "bfloat16"))
     add(how, "--out", "rslora-run", "folder for checkpoints, metrics and curves", metavar="FOLDER")
     how.add_argument("--resume", action="store_true", help="go on from the last step in --out")
+    train.set_defaults(**(settings or {}))
     return top
 
 
@@ -71,7 +72,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = parser().parse_args(argv)
     try:
         if arguments.resume:
-            arguments = with_saved_settings(arguments, argv)
+            arguments = parser(saved_settings(arguments.out)).parse_args(argv)
         return train(arguments)
     except KeyboardInterrupt:
         print("rslora: interrupted before training began; nothing was written", file=sys.stderr)
@@ -86,13 +87,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 1
 
 
-def with_saved_settings(arguments: argparse.Namespace, argv: Sequence[str] | None) -> argparse.Namespace:
-    """Parse again, with the settings of the run to be resumed as the defaults."""
+def saved_settings(out: str) -> dict[str, Any]:
+    """Return the settings of the run that is to be resumed."""
     from rslora_jax import checkpoint
 
-    checkpoint.check_folder(arguments.out, resume=True)
-    settings = checkpoint.load_about(arguments.out)["settings"]
-    return parser().parse_args(argv, argparse.Namespace(**settings))
+    checkpoint.check_folder(out, resume=True)
+    return checkpoint.load_about(out)["settings"]
 
 
 def train(arguments: argparse.Namespace) -> int:
@@ -131,13 +131,15 @@ def train(arguments: argparse.Namespace) -> int:
     optimizer = optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(schedule, b2=0.99, weight_decay=0.0))
     fresh = lora.init(jax.random.key(a.seed))
     chosen = heldout_examples[:2]
-    write = lambda adapters: samples.write(
-        lora, variables, adapters, model_config, tokenizer, chosen, max_new=40, max_len=max_len
+    # The base and the merged weights run through one compiled program, the model's own.
+    write = lambda params: samples.write(
+        model.apply, params, model_config, tokenizer, chosen, max_new=40, max_len=max_len
     )
-    before = write(fresh)
+    before = write(variables)
     for example, text in zip(chosen, before, strict=True):
         print(samples.show(example, {"base model": text, "wanted": example.completion}), flush=True)
     settings = {name: value for name, value in vars(a).items() if name not in ("command", "resume", "out")}
+    settings |= {name: str(Path(settings[name]).absolute()) for name in ("data", "model") if settings[name]}
     result = fit(
         lora,
         variables,
@@ -156,7 +158,7 @@ def train(arguments: argparse.Namespace) -> int:
     if result.interrupted:
         print(f"stopped at step {result.step} of {a.steps}; to go on: rslora train --resume --out {shlex.quote(a.out)}")
         return 130
-    for example, old, new in zip(chosen, before, write(result.adapters), strict=True):
+    for example, old, new in zip(chosen, before, write(lora.merge(variables, result.adapters)), strict=True):
         answers = {"before": old, "after": new, "wanted": example.completion}
         print(samples.show(example, answers), flush=True)
     if len(result.heldout) > 1:
@@ -174,8 +176,9 @@ def examples(data: str | None, limit: int) -> tuple[list[Any], list[Any]]:
         training, held = list(docstring_pairs("train")), list(docstring_pairs("heldout"))
     else:
         everything = read_jsonl(data)
-        held = everything[9::10] or everything[1:][-1:]
-        training = [e for n, e in enumerate(everything) if n % 10 != 9] if len(everything) > 9 else everything[:1]
+        places = range(9, len(everything), 10) or range(1, len(everything))[-1:]
+        held = [everything[n] for n in places]
+        training = [example for n, example in enumerate(everything) if n not in places]
     return training, held[:: max(1, -(-len(held) // max(limit, 1)))]
 
 

@@ -115,7 +115,8 @@ def _loop(
     nucleus: bool,
 ) -> tuple[Array, Array]:
     B, P = tokens_BxP.shape
-    cache = init_cache(config, B, P - 1 + max_new)
+    # The barrier hides that the cache is empty: XLA would spend seconds on folding attention to zeros.
+    cache = lax.optimization_barrier(init_cache(config, B, P - 1 + max_new))
     if P > 1:
         # All but the last prompt token. Nothing reads these logits, so the compiler drops their product
         # with the vocabulary; the loop's first step gives the first ones that are wanted.

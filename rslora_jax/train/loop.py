@@ -78,7 +78,7 @@ def fit(
       optimizer: any optax optimiser.
       steps: how many steps to have done at the end, those before a resume included.
       folder: where to write.
-      heldout: batches to evaluate on: before, every `eval_every` steps (by default four times), and after.
+      heldout: batches to evaluate on: before, every `eval_every` steps (by default three times), and after.
       save_every: steps between checkpoints; by default a quarter of the run, at most 500. The end is saved too.
       settings: plain JSON values to keep with the checkpoints (`checkpoint.load_about` reads them).
       resume: go on from the folder's last checkpoint.
@@ -96,7 +96,7 @@ def fit(
     step = make_step(lora, loss, optimizer)
     evaluate = make_evaluate(lora, loss)
     state = TrainState.create(adapters, optimizer)
-    eval_every = eval_every or max(1, math.ceil(steps / 4))
+    eval_every = eval_every or max(1, math.ceil(steps / 3))
     save_every = save_every or max(1, min(math.ceil(steps / 4), 500))
 
     with contextlib.ExitStack() as stack:

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import functools
 import textwrap
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -13,21 +12,13 @@ from rslora_jax.models.generate import generate
 from rslora_jax.models.llama import LlamaConfig
 from rslora_jax.train.encode import Tokenizer, encode_example
 from rslora_jax.train.examples import Example
-from rslora_jax.wrap import Adapters, Lora
 
 _TEXT_PROMPT = 16  # tokens of a plain text that are given, for the model to go on
 
 
-@functools.lru_cache(maxsize=8)
-def _run(lora: Lora) -> Any:
-    # One function for each lora, as it is part of what generation compiles.
-    return lambda both, *args, **kwargs: lora.apply(*both, *args, **kwargs)
-
-
 def write(
-    lora: Lora,
+    apply: Callable[..., Any],
     params: Any,
-    adapters: Adapters,
     config: LlamaConfig,
     tokenizer: Any,
     examples: Sequence[Example],
@@ -39,8 +30,7 @@ def write(
     if not examples:
         return []
     prompts = [prompt_ids(tokenizer, example)[-max_len:] for example in examples]
-    run = _run(lora)
-    outs = generate(run, (params, adapters), prompts, config, max_new=max_new, eos_id=tokenizer.eos_id)
+    outs = generate(apply, params, prompts, config, max_new=max_new, eos_id=tokenizer.eos_id)
     return [tokenizer.decode(out, skip_special=True).strip() for out in outs]
 
 

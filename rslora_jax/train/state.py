@@ -43,6 +43,7 @@ class TrainState:
         return cls(jnp.zeros((), jnp.int32), adapters, optimizer.init(adapters), jnp.ones((), bool))
 
 
+@functools.lru_cache(maxsize=8)  # so that a second call in a notebook compiles nothing again
 def make_step(lora: Lora, loss: Loss, optimizer: optax.GradientTransformation) -> Step:
     """Make the compiled step `(state, params, batch) -> (state, metrics)`.
 
@@ -84,6 +85,7 @@ def make_step(lora: Lora, loss: Loss, optimizer: optax.GradientTransformation) -
     return step
 
 
+@functools.lru_cache(maxsize=8)
 def make_evaluate(lora: Lora, loss: Loss) -> Callable[[Any, Adapters, Any], float]:
     """Make `evaluate(params, adapters, batches) -> mean loss over all tokens of all batches` (nats)."""
 

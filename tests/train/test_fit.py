@@ -1,0 +1,267 @@
+"""The loop: what it learns, writes, resumes from and refuses."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import textwrap
+import threading
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+import rslora_jax as rslora
+from rslora_jax import checkpoint, train
+from rslora_jax.models.llama import Llama, LlamaConfig
+from rslora_jax.train.bytelevel import ByteTokenizer
+
+CONFIG = LlamaConfig(vocab_size=258, width=32, mlp_width=48, num_layers=2, num_heads=4, num_kv_heads=2)
+SUMS = [train.Example(f"{a}+{b}=", f"{a + b}") for a in range(12) for b in range(12)]
+
+
+class Run:
+    """A tiny model and all that `fit` takes."""
+
+    def __init__(self, rank=3, seed=0, learning_rate=1e-2, **config):
+        model = Llama(CONFIG)
+        self.params = model.init(jax.random.key(seed), jnp.zeros((1, 1), jnp.int32))
+        config = rslora.LoraConfig(rank=rank, alpha=7, **config)
+        self.lora = rslora.wrap(model.apply, self.params, jnp.zeros((1, 4), jnp.int32), config=config)
+        self.rows = train.prepare(ByteTokenizer(), SUMS[::2], max_len=24)
+        self.held = train.prepare(ByteTokenizer(), SUMS[1::16], max_len=24)
+        self.batches = train.train_batches(self.rows, batch_size=4)
+        self.loss = train.token_loss(max(self.rows.places, self.held.places))
+        self.optimizer = optax.adam(learning_rate)
+
+    def fit(self, folder, steps, **options):
+        options = {"batches": self.batches, "loss": self.loss, "show": False} | options
+        options.setdefault("heldout", train.heldout_batches(self.held, batch_size=4))
+        adapters = self.lora.init(jax.random.key(1))
+        return train.fit(
+            self.lora, self.params, adapters, optimizer=self.optimizer, steps=steps, folder=folder, **options
+        )
+
+
+@pytest.fixture(scope="module")
+def run():
+    return Run()
+
+
+@pytest.fixture(scope="module")
+def whole(run, tmp_path_factory):
+    """A run of 12 steps in one go."""
+    folder = tmp_path_factory.mktemp("whole")
+    return run.fit(folder, 12), folder
+
+
+def equal(a, b):
+    jax.tree.map(np.testing.assert_array_equal, a, b)
+
+
+def test_the_base_stays_and_the_held_out_loss_falls(run, whole):
+    result, _ = whole
+    before = list(result.heldout.values())
+    assert list(result.heldout) == [0, 4, 8, 12]
+    assert before[-1] < 0.9 * before[0]
+    assert result.step == 12 and not result.interrupted
+    equal(run.params, Run().params)
+
+
+def test_the_loss_is_that_of_the_whole_logits_in_numpy(run):
+    """The loss takes a short cut through the tokens that carry one; compare with all logits, in float64."""
+    batch = run.batches[3]
+    adapters = run.lora.init(jax.random.key(5))
+    adapters = jax.tree.map(lambda x: x + 0.05, adapters)
+    logits = run.lora.fn(
+        run.lora.merge(run.params, adapters), batch.tokens_BxT, batch.positions_BxT, batch.segment_ids_BxT
+    )
+    logits = np.asarray(logits, np.float64)
+    logp = logits - np.log(np.exp(logits).sum(-1, keepdims=True))
+    picked = np.take_along_axis(logp, np.asarray(batch.targets_BxT)[..., None], -1)[..., 0]
+    want = -(picked * batch.loss_mask_BxT).sum()
+    apply = lambda *args, **kwargs: run.lora.apply(run.params, adapters, *args, **kwargs)
+    total, count = run.loss(apply, batch)
+    assert int(count) == batch.loss_mask_BxT.sum() > 0
+    assert float(total) == pytest.approx(want, rel=1e-5)
+    assert np.isnan(float(train.token_loss(1)(apply, batch)[0]))
+
+
+def test_a_run_of_optax_by_hand_gives_the_same_adapters(run, whole):
+    result, _ = whole
+
+    def loss(adapters, batch):
+        total, count = run.loss(lambda *a, **k: run.lora.fn(run.lora.merge(run.params, adapters), *a, **k), batch)
+        return total / count
+
+    adapters = run.lora.init(jax.random.key(1))
+    state = run.optimizer.init(adapters)
+    gradient = jax.jit(jax.grad(loss))
+    for n in range(12):
+        grads = gradient(adapters, run.batches[n])
+        updates, state = run.optimizer.update(grads, state)
+        adapters = optax.apply_updates(adapters, updates)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=2e-4), result.adapters, adapters)
+
+
+def test_what_is_written_is_metrics_a_picture_and_checkpoints_of_adapters_alone(run, whole):
+    result, folder = whole
+    assert {p.name for p in folder.iterdir()} == {".lock", "checkpoints", "loss.png", "metrics.jsonl"}
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    assert lines == list(result.records)
+    steps = [line for line in lines if "loss" in line]
+    assert [line["step"] for line in steps] == list(range(1, 13))
+    assert {"loss", "perplexity", "grad_norm", "tokens", "tokens_per_second", "seconds"} <= steps[0].keys()
+    assert (folder / "loss.png").read_bytes()[:4] == b"\x89PNG"
+    assert checkpoint.steps_in(folder) == [9, 12]
+    numbers = 3 * run.lora.num_parameters  # adapters, and Adam's two moments
+    last = folder / "checkpoints" / "12"
+    held = {p: sum(np.size(x) for x in jax.tree.leaves(stored(last, p))) for p in ("adapters", "training")}
+    assert numbers <= sum(held.values()) <= numbers + 8
+
+
+def stored(step, item):
+    """Read one item of a checkpoint with orbax alone."""
+    import orbax.checkpoint as ocp
+
+    return ocp.PyTreeCheckpointer().restore(step / item)
+
+
+def test_the_adapters_are_read_back_with_their_config(run, whole):
+    result, folder = whole
+    config, adapters = checkpoint.load_adapters(folder, params=run.params)
+    assert config == run.lora.config
+    equal(adapters, result.adapters)
+    run.lora.check(run.params, adapters)
+    equal(checkpoint.load_adapters(folder, step=12)[1], adapters)
+    with pytest.raises(ValueError, match="no checkpoint of step 5: it has steps 9, 12"):
+        checkpoint.load_adapters(folder, step=5)
+    with pytest.raises(ValueError, match="another base"):
+        checkpoint.load_adapters(folder, params=Run(seed=4).params)
+
+
+def test_a_resumed_run_ends_bit_for_bit_where_an_unbroken_one_does(run, whole, tmp_path):
+    result, _ = whole
+    run.fit(tmp_path, 5)
+    with (tmp_path / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 6, "loss"')  # as a crash leaves it
+    resumed = run.fit(tmp_path, 12, resume=True)
+    equal(resumed.adapters, result.adapters)
+    strip = lambda records: [{k: v for k, v in r.items() if "second" not in k} for r in records if "loss" in r]
+    assert strip(resumed.records) == strip(result.records)
+
+
+def test_what_a_resume_cannot_go_on_from_is_named(run, whole, tmp_path):
+    _, folder = whole
+    with pytest.raises(ValueError, match="holds no checkpoint to resume"):
+        run.fit(tmp_path, 5, resume=True)
+    with pytest.raises(ValueError, match="already holds a run, at step 12"):
+        run.fit(folder, 20)
+    with pytest.raises(ValueError, match="already at step 12"):
+        run.fit(folder, 12, resume=True)
+    with pytest.raises(ValueError, match=r"adapters/params/layers_0/.*/kernel/a with shape .*3.* needs .*5"):
+        Run(rank=5).fit(folder, 20, resume=True)
+    with pytest.raises(ValueError, match=r"another LoraConfig \(scaling=rslora; here scaling=lora\)"):
+        Run(scaling="lora").fit(folder, 20, resume=True)
+    with pytest.raises(ValueError, match="another base"):
+        Run(seed=4).fit(folder, 20, resume=True)
+    with pytest.raises(ValueError, match="no adapters for|no place for"):
+        Run(targets="*/q_proj/*").fit(folder, 20, resume=True)
+    other = Run()
+    other.optimizer = optax.sgd(1e-2)
+    with pytest.raises(ValueError, match="training/opt_state"):
+        other.fit(folder, 20, resume=True)
+    (tmp_path / "file").write_text("")
+    with pytest.raises(ValueError, match="is a file: give a folder"):
+        run.fit(tmp_path / "file", 5)
+    assert checkpoint.steps_in(folder) == [9, 12]
+
+
+def test_a_folder_in_use_is_refused(run, tmp_path):
+    with (
+        checkpoint.open_checkpoints(tmp_path),
+        pytest.raises(ValueError, match="in use by another run"),
+    ):
+        run.fit(tmp_path, 5)
+    run.fit(tmp_path, 1)
+
+
+@pytest.mark.parametrize("bad", [2, 4])
+def test_a_loss_that_is_not_finite_stops_at_its_step_and_keeps_the_last_good_adapters(run, tmp_path, bad):
+    good = run.fit(tmp_path / "good", bad)
+
+    def loss(apply, batch):
+        total, count = run.loss(apply, batch)
+        return total * jnp.where(batch.tokens_BxT[0, 0] < 0, jnp.nan, 1.0), count
+
+    class Batches:
+        def __getitem__(self, n):
+            batch = run.batches[n]
+            if n != bad:
+                return batch
+            tokens = batch.tokens_BxT.copy()
+            tokens[0, 0] = -1
+            return batch._replace(tokens_BxT=tokens)
+
+    with pytest.raises(train.NonFiniteLoss, match=f"loss of step {bad + 1} is not finite .* adapters of step {bad}"):
+        run.fit(tmp_path / "bad", 8, loss=loss, batches=Batches())
+    config, adapters = checkpoint.load_adapters(tmp_path / "bad")
+    equal(adapters, good.adapters)
+    assert checkpoint.steps_in(tmp_path / "bad")[-1] == bad
+    last = json.loads((tmp_path / "bad" / "metrics.jsonl").read_text().splitlines()[-1])
+    assert last["step"] == bad + 1 and last["loss"] == "nan"
+
+
+def test_an_error_in_the_data_loses_nothing(run, tmp_path):
+    class Batches:
+        def __getitem__(self, n):
+            if n == 3:
+                raise OSError("the disk is gone")
+            return run.batches[n]
+
+    with pytest.raises(OSError, match="the disk is gone"):
+        run.fit(tmp_path, 8, batches=Batches())
+    assert checkpoint.steps_in(tmp_path)[-1] == 3
+
+
+def test_an_interrupt_saves_and_the_run_can_go_on(run, whole, tmp_path):
+    class Batches:
+        def __getitem__(self, n):
+            if n == 6:
+                os.kill(os.getpid(), signal.SIGINT)
+            return run.batches[n]
+
+    assert threading.current_thread() is threading.main_thread()
+    stopped = run.fit(tmp_path, 12, batches=Batches())
+    assert stopped.interrupted and stopped.step == 7 and checkpoint.steps_in(tmp_path)[-1] == 7
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    equal(run.fit(tmp_path, 12, resume=True).adapters, whole[0].adapters)
+
+
+def test_a_killed_run_leaves_a_folder_that_resumes(tmp_path):
+    script = """
+        import os, sys
+        from tests.train.test_fit import Run
+        run = Run()
+        class Batches:
+            def __getitem__(self, n):
+                if n == 6:
+                    os.kill(os.getpid(), 9)
+                return run.batches[n]
+        run.fit(sys.argv[1], 12, batches=Batches(), save_every=2)
+    """
+    killed = subprocess.run([sys.executable, "-c", textwrap.dedent(script), str(tmp_path)], capture_output=True)
+    assert killed.returncode == -9, killed.stderr.decode()[-2000:]
+    run = Run()
+    resumed = run.fit(tmp_path, 12, resume=True)
+    assert resumed.step == 12 and [r["step"] for r in resumed.records if "loss" in r] == list(range(1, 13))
+
+
+def test_progress_goes_to_the_terminal_as_plain_lines_when_it_is_none(run, tmp_path, capsys):
+    run.fit(tmp_path, 3, show=True)
+    said = capsys.readouterr().out
+    assert "step 0: held-out perplexity" in said
+    assert "step 3/3  loss" in said and "tok/s" in said and "left" in said
