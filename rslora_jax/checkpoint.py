@@ -17,7 +17,6 @@ from rslora_jax.config import LoraConfig
 from rslora_jax.sites import named_leaves
 
 
-
 @contextlib.contextmanager
 def open_checkpoints(folder: str | Path, *, resume: bool = False, keep: int = 2) -> Iterator[ocp.CheckpointManager]:
     """Open a folder for one run's checkpoints, `folder/checkpoints/<step>`; wait for the last save at the end.

@@ -108,6 +108,9 @@ def train(arguments: argparse.Namespace) -> int:
     from rslora_jax.train import batches, fit, loss, report, samples
 
     a, out = arguments, Path(arguments.out)
+    for flag in ("steps", "batch_size", "learning_rate", "max_len"):
+        if not getattr(a, flag) > 0:
+            raise ValueError(f"--{flag.replace('_', '-')} {getattr(a, flag)} is not above 0")
     checkpoint.check_folder(out, resume=a.resume)
     config = rslora.LoraConfig(rank=a.rank, alpha=a.alpha, scaling=a.scaling, targets=a.targets)
     train_examples, heldout_examples = examples(a.data, a.heldout)

@@ -8,6 +8,8 @@ import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
+import jax.numpy as jnp
+
 from rslora_jax import scaling as scalings
 
 Patterns = tuple[tuple[str, Any], ...]
@@ -74,6 +76,12 @@ class LoraConfig:
             scalings.gamma(1, 1.0, self.scaling)  # refuses an unknown name
         if not callable(self.init) and self.init not in ("uniform", "gaussian"):
             raise ValueError(f"init={self.init!r} is not known: use 'uniform', 'gaussian' or a function")
+        try:
+            floating = jnp.issubdtype(jnp.dtype(self.dtype), jnp.floating)
+        except TypeError:
+            floating = False
+        if not floating:
+            raise ValueError(f"dtype={self.dtype!r} is not a floating dtype: use 'float32' or 'bfloat16'")
         if self.on_fallback not in ("warn", "error"):
             raise ValueError(f"on_fallback={self.on_fallback!r} is not known: use 'warn' or 'error'")
 

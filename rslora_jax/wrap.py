@@ -111,6 +111,8 @@ class Lora:
                     f"the adapters have none for {name}: they were made for another config or another base"
                 )
             for factor, shape in (("a", site.a_shape), ("b", site.b_shape)):
+                if factor not in adapters[name]:
+                    raise ValueError(f"adapter {name} has no {factor}: it needs one of shape {shape}")
                 found = tuple(np.shape(adapters[name][factor]))
                 if found != shape:
                     raise ValueError(

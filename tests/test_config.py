@@ -1,0 +1,213 @@
+"""What a config accepts, keeps and refuses, and how it selects weights."""
+
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import rslora_jax as rslora
+from tests.programs import CASES, normal, trained
+
+
+@pytest.mark.parametrize(
+    ("fields", "said"),
+    [
+        ({"rank": 0}, "rank=0 is not a positive whole number"),
+        ({"rank": -3}, "rank=-3"),
+        ({"rank": 2.5}, "rank=2.5"),
+        ({"rank": True}, "rank=True"),
+        ({"rank_pattern": {"*": 0}}, "rank=0"),
+        ({"alpha": 0}, "alpha=0 is not a positive number"),
+        ({"alpha": math.inf}, "alpha=inf"),
+        ({"alpha": math.nan}, "alpha=nan"),
+        ({"alpha_pattern": {"*": -1}}, "alpha=-1"),
+        ({"scaling": "rslroa"}, "scaling='rslroa' is not known: use one of rslora, lora, constant"),
+        ({"init": "kaiming"}, "init='kaiming' is not known"),
+        ({"on_fallback": "ignore"}, "on_fallback='ignore' is not known"),
+        ({"dtype": "int8"}, "dtype='int8' is not a floating dtype"),
+        ({"dtype": "float33"}, "dtype='float33' is not a floating dtype"),
+    ],
+)
+def test_what_makes_no_sense_is_refused_at_once(fields, said):
+    with pytest.raises(ValueError) as error:
+        rslora.LoraConfig(**fields)
+    assert said in str(error.value)
+
+
+def test_a_config_survives_json_and_functions_do_not():
+    config = rslora.LoraConfig(
+        rank=24,
+        alpha=5,
+        scaling="lora",
+        targets=["*/a", "*/b"],
+        exclude="*/c",
+        rank_pattern={"*/a": 3, "*": 5},
+        alpha_pattern=[("*/b", 2.5)],
+        init="gaussian",
+        dtype="bfloat16",
+        on_fallback="error",
+        allow_large_rank=True,
+    )
+    assert rslora.LoraConfig.from_json(config.to_json()) == config
+    assert hash(config) == hash(rslora.LoraConfig.from_json(config.to_json()))
+    with pytest.raises(ValueError, match="scaling is a function, which JSON cannot hold"):
+        rslora.LoraConfig(scaling=lambda r: 1 / r).to_json()
+    with pytest.raises(ValueError, match="no field later"):
+        rslora.LoraConfig.from_json('{"rank": 3, "later": 1}')
+
+
+PARAMS = {
+    "layers": [{"q_proj": normal(n, 8, 8), "v_proj": normal(n, 8, 4), "bias": jnp.ones(8)} for n in range(2)],
+    "unused": normal(5, 8, 8),
+}
+
+
+def fn(params, x):
+    for layer in params["layers"]:
+        x = x @ layer["q_proj"] + layer["bias"] + (x @ layer["v_proj"]).sum(-1, keepdims=True)
+    return x
+
+
+X = jnp.ones((2, 8))
+EVERY = ["layers/0/q_proj", "layers/0/v_proj", "layers/1/q_proj", "layers/1/v_proj"]
+
+
+def sites(**fields):
+    return rslora.wrap(fn, PARAMS, X, config=rslora.LoraConfig(**{"rank": 3, "alpha": 7, **fields})).sites
+
+
+@pytest.mark.parametrize(
+    ("fields", "want"),
+    [
+        ({}, EVERY),
+        ({"targets": "*/q_proj"}, EVERY[::2]),
+        ({"targets": ["*/{q,v}_proj"], "exclude": ["layers/1/*"]}, EVERY[:2]),
+        ({"targets": ["layers/0/q_proj", "layers/1/v_proj"]}, [EVERY[0], EVERY[3]]),
+        ({"exclude": "*/v_*"}, EVERY[::2]),
+        ({"targets": ["all-linear"], "exclude": "layers/[0]/*"}, EVERY[2:]),
+    ],
+)
+def test_globs_choose_the_weights(fields, want):
+    assert sorted(sites(**fields)) == want
+
+
+@pytest.mark.parametrize(
+    ("fields", "said"),
+    [
+        ({"targets": "*/q_porj"}, ["'*/q_porj' matches no weight", "layers/0/q_proj"]),
+        ({"targets": ["*/q_proj", "*/k_proj"]}, ["'*/k_proj' matches no weight"]),
+        ({"targets": "*/bias"}, ["layers/0/bias of shape (8,)", "cannot be factored"]),
+        ({"targets": "unused"}, ["unused of shape (8, 8)", "cannot be factored"]),
+        ({"exclude": "*/o_proj"}, ["exclude '*/o_proj' matches no weight"]),
+        ({"exclude": "*"}, ["no weight is left to adapt"]),
+        ({"rank_pattern": {"*/k_proj": 2}}, ["rank_pattern '*/k_proj' matches no adapted weight"]),
+        ({"targets": "*/q_proj", "alpha_pattern": {"*/v_proj": 2}}, ["alpha_pattern '*/v_proj' matches no adapted"]),
+        ({"rank": 5}, ["rank 5 is above 4, the full rank of layers/0/v_proj (8 x 4)", "allow_large_rank"]),
+        ({"rank_pattern": {"*/q_proj": 9}}, ["rank 9 is above 8, the full rank of layers/0/q_proj"]),
+    ],
+)
+def test_a_config_that_does_not_fit_says_what_would(fields, said):
+    with pytest.raises(ValueError) as error:
+        sites(**fields)
+    assert all(part in str(error.value) for part in said), str(error.value)
+
+
+def test_the_first_pattern_that_matches_gives_a_weight_its_rank_and_alpha():
+    found = sites(rank_pattern={"layers/0/q_proj": 5, "*/q_proj": 2}, alpha_pattern=[("layers/1/*", 11)])
+    assert {path: (s.rank, s.alpha) for path, s in found.items()} == {
+        "layers/0/q_proj": (5, 7),
+        "layers/0/v_proj": (3, 7),
+        "layers/1/q_proj": (2, 11),
+        "layers/1/v_proj": (3, 11),
+    }
+    assert found["layers/1/q_proj"].gamma == pytest.approx(11 / math.sqrt(2))
+    assert found["layers/0/q_proj"].a_shape == (8, 5) and found["layers/0/q_proj"].b_shape == (5, 8)
+
+
+def test_a_rank_above_the_full_one_is_exact_where_it_is_asked_for_and_said():
+    config = rslora.LoraConfig(rank=6, alpha=7, allow_large_rank=True)
+    with pytest.warns(rslora.RsloraWarning, match="rank 6 is above 4, the full rank of layers/0/v_proj"):
+        lora = rslora.wrap(fn, PARAMS, X, config=config)
+    adapters = trained(lora)
+    np.testing.assert_allclose(
+        lora.apply(PARAMS, adapters, X), fn(lora.merge(PARAMS, adapters), X), rtol=2e-5, atol=1e-4
+    )
+
+
+def test_adapters_or_parameters_of_another_make_are_named_by_path_and_shape():
+    lora = rslora.wrap(fn, PARAMS, X, config=rslora.LoraConfig(rank=3, alpha=7))
+    adapters = lora.init(jax.random.key(0))
+
+    def refuse(params, adapters, *said):
+        for act in (lambda: lora.apply(params, adapters, X), lambda: lora.merge(params, adapters)):
+            with pytest.raises(ValueError) as error:
+                act()
+            assert all(part in str(error.value) for part in said), str(error.value)
+
+    other = rslora.wrap(fn, PARAMS, X, config=rslora.LoraConfig(rank=2, alpha=7)).init(jax.random.key(0))
+    refuse(PARAMS, other, "layers/0/q_proj/a has shape (8, 2)", "(8, 3)", "another config or another base")
+    refuse(PARAMS, {k: v for k, v in adapters.items() if k != EVERY[2]}, f"have none for {EVERY[2]}")
+    refuse(PARAMS, adapters | {"mlp/up": adapters[EVERY[0]]}, "have mlp/up, which this config does not adapt")
+    refuse(PARAMS, adapters | {EVERY[1]: {"a": adapters[EVERY[1]]["a"]}}, f"{EVERY[1]} has no b")
+    bigger = PARAMS | {"unused": normal(5, 8, 9)}
+    refuse(bigger, adapters, "unused has shape (8, 9)", "(8, 8)")
+    refuse({"layers": PARAMS["layers"]}, adapters, "no unused")
+
+
+def test_what_a_trace_cannot_depend_on_is_refused():
+    with pytest.raises(TypeError, match="argument of type set is neither an array nor hashable"):
+        rslora.wrap(lambda p, x, s: x @ p, PARAMS["unused"], X, {1})
+
+
+@pytest.mark.parametrize("name", ["mlp", "linen scanned, remat", "stacked experts", "lookup tied"])
+@pytest.mark.parametrize("init", ["uniform", "gaussian"])
+def test_a_starts_with_a_variance_that_does_not_depend_on_the_rank_and_b_at_zero(name, init):
+    case = CASES[name]()
+    spread = {}
+    for rank in (2, 7):
+        config = rslora.LoraConfig(rank=rank, alpha=5, init=init, targets=case.targets)
+        lora = rslora.wrap(case.fn, case.params, *case.args, config=config)
+        draws = [lora.init(jax.random.key(seed)) for seed in range(100)]
+        for path, site in lora.sites.items():
+            a = np.stack([draw[path]["a"] for draw in draws])
+            assert not any(draw[path]["b"].any() for draw in draws)
+            fan_in = 1 if site.kind == "embedding" else site.in_size
+            want = 1 / fan_in if init == "gaussian" else 1 / (3 * fan_in)
+            assert a.var() == pytest.approx(want, rel=0.15), path
+            assert abs(a.mean()) < 5 * np.sqrt(want / a.size)
+            if init == "uniform":
+                assert np.abs(a).max() <= 1 / np.sqrt(fan_in)
+            spread.setdefault(path, []).append(a.var())
+
+
+def test_every_weight_has_a_stream_of_its_own():
+    few = rslora.wrap(fn, PARAMS, X, config=rslora.LoraConfig(rank=3, alpha=7, targets="layers/1/*"))
+    many = rslora.wrap(fn, PARAMS, X, config=rslora.LoraConfig(rank=3, alpha=7))
+    a, b = few.init(jax.random.key(4)), many.init(jax.random.key(4))
+    for path in a:
+        np.testing.assert_array_equal(a[path]["a"], b[path]["a"])
+    flat = [np.asarray(b[path]["a"]).tobytes() for path in EVERY]
+    assert len(set(flat)) == len(flat)
+    assert (many.init(jax.random.key(5))[EVERY[0]]["a"] != b[EVERY[0]]["a"]).any()
+
+
+def test_a_function_can_draw_a_and_adapters_are_held_in_the_dtype_asked_for():
+    def draw(key, shape, dtype, fan_in):
+        return jnp.full(shape, fan_in, dtype)
+
+    lora = rslora.wrap(fn, PARAMS, X, config=rslora.LoraConfig(rank=3, alpha=7, init=draw, dtype="bfloat16"))
+    adapters = lora.init(jax.random.key(0))
+    assert all(x.dtype == jnp.bfloat16 for x in jax.tree.leaves(adapters))
+    assert (adapters[EVERY[0]]["a"] == 8).all()
+
+
+def test_the_table_says_what_is_adapted_and_how_many_numbers_train():
+    text = str(rslora.wrap(fn, PARAMS, X, config=rslora.LoraConfig(rank=3, alpha=7)))
+    lines = text.splitlines()
+    assert lines[0].split() == ["weight", "in", "x", "out", "stack", "rank", "gamma", "parameters"]
+    assert lines[1].split() == ["layers/{0..1}/q_proj", "8", "x", "8", "-", "3", "4.041", "96"]
+    assert lines[2].split() == ["layers/{0..1}/v_proj", "8", "x", "4", "-", "3", "4.041", "72"]
+    base = sum(x.size for x in jax.tree.leaves(PARAMS))
+    assert lines[3].startswith("168 parameters to train on 4 matrices") and f"{base} (" in lines[3]

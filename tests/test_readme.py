@@ -1,0 +1,42 @@
+"""The README's programs run as they stand, on the real model, with fewer steps."""
+
+import re
+from pathlib import Path
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import pytest
+
+from rslora_jax import checkpoint
+
+README = (Path(__file__).parent.parent / "README.md").read_text()
+BLOCKS = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+
+
+def test_the_first_program_runs_on_any_model():
+    model, tokens = nn.Sequential([nn.Embed(20, 96), nn.Dense(80)]), jnp.ones((2, 3), jnp.int32)
+    names = {"model": model, "tokens": tokens, "variables": model.init(jax.random.key(0), tokens)}
+    exec(BLOCKS[0], names)
+    assert (names["logits"] == model.apply(names["variables"], tokens)).all()
+    assert jax.tree.structure(names["merged"]) == jax.tree.structure(names["variables"])
+
+
+def test_the_notebook_program_trains_the_real_model_and_writes(tmp_path, monkeypatch, capsys):
+    from rslora_jax.interop.gguf import find_smollm2
+
+    try:
+        find_smollm2()
+    except ValueError as error:
+        pytest.skip(str(error))
+    monkeypatch.chdir(tmp_path)
+    source = BLOCKS[1]
+    for old, new in {"steps=40": "steps=2", "max_len=256": "max_len=64", "[::16]": "[::240]"}.items():
+        assert old in source
+        source = source.replace(old, new)
+    names: dict = {}
+    exec(source, names)
+    assert list(names["result"].heldout) == [0, 1, 2]
+    assert len(capsys.readouterr().out.splitlines()[-1]) > 3
+    config, adapters = checkpoint.load_adapters("notebook-run", params=names["variables"])
+    assert config.rank == 32 and set(adapters) == set(names["lora"].sites)
