@@ -168,7 +168,7 @@ def test_what_a_resume_cannot_go_on_from_is_named(run, whole, tmp_path):
         Run(scaling="lora").fit(folder, 20, resume=True)
     with pytest.raises(ValueError, match="another base"):
         Run(seed=4).fit(folder, 20, resume=True)
-    with pytest.raises(ValueError, match="no adapters for|no place for"):
+    with pytest.raises(ValueError, match=r"no adapters for|no place for"):
         Run(targets="*/q_proj/*").fit(folder, 20, resume=True)
     other = Run()
     other.optimizer = optax.sgd(1e-2)
@@ -208,7 +208,7 @@ def test_a_loss_that_is_not_finite_stops_at_its_step_and_keeps_the_last_good_ada
 
     with pytest.raises(train.NonFiniteLoss, match=f"loss of step {bad + 1} is not finite .* adapters of step {bad}"):
         run.fit(tmp_path / "bad", 8, loss=loss, batches=Batches())
-    config, adapters = checkpoint.load_adapters(tmp_path / "bad")
+    _, adapters = checkpoint.load_adapters(tmp_path / "bad")
     equal(adapters, good.adapters)
     assert checkpoint.steps_in(tmp_path / "bad")[-1] == bad
     last = json.loads((tmp_path / "bad" / "metrics.jsonl").read_text().splitlines()[-1])
