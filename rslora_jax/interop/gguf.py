@@ -156,6 +156,8 @@ def _config(
 
     def get(name: str, default: Any = None) -> Any:
         value = metadata.get(f"llama.{name}", default)
+        if isinstance(value, list):
+            raise ValueError(f"{path} has llama.{name} for each layer apart: only one for all is read")
         if value is None:
             raise ValueError(f"{path} lacks llama.{name}: take a file that was converted whole")
         return value
@@ -164,13 +166,16 @@ def _config(
     head_dim = get("attention.key_length", width // heads)
     for name, plain in (
         ("rope.scaling.type", "none"),
+        # Without a type llama.cpp takes a factor as linear; the second name is the older one.
+        ("rope.scaling.factor", 1.0),
+        ("rope.scale_linear", 1.0),
         ("expert_count", 0),
         ("rope.dimension_count", head_dim),
         ("attention.value_length", head_dim),
     ):
         if (found := get(name, plain)) != plain:
             raise ValueError(f"{path} has llama.{name}={found!r}: only {plain!r} is computed here")
-    return LlamaConfig(
+    figures = dict(
         vocab_size=get("vocab_size", len(metadata.get("tokenizer.ggml.tokens", ())) or None),
         width=width,
         mlp_width=get("feed_forward_length"),
@@ -181,12 +186,18 @@ def _config(
         rope_base=get("rope.freq_base", 10000.0),
         norm_eps=get("attention.layer_norm_rms_epsilon"),
         max_len=get("context_length"),
-        tie_head=tie_head,
-        scan_layers=scan_layers,
-        remat=remat,
-        param_dtype=param_dtype,
-        dtype=dtype,
     )
+    try:
+        return LlamaConfig(
+            **figures,
+            tie_head=tie_head,
+            scan_layers=scan_layers,
+            remat=remat,
+            param_dtype=param_dtype,
+            dtype=dtype,
+        )
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from error
 
 
 def _tensor_reader(path: Path, tensors: dict[str, ReaderTensor], config: LlamaConfig) -> Callable[[str], np.ndarray]:

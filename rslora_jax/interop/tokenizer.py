@@ -47,7 +47,8 @@ class Tokenizer:
         """Give the token ids of a text.
 
         Special tokens written out in the text become their one id. The file says whether the id that begins
-        a text is put in front (`add_bos`).
+        a text is put in front (`add_bos`). A byte that the vocabulary lacks is left out, as by the published
+        tokenizer: SmolLM2 has no token for six control characters, such as U+0004.
 
         >>> tokenizer_from_metadata(_EXAMPLE).encode("hih")
         [3, 1]
@@ -84,7 +85,7 @@ class Tokenizer:
                 eos_token=self._token(self.eos_id),
                 raise_exception=_refuse,
             )
-        except jinja2.TemplateError as error:
+        except (jinja2.TemplateError, TypeError) as error:
             raise ValueError(f"the chat template does not take these messages: {error}") from error
 
     def _token(self, token_id: int | None) -> str:
@@ -95,7 +96,7 @@ def tokenizer_from_metadata(metadata: Mapping[str, Any]) -> Tokenizer:
     """Build a `Tokenizer` from the `tokenizer.*` entries of a GGUF file (a mapping of name to plain value).
 
     Raises `ValueError` for a tokenizer that is not byte-level, for a way of cutting text not known here (a
-    wrong cut would give wrong ids without a word), and for missing entries.
+    wrong cut would give wrong ids without a word), and for entries that are missing or do not fit together.
 
     >>> tokenizer_from_metadata({"tokenizer.ggml.model": "llama"})
     Traceback (most recent call last):
@@ -116,15 +117,16 @@ def tokenizer_from_metadata(metadata: Mapping[str, Any]) -> Tokenizer:
         if f"tokenizer.ggml.{name}" not in metadata:
             raise ValueError(f"the tokenizer lacks tokenizer.ggml.{name}: take a file converted whole")
     tokens: list[str] = metadata["tokenizer.ggml.tokens"]
-    unknown_id = metadata.get("tokenizer.ggml.unknown_token_id")
-    backend = Backend(
-        models.BPE(
-            vocab={token: i for i, token in enumerate(tokens)},
-            merges=[tuple(pair.split(" ", 1)) for pair in metadata["tokenizer.ggml.merges"]],
-            unk_token=None if unknown_id is None else tokens[unknown_id],
-            fuse_unk=True,
-        )
-    )
+    for name in ("eos", "bos", "padding"):
+        if metadata.get(f"tokenizer.ggml.{name}_token_id", 0) >= len(tokens):
+            raise ValueError(f"the {name} token is not among the {len(tokens)}: take a file converted whole")
+    merges = [tuple(pair.split(" ", 1)) for pair in metadata["tokenizer.ggml.merges"]]
+    try:
+        backend = Backend(models.BPE(vocab={token: i for i, token in enumerate(tokens)}, merges=merges))
+    except Exception as error:  # the library raises nothing narrower
+        raise ValueError(
+            f"the tokenizer's merges do not fit its tokens: take a file converted whole ({error})"
+        ) from error
     backend.pre_tokenizer = _PRE_TOKENIZERS[pre]
     backend.decoder = decoders.ByteLevel()
     types = metadata.get("tokenizer.ggml.token_type", [])
