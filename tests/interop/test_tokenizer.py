@@ -91,9 +91,7 @@ def test_a_chat_is_written_by_the_template_of_the_file(tokenizer):
         "<|im_start|>user\n Three?\n<|im_end|>\n"
     )
     opening = "<|im_start|>system\nBe brief.<|im_end|>\n"
-    default = (
-        "<|im_start|>system\nYou are a helpful AI assistant named SmolLM, trained by Hugging Face<|im_end|>\n"
-    )
+    default = "<|im_start|>system\nYou are a helpful AI assistant named SmolLM, trained by Hugging Face<|im_end|>\n"
     ask = "<|im_start|>assistant\n"
     assert tokenizer.chat([system, *turns]) == opening + written + ask
     assert tokenizer.chat(turns) == default + written + ask
