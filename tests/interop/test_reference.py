@@ -21,7 +21,8 @@ from .test_tokenizer import TEXTS
 os.environ["HF_HUB_OFFLINE"] = "1"
 torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
-pytestmark = pytest.mark.reference
+# In one process: torch and two copies of the weights.
+pytestmark = [pytest.mark.reference, pytest.mark.xdist_group("reference")]
 
 PROSE = (
     "Water moves around the Earth in a cycle that has no beginning and no end. The heat of the sun turns "

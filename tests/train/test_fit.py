@@ -19,6 +19,8 @@ from rslora_jax import checkpoint, train
 from rslora_jax.models.llama import Llama, LlamaConfig
 from rslora_jax.train.bytelevel import ByteTokenizer
 
+pytestmark = pytest.mark.xdist_group("fit")  # in one process: the step is compiled once
+
 CONFIG = LlamaConfig(vocab_size=258, width=32, mlp_width=48, num_layers=2, num_heads=4, num_kv_heads=2)
 SUMS = [train.Example(f"{a}+{b}=", f"{a + b}") for a in range(12) for b in range(12)]
 
