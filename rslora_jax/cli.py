@@ -75,16 +75,21 @@ def main(argv: Sequence[str] | None = None) -> int:
             arguments = parser(saved_settings(arguments.out)).parse_args(argv)
         return train(arguments)
     except KeyboardInterrupt:
-        print("rslora: interrupted before training began; nothing was written", file=sys.stderr)
+        print(f"rslora: interrupted; {what_is_left(arguments.out)}", file=sys.stderr)
         return 130
     except ValueError as error:
         print(f"rslora: error: {error}", file=sys.stderr)
         return 2
-    except RuntimeError as error:
-        if type(error).__name__ != "NonFiniteLoss":
-            raise
-        print(f"rslora: error: {error}", file=sys.stderr)
-        return 1
+
+
+def what_is_left(out: str) -> str:
+    """Say what a run that was cut short has saved."""
+    from rslora_jax import checkpoint
+
+    steps = checkpoint.steps_in(Path(out))
+    if not steps:
+        return "nothing was saved yet"
+    return f"step {steps[-1]} is saved; to go on: rslora train --resume --out {shlex.quote(out)}"
 
 
 def saved_settings(out: str) -> dict[str, Any]:
@@ -105,7 +110,7 @@ def train(arguments: argparse.Namespace) -> int:
     from rslora_jax import checkpoint
     from rslora_jax.interop.gguf import find_smollm2, load_gguf
     from rslora_jax.models.llama import Llama
-    from rslora_jax.train import batches, fit, loss, report, samples
+    from rslora_jax.train import NonFiniteLoss, batches, fit, loss, report, samples
 
     a, out = arguments, Path(arguments.out)
     for flag in ("steps", "batch_size", "learning_rate", "max_len"):
@@ -143,23 +148,27 @@ def train(arguments: argparse.Namespace) -> int:
         print(samples.show(example, {"base model": text, "wanted": example.completion}), flush=True)
     settings = {name: value for name, value in vars(a).items() if name not in ("command", "resume", "out")}
     settings |= {name: str(Path(settings[name]).absolute()) for name in ("data", "model") if settings[name]}
-    result = fit(
-        lora,
-        variables,
-        fresh,
-        batches=batches.train_batches(rows, batch_size=a.batch_size, seed=a.seed),
-        loss=loss.token_loss(places),
-        optimizer=optimizer,
-        steps=a.steps,
-        folder=out,
-        heldout=heldout,
-        settings=settings,
-        resume=a.resume,
-    )
+    try:
+        result = fit(
+            lora,
+            variables,
+            fresh,
+            batches=batches.train_batches(rows, batch_size=a.batch_size, seed=a.seed),
+            loss=loss.token_loss(places),
+            optimizer=optimizer,
+            steps=a.steps,
+            folder=out,
+            heldout=heldout,
+            settings=settings,
+            resume=a.resume,
+        )
+    except NonFiniteLoss as error:
+        print(f"rslora: error: {error}", file=sys.stderr)
+        return 1
     print(f"wrote {out}/checkpoints, {out}/metrics.jsonl and {out}/loss.png")
     print(sizes(out, result.adapters, variables))
     if result.interrupted:
-        print(f"stopped at step {result.step} of {a.steps}; to go on: rslora train --resume --out {shlex.quote(a.out)}")
+        print(f"stopped before step {a.steps}; {what_is_left(a.out)}")
         return 130
     for example, old, new in zip(chosen, before, write(lora.merge(variables, result.adapters)), strict=True):
         answers = {"before": old, "after": new, "wanted": example.completion}

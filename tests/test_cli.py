@@ -141,4 +141,4 @@ def test_on_a_terminal_a_bar_shows_the_numbers_and_control_c_says_how_to_resume(
     assert re.search(r"loss \d+\.\d+  ppl [\d.]+  grad [\d.]+  \d+ tok/s  [\d:]+ left", text)
     step = checkpoint.steps_in(tmp_path / "run")[-1]
     assert 3 <= step < 50
-    assert f"stopped at step {step} of 400; to go on: rslora train --resume --out run" in text
+    assert f"stopped before step 400; step {step} is saved; to go on: rslora train --resume --out run" in text

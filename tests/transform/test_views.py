@@ -1,0 +1,104 @@
+"""Renaming a view and then forming its sum equals forming the sum and then renaming it."""
+
+import itertools
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from rslora_jax.transform import views
+from rslora_jax.transform.views import View, materialise
+
+ROLES = ("in", "out", "stack")
+
+
+def make(sizes, roles, rank=3):
+    """A view of random numbers, and its sum in numpy from the definition."""
+    a_sizes = [n if role != "out" else 1 for n, role in zip(sizes, roles, strict=True)]
+    b_sizes = [n if role != "in" else 1 for n, role in zip(sizes, roles, strict=True)]
+    r = np.random.default_rng(0)
+    w, a, b = (r.normal(size=s).astype(np.float32) for s in (sizes, (*a_sizes, rank), (*b_sizes, rank)))
+    axes = tuple(frozenset({n}) for n in range(len(sizes)))
+    view = View(jnp.asarray(w), jnp.asarray(a), jnp.asarray(b), axes, jnp.dtype("float32"), "w")
+    return view, w + (a.astype(np.float64) * b).sum(-1)
+
+
+weights = st.lists(st.tuples(st.integers(1, 4), st.sampled_from(ROLES)), min_size=1, max_size=4)
+
+
+@settings(max_examples=60, deadline=None)
+@given(weights, st.randoms(use_true_random=False))
+def test_transposing_commutes_with_adding(weight, random):
+    view, total = make(*zip(*weight, strict=True))
+    order = list(range(len(weight)))
+    random.shuffle(order)
+    got = views.transpose(view, order)
+    np.testing.assert_allclose(materialise(got), total.transpose(order), atol=1e-5)
+    assert [set(axes) for axes in got.axes] == [{n} for n in order]
+
+
+@settings(max_examples=60, deadline=None)
+@given(weights, st.data())
+def test_slicing_commutes_with_adding(weight, data):
+    view, total = make(*zip(*weight, strict=True))
+    picks = []
+    for size, _ in weight:
+        start = data.draw(st.integers(0, size - 1))
+        picks.append((start, data.draw(st.integers(start + 1, size)), data.draw(st.integers(1, 2))))
+    starts, limits, strides = zip(*picks, strict=True)
+    got = views.slice_axes(view, starts, limits, strides)
+    want = total[tuple(slice(*pick) for pick in picks)]
+    np.testing.assert_allclose(materialise(got), want, atol=1e-5)
+    sizes = [limit - start for start, limit, _ in picks]
+    moved = views.dynamic_slice(view, [jnp.int32(n) for n in starts], sizes)
+    want = total[tuple(slice(start, limit) for start, limit, _ in picks)]
+    np.testing.assert_allclose(materialise(moved), want, atol=1e-5)
+
+
+@settings(max_examples=150, deadline=None)
+@given(weights, st.randoms(use_true_random=False))
+def test_a_reshape_is_followed_exactly_where_no_axis_of_a_meets_one_of_b(weight, random):
+    sizes, roles = zip(*weight, strict=True)
+    view, total = make(sizes, roles)
+    shapes = [s for s in factorisations(math.prod(sizes)) if len(s) <= 5]
+    shape = random.choice(shapes)
+    got = views.reshape(view, shape)
+    if got is None:
+        groups = views.reshape_groups(sizes, shape)
+        mixed = [{roles[n] for n in old if sizes[n] > 1} for old, _ in groups]
+        assert any(len(group) > 1 for group in mixed)
+    else:
+        np.testing.assert_allclose(materialise(got), total.reshape(shape), atol=1e-5)
+
+
+def factorisations(number):
+    """All shapes of the given size without more than one axis of size 1."""
+    if number == 1:
+        return [(), (1,)]
+    found = [(number,), (1, number), (number, 1)]
+    for n in range(2, number):
+        if number % n == 0:
+            found += [(n, *rest) for rest in factorisations(number // n) if rest]
+    return found
+
+
+def test_reshape_groups_hold_every_axis_once_and_multiply_to_the_same():
+    for old, new in itertools.product([(2, 3, 4), (6, 4), (24,), (1, 24), (2, 1, 12), (3, 8, 1)], repeat=2):
+        groups = views.reshape_groups(old, new)
+        assert [n for olds, _ in groups for n in olds] == list(range(len(old)))
+        assert [n for _, news in groups for n in news] == list(range(len(new)))
+        assert all(math.prod(old[n] for n in o) == math.prod(new[n] for n in m) for o, m in groups)
+    assert views.reshape_groups((6,), (5,)) is None and views.reshape_groups((0, 2), (0,)) is None
+
+
+def test_a_sum_in_few_bits_keeps_what_the_weight_alone_would_round_away():
+    """W + AB is formed in float32 and then cast as the program casts, not the other way round."""
+    view, _ = make((4, 4), ("in", "out"))
+    half = View(view.w.astype(jnp.bfloat16), view.a, view.b, view.axes, jnp.dtype("float32"), "w")
+    want = np.asarray(half.w, np.float64) + np.einsum("ixr,xor->io", view.a, view.b)
+    np.testing.assert_allclose(materialise(half), want, atol=1e-5)
+    assert materialise(half).dtype == jnp.float32
+    jax.tree.map(lambda x: x.block_until_ready(), half)
