@@ -135,7 +135,8 @@ def train(arguments: argparse.Namespace) -> int:
         print(f"held-out data: {held.statistics}", flush=True)
         heldout, places = batches.heldout_batches(held, batch_size=a.batch_size), max(places, held.places)
 
-    schedule = optax.warmup_cosine_decay_schedule(0.0, a.learning_rate, max(1, a.steps // 10), a.steps)
+    peak = a.learning_rate
+    schedule = optax.warmup_cosine_decay_schedule(peak / 10, peak, a.steps // 10, a.steps)
     optimizer = optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(schedule, b2=0.99, weight_decay=0.0))
     fresh = lora.init(jax.random.key(a.seed))
     chosen = heldout_examples[:2]

@@ -73,13 +73,13 @@ class Transformer(nn.Module):
             )
             x, _ = block(scanned=True, name="layers", **kind)(x, None)
         else:
-            for n in range(3):
+            for n in range(2):
                 x = Block(name=f"layers_{n}", **kind)(x)
         x = nn.LayerNorm(name="norm", **kind)(x)
         return embed.attend(x) if self.tied else nn.Dense(50, use_bias=False, name="head", **kind)(x)
 
 
-def linen(targets: Any = "all-linear", tolerance: float = 1e-5, sites: int = 18, **kwargs: Any) -> Case:
+def linen(targets: Any = "all-linear", tolerance: float = 1e-5, sites: int = 12, **kwargs: Any) -> Case:
     model = Transformer(**kwargs)
     return Case(model.apply, model.init(jax.random.key(0), tokens()), (tokens(),), targets, tolerance, sites)
 
@@ -247,9 +247,9 @@ def family(build: Callable[[str], Case], names: str) -> dict[str, Callable[[], C
 CASES: dict[str, Callable[[], Case]] = {
     "linen looped": linen,
     "linen scanned, remat": lambda: linen(scanned=True, sites=6),
-    "linen every matrix": lambda: linen(targets=["*/{kernel,embedding}"], sites=20),
+    "linen every matrix": lambda: linen(targets=["*/{kernel,embedding}"], sites=14),
     "linen tied": lambda: linen(tied=True),
-    "linen tied, every matrix": lambda: linen(tied=True, targets=["*/{kernel,embedding}"], sites=19),
+    "linen tied, every matrix": lambda: linen(tied=True, targets=["*/{kernel,embedding}"], sites=13),
     "linen bfloat16 compute": lambda: linen(dtype=jnp.bfloat16, tolerance=4e-2),
     "linen bfloat16 parameters": lambda: linen(
         dtype=jnp.bfloat16, param_dtype=jnp.bfloat16, tolerance=4e-2, scanned=True, sites=6

@@ -95,15 +95,16 @@ def test_a_padded_batch_gives_what_each_row_gives_alone(variables, side, cached)
     for i, (row, spot) in enumerate(zip(rows, spots, strict=True)):
         tokens[i, spot], positions[i, spot] = row, np.arange(len(row))
     args = (variables, jnp.asarray(tokens), jnp.asarray(positions))
+    apply = jax.jit(model.apply)
     if cached:
-        logits, cache = model.apply(*args, cache=init_cache(CONFIG, 3, width + 2))
+        logits, cache = apply(*args, cache=init_cache(CONFIG, 3, width + 2))
         # Positions of the next tokens follow each row's own length without being told.
-        more, _ = model.apply(variables, jnp.array([[5, 6]] * 3), cache=cache)
+        more, _ = apply(variables, jnp.array([[5, 6]] * 3), cache=cache)
     else:
-        logits = model.apply(*args)
+        logits = apply(*args)
     assert bool(jnp.isfinite(logits).all())
     for i, (row, spot) in enumerate(zip(rows, spots, strict=True)):
-        alone = model.apply(variables, jnp.asarray([[*row, 5, 6]]))[0]
+        alone = apply(variables, jnp.asarray([[*row, 5, 6]]))[0]
         _close(logits[i, spot], alone[: len(row)])
         if cached:
             _close(more[i], alone[len(row) :])
@@ -115,8 +116,9 @@ def test_padding_leaves_gradients_finite_and_out_of_the_loss(variables):
     def loss(v, tokens):
         return jnp.sum(Llama(CONFIG).apply(v, tokens, positions)[:, :3] ** 2)
 
-    a = jax.grad(loss)(variables, jnp.array([[1, 2, 3, 4, 5]]))
-    b = jax.grad(loss)(variables, jnp.array([[1, 2, 3, 60, 60]]))
+    gradient = jax.jit(jax.grad(loss))
+    a = gradient(variables, jnp.array([[1, 2, 3, 4, 5]]))
+    b = gradient(variables, jnp.array([[1, 2, 3, 60, 60]]))
     jax.tree.map(lambda x, y: _close(x, y, atol=1e-5 * float(jnp.abs(y).max())), a, b)
     assert all(bool(jnp.isfinite(leaf).all()) for leaf in jax.tree.leaves(a))
 
