@@ -105,6 +105,9 @@ def train(arguments: argparse.Namespace) -> int:
     begun = time.monotonic()
     import jax
     import optax
+    from absl import logging
+
+    logging.set_verbosity(logging.ERROR)  # grain and orbax warn through it of what no user here can act on
 
     import rslora_jax as rslora
     from rslora_jax import checkpoint
