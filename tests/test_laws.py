@@ -302,6 +302,21 @@ def test_law_8_the_same_shapes_trace_once_and_other_adapters_do_not_recompile():
     lora.apply(params, adapters, normal(1, 9, 16))  # another shape: the second and last trace
 
 
+def test_law_8_a_second_call_op_by_op_traces_and_compiles_nothing():
+    """The calls that the program holds (a jit, a scan) are kept too, not only the program."""
+    events = []
+    jax.monitoring.register_event_duration_secs_listener(lambda name, _, **__: events.append(name))
+    params, x = {"w": normal(0, 3, 16, 16)}, normal(1, 5, 16)
+    fn = lambda p, x: jax.lax.scan(lambda x, w: (jax.jit(jnp.matmul)(x, w), None), x, p["w"])[0]
+    lora = rslora.wrap(fn, params, x, config=rslora.LoraConfig(rank=3, alpha=7))
+    first, second = trained(lora, 0), trained(lora, 1)
+    seen = lambda: sum("compile" in name for name in events)
+    lora.apply(params, first, x)
+    before = seen()
+    lora.apply(params, second, x)
+    assert seen() == before > 0
+
+
 def test_apply_composes_with_vmap_over_adapters_checkpoint_scan_and_forward_mode():
     case = CASES["mlp"]()
     lora = wrapped(case)

@@ -89,7 +89,7 @@ class Tokenizer:
             raise ValueError(f"the chat template does not take these messages: {error}") from error
 
     def _token(self, token_id: int | None) -> str:
-        return "" if token_id is None else self.backend.id_to_token(token_id)
+        return "" if token_id is None else self.backend.id_to_token(token_id) or ""
 
 
 def tokenizer_from_metadata(metadata: Mapping[str, Any]) -> Tokenizer:
