@@ -83,7 +83,7 @@ class Rows:
     def places(self) -> int:
         """The largest number of tokens with loss in one row, at least 1."""
         learnt = [int(encoded.is_learnt_N[1:].sum()) for encoded in self.sequences]
-        return max(1, *(sum(learnt[i] for i in row) for row in self.rows), 1)
+        return max(1, *(sum(learnt[i] for i in row) for row in self.rows))
 
 
 def prepare(
