@@ -18,9 +18,7 @@ A weight stored in fewer bits than float32 is never summed with its update, whic
 
 import dataclasses
 import itertools
-import math
-from collections.abc import Iterable, Mapping
-from typing import Any
+from collections.abc import Iterable
 
 # Take another order than the factored one only if it saves more than this part of the adapter's FLOPs: it
 # costs a pass over the weight's memory that the count does not see.
@@ -62,20 +60,6 @@ class Sizes:
     full: int
     kept_weight: int
     kept_rows: int
-
-    @classmethod
-    def of(cls, spec: Any, how: Any, sizes: Mapping[str, int]) -> "Sizes":
-        def count(*letters: str) -> int:
-            return math.prod(sizes[c] for c in set("".join(letters)))
-
-        return cls(
-            base=2 * count(spec.x, spec.w),
-            meet=2 * count(spec.x, how.first),
-            leave=2 * count(how.between, how.second),
-            full=2 * count(how.first, how.second),
-            kept_weight=count(spec.w),
-            kept_rows=count(how.between),
-        )
 
 
 def flops(sizes: Sizes, plan: Plan, summable: bool) -> int:

@@ -5,9 +5,9 @@ is linear in the tangents, so both modes of differentiation work, and reverse mo
 products that the plan has counted.
 """
 
-import dataclasses
+import functools
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Protocol
 
 import jax
 import jax.numpy as jnp
@@ -16,102 +16,72 @@ from jax.ad_checkpoint import checkpoint_name
 from jax.custom_derivatives import SymbolicZero
 
 from rslora_jax.transform.cost import Plan, Sizes, plan
-from rslora_jax.transform.views import RANK, View, compact
 
 MERGED = "rslora_merged_weight"  # the name by which a kept sum is known to checkpoint policies
 
 
-@dataclasses.dataclass(frozen=True)
-class Spec:
-    """A product of data and a weight as an einsum, one letter an axis.
+class Bilinear(Protocol):
+    """An operation on data and a weight that its two factors can take the place of, one after the other.
 
-    Attributes:
-      x, w, out: the letters of the data, the weight and the result.
-      precision: as in `jax.lax.dot_general`.
-      base: the program's own equation, from (data, weight) to result.
+    `base` is the program's own operation, linear in each operand, and `leave(meet(x, first), second)` is
+    `base(x, full(first, second))`. `dtype` is what the program casts the weight to. Operations are compared
+    by value: equal ones on equal shapes are traced once, however many layers a model has.
     """
 
-    x: str
-    w: str
-    out: str
-    precision: Any
-    base: Callable[[Array, Array], Array]
+    @property
+    def dtype(self) -> Any: ...
+    def base(self, x: Array, w: Array, *extra: Array) -> Array: ...
+    def meet(self, x: Array, first: Array, *extra: Array) -> Array: ...
+    def leave(self, xa: Array, second: Array, *extra: Array) -> Array: ...
+    def full(self, first: Array, second: Array) -> Array: ...
+    def sizes(self, x: tuple[int, ...], w: tuple[int, ...], rank: int) -> Sizes: ...
+    def __hash__(self) -> int: ...
 
 
-@dataclasses.dataclass(frozen=True)
-class Factors:
-    """A product's two factors as einsum operands: the data meets `first`, and that result `second`."""
-
-    first: str
-    second: str
-    between: str
-    first_is_a: bool
-
-
-def order(spec: Spec, a_letters: str, b_letters: str) -> Factors | None:
-    """Say which factor the data meets first, or None where it is contracted with both."""
-    contracted = set(spec.x) - set(spec.out)
-    meets_a = bool(contracted & (set(a_letters) - set(b_letters)))
-    meets_b = bool(contracted & (set(b_letters) - set(a_letters)))
-    if meets_a and meets_b:
-        return None
-    first, second = (b_letters, a_letters) if meets_b else (a_letters, b_letters)
-    needed = set(spec.out) | set(second)
-    between = "".join(dict.fromkeys(c for c in spec.x + first if c in needed and c != RANK)) + RANK
-    return Factors(first, second, between, not meets_b)
-
-
-def adapted_product(spec: Spec, x: Array, view: View) -> Array | None:
-    """Return the product of `x` with an adapted weight, or None where it has no low-rank form.
+@functools.partial(jax.jit, static_argnums=0)
+def adapted_product(op: Bilinear, x: Array, w: Array, first: Array, second: Array, *extra: Array) -> Array:
+    """Return the result of `op` on data and an adapted weight.
 
     Args:
-      spec: the product.
+      op: the operation.
       x: the data.
-      view: the weight; the factors are cast to its dtype where they meet the data, and their sum with the
-        stored weight is formed before that cast.
+      w: the weight in the dtype it is stored in.
+      first, second: its factors in the order in which the data meets them, the rank last. They are cast to
+        the operation's dtype where they meet data; their sum with the weight is formed before that cast.
+      *extra: operands of `op` that have no derivative.
     """
-    a_letters, a = compact(view, view.a, spec.w)
-    b_letters, b = compact(view, view.b, spec.w)
-    how = order(spec, a_letters, b_letters)
-    if how is None:
-        return None
-    sizes = dict(zip(spec.x + spec.w, (*x.shape, *view.shape), strict=True)) | {RANK: a.shape[-1]}
     # A sum with a weight stored in fewer bits than float32 would round the update away.
-    summable = jnp.finfo(view.w.dtype).bits >= 32
-    best = plan(Sizes.of(spec, how, sizes), summable)
-    first, second = (a, b) if how.first_is_a else (b, a)
+    summable = jnp.finfo(w.dtype).bits >= 32
+    best = plan(op.sizes(x.shape, w.shape, first.shape[-1]), summable)
 
-    def einsum(subscripts: str, left: Array, right: Array) -> Array:
-        return jnp.einsum(subscripts, left, right, precision=spec.precision)
+    def cast(array: Array) -> Array:
+        return array.astype(op.dtype)
 
-    def cast(factor: Array) -> Array:
-        return factor.astype(view.dtype)
-
-    def low_rank(xa: Array, second: Array) -> Array:
-        return einsum(f"{how.between},{how.second}->{spec.out}", xa, cast(second))
+    def base(x: Array, w: Array) -> Array:
+        return op.base(x, cast(w), *extra)
 
     def meet(x: Array, first: Array) -> Array:
-        return einsum(f"{spec.x},{how.first}->{how.between}", x, cast(first))
+        return op.meet(x, cast(first), *extra)
 
-    def full(first: Array, second: Array) -> Array:
-        return jnp.einsum(f"{how.first},{how.second}->{spec.w}", first, second)
+    def leave(xa: Array, second: Array) -> Array:
+        return op.leave(xa, cast(second), *extra)
 
     def merged(w: Array, first: Array, second: Array) -> Callable[[Array], Array]:
         """Return the product with the adapted weight as a function of the data."""
         if summable:
-            total = checkpoint_name(cast(w + full(first, second)), MERGED)
-            return lambda x: spec.base(x, total)
-        update = checkpoint_name(cast(full(first, second)), MERGED)
-        return lambda x: spec.base(x, cast(w)) + spec.base(x, update)
+            total = checkpoint_name(cast(w + op.full(first, second)), MERGED)
+            return lambda x: base(x, total)
+        update = checkpoint_name(cast(op.full(first, second)), MERGED)
+        return lambda x: base(x, w) + base(x, update)
 
     def value(x: Array, w: Array, first: Array, second: Array, through: bool) -> Array:
         if through:
             return merged(w, first, second)(x)
-        y = spec.base(x, cast(w))
-        return y + low_rank(meet(x, first), second).astype(y.dtype)
+        y = base(x, w)
+        return y + leave(meet(x, first), second).astype(y.dtype)
 
-    if best == Plan(best.value_alone) and not best.value_alone:  # then JAX's own derivative is the one that was counted
-        return value(x, view.w, first, second, False)
+    if best == Plan():  # then JAX's own derivative is the one that was counted
+        return value(x, w, first, second, False)
 
     @jax.custom_jvp
     def product(x, w, first, second):
@@ -124,30 +94,30 @@ def adapted_product(spec: Spec, x: Array, view: View) -> Array | None:
         y = whole(x) if best.forward else value(x, w, first, second, False)
         terms = []
         if best.factors:
-            weights = [] if dfirst is None else [full(dfirst, second)]
-            weights += [] if dsecond is None else [full(first, dsecond)]
+            weights = [] if dfirst is None else [op.full(dfirst, second)]
+            weights += [] if dsecond is None else [op.full(first, dsecond)]
             if weights:
-                terms.append(spec.base(x, cast(add(weights))))
+                terms.append(base(x, add(weights)))
         else:
             meets = [meet(x, dfirst)] if dfirst is not None else []
             if dx is not None and not best.dx:
                 meets.append(meet(dx, first))
             if meets:
-                terms.append(low_rank(add(meets), second))
+                terms.append(leave(add(meets), second))
             if dsecond is not None:
-                terms.append(low_rank(meet(x, first), dsecond))
+                terms.append(leave(meet(x, first), dsecond))
         if dx is not None:
-            terms.append(whole(dx) if best.dx else spec.base(dx, cast(w)))
+            terms.append(whole(dx) if best.dx else base(dx, w))
             if best.factors and not best.dx:
-                terms.append(low_rank(meet(dx, first), second))
+                terms.append(leave(meet(dx, first), second))
         if dw is not None:
-            terms.append(spec.base(x, cast(dw)))
+            terms.append(base(x, dw))
         dy = add([t.astype(y.dtype) for t in terms]) if terms else jnp.zeros_like(y)
         return y, dy
 
     product.defjvp(rule, symbolic_zeros=True)
     policy = jax.checkpoint_policies.save_only_these_names(MERGED) if best.keep else None
-    return jax.checkpoint(product, policy=policy)(x, view.w, first, second)
+    return jax.checkpoint(product, policy=policy)(x, w, first, second)
 
 
 def add(terms: list[Array]) -> Array:

@@ -6,9 +6,10 @@ import jax.numpy as jnp
 from jax import Array, lax
 
 from rslora_jax.transform import calls, compat, views
+from rslora_jax.transform.dot import dot
 from rslora_jax.transform.interpreter import Rule, Use, Walk
-from rslora_jax.transform.product import Spec, adapted_product
-from rslora_jax.transform.views import LETTERS, View
+from rslora_jax.transform.product import adapted_product
+from rslora_jax.transform.views import View
 
 
 def transpose(walk: Walk, eqn: compat.Eqn, values: list[Any]) -> list[Any]:
@@ -79,25 +80,9 @@ def dot_general(walk: Walk, eqn: compat.Eqn, values: list[Any]) -> list[Any] | N
     if view.a is None:
         return compat.bind(eqn, *((view.base, rhs) if view_left else (lhs, view.base)))
 
-    lhs_letters = LETTERS[: len(lhs.shape)]
-    free_letters = iter(LETTERS[len(lhs.shape) :])
-    paired = dict(zip((*rhs_contracted, *rhs_batch), (*lhs_contracted, *lhs_batch), strict=True))
-    rhs_letters = "".join(lhs_letters[paired[n]] if n in paired else next(free_letters) for n in range(len(rhs.shape)))
-    out_letters = "".join(
-        [lhs_letters[n] for n in lhs_batch]
-        + [c for n, c in enumerate(lhs_letters) if n not in (*lhs_batch, *lhs_contracted)]
-        + [c for n, c in enumerate(rhs_letters) if n not in paired]
-    )
-    w_letters, x_letters = (lhs_letters, rhs_letters) if view_left else (rhs_letters, lhs_letters)
-    spec = Spec(
-        x=x_letters,
-        w=w_letters,
-        out=out_letters,
-        precision=eqn.params["precision"],
-        base=lambda x, w: compat.bind(eqn, *((w, x) if view_left else (x, w)))[0],
-    )
-    y = adapted_product(spec, rhs if view_left else lhs, view)
-    return None if y is None else [y]
+    x = rhs if view_left else lhs
+    how = dot(view, x, view_left, eqn.params)
+    return None if how is None else [adapted_product(how[0], x, view.w, *how[1:])]
 
 
 def gather(walk: Walk, eqn: compat.Eqn, values: list[Any]) -> list[Any] | None:

@@ -1,0 +1,97 @@
+"""A matrix product that an adapted weight takes part in: `dot_general`, written as an einsum."""
+
+import dataclasses
+import math
+from typing import Any
+
+import jax.numpy as jnp
+from jax import Array, lax
+
+from rslora_jax.transform.cost import Sizes
+from rslora_jax.transform.views import LETTERS, RANK, View, compact
+
+
+@dataclasses.dataclass(frozen=True)
+class Dot:
+    """A product of data and a weight; every axis has a letter.
+
+    Attributes:
+      x, w, out: the letters of the data, the weight and the result.
+      first, between, second: those of the factor the data meets first, of that result, of the other factor.
+      weight_left: whether the weight is the left operand.
+      params: the equation's own parameters.
+      dtype: what the program casts the weight to.
+    """
+
+    x: str
+    w: str
+    out: str
+    first: str
+    between: str
+    second: str
+    weight_left: bool
+    params: tuple[tuple[str, Any], ...]
+    dtype: Any
+
+    def base(self, x: Array, w: Array) -> Array:
+        operands = (w, x) if self.weight_left else (x, w)
+        return lax.dot_general_p.bind(*operands, **dict(self.params))
+
+    def meet(self, x: Array, first: Array) -> Array:
+        return self.einsum(f"{self.x},{self.first}->{self.between}", x, first)
+
+    def leave(self, xa: Array, second: Array) -> Array:
+        return self.einsum(f"{self.between},{self.second}->{self.out}", xa, second)
+
+    def full(self, first: Array, second: Array) -> Array:
+        return jnp.einsum(f"{self.first},{self.second}->{self.w}", first, second)
+
+    def einsum(self, subscripts: str, left: Array, right: Array) -> Array:
+        return jnp.einsum(subscripts, left, right, precision=dict(self.params)["precision"])
+
+    def sizes(self, x: tuple[int, ...], w: tuple[int, ...], rank: int) -> Sizes:
+        size = dict(zip(self.x + self.w + RANK, (*x, *w, rank), strict=True))
+
+        def count(*letters: str) -> int:
+            return math.prod(size[c] for c in set("".join(letters)))
+
+        return Sizes(
+            base=2 * count(self.x, self.w),
+            meet=2 * count(self.x, self.first),
+            leave=2 * count(self.between, self.second),
+            full=2 * count(self.first, self.second),
+            kept_weight=count(self.w),
+            kept_rows=count(self.between),
+        )
+
+
+def dot(view: View, x: Array, weight_left: bool, params: dict[str, Any]) -> tuple[Dot, Array, Array] | None:
+    """Return a product with a view as (operation, first factor, second factor).
+
+    None where it has no low-rank form: the data is contracted with both factors, or with an axis that
+    neither of them spans.
+    """
+    (lhs_contracted, rhs_contracted), (lhs_batch, rhs_batch) = params["dimension_numbers"]
+    lhs, rhs = (view, x) if weight_left else (x, view)
+    lhs_letters = LETTERS[: len(lhs.shape)]
+    free_letters = iter(LETTERS[len(lhs.shape) :])
+    paired = dict(zip((*rhs_contracted, *rhs_batch), (*lhs_contracted, *lhs_batch), strict=True))
+    rhs_letters = "".join(lhs_letters[paired[n]] if n in paired else next(free_letters) for n in range(len(rhs.shape)))
+    out_letters = "".join(
+        [lhs_letters[n] for n in lhs_batch]
+        + [c for n, c in enumerate(lhs_letters) if n not in (*lhs_batch, *lhs_contracted)]
+        + [c for n, c in enumerate(rhs_letters) if n not in paired]
+    )
+    w_letters, x_letters = (lhs_letters, rhs_letters) if weight_left else (rhs_letters, lhs_letters)
+    a_letters, a = compact(view, view.a, w_letters)
+    b_letters, b = compact(view, view.b, w_letters)
+    contracted = set(x_letters) - set(out_letters)
+    meets_a = bool(contracted & (set(a_letters) - set(b_letters)))
+    meets_b = bool(contracted & (set(b_letters) - set(a_letters)))
+    if (meets_a and meets_b) or not set(w_letters) <= set(a_letters + b_letters):
+        return None
+    first, second = (b_letters, a_letters) if meets_b else (a_letters, b_letters)
+    needed = set(out_letters) | set(second)
+    between = "".join(dict.fromkeys(c for c in x_letters + first if c in needed and c != RANK)) + RANK
+    op = Dot(x_letters, w_letters, out_letters, first, between, second, weight_left, tuple(params.items()), view.dtype)
+    return (op, b, a) if meets_b else (op, a, b)
