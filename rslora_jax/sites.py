@@ -19,7 +19,7 @@ class Site:
       path: its pytree path, joined with "/".
       shape: its shape.
       in_axes, out_axes, stack_axes: its axes that are summed over (or indexed), free, and stacked.
-      kind: "linear", "expert" (a stack used in one batched product) or "embedding".
+      kind: "linear", "expert" (a stack used in one batched product), "convolution" or "embedding".
       rank, alpha, gamma: this adapter's own; gamma is the whole factor on A B.
       fallbacks: the uses that have no low-rank form, by primitive; there the weight is materialised.
     """
@@ -94,7 +94,7 @@ def select(
         if pattern == "all-linear":
             tables = {shapes[p][r["in_axes"][0]] for p, r in roles.items() if r["kind"] == "embedding"}
             head = {p for p in heads if math.prod(shapes[p][n] for n in roles[p]["out_axes"]) in tables}
-            chosen |= {p for p, r in roles.items() if r["kind"] != "embedding"} - head
+            chosen |= {p for p, r in roles.items() if r["kind"] in ("linear", "expert")} - head
             continue
         hit = {p for p in roles if matches(p, pattern)}
         if not hit:

@@ -229,7 +229,7 @@ def view_of(w: Array, site: Site, factors: Mapping[str, Array]) -> View:
         w,
         align(a, site.stack_axes + site.in_axes),
         align(b, site.stack_axes + site.out_axes),
-        tuple(frozenset({n}) for n in range(len(site.shape))),
+        tuple(frozenset({(site.path, n)}) for n in range(len(site.shape))),
         w.dtype,
-        site.path,
+        (site.path,),
     )

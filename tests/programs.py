@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from jax import lax
+from jax.sharding import PartitionSpec as P
 
 import rslora_jax as rslora
 
@@ -225,6 +226,175 @@ def layout(name: str) -> Case:
     return Case(fns[name], {"w": normal(3, 12, 24)}, (normal(5, 6, 12),), tolerance=tolerance, sites=1)
 
 
+def arithmetic(name: str) -> Case:
+    """Programs in which a weight meets its data only after arithmetic of its own."""
+
+    def scaled(p, x):
+        return x @ (p["w"] * 0.5 * p["column"]) + x @ (p["row"][:, None] * p["w"] / 3)
+
+    def by_its_norm(p, x):  # as weight normalisation does
+        return x @ (p["w"] * (p["column"] / jnp.sqrt((p["w"] ** 2).sum(0))))
+
+    def shifted(p, x):
+        return x @ (p["w"] - jnp.ones((12, 24))) + x @ (1 - (-p["w"] + p["other"]))
+
+    def squashed(p, x):
+        return x @ jnp.tanh(p["w"])
+
+    def masked(p, x):
+        return x @ jnp.tril(p["w"])
+
+    def padded(p, x):
+        return jnp.pad(x, ((0, 0), (0, 2))) @ jnp.pad(p["w"], ((0, 2), (1, 0)), constant_values=0.5)
+
+    def reversed_(p, x):
+        return x @ p["w"][::-1, ::-1]
+
+    def rolled(p, x):
+        return x @ jnp.roll(p["w"], 5, axis=0) + x @ jnp.roll(p["w"], 7, axis=1)
+
+    def split_and_joined(p, x):
+        left, right = jnp.split(p["w"], 2, axis=1)
+        return x @ jnp.concatenate([right, jnp.zeros((12, 3)), left], axis=1)
+
+    def fused(p, x):  # two weights joined into one product, as an LSTM joins its gates
+        y = x @ jnp.concatenate([p["w"], p["other"]], axis=1)
+        return y[:, :24] * y[:, 24:] + (x @ jnp.concatenate([p["w"].T, p["other"].T], axis=0).T)[:, :24]
+
+    def stacked_here(p, x):
+        w = jnp.stack([p["w"], p["other"], p["w"]])
+        return lax.scan(lambda c, w: (c, c @ w), x, w)[1]
+
+    def repeated(p, x):
+        w = jnp.broadcast_to(p["w"][None], (2, 12, 24))
+        return jnp.einsum("nti,nio->nto", jnp.stack([x, 2 * x]), w) + jnp.einsum("ti,nio->nto", x, w)
+
+    def expanded(p, x):
+        return jnp.einsum("tai,aio->to", x[:, None], p["w"][None]) + (x @ p["w"][:, None].reshape(12, 24))
+
+    def stopped(p, x):
+        return x @ lax.stop_gradient(p["w"]) + x @ jnp.sin(x.sum() * p["w"])
+
+    fns = [scaled, by_its_norm, shifted, squashed, masked, padded, reversed_, rolled, split_and_joined, fused]
+    fns += [stacked_here, repeated, expanded, stopped]
+    fallbacks = {"by_its_norm": "integer_pow", "squashed": "tanh", "masked": "select_n", "stopped": "sin"}
+    params = {"w": normal(3, 12, 24), "other": normal(4, 12, 24), "column": normal(5, 24), "row": normal(6, 12)}
+    return Case(
+        {f.__name__: f for f in fns}[name],
+        params,
+        (normal(5, 6, 12),),
+        sites=2 if name in ("fused", "stacked_here") else 1,
+        targets=["*"] if name in ("fused", "stacked_here") else ["w"],
+        fallback=fallbacks.get(name, ""),
+        tolerance=3e-5,
+    )
+
+
+def convolution(name: str) -> Case:
+    """Convolutions of one to three axes, with groups, dilation, strides and tied kernels."""
+
+    def conv(x, w, strides=1, padding="SAME", **options):
+        n = x.ndim - 2
+        letters = "DHW"[3 - n :]
+        spec = ("N" + letters + "C", letters + "IO", "N" + letters + "C")
+        return lax.conv_general_dilated(x, w, (strides,) * n, padding, dimension_numbers=spec, **options)
+
+    def one_axis(p, x):
+        return conv(x, p["w"], padding=[(4, 0)], rhs_dilation=(2,))  # causal
+
+    def two_axes(p, x):
+        return jnp.tanh(conv(x, p["w"], 2)) + conv(x, 2 * p["w"], 2, rhs_dilation=(2, 2))
+
+    def three_axes(p, x):
+        return conv(x, p["w"], padding="VALID")
+
+    def grouped(p, x):
+        return conv(x, p["w"], feature_group_count=2)
+
+    def depthwise(p, x):
+        return conv(x, p["w"], feature_group_count=8)
+
+    def tied(p, x):  # as an autoencoder decodes with its encoder's kernel
+        h = jnp.tanh(conv(x, p["w"]))
+        return conv(h, jnp.swapaxes(p["w"][::-1, ::-1], 2, 3), lhs_dilation=(2, 2), padding=[(2, 1)] * 2)
+
+    def scanned(p, x):
+        return lax.scan(lambda x, w: (jnp.tanh(conv(x, w)), None), x, p["w"])[0]
+
+    def channels_first(p, x):
+        y = lax.conv(jnp.moveaxis(x, -1, 1), jnp.transpose(p["w"], (3, 2, 0, 1)), (1, 1), "SAME")
+        return jnp.moveaxis(y, 1, -1)
+
+    kernels = {
+        one_axis: (3, 8, 10),
+        two_axes: (3, 2, 8, 10),
+        three_axes: (2, 1, 2, 8, 10),
+        grouped: (3, 3, 4, 10),
+        depthwise: (3, 3, 1, 16),
+        tied: (3, 3, 8, 10),
+        scanned: (2, 3, 3, 8, 8),
+        channels_first: (3, 3, 8, 10),
+    }
+    fn, shape = next((f, shape) for f, shape in kernels.items() if f.__name__ == name)
+    x = normal(1, 2, *(5, 6, 4)[: 1 if name == "one_axis" else 3 if name == "three_axes" else 2], 8)
+    params = {"w": normal(0, *shape) / np.sqrt(np.prod(shape[:-2]))}
+    return Case(fn, params, (x,), targets=["*"], sites=1, tolerance=3e-5)
+
+
+def picked(name: str) -> Case:
+    """Stacks of matrices of which the data picks its own."""
+
+    def by_row(p, x):
+        which = jnp.array([0, 2, 1, 2, 2, 0])
+        return jnp.einsum("ti,tio->to", x, p["w"][which])
+
+    def by_row_mapped(p, x):
+        return jax.vmap(lambda x, n: x @ jnp.take(p["w"], n, axis=0))(x, jnp.array([0, 2, 1, 2, 2, 0]))
+
+    def ragged(p, x):
+        return jnp.tanh(lax.ragged_dot(x, p["w"], jnp.array([2, 0, 4]))) @ p["w"][1].T
+
+    def ragged_back(p, x):  # down-projection with the same experts, transposed
+        h = lax.ragged_dot(x, p["w"], jnp.array([1, 3, 2]))
+        return lax.ragged_dot(jnp.tanh(h), jnp.swapaxes(p["w"], 1, 2), jnp.array([1, 3, 2]))
+
+    fns = {f.__name__: f for f in (by_row, by_row_mapped, ragged, ragged_back)}
+    return Case(fns[name], {"w": normal(3, 3, 12, 24)}, (normal(5, 6, 12),), sites=1)
+
+
+def mapped(name: str) -> Case:
+    """Programs that hold a mapped program or an effect."""
+    mesh = jax.make_mesh((1,), ("n",), axis_types=(jax.sharding.AxisType.Auto,))
+
+    def shard_map_by_in(p, x):
+        body = lambda w, x: lax.psum(jnp.tanh(x @ w) @ w.T, "n")
+        return jax.shard_map(body, mesh=mesh, in_specs=(P("n", None), P(None, "n")), out_specs=P())(p["w"], x)
+
+    def shard_map_by_data(p, x):
+        body = lambda w, x: lax.scan(lambda c, _: (jnp.tanh(c @ w), None), x, None, length=2)[0]
+        return jax.shard_map(body, mesh=mesh, in_specs=(P(), P("n")), out_specs=P("n"))(p["w"], x)
+
+    def vmap_of_weights(p, x):
+        split = p["w"].reshape(2, 6, 12)
+        return jax.vmap(lambda w, x: x @ w)(split, x.reshape(6, 2, 6).swapaxes(0, 1))
+
+    def pmap(p, x):
+        return jax.pmap(lambda w, x: x @ w, in_axes=(None, 0))(p["w"], x[None])
+
+    def associative_scan(p, x):
+        return lax.associative_scan(lambda a, b: jnp.tanh((a + b) @ p["w"]), x)
+
+    def printed(p, x):
+        y = x @ p["w"]
+        jax.debug.callback(lambda y: None, y.sum())
+        return jnp.tanh(y) @ p["w"]
+
+    fns = [shard_map_by_in, shard_map_by_data, vmap_of_weights, pmap, associative_scan, printed]
+    return Case(
+        {f.__name__: f for f in fns}[name], {"w": normal(3, 12, 12)}, (normal(5, 6, 12),), sites=1, tolerance=3e-5
+    )
+
+
 def lookup(name: str) -> Case:
     def tied(p, t):
         return jnp.tanh(p["table"][t] @ p["w"]) @ p["table"].T
@@ -259,6 +429,11 @@ CASES: dict[str, Callable[[], Case]] = {
     **family(stacked, "by_scan by_scanned_index by_hand by_scan_of_one experts nested"),
     **family(control, "while_ while_carry fori_carry cond switch_of_weights jit_of_transpose checkpoint_policy"),
     **family(layout, "left split_heads fused strided batch_axis_of_out cast_twice"),
+    **family(arithmetic, "scaled by_its_norm shifted squashed masked padded reversed_ rolled split_and_joined fused"),
+    **family(arithmetic, "stacked_here repeated expanded stopped"),
+    **family(convolution, "one_axis two_axes three_axes grouped depthwise tied scanned channels_first"),
+    **family(picked, "by_row by_row_mapped ragged ragged_back"),
+    **family(mapped, "shard_map_by_in shard_map_by_data vmap_of_weights pmap associative_scan printed"),
     **family(lookup, "tied take_with_fill columns"),
 }
 

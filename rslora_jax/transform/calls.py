@@ -1,9 +1,11 @@
 """Primitives that hold programs of their own: views are carried into them."""
 
+import dataclasses
 from typing import Any
 
 import jax
 from jax import lax
+from jax.sharding import PartitionSpec as P
 
 from rslora_jax.transform import compat
 from rslora_jax.transform.interpreter import Rule, Walk
@@ -125,9 +127,11 @@ def custom_jvp(walk: Walk, eqn: compat.Eqn, values: list[Any]) -> list[Any]:
 
     The rule is written for the weight itself, so under differentiation the weight is materialised.
     """
+    if walk.otherwise is not None:
+        return walk.run(eqn.params["call_jaxpr"], values)
     for v in values:
-        if isinstance(v, View):
-            walk.on_fallback(v.site, "derivative rule of custom_jvp")
+        for site in v.sites if isinstance(v, View) else ():
+            walk.on_fallback(site, "derivative rule of custom_jvp")
 
     def build():
         @jax.custom_jvp
@@ -149,11 +153,32 @@ def custom_vjp(walk: Walk, eqn: compat.Eqn, values: list[Any]) -> list[Any] | No
 
     In discovery the call is entered all the same, to see what the weight is used for.
     """
-    views = [v for v in values if isinstance(v, View)]
-    if any(v.a is not None for v in views):
-        return None
-    walk.run(eqn.params["call_jaxpr"], values)
-    return compat.bind(eqn, *(v.base if isinstance(v, View) else v for v in values))
+    return None if walk.otherwise is None else walk.run(eqn.params["call_jaxpr"], values)
+
+
+def shard_map(walk: Walk, eqn: compat.Eqn, values: list[Any]) -> list[Any]:
+    """Enter a shard_map: a factor is split as the weight is along the axes it spans, its rank is whole."""
+
+    def spec_of(value: Any, spec: Any) -> Any:
+        if not isinstance(value, View):
+            return spec
+        full = (*spec, *[None] * (len(value.shape) - len(spec)))
+
+        def factor(f: Any) -> Any:
+            if f is None:
+                return None
+            return P(*(s if size == n else None for s, size, n in zip(full, f.shape, value.shape, strict=False)))
+
+        return dataclasses.replace(value, w=spec, a=factor(value.a), b=factor(value.b))
+
+    def build():
+        def body(*args):
+            return tuple(walk.array(o, "output of shard_map") for o in walk.run(eqn.params["jaxpr"], args))
+
+        specs = tuple(map(spec_of, values, eqn.params["in_specs"]))
+        return jax.jit(jax.shard_map(body, in_specs=specs, **compat.shard_map_params(eqn)), inline=True)
+
+    return walk.call(eqn, build)(*values)
 
 
 def split(values, *counts):
@@ -169,7 +194,7 @@ def enter(value: Any) -> Any:
     """Take the scanned axis off a view's label: scanning has taken it off its arrays."""
     if not isinstance(value, View):
         return value
-    return View(value.w, value.a, value.b, value.axes[1:], value.dtype, value.site)
+    return dataclasses.replace(value, axes=value.axes[1:])
 
 
 def changing(body: compat.Jaxpr, num_consts: int, num_carry: int) -> set[int]:
@@ -197,4 +222,5 @@ RULES: dict[str, Rule] = {
     "cond": cond,
     "custom_jvp_call": custom_jvp,
     "custom_vjp_call": custom_vjp,
+    "shard_map": shard_map,
 }

@@ -19,6 +19,10 @@ def is_literal(atom: Any) -> bool:
     return isinstance(atom, Literal)
 
 
+def is_tracer(value: Any) -> bool:
+    return isinstance(value, jax.core.Tracer)
+
+
 def opened(jaxpr: Jaxpr) -> tuple[Jaxpr, Sequence[Any]]:
     """Return a jaxpr, closed or not, as (open jaxpr, constants)."""
     return getattr(jaxpr, "jaxpr", jaxpr), getattr(jaxpr, "consts", ())
@@ -54,6 +58,13 @@ def call_shardings(eqn: Eqn) -> tuple[list[Any], list[Any]]:
         return [None if type(s).__name__ == "UnspecifiedValue" else s for s in shardings]
 
     return asked(eqn.params["in_shardings"]), asked(eqn.params["out_shardings"])
+
+
+def shard_map_params(eqn: Eqn) -> dict[str, Any]:
+    """Return what to give `jax.shard_map` so that it does as an equation does, but for its input specs."""
+    p = eqn.params
+    names = p["newly_manual_axes"] if "newly_manual_axes" in p else p["manual_axes"]
+    return {"mesh": p["mesh"], "out_specs": p["out_specs"], "axis_names": names, "check_vma": p["check_vma"]}
 
 
 def trace(jitted: Callable[..., Any], *args: Any) -> tuple[Jaxpr, Any]:

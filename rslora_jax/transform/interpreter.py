@@ -1,7 +1,7 @@
 """The walk over a jaxpr: plain equations are bound as they are, those that meet a view go by a rule."""
 
 import dataclasses
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 from rslora_jax.transform import compat
@@ -18,7 +18,7 @@ class Use:
 
     Attributes:
       site: the weight's path.
-      kind: "product" or "lookup".
+      kind: "product", "lookup" or "convolution".
       contracted, batch: the stored axes summed over (or indexed, in a look-up), and shared with the data.
       free: the stored axes left in the result.
       eqn: the equation; it identifies the use in the jaxpr.
@@ -32,6 +32,17 @@ class Use:
     eqn: compat.Eqn
 
 
+def uses(view: View, kind: str, contracted: Sequence[int], batch: Sequence[int], eqn: compat.Eqn) -> list[Use]:
+    """Return what the use of a view by some of its axes means for each weight it is made of."""
+    axes = range(len(view.shape))
+
+    def stored(site: str, wanted: Iterable[int]) -> frozenset[int]:
+        return frozenset(axis for n in wanted for name, axis in view.axes[n] if name == site)
+
+    rest = [n for n in axes if n not in (*contracted, *batch)]
+    return [Use(s, kind, stored(s, contracted), stored(s, batch), stored(s, rest), eqn) for s in view.sites]
+
+
 @dataclasses.dataclass(frozen=True)
 class Walk:
     """What a walk needs beside the program.
@@ -40,12 +51,14 @@ class Walk:
       rules: the rule of each primitive, by name.
       on_use: called with each low-rank use of a weight.
       on_fallback: called with (site, primitive) where a weight is materialised.
+      otherwise: what is done where no rule applies; None materialises and reports.
       calls: compiled calls by equation, kept so that the same call never traces twice.
     """
 
     rules: Mapping[str, Rule]
     on_use: Callable[[Use], None] = lambda use: None
     on_fallback: Callable[[str, str], None] = lambda site, primitive: None
+    otherwise: Callable[["Walk", compat.Eqn, list[Any]], list[Any]] | None = None
     calls: dict[int, Any] = dataclasses.field(default_factory=dict)
 
     def run(self, jaxpr: compat.Jaxpr, args: Sequence[Any], consts: Sequence[Any] | None = None) -> list[Any]:
@@ -67,10 +80,12 @@ class Walk:
 
     def evaluate(self, eqn: compat.Eqn, values: list[Any]) -> list[Any]:
         """Evaluate one equation."""
-        if not any(isinstance(v, View) for v in values):
+        if self.otherwise is None and not any(isinstance(v, View) for v in values):
             return compat.bind(eqn, *values)
         rule = self.rules.get(eqn.primitive.name)
-        outs = rule(self, eqn, values) if rule else None
+        outs = rule(self, eqn, values) if rule and any(isinstance(v, View) for v in values) else None
+        if outs is None and self.otherwise is not None:
+            return self.otherwise(self, eqn, values)
         if outs is None:
             outs = compat.bind(eqn, *(self.array(v, eqn.primitive.name) for v in values))
         return outs
@@ -79,7 +94,8 @@ class Walk:
         """Return a value as an array; a view is materialised, and `primitive` reported as the cause."""
         if not isinstance(value, View):
             return value
-        self.on_fallback(value.site, primitive)
+        for site in value.sites:
+            self.on_fallback(site, primitive)
         return materialise(value)
 
     def call(self, eqn: compat.Eqn, build: Callable[[], Callable[..., Any]]) -> Callable[..., Any]:

@@ -1,54 +1,95 @@
-"""What each primitive does to a view: rename it, or use it where it meets data."""
+"""What each primitive does to a view: leave it a weight, or use it where it meets data."""
 
+from collections.abc import Callable
 from typing import Any
 
 import jax.numpy as jnp
 from jax import Array, lax
 
-from rslora_jax.transform import calls, compat, views
+from rslora_jax.transform import calls, compat, joins, renames
+from rslora_jax.transform.convolution import convolution
 from rslora_jax.transform.dot import dot
-from rslora_jax.transform.interpreter import Rule, Use, Walk
+from rslora_jax.transform.interpreter import Rule, Walk, uses
 from rslora_jax.transform.product import adapted_product
-from rslora_jax.transform.views import View
+from rslora_jax.transform.ragged import ragged
+from rslora_jax.transform.views import View, spans
+
+# Weights that stay weights.
 
 
-def transpose(walk: Walk, eqn: compat.Eqn, values: list[Any]) -> list[Any]:
-    return [views.transpose(values[0], eqn.params["permutation"])]
+def renaming(act: Callable[..., View | None]) -> Rule:
+    """Return the rule of a primitive that acts on one weight: `act` takes it and the equation's parameters."""
+
+    def rule(walk: Walk, eqn: compat.Eqn, values: list[Any]) -> list[Any] | None:
+        view, *rest = values
+        if not isinstance(view, View) or any(isinstance(v, View) for v in rest):
+            return None
+        out = act(view, eqn.params, *rest)
+        return None if out is None else [out]
+
+    return rule
 
 
-def reshape(walk: Walk, eqn: compat.Eqn, values: list[Any]) -> list[Any] | None:
-    view = views.reshape(values[0], eqn.params["new_sizes"]) if len(values) == 1 else None
-    return None if view is None else [view]
-
-
-def squeeze(walk: Walk, eqn: compat.Eqn, values: list[Any]) -> list[Any]:
-    return [views.squeeze(values[0], eqn.params["dimensions"])]
-
-
-def slice_(walk: Walk, eqn: compat.Eqn, values: list[Any]) -> list[Any]:
-    p = eqn.params
-    return [views.slice_axes(values[0], p["start_indices"], p["limit_indices"], p["strides"])]
-
-
-def dynamic_slice(walk: Walk, eqn: compat.Eqn, values: list[Any]) -> list[Any] | None:
-    view, *starts = values
-    if not isinstance(view, View) or len(starts) != len(view.shape):
-        return None
-    return [views.dynamic_slice(view, starts, eqn.params["slice_sizes"])]
-
-
-def convert_element_type(walk: Walk, eqn: compat.Eqn, values: list[Any]) -> list[Any] | None:
+def each(walk: Walk, eqn: compat.Eqn, values: list[Any]) -> list[Any]:
+    """Bind a primitive that has no regard to shapes to the weight and to both factors."""
     (view,) = values
-    dtype = eqn.params["new_dtype"]
-    if not jnp.issubdtype(dtype, jnp.floating):
+    return [renames.rename(view, lambda array, spanned: compat.bind(eqn, array)[0], view.axes)]
+
+
+def cast(view: View, params: dict[str, Any]) -> View | None:
+    if not jnp.issubdtype(params["new_dtype"], jnp.floating):
         return None
     # Only the first cast waits: a second one must see the base as the first has rounded it.
     w = view.w if view.dtype == view.w.dtype else view.base
-    return [View(w, view.a, view.b, view.axes, jnp.dtype(dtype), view.site)]
+    return View(w, view.a, view.b, view.axes, jnp.dtype(params["new_dtype"]), view.sites, view.opaque)
 
 
-def same(walk: Walk, eqn: compat.Eqn, values: list[Any]) -> list[Any]:
-    return [values[0]]
+def dynamic_slice(view: View, params: dict[str, Any], *starts: Array) -> View | None:
+    return renames.dynamic_slice(view, starts, params["slice_sizes"]) if len(starts) == len(view.shape) else None
+
+
+def split(walk: Walk, eqn: compat.Eqn, values: list[Any]) -> list[Any]:
+    (view,), axis = values, eqn.params["axis"]
+    parts, start = [], 0
+    for size in eqn.params["sizes"]:
+        starts = [start if n == axis else 0 for n in range(len(view.shape))]
+        limits = [start + size if n == axis else full for n, full in enumerate(view.shape)]
+        parts.append(renames.slice_axes(view, starts, limits, None))
+        start += size
+    return parts
+
+
+def concatenate(walk: Walk, eqn: compat.Eqn, values: list[Any]) -> list[Any] | None:
+    view = joins.concatenate(values, eqn.params["dimension"])
+    return None if view is None else [view]
+
+
+def multiply(walk: Walk, eqn: compat.Eqn, values: list[Any]) -> list[Any] | None:
+    left, right = values
+    if isinstance(left, View) == isinstance(right, View):
+        return None
+    view, by = (left, right) if isinstance(left, View) else (right, left)
+    out = renames.scale(view, jnp.asarray(by), lambda w, by: w * by)
+    return None if out is None else [out]
+
+
+def divide(view: View, params: dict[str, Any], by: Array) -> View | None:
+    return renames.scale(view, jnp.asarray(by), lambda w, by: w / by)
+
+
+def add(walk: Walk, eqn: compat.Eqn, values: list[Any]) -> list[Any] | None:
+    left, right = values
+    view, by = (left, right) if isinstance(left, View) else (right, left)
+    out = renames.shift(view, jnp.asarray(walk.array(by, "sum of two weights")), lambda w, by: w + by)
+    return None if out is None else [out]
+
+
+def subtract(walk: Walk, eqn: compat.Eqn, values: list[Any]) -> list[Any] | None:
+    left, right = values
+    if not isinstance(left, View):
+        return add(walk, eqn, [left, renames.negate(right)])
+    out = renames.shift(left, jnp.asarray(walk.array(right, "sum of two weights")), lambda w, by: w - by)
+    return None if out is None else [out]
 
 
 def optimization_barrier(walk: Walk, eqn: compat.Eqn, values: list[Any]) -> list[Any]:
@@ -61,32 +102,67 @@ def constrain_sharding(walk: Walk, eqn: compat.Eqn, values: list[Any]) -> list[A
     # The constraint is on an array of the weight's shape; the factors are left to the compiler.
     (view,) = values
     (w,) = compat.bind(eqn, view.w)
-    return [View(w, view.a, view.b, view.axes, view.dtype, view.site)]
+    return [View(w, view.a, view.b, view.axes, view.dtype, view.sites, view.opaque)]
+
+
+# Weights that meet data.
+
+
+def use(walk: Walk, eqn: compat.Eqn, view: Any, kind: str, contracted: Any, batch: Any, data: Any) -> None:
+    """Report the use of a view. What was computed from weights (latent queries) is no weight where it meets one."""
+    if isinstance(view, View) and not (view.opaque and not compat.is_tracer(data)):
+        for found in uses(view, kind, contracted, batch, eqn):
+            walk.on_use(found)
 
 
 def dot_general(walk: Walk, eqn: compat.Eqn, values: list[Any]) -> list[Any] | None:
     """Use a view in a product, whichever side it stands on and whichever axes are contracted."""
     lhs, rhs = values
     (lhs_contracted, rhs_contracted), (lhs_batch, rhs_batch) = eqn.params["dimension_numbers"]
-    for view, contracted, batch in ((lhs, lhs_contracted, lhs_batch), (rhs, rhs_contracted, rhs_batch)):
-        if isinstance(view, View):
-            label = lambda axes, view=view: frozenset().union(*(view.axes[n] for n in axes))
-            rest = [n for n in range(len(view.shape)) if n not in (*contracted, *batch)]
-            walk.on_use(Use(view.site, "product", label(contracted), label(batch), label(rest), eqn))
+    use(walk, eqn, lhs, "product", lhs_contracted, lhs_batch, rhs)
+    use(walk, eqn, rhs, "product", rhs_contracted, rhs_batch, lhs)
     if isinstance(lhs, View) and isinstance(rhs, View):
         lhs = walk.array(lhs, "dot_general of two weights")
-    view_left = isinstance(lhs, View)
-    view = lhs if view_left else rhs
+    weight_left = isinstance(lhs, View)
+    view, x = (lhs, rhs) if weight_left else (rhs, lhs)
     if view.a is None:
-        return compat.bind(eqn, *((view.base, rhs) if view_left else (lhs, view.base)))
-
-    x = rhs if view_left else lhs
-    how = dot(view, x, view_left, eqn.params)
+        return compat.bind(eqn, *((view.base, x) if weight_left else (x, view.base)))
+    how = dot(view, x, weight_left, eqn.params)
     return None if how is None else [adapted_product(how[0], x, view.w, *how[1:])]
 
 
+def conv_general_dilated(walk: Walk, eqn: compat.Eqn, values: list[Any]) -> list[Any] | None:
+    """Use a view as a kernel: one factor keeps the window, the other is pointwise."""
+    x, view = walk.array(values[0], "convolution of a weight"), values[1]
+    if not isinstance(view, View):
+        return compat.bind(eqn, x, view)
+    _, *rest = eqn.params["dimension_numbers"].rhs_spec
+    use(walk, eqn, view, "convolution", rest, (), x)
+    if view.a is None:
+        return compat.bind(eqn, x, view.base)
+    how = convolution(view, eqn.params)
+    return None if how is None else [adapted_product(how[0], x, view.w, *how[1:])]
+
+
+def ragged_dot_general(walk: Walk, eqn: compat.Eqn, values: list[Any]) -> list[Any] | None:
+    """Use a view as experts of which every run of rows meets one."""
+    x, view, *sizes = values
+    if not isinstance(view, View) or isinstance(x, View):
+        return None
+    numbers = eqn.params["ragged_dot_dimension_numbers"]
+    (_, contracted), (_, batch) = numbers.dot_dimension_numbers
+    use(walk, eqn, view, "product", contracted, (*batch, *numbers.rhs_group_dimensions), x)
+    if view.a is None:
+        return compat.bind(eqn, x, view.base, *sizes)
+    how = ragged(view, x, eqn.params)
+    return None if how is None else [adapted_product(how[0], x, view.w, *how[1:], *sizes)]
+
+
 def gather(walk: Walk, eqn: compat.Eqn, values: list[Any]) -> list[Any] | None:
-    """Use a view as a table of rows: look the rows up in A, and multiply those few by B."""
+    """Use a view as a table of rows, or pick matrices from a stack.
+
+    Rows are looked up in the factor that spans them, and those few are multiplied by the other.
+    """
     view, indices = values
     if not isinstance(view, View):
         return None
@@ -94,51 +170,77 @@ def gather(walk: Walk, eqn: compat.Eqn, values: list[Any]) -> list[Any] | None:
     whole = tuple(eqn.params["slice_sizes"])
     looked_up = [n for n, (size, full) in enumerate(zip(whole, view.shape, strict=True)) if size != full]
     looked_up = looked_up or list(numbers.collapsed_slice_dims)
+    fill = eqn.params["fill_value"]
     if (
         len(looked_up) != 1
         or tuple(numbers.start_index_map) != tuple(looked_up)
         or tuple(numbers.collapsed_slice_dims) != tuple(looked_up)
         or numbers.operand_batching_dims
-        or (eqn.params["fill_value"] not in (None, 0) and eqn.params["fill_value"] == eqn.params["fill_value"])
+        or (fill not in (None, 0) and fill == fill)
     ):
         return None
     (row,) = looked_up
-    label = lambda axes: frozenset().union(*(view.axes[n] for n in axes))
+    use(walk, eqn, view, "lookup", [row], (), indices)
+
+    def pick(array: Array, sizes: list[int]) -> Array:
+        """Gather slices of some sizes; a rank may follow the weight's own axes."""
+        places = indices.ndim - 1 + array.ndim - 1
+        offset = (*numbers.offset_dims, *range(indices.ndim - 1 + len(view.shape) - 1, places))
+        return lax.gather(
+            array,
+            indices,
+            lax.GatherDimensionNumbers(offset, (row,), (row,)),
+            sizes,
+            indices_are_sorted=eqn.params["indices_are_sorted"],
+            unique_indices=eqn.params["unique_indices"],
+            mode=eqn.params["mode"],
+            fill_value=fill,
+        )
+
     rest = [n for n in range(len(view.shape)) if n != row]
-    walk.on_use(Use(view.site, "lookup", label([row]), frozenset(), label(rest), eqn))
-    if view.a is None:
+    if view.a is None and len(rest) < 2:
         return compat.bind(eqn, view.base, indices)
-    spanned_a, spanned_b = views.spans(view, view.a), views.spans(view, view.b)
-    if not spanned_a[row] or spanned_b[row] or any(spanned_a[n] for n in rest):
+    if all(f is None or spans(view, f)[row] for f in (view.a, view.b)):
+        return [renames.take(view, row, numbers.offset_dims, pick)]
+    (table, other) = (view.a, view.b) if spans(view, view.a)[row] else (view.b, view.a)
+    if any(spans(view, table)[n] and view.shape[n] > 1 for n in rest):
         return None
     (y,) = compat.bind(eqn, view.base, indices)
-    rows: Array = lax.gather(
-        jnp.squeeze(view.a, rest),
-        indices,
-        lax.GatherDimensionNumbers((indices.ndim - 1,), (0,), (0,)),
-        (1, view.a.shape[-1]),
-        indices_are_sorted=eqn.params["indices_are_sorted"],
-        unique_indices=eqn.params["unique_indices"],
-        mode=eqn.params["mode"],
-        fill_value=eqn.params["fill_value"],
-    )
-    delta = jnp.tensordot(rows, jnp.squeeze(view.b, row), (-1, -1))
+    rows = pick(table, [1] * len(view.shape) + [table.shape[-1]])
+    rows = jnp.squeeze(rows, numbers.offset_dims)
+    delta = jnp.tensordot(rows, jnp.squeeze(other, row), (-1, -1))
     delta = jnp.moveaxis(delta, range(indices.ndim - 1, delta.ndim), numbers.offset_dims)
     return [y + delta.astype(y.dtype)]
 
 
 RULES: dict[str, Rule] = {
-    "transpose": transpose,
-    "reshape": reshape,
-    "squeeze": squeeze,
-    "slice": slice_,
-    "dynamic_slice": dynamic_slice,
-    "convert_element_type": convert_element_type,
-    "copy": same,
-    "copy_p": same,
+    "transpose": renaming(lambda view, p: renames.transpose(view, p["permutation"])),
+    "reshape": renaming(lambda view, p: renames.reshape(view, p["new_sizes"])),
+    "squeeze": renaming(lambda view, p: renames.squeeze(view, p["dimensions"])),
+    "broadcast_in_dim": renaming(lambda view, p: renames.broadcast(view, p["shape"], p["broadcast_dimensions"])),
+    "rev": renaming(lambda view, p: renames.reverse(view, p["dimensions"])),
+    "pad": renaming(lambda view, p, value: renames.pad(view, value, p["padding_config"])),
+    "slice": renaming(lambda view, p: renames.slice_axes(view, p["start_indices"], p["limit_indices"], p["strides"])),
+    "dynamic_slice": renaming(dynamic_slice),
+    "split": split,
+    "concatenate": concatenate,
+    "convert_element_type": renaming(cast),
+    "copy": renaming(lambda view, p: view),
+    "copy_p": renaming(lambda view, p: view),
+    "neg": renaming(lambda view, p: renames.negate(view)),
+    "mul": multiply,
+    "div": renaming(divide),
+    "add": add,
+    "add_any": add,
+    "sub": subtract,
+    "stop_gradient": each,
+    "pvary": each,
+    "pcast": each,
     "optimization_barrier": optimization_barrier,
     "sharding_constraint": constrain_sharding,
     "dot_general": dot_general,
+    "conv_general_dilated": conv_general_dilated,
+    "ragged_dot_general": ragged_dot_general,
     "gather": gather,
     **calls.RULES,
 }

@@ -1,0 +1,121 @@
+"""A ragged product that adapted experts take part in: every run of rows meets its own expert's factors."""
+
+import dataclasses
+import math
+from typing import Any
+
+import jax.numpy as jnp
+from jax import Array, lax
+
+from rslora_jax.transform.cost import Sizes
+from rslora_jax.transform.views import LETTERS, RANK, View, compact
+
+
+@dataclasses.dataclass(frozen=True)
+class Ragged:
+    """A `ragged_dot_general` of data and a stack of experts; every axis has a letter.
+
+    Attributes:
+      x, w, out: the letters of the data, the experts and the result.
+      first, between, second: those of the factor the data meets first, of that result, of the other factor.
+      rows, group: the letter of the data's ragged axis, and that of the experts.
+      params: the equation's own parameters.
+      dtype: what the program casts the experts to.
+    """
+
+    x: str
+    w: str
+    out: str
+    first: str
+    between: str
+    second: str
+    rows: str
+    group: str
+    params: tuple[tuple[str, Any], ...]
+    dtype: Any
+
+    def base(self, x: Array, w: Array, group_sizes: Array) -> Array:
+        p = dict(self.params)
+        return lax.ragged_dot_general(
+            x, w, group_sizes, p["ragged_dot_dimension_numbers"], p["precision"], p["preferred_element_type"]
+        )
+
+    def meet(self, x: Array, first: Array, group_sizes: Array) -> Array:
+        return self.product(x, self.x, first, self.first, self.between, group_sizes)
+
+    def leave(self, xa: Array, second: Array, group_sizes: Array) -> Array:
+        return self.product(xa, self.between, second, self.second, self.out, group_sizes)
+
+    def product(self, x: Array, x_letters: str, w: Array, w_letters: str, out: str, group_sizes: Array) -> Array:
+        shared = [c for c in x_letters if c in w_letters]
+        batch, contracted = [c for c in shared if c in out], [c for c in shared if c not in out]
+        at = lambda letters, wanted: tuple(letters.index(c) for c in wanted)
+        numbers = lax.RaggedDotDimensionNumbers(
+            ((at(x_letters, contracted), at(w_letters, contracted)), (at(x_letters, batch), at(w_letters, batch))),
+            at(x_letters, self.rows),
+            at(w_letters, self.group),
+        )
+        y = lax.ragged_dot_general(x, w, group_sizes, numbers, dict(self.params)["precision"])
+        free = [c for c in x_letters if c not in shared] + [c for c in w_letters if c not in shared and c != self.group]
+        return jnp.transpose(y, at([*batch, *free], out))
+
+    def full(self, first: Array, second: Array) -> Array:
+        return jnp.einsum(f"{self.first},{self.second}->{self.w}", first, second)
+
+    def sizes(self, x: tuple[int, ...], w: tuple[int, ...], rank: int) -> Sizes:
+        size = dict(zip(self.x + self.w + RANK, (*x, *w, rank), strict=True))
+
+        def count(letters: str) -> int:  # a row meets one expert
+            return math.prod(size[c] for c in set(letters))
+
+        met = lambda *letters: 2 * count("".join(letters).replace(self.group, ""))
+        return Sizes(
+            base=met(self.x, self.w),
+            meet=met(self.x, self.first),
+            leave=met(self.between, self.second),
+            full=2 * count(self.first + self.second),
+            kept_weight=count(self.w),
+            kept_rows=count(self.between),
+        )
+
+
+def ragged(view: View, x: Array, params: dict[str, Any]) -> tuple[Ragged, Array, Array] | None:
+    """Return a ragged product with a view as its experts as (operation, first factor, second factor)."""
+    numbers = params["ragged_dot_dimension_numbers"]
+    (x_contracted, w_contracted), (x_batch, w_batch) = numbers.dot_dimension_numbers
+    groups, rows = tuple(numbers.rhs_group_dimensions), tuple(numbers.lhs_ragged_dimensions)
+    if params["group_offset"] is not None or len(groups) != 1 or rows[0] in (*x_contracted, *x_batch):
+        return None
+    x_letters = LETTERS[: x.ndim]
+    free_letters = iter(LETTERS[x.ndim :])
+    paired = dict(zip((*w_contracted, *w_batch), (*x_contracted, *x_batch), strict=True))
+    w_letters = "".join(x_letters[paired[n]] if n in paired else next(free_letters) for n in range(len(view.shape)))
+    group = w_letters[groups[0]]
+    out_letters = "".join(
+        [x_letters[n] for n in x_batch]
+        + [c for n, c in enumerate(x_letters) if n not in (*x_batch, *x_contracted)]
+        + [c for n, c in enumerate(w_letters) if n not in paired and c != group]
+    )
+    a_letters, a = compact(view, view.a, w_letters)
+    b_letters, b = compact(view, view.b, w_letters)
+    contracted = {x_letters[n] for n in x_contracted}
+    meets_a, meets_b = contracted & (set(a_letters) - set(b_letters)), contracted & (set(b_letters) - set(a_letters))
+    stacked = group in a_letters and group in b_letters
+    if (meets_a and meets_b) or not stacked or not set(w_letters) <= set(a_letters + b_letters):
+        return None
+    first, second = (b_letters, a_letters) if meets_b else (a_letters, b_letters)
+    needed = (set(out_letters) | set(second)) - {group}
+    between = "".join(dict.fromkeys(c for c in x_letters + first if c in needed and c != RANK)) + RANK
+    op = Ragged(
+        x_letters,
+        w_letters,
+        out_letters,
+        first,
+        between,
+        second,
+        x_letters[rows[0]],
+        group,
+        tuple(params.items()),
+        view.dtype,
+    )
+    return (op, b, a) if meets_b else (op, a, b)
