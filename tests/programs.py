@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from jax import lax
+from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import PartitionSpec as P
 
 import rslora_jax as rslora
@@ -262,12 +263,16 @@ def arithmetic(name: str) -> Case:
         return y[:, :24] * y[:, 24:] + (x @ jnp.concatenate([p["w"].T, p["other"].T], axis=0).T)[:, :24]
 
     def stacked_here(p, x):
-        w = jnp.stack([p["w"], p["other"], p["w"]])
-        return lax.scan(lambda c, w: (c, c @ w), x, w)[1]
+        w = jnp.stack([p["w"], p["other"], p["w"]], axis=1)
+        first, *_ = jnp.unstack(w, axis=1)
+        return lax.scan(lambda c, w: (c, c @ w), x, w.swapaxes(0, 1))[1] + x @ first
 
     def repeated(p, x):
         w = jnp.broadcast_to(p["w"][None], (2, 12, 24))
         return jnp.einsum("nti,nio->nto", jnp.stack([x, 2 * x]), w) + jnp.einsum("ti,nio->nto", x, w)
+
+    def tiled(p, x):
+        return x @ checkpoint_name(jnp.tile(p["w"], (1, 2)), "w") + jnp.tile(x, (1, 3)) @ jnp.tile(p["w"], (3, 2))
 
     def expanded(p, x):
         return jnp.einsum("tai,aio->to", x[:, None], p["w"][None]) + (x @ p["w"][:, None].reshape(12, 24))
@@ -276,7 +281,7 @@ def arithmetic(name: str) -> Case:
         return x @ lax.stop_gradient(p["w"]) + x @ jnp.sin(x.sum() * p["w"])
 
     fns = [scaled, by_its_norm, shifted, squashed, masked, padded, reversed_, rolled, split_and_joined, fused]
-    fns += [stacked_here, repeated, expanded, stopped]
+    fns += [stacked_here, repeated, tiled, expanded, stopped]
     fallbacks = {"by_its_norm": "integer_pow", "squashed": "tanh", "masked": "select_n", "stopped": "sin"}
     params = {"w": normal(3, 12, 24), "other": normal(4, 12, 24), "column": normal(5, 24), "row": normal(6, 12)}
     return Case(
@@ -430,7 +435,7 @@ CASES: dict[str, Callable[[], Case]] = {
     **family(control, "while_ while_carry fori_carry cond switch_of_weights jit_of_transpose checkpoint_policy"),
     **family(layout, "left split_heads fused strided batch_axis_of_out cast_twice"),
     **family(arithmetic, "scaled by_its_norm shifted squashed masked padded reversed_ rolled split_and_joined fused"),
-    **family(arithmetic, "stacked_here repeated expanded stopped"),
+    **family(arithmetic, "stacked_here repeated tiled expanded stopped"),
     **family(convolution, "one_axis two_axes three_axes grouped depthwise tied scanned channels_first"),
     **family(picked, "by_row by_row_mapped ragged ragged_back"),
     **family(mapped, "shard_map_by_in shard_map_by_data vmap_of_weights pmap associative_scan printed"),

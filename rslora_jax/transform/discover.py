@@ -95,7 +95,7 @@ def scouting(name: str, rule: Rule) -> Rule:
             return outs
         return [dataclasses.replace(o, opaque=True) if isinstance(o, View) else o for o in outs]
 
-    joins_values = name in ("add", "add_any", "sub", "mul", "div", "concatenate")
+    joins_values = name in ("add", "add_any", "sub", "mul", "div", "concatenate", "stack")
     return enter if name in calls.RULES else meet if joins_values else keep
 
 

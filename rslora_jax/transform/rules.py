@@ -1,6 +1,6 @@
 """What each primitive does to a view: leave it a weight, or use it where it meets data."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax.numpy as jnp
@@ -49,9 +49,13 @@ def dynamic_slice(view: View, params: dict[str, Any], *starts: Array) -> View | 
 
 
 def split(walk: Walk, eqn: compat.Eqn, values: list[Any]) -> list[Any]:
-    (view,), axis = values, eqn.params["axis"]
+    return cut(values[0], eqn.params["axis"], eqn.params["sizes"])
+
+
+def cut(view: View, axis: int, sizes: Sequence[int]) -> list[View]:
+    """Cut a weight along an axis into parts of given sizes."""
     parts, start = [], 0
-    for size in eqn.params["sizes"]:
+    for size in sizes:
         starts = [start if n == axis else 0 for n in range(len(view.shape))]
         limits = [start + size if n == axis else full for n, full in enumerate(view.shape)]
         parts.append(renames.slice_axes(view, starts, limits, None))
@@ -62,6 +66,32 @@ def split(walk: Walk, eqn: compat.Eqn, values: list[Any]) -> list[Any]:
 def concatenate(walk: Walk, eqn: compat.Eqn, values: list[Any]) -> list[Any] | None:
     view = joins.concatenate(values, eqn.params["dimension"])
     return None if view is None else [view]
+
+
+def stack(walk: Walk, eqn: compat.Eqn, values: list[Any]) -> list[Any] | None:
+    axis = eqn.params["axis"]
+
+    def widen(value: Any) -> Any:
+        if not isinstance(value, View):
+            return jnp.expand_dims(value, axis)
+        shape = (*value.shape[:axis], 1, *value.shape[axis:])
+        return renames.broadcast(value, shape, [n for n in range(len(shape)) if n != axis])
+
+    view = joins.concatenate([widen(v) for v in values], axis)
+    return None if view is None else [view]
+
+
+def unstack(walk: Walk, eqn: compat.Eqn, values: list[Any]) -> list[Any]:
+    (view,), axis = values, eqn.params["axis"]
+    parts = cut(view, axis, [1] * view.shape[axis])
+    return [renames.squeeze(part, [axis]) for part in parts]
+
+
+def tile(view: View, params: dict[str, Any]) -> View | None:
+    out: View | None = view
+    for axis, times in enumerate(params["reps"]):
+        out = joins.concatenate([out] * times, axis) if out is not None and times > 1 else out
+    return out
 
 
 def multiply(walk: Walk, eqn: compat.Eqn, values: list[Any]) -> list[Any] | None:
@@ -224,6 +254,9 @@ RULES: dict[str, Rule] = {
     "dynamic_slice": renaming(dynamic_slice),
     "split": split,
     "concatenate": concatenate,
+    "stack": stack,
+    "unstack": unstack,
+    "tile": renaming(tile),
     "convert_element_type": renaming(cast),
     "copy": renaming(lambda view, p: view),
     "copy_p": renaming(lambda view, p: view),
@@ -234,6 +267,7 @@ RULES: dict[str, Rule] = {
     "add_any": add,
     "sub": subtract,
     "stop_gradient": each,
+    "name": each,
     "pvary": each,
     "pcast": each,
     "optimization_barrier": optimization_barrier,
