@@ -1,6 +1,7 @@
 """`wrap`: make a function of (parameters, data) a function of (parameters, adapters, data)."""
 
 import dataclasses
+import functools
 import math
 import warnings
 from collections.abc import Callable, Mapping, Sequence
@@ -216,20 +217,27 @@ def views_of(leaves: Sequence[Any], names: Sequence[str], sites: Mapping[str, Si
 
 
 def view_of(w: Array, site: Site, factors: Mapping[str, Array]) -> View:
-    """Return the view of a weight and its adapter, with the factors aligned to the weight's axes."""
-    stack = len(site.stack_axes)
-    a, b = factors["a"], site.gamma * jnp.moveaxis(factors["b"], stack, -1)
+    """Return the view of a weight and its adapter."""
+    axes = tuple(frozenset({(site.path, n)}) for n in range(len(site.shape)))
+    a, b = align(site.shape, site.stack_axes, site.in_axes, site.out_axes, site.gamma, factors["a"], factors["b"])
+    return View(w, a, b, axes, w.dtype, (site.path,))
 
-    def align(factor: Array, axes: tuple[int, ...]) -> Array:
+
+@functools.partial(jax.jit, static_argnums=range(5))  # layers of one kind are traced once
+def align(
+    shape: tuple[int, ...],
+    stack: tuple[int, ...],
+    ins: tuple[int, ...],
+    outs: tuple[int, ...],
+    gamma: float,
+    a: Array,
+    b: Array,
+) -> tuple[Array, Array]:
+    """Return A, and gamma times B, aligned to their weight's axes, the rank last."""
+
+    def to(axes: tuple[int, ...], factor: Array) -> Array:
         order = sorted(range(len(axes)), key=axes.__getitem__)
-        sizes = [n if axis in axes else 1 for axis, n in enumerate(site.shape)]
-        return jnp.reshape(jnp.transpose(factor, (*order, len(axes))), (*sizes, site.rank))
+        sizes = [n if axis in axes else 1 for axis, n in enumerate(shape)]
+        return jnp.reshape(jnp.transpose(factor, (*order, len(axes))), (*sizes, factor.shape[-1]))
 
-    return View(
-        w,
-        align(a, site.stack_axes + site.in_axes),
-        align(b, site.stack_axes + site.out_axes),
-        tuple(frozenset({(site.path, n)}) for n in range(len(site.shape))),
-        w.dtype,
-        (site.path,),
-    )
+    return to(stack + ins, a), to(stack + outs, gamma * jnp.moveaxis(b, len(stack), -1))
