@@ -240,4 +240,5 @@ def align(
         sizes = [n if axis in axes else 1 for axis, n in enumerate(shape)]
         return jnp.reshape(jnp.transpose(factor, (*order, len(axes))), (*sizes, factor.shape[-1]))
 
-    return to(stack + ins, a), to(stack + outs, gamma * jnp.moveaxis(b, len(stack), -1))
+    # Scaled before its axes are moved: XLA then finds the transposed product that gives dB in B's own layout.
+    return to(stack + ins, a), to(stack + outs, jnp.moveaxis(gamma * b, len(stack), -1))

@@ -33,6 +33,11 @@ class Dot:
     params: tuple[tuple[str, Any], ...]
     dtype: Any
 
+    @property
+    def shareable(self) -> bool:
+        """Whether the first factor has the contracted axes and the rank alone, so that others fit beside it."""
+        return set(self.first) == (set(self.x) - set(self.out)) | {RANK}
+
     def base(self, x: Array, w: Array) -> Array:
         operands = (w, x) if self.weight_left else (x, w)
         return lax.dot_general_p.bind(*operands, **dict(self.params))
@@ -91,7 +96,10 @@ def dot(view: View, x: Array, weight_left: bool, params: dict[str, Any]) -> tupl
     if (meets_a and meets_b) or not set(w_letters) <= set(a_letters + b_letters):
         return None
     first, second = (b_letters, a_letters) if meets_b else (a_letters, b_letters)
+    # The rank leads in the second factor, so that its gradient is formed as (x first)' dy, and not transposed.
+    second = RANK + second[:-1]
+    arrays = (b, jnp.moveaxis(a, -1, 0)) if meets_b else (a, jnp.moveaxis(b, -1, 0))
     needed = set(out_letters) | set(second)
     between = "".join(dict.fromkeys(c for c in x_letters + first if c in needed and c != RANK)) + RANK
     op = Dot(x_letters, w_letters, out_letters, first, between, second, weight_left, tuple(params.items()), view.dtype)
-    return (op, b, a) if meets_b else (op, a, b)
+    return op, *arrays

@@ -6,6 +6,7 @@ products that the plan has counted.
 """
 
 import functools
+import itertools
 from collections.abc import Callable
 from typing import Any, Protocol
 
@@ -16,6 +17,8 @@ from jax.ad_checkpoint import checkpoint_name
 from jax.custom_derivatives import SymbolicZero
 
 from rslora_jax.transform.cost import Plan, Sizes, plan
+from rslora_jax.transform.dot import Dot
+from rslora_jax.transform.views import RANK
 
 MERGED = "rslora_merged_weight"  # the name by which a kept sum is known to checkpoint policies
 
@@ -30,11 +33,16 @@ class Bilinear(Protocol):
 
     @property
     def dtype(self) -> Any: ...
-    def base(self, x: Array, w: Array, *extra: Array) -> Array: ...
-    def meet(self, x: Array, first: Array, *extra: Array) -> Array: ...
-    def leave(self, xa: Array, second: Array, *extra: Array) -> Array: ...
-    def full(self, first: Array, second: Array) -> Array: ...
-    def sizes(self, x: tuple[int, ...], w: tuple[int, ...], rank: int) -> Sizes: ...
+    @property
+    def base(self) -> Callable[..., Array]: ...  # (x, w, *extra)
+    @property
+    def meet(self) -> Callable[..., Array]: ...  # (x, first, *extra)
+    @property
+    def leave(self) -> Callable[..., Array]: ...  # (x first, second, *extra)
+    @property
+    def full(self) -> Callable[..., Array]: ...  # (first, second)
+    @property
+    def sizes(self) -> Callable[..., Sizes]: ...  # (shape of x, shape of w, rank)
     def __hash__(self) -> int: ...
 
 
@@ -118,6 +126,33 @@ def adapted_product(op: Bilinear, x: Array, w: Array, first: Array, second: Arra
     product.defjvp(rule, symbolic_zeros=True)
     policy = jax.checkpoint_policies.save_only_these_names(MERGED) if best.keep else None
     return jax.checkpoint(product, policy=policy)(x, w, first, second)
+
+
+def factored_alone(op: Bilinear, x: Array, w: Array, first: Array) -> bool:
+    """Say whether a product is best factored where it can share its pass over the input."""
+    summable = jnp.finfo(w.dtype).bits >= 32
+    return plan(op.sizes(x.shape, w.shape, first.shape[-1]), summable, shared=True) == Plan()
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def meet_all(ops: tuple[Dot, ...], x: Array, firsts: tuple[Array, ...]) -> list[Array]:
+    """Return the input's product with the first factor of each of several weights, in one pass."""
+    contracted = [c for c in ops[0].x if c not in ops[0].out]
+    columns = []
+    for op, first in zip(ops, firsts, strict=True):
+        # Letters are by axis of each product's own operands; the input's axes are the same in all.
+        order = [op.x[ops[0].x.index(c)] for c in contracted]
+        columns.append(jnp.transpose(first, [op.first.index(c) for c in [*order, RANK]]).astype(op.dtype))
+    met = ops[0].einsum(f"{ops[0].x},{''.join(contracted)}{RANK}->{ops[0].between}", x, jnp.concatenate(columns, -1))
+    ends = list(itertools.accumulate(c.shape[-1] for c in columns))
+    return jnp.split(met, ends[:-1], axis=-1)
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def with_met(op: Dot, x: Array, w: Array, xa: Array, second: Array) -> Array:
+    """Return a product all factored, given the input's product with the first factor."""
+    y = op.base(x, w.astype(op.dtype))
+    return y + op.leave(xa, second.astype(op.dtype)).astype(y.dtype)
 
 
 def add(terms: list[Array]) -> Array:
