@@ -19,7 +19,20 @@ if TYPE_CHECKING:
 
 # What may be evaluated before its turn, to have all weights of an input at hand when the first is used.
 HOISTED = frozenset(
-    "transpose reshape squeeze slice broadcast_in_dim convert_element_type copy name stop_gradient neg mul div".split()
+    [
+        "transpose",
+        "reshape",
+        "squeeze",
+        "slice",
+        "broadcast_in_dim",
+        "convert_element_type",
+        "copy",
+        "name",
+        "stop_gradient",
+        "neg",
+        "mul",
+        "div",
+    ]
 )
 
 
