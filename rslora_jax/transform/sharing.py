@@ -18,22 +18,8 @@ if TYPE_CHECKING:
     from rslora_jax.transform.interpreter import Frame
 
 # What may be evaluated before its turn, to have all weights of an input at hand when the first is used.
-HOISTED = frozenset(
-    [
-        "transpose",
-        "reshape",
-        "squeeze",
-        "slice",
-        "broadcast_in_dim",
-        "convert_element_type",
-        "copy",
-        "name",
-        "stop_gradient",
-        "neg",
-        "mul",
-        "div",
-    ]
-)
+HOISTED = {"transpose", "reshape", "squeeze", "slice", "broadcast_in_dim", "convert_element_type", "copy"}
+HOISTED |= {"name", "stop_gradient", "neg", "mul", "div"}
 
 
 class Product(NamedTuple):
