@@ -12,6 +12,7 @@ import pytest
 
 import rslora_jax as rslora
 from tests.programs import CASES, Case, merged_by_hand, normal, trained
+from tests.reference import assert_near, gradients_by_hand
 
 RANK, ALPHA = 6, 10.0  # alpha is not the rank, and the rank is no square
 
@@ -26,15 +27,6 @@ def wrapped(case: Case, **config) -> rslora.Lora:
 def first(tree):
     """The first output: some programs return more than one."""
     return jax.tree.leaves(tree)[0].astype(jnp.float32)
-
-
-def assert_near(actual, expected, tolerance):
-    """Compare trees entry by entry, relative to each expected array's largest entry."""
-    for path, want in jax.tree_util.tree_leaves_with_path(expected):
-        got = dict(jax.tree_util.tree_leaves_with_path(actual))[path]
-        want, got = np.asarray(want, np.float64), np.asarray(got, np.float64)
-        scale = max(np.abs(want).max(), 1e-30)
-        assert np.abs(got - want).max() / scale <= tolerance, (path, np.abs(got - want).max() / scale)
 
 
 @pytest.fixture(params=list(CASES), scope="module")
@@ -91,20 +83,9 @@ def test_law_2_gradients_are_those_through_merged_weights(case):
     got = jax.jit(jax.grad(lambda a: loss(lora.apply(case.params, a, *case.args))))(adapters)
     gradient = jax.jit(jax.grad(lambda p: loss(case.fn(p, *case.args)), allow_int=True))
     dw = gradient(merged_by_hand(lora, case.params, adapters))
-    by_path = {rslora.sites.path_name(p): g for p, g in jax.tree_util.tree_leaves_with_path(dw)}
-    for name, site in lora.sites.items():
-        order = (*site.stack_axes, *site.in_axes, *site.out_axes)
-        stack = [site.shape[n] for n in site.stack_axes]
-        g = np.transpose(np.asarray(by_path[name], np.float64), order).reshape(*stack, site.in_size, site.out_size)
-        a = np.asarray(adapters[name]["a"], np.float64).reshape(*stack, site.in_size, site.rank)
-        b = np.asarray(adapters[name]["b"], np.float64).reshape(*stack, site.rank, site.out_size)
-        gamma = ALPHA / np.sqrt(RANK)
-        want = {
-            "a": (gamma * g @ np.swapaxes(b, -1, -2)).reshape(site.a_shape),
-            "b": (gamma * np.swapaxes(a, -1, -2) @ g).reshape(site.b_shape),
-        }
-        assert all(got[name][k].dtype == jnp.float32 for k in "ab")
-        assert_near(got[name], want, max(10 * case.tolerance, 1e-4) if case.tolerance < 1e-3 else 0.15)
+    want = gradients_by_hand(lora, adapters, dw)
+    assert all(got[name][k].dtype == jnp.float32 for name in want for k in "ab")
+    assert_near(got, want, max(10 * case.tolerance, 1e-4) if case.tolerance < 1e-3 else 0.15)
 
 
 # Law 3: the scale is each weight's own.

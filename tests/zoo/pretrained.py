@@ -41,7 +41,7 @@ LLAMA = VOCABULARY | {
 }
 BERT = VOCABULARY | {
     "hidden_size": 16,
-    "num_hidden_layers": 2,
+    "num_hidden_layers": 1,
     "num_attention_heads": 4,
     "intermediate_size": 24,
     "max_position_embeddings": 12,
@@ -71,7 +71,7 @@ T5 = VOCABULARY | {
 }
 VIT = {
     "hidden_size": 16,
-    "num_hidden_layers": 2,
+    "num_hidden_layers": 1,
     "num_attention_heads": 4,
     "intermediate_size": 24,
     "image_size": 8,
@@ -97,24 +97,11 @@ def plain(kind: str, config: str, options: dict, *args: Any, **known: Any) -> Mo
     return Model(lambda params, *args: arrays(model(*args, params=params)), params, args, **known)
 
 
-def cached(step: Callable[..., Any], start: Callable[[Any], Any]) -> Callable[..., jax.Array]:
-    """Return a function from (params, tokens) to logits that are made by prefill and one more token."""
-
-    def decode(params: Any, *args: Any) -> jax.Array:
-        *context, tokens = args
-        cache, state = start(params, *context)
-        first, cache = step(params, tokens[:, :-1], cache, 0, state)
-        last, cache = step(params, tokens[:, -1:], cache, tokens.shape[1] - 1, state)
-        return jnp.concatenate([first, last], 1)
-
-    return decode
-
-
 def zeros(make: Callable[[], Any]) -> Any:
     return jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), jax.eval_shape(make))
 
 
-def decoder_step(model: Any, params: Any, tokens: Any, cache: Any, at: Any, mask: Any = None) -> tuple[Any, Any]:
+def decoder_step(model: Any, params: Any, tokens: Any, cache: Any, at: Any, _: None = None) -> tuple[Any, Any]:
     """Return the logits of some more tokens, and the cache with them."""
     batch, length = tokens.shape
     places = {"position_ids": jnp.broadcast_to(at + jnp.arange(length), (batch, length))}
@@ -129,8 +116,8 @@ def decoder(kind: str, config: str, options: dict, **known: Any) -> Model:
     """A decoder: all tokens at once, and from a cache."""
     model, params = load(kind, config, options)
     start = lambda params: (zeros(lambda: model.init_cache(2, MAX)), None)
-    decode = cached(functools.partial(decoder_step, model), start)
-    return Model(lambda params, x: arrays(model(x, params=params)), params, (TOKENS,), decode=decode, **known)
+    step = functools.partial(decoder_step, model)
+    return Model(lambda params, x: arrays(model(x, params=params)), params, (TOKENS,), start=start, step=step, **known)
 
 
 def answer_step(model: Any, params: Any, tokens: Any, cache: Any, at: Any, encoded: Any) -> tuple[Any, Any]:
@@ -153,15 +140,15 @@ def encoder_decoder(kind: str, config: str, options: dict, source: Any = TOKENS,
     """An encoder and a decoder: all tokens at once, and from a cache."""
     model, params = load(kind, config, options)
     fn = lambda params, x, y: arrays(model(x, decoder_input_ids=y, params=params))
-    decode = cached(functools.partial(answer_step, model), functools.partial(start_answer, model))
-    return Model(fn, params, (source, ANSWER), decode=decode, **known)
+    start, step = functools.partial(start_answer, model), functools.partial(answer_step, model)
+    return Model(fn, params, (source, ANSWER), start=start, step=step, **known)
 
 
 BIAS = {"no_weights": ("final_logits_bias",)}
 PATCHES = {"no_weights": ("*_token", "*/position_embeddings")}
 CLIP = {
-    "text_config": BERT | {"num_hidden_layers": 1, "projection_dim": 8},
-    "vision_config": VIT | {"num_hidden_layers": 1, "projection_dim": 8},
+    "text_config": BERT | {"projection_dim": 8},
+    "vision_config": VIT | {"projection_dim": 8},
     "projection_dim": 8,
 }
 WAV2VEC2 = {
@@ -181,10 +168,9 @@ WAV2VEC2 = {
     "pad_token_id": 0,
 }
 
-MODELS: dict[str, Callable[[], Model]] = {
-    # Decoders
+DECODERS: dict[str, Callable[[], Model]] = {
     "GPT-2": lambda: decoder("GPT2LMHeadModel", "GPT2", GPT2, axes=TURNED),
-    "GPT-J": lambda: decoder("GPTJForCausalLM", "GPTJ", GPT2 | {"rotary_dim": 2}, head="lm_head/kernel"),
+    "GPT-J": lambda: decoder("GPTJForCausalLM", "GPTJ", GPT2 | {"n_layer": 1, "rotary_dim": 2}, head="lm_head/kernel"),
     "GPT-Neo": lambda: decoder(
         "GPTNeoForCausalLM",
         "GPTNeo",
@@ -193,33 +179,41 @@ MODELS: dict[str, Callable[[], Model]] = {
         | {"attention_types": [[["global", "local"], 1]], "intermediate_size": 24},
     ),
     "Llama": lambda: decoder("LlamaForCausalLM", "Llama", LLAMA, head="lm_head/kernel"),
-    "Mistral": lambda: decoder("MistralForCausalLM", "Mistral", LLAMA | {"sliding_window": 4}, head="lm_head/kernel"),
+    "Mistral": lambda: decoder(
+        "MistralForCausalLM", "Mistral", LLAMA | {"num_hidden_layers": 1, "sliding_window": 4}, head="lm_head/kernel"
+    ),
     "Gemma": lambda: decoder(
-        "GemmaForCausalLM", "Gemma", LLAMA | {"head_dim": 6, "hidden_activation": "gelu_pytorch_tanh"}
+        "GemmaForCausalLM",
+        "Gemma",
+        LLAMA | {"num_hidden_layers": 1, "head_dim": 6, "hidden_activation": "gelu_pytorch_tanh"},
     ),
     "OPT": lambda: decoder(
         "OPTForCausalLM",
         "OPT",
         VOCABULARY
-        | {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 4, "max_position_embeddings": 12}
+        | {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 4, "max_position_embeddings": 12}
         | {"ffn_dim": 24, "word_embed_proj_dim": 12, "do_layer_norm_before": False},
     ),
-    "BLOOM": lambda: decoder("BloomForCausalLM", "Bloom", VOCABULARY | {"hidden_size": 16, "n_layer": 2, "n_head": 4}),
+    "BLOOM": lambda: decoder("BloomForCausalLM", "Bloom", VOCABULARY | {"hidden_size": 16, "n_layer": 1, "n_head": 4}),
     "XGLM": lambda: decoder(
         "XGLMForCausalLM",
         "XGLM",
         VOCABULARY
-        | {"d_model": 16, "num_layers": 2, "attention_heads": 4, "ffn_dim": 24, "max_position_embeddings": 12},
+        | {"d_model": 16, "num_layers": 1, "attention_heads": 4, "ffn_dim": 24, "max_position_embeddings": 12},
     ),
-    # Encoders
+}
+
+ENCODERS: dict[str, Callable[[], Model]] = {
     "BERT": lambda: plain("BertForMaskedLM", "Bert", BERT, TOKENS),
     "RoBERTa": lambda: plain("RobertaForSequenceClassification", "Roberta", BERT | {"num_labels": 4}, TOKENS),
-    "ALBERT": lambda: plain("AlbertForMaskedLM", "Albert", BERT | {"embedding_size": 12}, TOKENS),
+    "ALBERT": lambda: plain(
+        "AlbertForMaskedLM", "Albert", BERT | {"num_hidden_layers": 2, "embedding_size": 12}, TOKENS
+    ),
     "ELECTRA": lambda: plain("ElectraForMaskedLM", "Electra", BERT | {"embedding_size": 12}, TOKENS),
     "DistilBERT": lambda: plain(
         "DistilBertForMaskedLM",
         "DistilBert",
-        VOCABULARY | {"dim": 16, "n_layers": 2, "n_heads": 4, "hidden_dim": 24, "max_position_embeddings": 12},
+        VOCABULARY | {"dim": 16, "n_layers": 1, "n_heads": 4, "hidden_dim": 24, "max_position_embeddings": 12},
         TOKENS,
     ),
     "RoFormer": lambda: plain("RoFormerForMaskedLM", "RoFormer", BERT, TOKENS),
@@ -227,11 +221,13 @@ MODELS: dict[str, Callable[[], Model]] = {
         "BigBirdForMaskedLM",
         "BigBird",
         BERT
-        | {"num_hidden_layers": 1, "max_position_embeddings": 20}
+        | {"max_position_embeddings": 20}
         | {"attention_type": "block_sparse", "block_size": 2, "num_random_blocks": 1},
         LONG,
     ),
-    # Encoder-decoders
+}
+
+ENCODER_DECODERS: dict[str, Callable[[], Model]] = {
     "T5": lambda: encoder_decoder("T5ForConditionalGeneration", "T5", T5),
     "mT5": lambda: encoder_decoder(
         "MT5ForConditionalGeneration",
@@ -248,7 +244,15 @@ MODELS: dict[str, Callable[[], Model]] = {
     "Pegasus": lambda: encoder_decoder("PegasusForConditionalGeneration", "Pegasus", BART, **BIAS),
     "Marian": lambda: encoder_decoder("MarianMTModel", "Marian", BART, **BIAS),
     "Blenderbot": lambda: encoder_decoder("BlenderbotForConditionalGeneration", "Blenderbot", BART, **BIAS),
-    # Pictures
+    "Whisper": lambda: encoder_decoder(
+        "WhisperForConditionalGeneration",
+        "Whisper",
+        BART | {"num_mel_bins": 6, "max_source_positions": 5, "max_target_positions": 8},
+        MELS,
+    ),
+}
+
+OTHERS: dict[str, Callable[[], Model]] = {
     "ViT": lambda: plain("ViTForImageClassification", "ViT", VIT, PIXELS, **PATCHES),
     "BEiT": lambda: plain(
         "BeitForImageClassification",
@@ -261,14 +265,9 @@ MODELS: dict[str, Callable[[], Model]] = {
     "CLIP": lambda: plain("CLIPModel", "CLIP", CLIP, TOKENS[:1], PIXELS),
     "RegNet": lambda: plain("RegNetForImageClassification", "RegNet", CONVOLUTIONS | {"groups_width": 4}, PIXELS),
     "ResNet": lambda: plain("ResNetForImageClassification", "ResNet", CONVOLUTIONS, PIXELS),
-    # Speech
-    "Whisper": lambda: encoder_decoder(
-        "WhisperForConditionalGeneration",
-        "Whisper",
-        BART | {"num_mel_bins": 6, "max_source_positions": 5, "max_target_positions": 8},
-        MELS,
-    ),
     "Wav2Vec2": lambda: plain(
         "Wav2Vec2ForCTC", "Wav2Vec2", WAV2VEC2, SOUND, no_weights=("*/weight_g",), axes={"*/weight_v": ((1, 2), (0,))}
     ),
 }
+
+MODELS = DECODERS | ENCODERS | ENCODER_DECODERS | OTHERS
