@@ -472,32 +472,3 @@ def merged_by_hand(lora: rslora.Lora, params: Any, adapters: dict) -> Any:
         return jnp.asarray(np.asarray(leaf, np.float64) + update).astype(leaf.dtype)
 
     return jax.tree_util.tree_map_with_path(one, params)
-
-
-def gradients_by_hand(lora: rslora.Lora, adapters: dict, gradient: Any) -> dict:
-    """Return dA and dB by the chain rule, in numpy in float64, from the gradient at the merged parameters."""
-    from rslora_jax.sites import path_name
-
-    by_path = {path_name(p): g for p, g in jax.tree_util.tree_leaves_with_path(gradient)}
-    want = {}
-    for name, site in lora.sites.items():
-        order = (*site.stack_axes, *site.in_axes, *site.out_axes)
-        stack = [site.shape[n] for n in site.stack_axes]
-        g = np.transpose(np.asarray(by_path[name], np.float64), order).reshape(*stack, site.in_size, site.out_size)
-        a = np.asarray(adapters[name]["a"], np.float64).reshape(*stack, site.in_size, site.rank)
-        b = np.asarray(adapters[name]["b"], np.float64).reshape(*stack, site.rank, site.out_size)
-        gamma = site.alpha / np.sqrt(site.rank)
-        want[name] = {
-            "a": (gamma * g @ np.swapaxes(b, -1, -2)).reshape(site.a_shape),
-            "b": (gamma * np.swapaxes(a, -1, -2) @ g).reshape(site.b_shape),
-        }
-    return want
-
-
-def assert_near(actual: Any, expected: Any, tolerance: float) -> None:
-    """Compare trees entry by entry, relative to each expected array's largest entry."""
-    found = dict(jax.tree_util.tree_leaves_with_path(actual))
-    for path, want in jax.tree_util.tree_leaves_with_path(expected):
-        want, got = np.asarray(want, np.float64), np.asarray(found[path], np.float64)
-        scale = max(np.abs(want).max(), 1e-30)
-        assert np.abs(got - want).max() / scale <= tolerance, (path, np.abs(got - want).max() / scale)
