@@ -90,6 +90,8 @@ def select(
     targets = (config.targets,) if isinstance(config.targets, str) else config.targets
     exclude = (config.exclude,) if isinstance(config.exclude, str) else config.exclude
     chosen: set[str] = set()
+    if not roles:
+        raise ValueError("no weight is left to adapt: the function uses none of its parameters in a matrix product")
     for pattern in targets:
         if pattern == "all-linear":
             tables = {shapes[p][r["in_axes"][0]] for p, r in roles.items() if r["kind"] == "embedding"}
@@ -115,8 +117,7 @@ def select(
         chosen = {p for p in chosen if not matches(p, pattern)}
     if not chosen:
         raise ValueError(
-            "no weight is left to adapt: the function uses none of its parameters in a matrix product, or all are "
-            "excluded" + (f"; the weights it uses are {', '.join(list(roles)[:3])}" if roles else "")
+            f"no weight is left to adapt: all are excluded; the weights used are {', '.join(list(roles)[:3])}"
         )
     for name in ("rank_pattern", "alpha_pattern"):
         for pattern, _ in getattr(config, name):

@@ -152,7 +152,12 @@ def stacked(name: str) -> Case:
 
         return lax.scan(jax.checkpoint(outer), x, p["w"])[0]
 
-    fns = {f.__name__: f for f in (by_scan, by_scanned_index, by_hand, by_scan_of_one, experts, nested)}
+    def returned(p, x):  # as nnx.scan returns its module
+        body = jax.checkpoint(lambda c, w: (jnp.tanh(c @ w), (w.T, p["w"][0])))
+        x, (back, first) = lax.scan(body, x, p["w"])
+        return lax.scan(lambda c, ws: (jnp.tanh(c @ ws[0] @ ws[1]), None), x, (back, first))[0]
+
+    fns = {f.__name__: f for f in (by_scan, by_scanned_index, by_hand, by_scan_of_one, experts, nested, returned)}
     return Case(fns[name], {"w": normal(3, 3, 12, 12)}, (normal(5, 6, 12),), sites=1)
 
 
@@ -431,7 +436,7 @@ CASES: dict[str, Callable[[], Case]] = {
     ),
     "nnx": nnx_transformer,
     "mlp": mlp,
-    **family(stacked, "by_scan by_scanned_index by_hand by_scan_of_one experts nested"),
+    **family(stacked, "by_scan by_scanned_index by_hand by_scan_of_one experts nested returned"),
     **family(control, "while_ while_carry fori_carry cond switch_of_weights jit_of_transpose checkpoint_policy"),
     **family(layout, "left split_heads fused strided batch_axis_of_out cast_twice"),
     **family(arithmetic, "scaled by_its_norm shifted squashed masked padded reversed_ rolled split_and_joined fused"),

@@ -69,12 +69,12 @@ def scan(walk: Walk, eqn: compat.Eqn, values: list[Any]) -> list[Any]:
             def body(moving, xs):
                 carry = [fixed.get(n, c) for n, c in enumerate(moving)]
                 outs = walk.run(eqn.params["jaxpr"], [*consts, *carry, *map(enter, xs)])
-                outs = [None if n in fixed else walk.array(o, "scan output") for n, o in enumerate(outs)]
-                return outs[:num_carry], outs[num_carry:]
+                kept = [None if n in fixed else walk.array(o, "scan carry") for n, o in enumerate(outs[:num_carry])]
+                return kept, outs[num_carry:]
 
             options = {k: eqn.params[k] for k in ("reverse", "length", "unroll")}
             moved, ys = lax.scan(body, moving, xs, **options)
-            return [*(fixed.get(n, c) for n, c in enumerate(moved)), *ys]
+            return [*(fixed.get(n, c) for n, c in enumerate(moved)), *map(leave, ys)]
 
         return jax.jit(whole, inline=True)
 
@@ -198,6 +198,13 @@ def enter(value: Any) -> Any:
     if not isinstance(value, View):
         return value
     return dataclasses.replace(value, axes=value.axes[1:])
+
+
+def leave(value: Any) -> Any:
+    """Put an axis before a view's label: scanning has stacked its arrays again."""
+    if not isinstance(value, View):
+        return value
+    return dataclasses.replace(value, axes=(frozenset(), *value.axes))
 
 
 def changing(body: compat.Jaxpr, num_consts: int, num_carry: int) -> set[int]:

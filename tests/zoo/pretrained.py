@@ -78,7 +78,7 @@ VIT = {
     "patch_size": 4,
     "num_labels": 5,
 }
-CONVOLUTIONS = {"embedding_size": 8, "hidden_sizes": [8, 16], "depths": [1, 1], "num_labels": 5}
+CONVOLUTIONS = {"embedding_size": 16, "hidden_sizes": [16, 32], "depths": [1, 1], "num_labels": 5}
 TURNED = {"*/kernel": ((1,), (0,))}  # GPT-2 stores (out, in)
 
 
