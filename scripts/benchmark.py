@@ -9,8 +9,9 @@ A step is the value and the gradients of the adapters (float32) and of the layer
 a stack of Llama layers of random weights, without table and head. Before a rank is timed, all methods are given the
 same A and B, and must give the same loss and gradients. Methods take turns, so that a slow minute meets all alike.
 
-FLOPs and temporary bytes are the compiled program's; of torch, the FLOPs of its matrix products, and the bytes on a
-GPU only. "to least" is FLOPs over the least: the floor's, and the adapters' on paper (rslora_jax.transform.cost).
+FLOPs and temporary bytes are the compiled program's; of torch, the FLOPs of its matrix products without attention's,
+and the bytes on a GPU only. "to least" is FLOPs over the least: the floor's as compiled, and the adapters' on paper
+over all orders; planned_flops in the CSV has in its place the count of the orders that rslora_jax chooses.
 "trace s" is the time from the model to the lowered program, adapters put in; "compile s" is XLA's.
 
 CSV and PNG go to --out; the CSV is written after each rank, so an interrupted run keeps what it has measured.
@@ -179,6 +180,9 @@ def main(argv: list[str] | None = None) -> None:
                 report.write_csv(arguments.out / "benchmark.csv", rows, facts)
     # A cut number is worse than a broken line.
     Console(width=max(console.width, 125)).print(report.table(rows, title))
+    if report.busy(rows):
+        count = f"{len(report.busy(rows))} of {len(rows)}"
+        console.print(f"{count} rows vary by half or more: the machine was busy, measure those again")
     report.write_png(arguments.out / "benchmark.png", rows, title)
     console.print(f"written: {arguments.out / 'benchmark.csv'} and {arguments.out / 'benchmark.png'}")
 

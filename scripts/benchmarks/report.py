@@ -27,6 +27,7 @@ class Row:
     cpu_s: float
     flops: float | None
     least_flops: float | None
+    planned_flops: float | None
     temp_bytes: int | None
     trace_s: float | None
     compile_s: float | None
@@ -54,13 +55,20 @@ def make_row(
         to_floor=statistics.median(ratios) if ratios else None,
         cpu_s=statistics.median(timing.cpu),
         flops=ready.flops,
-        least_flops=floor_flops and floor_flops + problem.paper(method),
+        # Torch counts matrix products only, and none of those in its attention: a ratio would mean nothing.
+        least_flops=floor_flops + problem.least(method) if floor_flops and method != "peft" else None,
+        planned_flops=floor_flops + problem.planned() if floor_flops and method == "rslora" else None,
         temp_bytes=ready.temp_bytes,
         trace_s=ready.trace_s,
         compile_s=ready.compile_s,
         repeats=len(timing.wall),
         **more,
     )
+
+
+def busy(rows: Sequence[Row]) -> list[Row]:
+    """Return the rows whose repeats differ so much that the machine must have done something else."""
+    return [r for r in rows if r.step_max_s > 1.5 * r.step_min_s]
 
 
 def table(rows: Sequence[Row], title: str) -> Table:
