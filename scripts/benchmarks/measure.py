@@ -1,0 +1,131 @@
+"""Compile the methods of one problem, see that they agree, and time them in turn."""
+
+import dataclasses
+import statistics
+import time
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+import numpy as np
+
+from benchmarks import methods
+from benchmarks.problem import Data, Problem
+
+# Largest difference of a gradient's entries, relative to the gradient's largest entry.
+TOLERANCE = {"float32": 2e-4, "bfloat16": 0.1}
+
+
+@dataclasses.dataclass(frozen=True)
+class Ready:
+    """A step that can be called, and what its making has shown.
+
+    Attributes:
+      step: takes one step and waits until it is done.
+      outputs: what a step returned, as (loss, gradients of the adapters or None).
+      flops: of the compiled step.
+      temp_bytes: what it needs beside its arguments and results.
+      trace_s: from the model to the lowered program, adapters put in; the median of three.
+      compile_s: XLA's time.
+    """
+
+    step: Callable[[], Any]
+    outputs: Callable[[Any], tuple[Any, Any]]
+    flops: float | None = None
+    temp_bytes: int | None = None
+    trace_s: float | None = None
+    compile_s: float | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class Timing:
+    """Seconds of each repeat of a method."""
+
+    wall: tuple[float, ...]
+    cpu: tuple[float, ...]
+
+
+def lower(method: str, problem: Problem, arguments: Any) -> Any:
+    """Return a method's lowered step."""
+    with methods.precision(problem):
+        return methods.jitted(method, problem).lower(*arguments)
+
+
+def prepare(method: str, problem: Problem, data: Data) -> Ready:
+    """Compile a method's step for a problem."""
+    traces = []
+    for _ in range(3):
+        jax.clear_caches()  # each starts from nothing, as in a new process
+        begun = time.perf_counter()
+        lowered = lower(method, problem, data.arguments)
+        traces.append(time.perf_counter() - begun)
+    begun = time.perf_counter()
+    compiled = lowered.compile()
+    compile_s = time.perf_counter() - begun
+
+    def step() -> Any:
+        return jax.block_until_ready(compiled(*data.arguments))
+
+    def outputs(result: Any) -> tuple[Any, Any]:
+        value, gradients = result
+        return value, gradients[0] if method in methods.ADAPTED else None
+
+    return Ready(step, outputs, *counted(compiled), statistics.median(traces), compile_s)
+
+
+def counted(compiled: Any) -> tuple[float | None, int | None]:
+    """Return the FLOPs and the temporary bytes of a compiled program, None where the backend does not say."""
+    costs, memory = compiled.cost_analysis(), compiled.memory_analysis()
+    flops = (costs or {}).get("flops")
+    return flops, None if memory is None else memory.temp_size_in_bytes
+
+
+def disagreement(got: tuple[Any, Any], want: tuple[Any, Any]) -> float:
+    """Return the largest difference in loss and adapter gradients, each relative to its own largest entry."""
+    if jax.tree.structure(got[1]) != jax.tree.structure(want[1]):
+        raise AssertionError("the methods adapt different weights")
+    found = [abs(float(got[0]) / float(want[0]) - 1)]
+    for g, w in zip(jax.tree.leaves(got[1]), jax.tree.leaves(want[1]), strict=True):
+        g, w = (np.asarray(leaf, np.float32) for leaf in (g, w))
+        found.append(np.abs(g - w).max() / np.abs(w).max())
+    return float(np.max(found))  # NaN if any is: Python's max would pass over it
+
+
+def check(ready: Mapping[str, Ready], dtype: Any) -> dict[str, float]:
+    """Run every method once and raise an AssertionError where two differ in loss or adapter gradients.
+
+    Returns:
+      The disagreement of each adapted method with the first of them.
+    """
+    found: dict[str, float] = {}
+    values: dict[str, float] = {}
+    want: tuple[Any, Any] | None = None
+    for method in sorted(ready, key=lambda m: methods.ADAPTED.index(m) if m in methods.ADAPTED else -1):
+        got = ready[method].outputs(ready[method].step())
+        values[method] = float(got[0])
+        if method not in methods.ADAPTED:
+            continue
+        want = got if want is None else want
+        found[method] = disagreement(got, want)
+        if not found[method] <= TOLERANCE[str(dtype)]:
+            other = next(iter(found))
+            raise AssertionError(
+                f"{method} and {other} were given the same adapters and differ by {found[method]:.1e} of the largest "
+                f"gradient entry (losses {values[method]:.6g} and {values[other]:.6g}): their times cannot be compared"
+            )
+    return found
+
+
+def in_turn(ready: Mapping[str, Ready], repeats: int, advance: Callable[[str], None]) -> dict[str, Timing]:
+    """Time the methods one after the other, over and over, so that a slow minute of the machine meets all."""
+    wall: dict[str, list[float]] = {name: [] for name in ready}
+    cpu: dict[str, list[float]] = {name: [] for name in ready}
+    for _ in range(repeats):
+        for name, method in ready.items():
+            cpu_begun, begun = time.process_time(), time.perf_counter()
+            result = method.step()
+            wall[name].append(time.perf_counter() - begun)
+            cpu[name].append(time.process_time() - cpu_begun)
+            del result
+            advance(name)
+    return {name: Timing(tuple(wall[name]), tuple(cpu[name])) for name in ready}

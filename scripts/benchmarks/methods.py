@@ -1,0 +1,123 @@
+"""The methods: each makes, for one problem, the function whose gradient is a training step.
+
+All take (adapters, variables, x, target), the adapters in float32 and in one form, and give the loss. A step is
+the value and the gradient to the adapters and to the input: the layers stand for the middle of a deep model,
+whose gradient to the input is always needed. There is no optimiser in it.
+"""
+
+import importlib.util
+import warnings
+from collections.abc import Callable
+from typing import Any
+
+import jax
+from flax import linen as nn
+from flax import traverse_util
+from jax import Array
+
+import rslora_jax as rslora
+from benchmarks.problem import Adapters, Problem, Stack, loss
+
+Step = Callable[[Adapters, Any, Array, Array], Any]
+
+# What the gradient is taken to, by the place of the argument.
+ADAPTERS, VARIABLES, INPUT = 0, 1, 2
+
+
+def floor(problem: Problem) -> Step:
+    """The base's forward pass and the gradient to its input: no adapter can do with less."""
+    model = Stack(problem.config)
+    return lambda adapters, variables, x, target: loss(model.apply(variables, x), target)
+
+
+def rslora_jax(problem: Problem) -> Step:
+    """This library."""
+    # A rank above the full one of a narrow weight (keys of few heads) is as good a measurement as any.
+    config = rslora.LoraConfig(rank=problem.rank, alpha=problem.alpha, allow_large_rank=True)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "rank .* is above", rslora.RsloraWarning)
+        lora = rslora.wrap(Stack(problem.config).apply, problem.variables, problem.x, config=config)
+    return lambda adapters, variables, x, target: loss(lora.apply(variables, adapters, x), target)
+
+
+def qwix(problem: Problem) -> Step:
+    """Qwix's LoRA on the Linen module; its scale is alpha / rank, so its alpha is gamma times the rank."""
+    import qwix as library
+
+    provider = library.LoraProvider(module_path=".*", rank=problem.rank, alpha=problem.gamma * problem.rank)
+    model = library.apply_lora_to_model(Stack(problem.config), provider)
+    dtype = problem.config.dtype
+
+    def fn(adapters: Adapters, variables: Any, x: Array, target: Array) -> Array:
+        return loss(model.apply(beside_kernels(variables, adapters, dtype), x), target)
+
+    return fn
+
+
+def factored(problem: Problem) -> Step:
+    """LoRA written into the layers by hand: every nn.Dense gives x W + gamma (x A) B."""
+    model, dtype = Stack(problem.config), problem.config.dtype
+
+    def dense(call: Callable[..., Array], args: Any, kwargs: Any, context: nn.module.InterceptorContext) -> Array:
+        y = call(*args, **kwargs)
+        if not isinstance(context.module, nn.Dense) or context.method_name != "__call__":
+            return y
+        a, b = (context.module.get_variable("params", f"kernel_lora_{f}") for f in "ab")
+        return y + (args[0] @ a) @ b * problem.gamma
+
+    def fn(adapters: Adapters, variables: Any, x: Array, target: Array) -> Array:
+        with nn.intercept_methods(dense):
+            out = model.apply(beside_kernels(variables, adapters, dtype), x)
+        return loss(out, target)
+
+    return fn
+
+
+def beside_kernels(variables: Any, adapters: Adapters, dtype: Any) -> Any:
+    """Return the weights with each kernel's factors beside it, cast to what products are computed in."""
+    flat = traverse_util.flatten_dict(variables, sep="/")
+    for path, factors in adapters.items():
+        flat |= {f"{path}_lora_{name}": factor.astype(dtype) for name, factor in factors.items()}
+    return traverse_util.unflatten_dict(flat, sep="/")
+
+
+# Name, function, and to what its gradient is taken.
+JAX_METHODS: dict[str, tuple[Callable[[Problem], Step], tuple[int, ...]]] = {
+    "floor": (floor, (INPUT,)),
+    "full": (floor, (VARIABLES, INPUT)),
+    "rslora": (rslora_jax, (ADAPTERS, INPUT)),
+    "qwix": (qwix, (ADAPTERS, INPUT)),
+    "factored": (factored, (ADAPTERS, INPUT)),
+}
+PACKAGES = {"qwix": ("qwix",), "peft": ("torch", "transformers", "peft")}
+METHODS = {
+    "floor": "base forward and gradient to the input, no adapters",
+    "full": "gradient to all weights",
+    "rslora": "this library",
+    "qwix": "qwix.LoraProvider on the Linen module",
+    "factored": "hand-written x W + gamma (x A) B in every nn.Dense",
+    "peft": "Hugging Face PEFT on torch, use_rslora=True",
+}
+ADAPTED = ("factored", "rslora", "qwix", "peft")  # the first that is measured is the one the others must agree with
+
+
+def missing(method: str) -> list[str]:
+    """Return the packages that a method needs and that are not installed."""
+    return [name for name in PACKAGES.get(method, ()) if importlib.util.find_spec(name) is None]
+
+
+def jitted(method: str, problem: Problem) -> Any:
+    """Return a method's step as a jitted function: (loss, gradients)."""
+    build, argnums = JAX_METHODS[method]
+    return jax.jit(jax.value_and_grad(build(problem), argnums))
+
+
+def shapes(problem: Problem, sharding: Any = None) -> Any:
+    """Return the shapes of a step's arguments, for lowering without data."""
+    arguments = (problem.adapters, problem.variables, problem.x, problem.x)
+    return jax.tree.map(lambda s: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=sharding), arguments)
+
+
+def precision(problem: Problem) -> Any:
+    """Return the context to lower in: float32 products that are float32 on every kind of device."""
+    return jax.default_matmul_precision("highest" if problem.config.dtype == "float32" else None)

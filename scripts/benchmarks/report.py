@@ -1,0 +1,138 @@
+"""Rows of the benchmark, as a table on the terminal, a CSV file and a picture."""
+
+import csv
+import dataclasses
+import statistics
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from rich.table import Table
+
+from benchmarks.measure import Ready, Timing
+from benchmarks.problem import Problem
+
+
+@dataclasses.dataclass(frozen=True)
+class Row:
+    """The figures of one method at one rank and number of tokens; times are medians, in seconds."""
+
+    tokens: int
+    rank: int
+    method: str
+    step_s: float
+    step_min_s: float
+    step_max_s: float
+    to_floor: float | None
+    cpu_s: float
+    flops: float | None
+    least_flops: float | None
+    planned_flops: float | None
+    temp_bytes: int | None
+    trace_s: float | None
+    compile_s: float | None
+    disagreement: float | None
+    repeats: int
+
+
+def make_row(
+    problem: Problem, method: str, ready: Ready, timing: Timing, floor: Timing | None, floor_flops: float | None, **more
+) -> Row:
+    """Put the figures of one method together.
+
+    The ratio to the floor is the median over the repeats of the ratio within each: both were then run within
+    seconds of each other. The least FLOPs are the floor's as compiled, and what the method needs beside on paper.
+    """
+    pairs = zip(timing.wall, floor.wall, strict=True) if floor else ()
+    ratios = [mine / base for mine, base in pairs]
+    return Row(
+        tokens=problem.tokens,
+        rank=problem.rank,
+        method=method,
+        step_s=statistics.median(timing.wall),
+        step_min_s=min(timing.wall),
+        step_max_s=max(timing.wall),
+        to_floor=statistics.median(ratios) if ratios else None,
+        cpu_s=statistics.median(timing.cpu),
+        flops=ready.flops,
+        # Torch counts matrix products only, and none of those in its attention: a ratio would mean nothing.
+        least_flops=floor_flops + problem.least(method) if floor_flops and method != "peft" else None,
+        planned_flops=floor_flops + problem.planned() if floor_flops and method == "rslora" else None,
+        temp_bytes=ready.temp_bytes,
+        trace_s=ready.trace_s,
+        compile_s=ready.compile_s,
+        repeats=len(timing.wall),
+        **more,
+    )
+
+
+def busy(rows: Sequence[Row]) -> list[Row]:
+    """Return the rows whose repeats differ so much that the machine must have done something else."""
+    return [r for r in rows if r.step_max_s > 1.5 * r.step_min_s]
+
+
+def table(rows: Sequence[Row], title: str) -> Table:
+    """Return the rows as a table, a section for each rank and number of tokens."""
+    out = Table(title=title, caption="to floor: median of the ratios within each repeat; from - to: least and most")
+    names = "tokens rank method|step s|from - to|to floor|CPU s|GFLOPs|to least|temp MB|trace s|compile s"
+    for name in names.replace(" rank method", "|rank|method").split("|"):
+        out.add_column(name, justify="left" if name == "method" else "right")
+    show = lambda value, form, unit=1: "" if value is None else format(value / unit, form)
+    for n, r in enumerate(rows):
+        if n and (r.tokens, r.rank) != (rows[n - 1].tokens, rows[n - 1].rank):
+            out.add_section()
+        out.add_row(
+            str(r.tokens),
+            str(r.rank),
+            r.method,
+            f"{r.step_s:.4g}",
+            f"{r.step_min_s:.4g} - {r.step_max_s:.4g}",
+            show(r.to_floor, ".3f"),
+            f"{r.cpu_s:.4g}",
+            show(r.flops, ".4g", 1e9),
+            show(r.flops and r.least_flops and r.flops / r.least_flops, ".3f"),
+            show(r.temp_bytes, ".1f", 1e6),
+            show(r.trace_s, ".2f"),
+            show(r.compile_s, ".2f"),
+        )
+    return out
+
+
+def write_csv(path: Path, rows: Sequence[Row], facts: dict[str, Any]) -> None:
+    """Write the rows, each with the facts that hold for all of them, so that files of several runs can be joined."""
+    with path.open("w", newline="") as file:
+        writer = csv.DictWriter(file, [*(f.name for f in dataclasses.fields(Row)), *facts])
+        writer.writeheader()
+        writer.writerows(dataclasses.asdict(row) | facts for row in rows)
+
+
+def write_png(path: Path, rows: Sequence[Row], title: str) -> None:
+    """Draw the step time relative to the floor and the temporary bytes over the rank, a line for each method."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+
+    counts = sorted({r.tokens for r in rows})
+    figure, axes = plt.subplots(len(counts), 2, figsize=(11, 3.6 * len(counts)), squeeze=False, layout="constrained")
+    for tokens, (left, right) in zip(counts, axes, strict=True):
+        for n, method in enumerate(dict.fromkeys(r.method for r in rows)):
+            mine = sorted((r for r in rows if r.tokens == tokens and r.method == method), key=lambda r: r.rank)
+            style = {"color": f"C{n}", "marker": "o", "markersize": 4, "label": method}
+            times = [(r.rank, r.to_floor) for r in mine if r.to_floor is not None]
+            bytes_ = [(r.rank, r.temp_bytes / 1e6) for r in mine if r.temp_bytes is not None]
+            for axis, points in ((left, times), (right, bytes_)):
+                if points:
+                    axis.plot(*zip(*points, strict=True), **style)
+        left.set_ylabel("step time / floor")
+        right.set_ylabel("temporary memory, MB")
+        for axis in (left, right):
+            axis.set_title(f"{tokens} tokens a step", fontsize=10)
+            axis.set_xscale("log", base=2)
+            axis.set_xlabel("rank")
+            axis.set_ylim(bottom=0)
+            axis.grid(alpha=0.3)
+    axes[0][0].legend()
+    figure.suptitle(title, fontsize=11)
+    figure.savefig(path, dpi=120)
+    plt.close(figure)
