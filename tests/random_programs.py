@@ -1,0 +1,287 @@
+"""Random programs as plain data, and their meaning; as a script, a table of what becomes of each piece's weight.
+
+python -m tests.random_programs --count 500
+"""
+
+import argparse
+import collections
+import dataclasses
+import itertools
+import warnings
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from hypothesis import HealthCheck, Phase, given, seed, settings
+from hypothesis import strategies as st
+
+import rslora_jax as rslora
+from tests.random_pieces import AROUND, CHANGES, PLACES, STACK, STACKS, USES, WIDEST, Scope
+
+LARGEST = 4 * WIDEST  # a changed weight is cut to this along each axis, and to as many numbers times eight
+
+
+@dataclasses.dataclass(frozen=True)
+class Piece:
+    """One piece of a program, and the number from which it takes its choices."""
+
+    name: str
+    number: int = 0
+
+
+@dataclasses.dataclass(frozen=True)
+class Layer:
+    """One use of a weight: its stored shape and dtype, what happens to it, its use, and what is around (outermost first).
+
+    `tied` takes the weight of the layer before instead.
+    """
+
+    shape: tuple[int, ...]
+    use: Piece
+    changes: tuple[Piece, ...] = ()
+    around: tuple[Piece, ...] = ()
+    dtype: str = "float64"
+    tied: bool = False
+
+    @property
+    def pieces(self) -> tuple[Piece, ...]:
+        return (*self.changes, self.use, *self.around)
+
+
+@dataclasses.dataclass(frozen=True)
+class Program:
+    """A function of parameters and data (T, D); `shown` returns the first weight beside the result."""
+
+    layers: tuple[Layer, ...]
+    data: tuple[int, int] = (3, 4)
+    rank: int = 2
+    shown: bool = False
+
+    def __str__(self) -> str:
+        lines = [f"data {self.data}, rank {self.rank}" + (", the first weight is an output" if self.shown else "")]
+        for number, layer in enumerate(self.layers):
+            said: list[str] = []
+            with jax.enable_x64(True):
+                shapes = parameters(layer, self.data, said)
+            stored = "the weight before" if layer.tied else f"{layer.dtype}{list(shapes['w'])}"
+            lines += [f"layer {number}: {stored}", *(f"    {line}" for line in said)]
+        return "\n".join(lines)
+
+    @property
+    def names(self) -> set[str]:
+        return {piece.name for layer in self.layers for piece in layer.pieces}
+
+    @property
+    def reverse_mode(self) -> bool:
+        return "while_loop" not in self.names
+
+    @property
+    def forward_mode(self) -> bool:
+        return "custom_vjp" not in self.names
+
+    @property
+    def tolerance(self) -> float:
+        """What a changed order of roundings can do to the result."""
+        return 0.1 if "cast_bfloat16" in self.names else 2e-5 if "cast_narrow" in self.names else 1e-9
+
+
+def stored_shape(layer: Layer, inner: tuple[int, ...]) -> tuple[int, ...]:
+    """Return a parameter's shape as stored, from that which a use sees in the midst of its stacks."""
+    shape = list(inner)
+    for piece in reversed(around(layer)):
+        if piece.name in STACKS:
+            shape.insert(PLACES[piece.number % len(PLACES)] % (len(shape) + 1), STACK)
+    return tuple(shape)
+
+
+def around(layer: Layer) -> list[Piece]:
+    """Return the pieces around a use, without those that do not fit what is in them: JAX itself refuses these."""
+    kept: list[Piece] = []
+    for piece in reversed(layer.around):
+        inside = {p.name for p in kept}
+        refused = (
+            (piece.name in STACKS and layer.tied)
+            or (piece.name in ("force", "inner_step") and "while_loop" in inside)
+            or (piece.name == "tangent" and "custom_vjp" in inside)
+            or (piece.name in ("vmap_data", "vmap_stack") and layer.use.name == "ragged_dot")
+        )
+        if not refused:
+            kept.insert(0, piece)
+    return kept
+
+
+def innermost(layer: Layer, more: Callable, said: list[str]) -> Callable:
+    """Return the use of a layer's weight, without what is around it, as a function of parameters and data."""
+
+    def use(p: Any, x: Any) -> Any:
+        count = iter(range(1, 100))
+        scope = lambda piece: Scope(piece.number, x, lambda shape: more(p, f"v{next(count)}", tuple(shape)))
+        w = p["w"].astype(jnp.float64)
+        for piece in layer.changes:
+            w = CHANGES[piece.name](w, s := scope(piece))
+            w = w[tuple(slice(LARGEST) for _ in w.shape)] if w.size <= 8 * LARGEST else w.reshape(-1)[: 8 * LARGEST]
+            w = w.reshape(1, 1) if w.ndim == 0 else w
+            said.append(f"{piece.name} {s.said} -> {list(w.shape)}")
+        y = USES[layer.use.name](w, s := scope(layer.use))
+        said.append(f"{layer.use.name} {s.said} -> {list(y.shape)}")
+        return y
+
+    return use
+
+
+def parameters(layer: Layer, data: tuple[int, int], said: list[str]) -> dict[str, tuple[int, ...]]:
+    """Return the stored shapes of a layer's parameters, and say its pieces."""
+    shapes = {"w": layer.shape}
+
+    def more(_: Any, key: str, shape: tuple[int, ...]) -> Any:
+        shapes[key] = shape
+        return jnp.ones(shape)
+
+    w, x = jax.ShapeDtypeStruct(layer.shape, jnp.float64), jax.ShapeDtypeStruct(data, jnp.float64)
+    f = innermost(layer, more, inner := [])
+    jax.eval_shape(f, {"w": w}, x)
+    for piece in around(layer):
+        AROUND[piece.name](f, s := Scope(piece.number, None, None))
+        said.append(f"in {piece.name} {[c if isinstance(c, bool | int | tuple) else '...' for c in s.said]}")
+    said += [line if len(line) < 200 else line[:200] for line in inner]
+    return {key: stored_shape(layer, shape) for key, shape in shapes.items()}
+
+
+def build(program: Program, seed: int = 0) -> tuple[Callable[[Any, Any], Any], Any, Any]:
+    """Return a program as a function, with random parameters and data."""
+    r = np.random.default_rng(seed)
+    params: list[dict[str, Any]] = []
+    weights: list[Any] = []
+    for layer in program.layers:
+        if layer.tied and weights:
+            layer = dataclasses.replace(layer, shape=weights[-1].shape)
+        shapes = parameters(layer, program.data, [])
+        own = {key: jnp.asarray(r.normal(size=shape) * 0.5) for key, shape in shapes.items()}
+        own["w"] = own["w"].astype(layer.dtype)
+        if layer.tied and weights:
+            del own["w"]
+        else:
+            weights.append(own["w"])
+        params.append(own)
+    x = jnp.asarray(r.normal(size=program.data))
+
+    def fn(params: Any, x: Any) -> Any:
+        first = params[0]["w"]
+        for layer, own in zip(program.layers, params, strict=True):
+            if layer.tied and "w" not in own:
+                own, layer = {"w": w, **own}, dataclasses.replace(layer, shape=w.shape)
+            w = own["w"]
+            f = innermost(layer, lambda p, key, shape: p[key], [])
+            for piece in reversed(around(layer)):
+                f = AROUND[piece.name](f, Scope(piece.number, None, None))
+            x = jnp.sin(f(own, x))
+        return (x, first) if program.shown else x
+
+    return fn, params, x
+
+
+def adapt(program: Program, fn: Callable, params: Any, x: Any) -> tuple[rslora.Lora | None, list[str]]:
+    """Wrap a program, every weight of it; return what was said, and None where no weight was found."""
+    config = rslora.LoraConfig(rank=program.rank, alpha=5, targets=["*"], dtype="float64", allow_large_rank=True)
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        try:
+            lora = rslora.wrap(fn, params, x, config=config)
+        except ValueError as error:
+            if (
+                "no weight is left" in str(error)
+                or "matches no weight" in str(error)
+                or "which no matrix" in str(error)
+            ):
+                return None, [str(error)]
+            raise
+    return lora, [str(w.message) for w in said if w.category is rslora.RsloraWarning]
+
+
+def pieces(kinds: dict[str, Callable]) -> st.SearchStrategy[Piece]:
+    return st.builds(Piece, st.sampled_from(sorted(kinds)), st.integers(0, 9999))
+
+
+@st.composite
+def programs(draw: Callable, most_layers: int = 2) -> Program:
+    """Draw a program."""
+    uses = st.one_of(st.builds(Piece, st.just("einsum"), st.integers(0, 9999)), pieces(USES))
+    layer = st.builds(
+        Layer,
+        shape=st.lists(st.sampled_from([4, 6, 3, 2, 1]), min_size=2, max_size=4).map(tuple),
+        use=uses,
+        changes=st.lists(pieces(CHANGES), max_size=3).map(tuple),
+        around=st.lists(pieces(AROUND), max_size=2).map(tuple),
+        dtype=st.sampled_from(["float64", "float64", "float64", "float32", "bfloat16"]),
+        tied=st.sampled_from([False, False, False, True]),
+    )
+    return Program(
+        layers=tuple(draw(st.lists(layer, min_size=1, max_size=most_layers))),
+        data=draw(st.sampled_from([(3, 4), (1, 4), (2, 3), (9, 5)])),
+        rank=draw(st.sampled_from([2, 3, 5])),
+        shown=draw(st.sampled_from([False] * 9 + [True])),
+    )
+
+
+def outcomes(program: Program) -> list[tuple[str, str]]:
+    """Return for every layer what became of its weight, "found", "not found" or "fallback", and by which uses."""
+    fn, params, x = build(program)
+    lora, _ = adapt(program, fn, params, x)
+    sites = {} if lora is None else lora.sites
+    results, name = [], "0/w"
+    for number, own in enumerate(params):
+        name = f"{number}/w" if "w" in own else name
+        site = sites.get(name)
+        kind = "not found" if site is None else "fallback" if site.fallbacks else "found"
+        results.append((kind, "" if site is None else ", ".join(site.fallbacks)))
+    return results
+
+
+def alone(name: str, number: int, shape: tuple[int, ...]) -> Program:
+    """Return a program of one piece and, where that is no use, the plainest product."""
+    piece, plain = Piece(name, number), Piece("einsum", 0)
+    if name in USES:
+        return Program((Layer(shape, piece),))
+    parts = {"changes": (piece,)} if name in CHANGES else {"around": (piece,)}
+    return Program((Layer(shape, plain, **parts),))
+
+
+def main() -> None:
+    """Print how often each piece leads to a weight that is not found or that falls back."""
+    parser = argparse.ArgumentParser(description=main.__doc__)
+    parser.add_argument("--count", type=int, default=200, help="how many random programs")
+    parser.add_argument("--seed", type=int, default=0)
+    args = parser.parse_args()
+    by_piece: dict[str, list[collections.Counter]] = {
+        name: [collections.Counter(), collections.Counter()] for name in (*CHANGES, *USES, *AROUND)
+    }
+    causes: dict[str, collections.Counter] = collections.defaultdict(collections.Counter)
+
+    @seed(args.seed)
+    @settings(max_examples=args.count, deadline=None, database=None, phases=[Phase.generate])
+    @settings(suppress_health_check=list(HealthCheck))
+    @given(programs())
+    def count(program: Program) -> None:
+        for layer, (kind, _) in zip(program.layers, outcomes(program), strict=True):
+            for name in {piece.name for piece in layer.pieces}:
+                by_piece[name][1][kind] += 1
+
+    with jax.enable_x64(True):
+        for name, (by_itself, _) in by_piece.items():
+            for number, shape in itertools.product(range(8), ((4, 6), (2, 3, 4))):
+                ((kind, why),) = outcomes(alone(name, 7 * number, shape))
+                by_itself[kind] += 1
+                causes[name].update([why] if why else [])
+        count()
+    kinds = ("found", "fallback", "not found")
+    print(f"{'':20}{'alone':^30}{'in random programs':^30}")
+    print(f"{'piece':20}" + "".join(f"{kind:>10}" for kind in kinds * 2) + "  falls back by")
+    for name, counts in by_piece.items():
+        cells = "".join(f"{counted[kind]:>10}" for counted in counts for kind in kinds)
+        print(f"{name:20}{cells}  {', '.join(why for why, _ in causes[name].most_common(2))}")
+
+
+if __name__ == "__main__":
+    main()

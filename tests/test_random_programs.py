@@ -1,0 +1,149 @@
+"""The laws, on random programs: what the library does with any of them is what the merged weights do."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import HealthCheck, Phase, given, note, settings
+from hypothesis import strategies as st
+
+from rslora_jax.sites import path_name
+from tests.random_pieces import FIRED
+from tests.random_programs import Program, adapt, build, programs
+
+OUTER = ("plain", "plain", "plain", "vmap adapters", "vmap x", "grad of grad", "scan")
+
+
+# Most of the time goes into compiling, and next to none into running.
+QUICK = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}
+
+
+def summed_by_hand(lora: Any, params: Any, adapters: Any) -> Any:
+    """Add W + alpha / sqrt(r) A B from the definition, with nothing of the package but the sites' axes."""
+
+    def one(path: Any, w: Any) -> Any:
+        name = path_name(path)
+        if name not in adapters:
+            return w
+        site = lora.sites[name]
+        letters = "abcdefghij"[: w.ndim]
+        of = lambda axes: "".join(letters[n] for n in axes)
+        a, b = of(site.stack_axes + site.in_axes) + "z", of(site.stack_axes) + "z" + of(site.out_axes)
+        update = jnp.einsum(f"{a},{b}->{letters}", adapters[name]["a"], adapters[name]["b"])
+        return w.astype(jnp.float64) + 5 / np.sqrt(site.rank) * update
+
+    return jax.tree_util.tree_map_with_path(one, params)
+
+
+def measured(program: Program, f: Any, outer: str) -> Any:
+    """Return value and derivatives of f(params, adapters, x) under one of the transformations around it."""
+    loss = lambda *args: sum(jnp.sin(y.astype(jnp.float64)).sum() for y in jax.tree.leaves(f(*args)))
+
+    def directions(tree: Any) -> Any:
+        return jax.tree.map(
+            lambda v: jnp.cos(jnp.arange(v.size, dtype=jnp.float64).reshape(v.shape)).astype(v.dtype), tree
+        )
+
+    def plain(*args: Any) -> Any:
+        if program.reverse_mode:
+            y, pull = jax.vjp(f, *args)
+            return y, pull(directions(y))
+        if program.forward_mode:
+            return jax.jvp(f, args, directions(args))
+        return f(*args)
+
+    def vmap_adapters(params: Any, adapters: Any, x: Any) -> Any:
+        many = jax.tree.map(lambda v: jnp.stack([v, 0.5 * v, -v]), adapters)
+        return jax.vmap(f, (None, 0, None))(params, many, x)
+
+    def vmap_x(params: Any, adapters: Any, x: Any) -> Any:
+        return jax.vmap(f, (None, None, 1), 0)(params, adapters, jnp.stack([x, x + 1], 1))
+
+    def grad_of_grad(*args: Any) -> Any:
+        if not program.reverse_mode or "custom_jvp" in program.names:
+            return plain(*args)
+        inner = lambda *args: sum((g * jnp.cos(g)).sum() for g in jax.tree.leaves(jax.grad(loss, 1)(*args)))
+        return jax.value_and_grad(inner, (1, 2))(*args)
+
+    def scan(params: Any, adapters: Any, x: Any) -> Any:
+        many = jax.tree.map(lambda v: jnp.stack([v, 0.5 * v]), adapters)
+        return jax.lax.scan(lambda c, a: (c, jax.checkpoint(f)(params, a, x)), 0, many)[1]
+
+    kinds = {"vmap adapters": vmap_adapters, "vmap x": vmap_x, "grad of grad": grad_of_grad, "scan": scan}
+    return jax.jit(kinds.get(outer, plain), compiler_options=QUICK)
+
+
+def assert_near(got: Any, want: Any, tolerance: float) -> None:
+    """Compare trees array by array, relative to each one's largest entry; small ones as if that were 0.01."""
+    for (path, g), w in zip(jax.tree_util.tree_leaves_with_path(got), jax.tree.leaves(want), strict=True):
+        stored = {"float32": 1e-5, "bfloat16": 0.1}.get(g.dtype.name, 0)  # as the gradient by a base weight is
+        g, w = np.asarray(g, np.float64), np.asarray(w, np.float64)
+        assert np.isfinite(w).all(), ("not finite", path)
+        error = np.abs(g - w).max(initial=0) / max(np.abs(w).max(initial=0), 1e-2)
+        assert error <= max(tolerance, stored), (jax.tree_util.keystr(path), error)
+
+
+def fired(f: Any, *args: Any) -> int:
+    FIRED.clear()
+    jax.block_until_ready(f(*args))
+    jax.effects_barrier()
+    return len(FIRED)
+
+
+def check(program: Program, outer: str, op_by_op: bool) -> None:
+    """Assert every law on one program."""
+    if outer.startswith("vmap") and "ragged_dot" in program.names:
+        outer = "plain"  # JAX refuses it
+    fn, params, x = build(program)
+    lora, said = adapt(program, fn, params, x)
+    if lora is None:
+        return
+    loud = [site for site in lora.sites.values() if site.fallbacks]
+    assert bool(loud) == any("materialised" in text for text in said)
+
+    r = np.random.default_rng(1)  # not by lora.init, which compiles for every shape
+    fresh = {n: {"a": jnp.asarray(r.normal(size=s.a_shape)), "b": jnp.zeros(s.b_shape)} for n, s in lora.sites.items()}
+    trained = jax.tree.map(lambda v: jnp.asarray(v + 0.2 * r.normal(size=v.shape)), fresh)
+    by_hand = lambda params, adapters, x: fn(summed_by_hand(lora, params, adapters), x)
+    narrow = {layer.dtype for layer in program.layers} - {"float64"}
+    tolerance = program.tolerance
+    if loud and narrow:  # a sum is rounded to the weight's own dtype where it is materialised as stored
+        tolerance = max(tolerance, 0.1 if "bfloat16" in narrow else 1e-5)
+
+    if outer == "grad of grad":
+        tolerance = max(tolerance, 1e-7)
+
+    if op_by_op:
+        with jax.disable_jit():
+            got, want = lora.apply(params, fresh, x), fn(params, x)
+        for g, w in zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True):
+            np.testing.assert_array_equal(g, w)
+    if "effect" in program.names:
+        assert fired(lora.apply, params, trained, x) == fired(fn, params, x)
+        assert fired(jax.jit(lora.apply, compiler_options=QUICK), params, trained, x) == fired(
+            jax.jit(fn, compiler_options=QUICK), params, x
+        )
+
+    got_of, want_of = measured(program, lora.apply, outer), measured(program, by_hand, outer)
+    (got, want) = got_of(params, fresh, x), want_of(params, fresh, x)
+    assert_near(jax.tree.leaves(got)[0], jax.tree.leaves(want)[0], max(tolerance, 1e-12) if tolerance > 1e-9 else 1e-12)
+    assert_near(got_of(params, trained, x), want_of(params, trained, x), tolerance)
+
+
+@settings(max_examples=250, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck), database=None)
+@given(programs(), st.sampled_from(OUTER), st.sampled_from([False, False, True]))
+def test_every_law_on_random_programs(program, outer, op_by_op):
+    with jax.enable_x64(True):
+        note(f"\n{program}\n{outer}")
+        check(program, outer, op_by_op)
+
+
+@pytest.mark.nightly
+@settings(max_examples=5000, deadline=None, suppress_health_check=list(HealthCheck), print_blob=True)
+@given(programs(most_layers=3), st.sampled_from(OUTER), st.booleans())
+def test_every_law_on_thousands_of_random_programs(program, outer, op_by_op):
+    with jax.enable_x64(True):
+        note(f"\n{program}\n{outer}")
+        check(program, outer, op_by_op)
