@@ -219,26 +219,24 @@ def views_of(leaves: Sequence[Any], names: Sequence[str], sites: Mapping[str, Si
 def view_of(w: Array, site: Site, factors: Mapping[str, Array]) -> View:
     """Return the view of a weight and its adapter."""
     axes = tuple(frozenset({(site.path, n)}) for n in range(len(site.shape)))
-    a, b = align(site.shape, site.stack_axes, site.in_axes, site.out_axes, site.gamma, factors["a"], factors["b"])
-    return View(w, a, b, axes, w.dtype, (site.path,))
+    a, b = align(site.shape, site.stack_axes, site.in_axes, site.out_axes, factors["a"], factors["b"])
+    return View(w, a, b, axes, w.dtype, (site.path,), site.gamma)
 
 
-@functools.partial(jax.jit, static_argnums=range(5))  # layers of one kind are traced once
+@functools.partial(jax.jit, static_argnums=range(4))  # layers of one kind are traced once
 def align(
     shape: tuple[int, ...],
     stack: tuple[int, ...],
     ins: tuple[int, ...],
     outs: tuple[int, ...],
-    gamma: float,
     a: Array,
     b: Array,
 ) -> tuple[Array, Array]:
-    """Return A, and gamma times B, aligned to their weight's axes, the rank last."""
+    """Return A and B aligned to their weight's axes, the rank last."""
 
     def to(axes: tuple[int, ...], factor: Array) -> Array:
         order = sorted(range(len(axes)), key=axes.__getitem__)
         sizes = [n if axis in axes else 1 for axis, n in enumerate(shape)]
         return jnp.reshape(jnp.transpose(factor, (*order, len(axes))), (*sizes, factor.shape[-1]))
 
-    # Scaled before its axes are moved: XLA then finds the transposed product that gives dB in B's own layout.
-    return to(stack + ins, a), to(stack + outs, jnp.moveaxis(gamma * b, len(stack), -1))
+    return to(stack + ins, a), to(stack + outs, jnp.moveaxis(b, len(stack), -1))

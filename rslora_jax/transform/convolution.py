@@ -22,12 +22,13 @@ class Convolution:
       params: the equation's own parameters.
       pointwise_last: whether the data meets the window factor first, as it does unless a tied kernel is used
         with its two feature axes exchanged.
-      dtype: what the program casts the kernel to.
+      dtype, gamma: what the program casts the kernel to, and the adapter's scale.
     """
 
     params: tuple[tuple[str, Any], ...]
     pointwise_last: bool
     dtype: Any
+    gamma: float
 
     @property
     def groups(self) -> int:
@@ -113,6 +114,6 @@ def convolution(view: View, params: dict[str, Any]) -> tuple[Convolution, Array,
         for window, pointwise in ((view.a, view.b), (view.b, view.a)):
             if lacks(window, [axis]) and lacks(pointwise, others):
                 window, pointwise = jnp.squeeze(window, axis), jnp.squeeze(pointwise, others)
-                op = Convolution(tuple(params.items()), last, view.dtype)
+                op = Convolution(tuple(params.items()), last, view.dtype, view.gamma)
                 return (op, window, pointwise) if last else (op, pointwise, window)
     return None

@@ -46,7 +46,7 @@ def probe(w: Any, name: str) -> View:
 
 def known(w: Any, opaque: bool = False) -> View:
     """Return a value that depends on no data, and is no weight either."""
-    return View(w, None, None, (frozenset(),) * w.ndim, w.dtype, (), opaque)
+    return View(w, None, None, (frozenset(),) * w.ndim, w.dtype, (), opaque=opaque)
 
 
 def follow(walk: Walk, eqn: compat.Eqn, values: list[Any]) -> list[Any]:
@@ -65,7 +65,7 @@ def follow(walk: Walk, eqn: compat.Eqn, values: list[Any]) -> list[Any]:
     def followed(out: Any) -> View:
         for v in weights:
             if v.shape == out.shape and jnp.issubdtype(out.dtype, jnp.floating):
-                return View(out, None, None, v.axes, out.dtype, v.sites, opaque)
+                return View(out, None, None, v.axes, out.dtype, v.sites, opaque=opaque)
         return known(out, opaque)
 
     return [followed(o) for o in outs]

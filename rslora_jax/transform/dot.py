@@ -20,7 +20,7 @@ class Dot:
       first, between, second: those of the factor the data meets first, of that result, of the other factor.
       weight_left: whether the weight is the left operand.
       params: the equation's own parameters.
-      dtype: what the program casts the weight to.
+      dtype, gamma: what the program casts the weight to, and the adapter's scale.
     """
 
     x: str
@@ -32,6 +32,7 @@ class Dot:
     weight_left: bool
     params: tuple[tuple[str, Any], ...]
     dtype: Any
+    gamma: float
 
     @property
     def shareable(self) -> bool:
@@ -101,5 +102,16 @@ def dot(view: View, x: Array, weight_left: bool, params: dict[str, Any]) -> tupl
     arrays = (b, jnp.moveaxis(a, -1, 0)) if meets_b else (a, jnp.moveaxis(b, -1, 0))
     needed = set(out_letters) | set(second)
     between = "".join(dict.fromkeys(c for c in x_letters + first if c in needed and c != RANK)) + RANK
-    op = Dot(x_letters, w_letters, out_letters, first, between, second, weight_left, tuple(params.items()), view.dtype)
+    op = Dot(
+        x_letters,
+        w_letters,
+        out_letters,
+        first,
+        between,
+        second,
+        weight_left,
+        tuple(params.items()),
+        view.dtype,
+        view.gamma,
+    )
     return op, *arrays

@@ -16,6 +16,7 @@ def concatenate(parts: Sequence[View | Array], axis: int) -> View | None:
     the ranks add up: the factors that do not span the axis lie side by side, and those that do become the
     blocks of a matrix that is zero elsewhere. Slices of one weight share a factor and keep their rank.
     """
+    parts = with_one_gamma(parts)
     views = [p for p in parts if isinstance(p, View)]
     joined = join_bases(parts, axis)
     if views[0].a is None:
@@ -58,8 +59,16 @@ def join_bases(parts: Sequence[View | Array], axis: int) -> View:
         tuple(frozenset().union(*(v.axes[n] for v in views)) for n in range(len(views[0].shape))),
         views[0].dtype,
         tuple(dict.fromkeys(site for v in views for site in v.sites)),
+        views[0].gamma,
         any(v.opaque for v in views),
     )
+
+
+def with_one_gamma(parts: Sequence[View | Array]) -> Sequence[View | Array]:
+    """Return the parts with the same scale: where theirs differ, each is multiplied into its own B."""
+    if len({p.gamma for p in parts if isinstance(p, View)}) == 1:
+        return parts
+    return [dataclasses.replace(p, b=p.gamma * p.b, gamma=1.0) if isinstance(p, View) else p for p in parts]
 
 
 def in_order(view: View, like: View, axis: int) -> tuple[Array, Array] | None:

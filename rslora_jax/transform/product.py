@@ -7,6 +7,7 @@ products that the plan has counted.
 
 import functools
 import itertools
+import math
 from collections.abc import Callable
 from typing import Any, Protocol
 
@@ -20,6 +21,10 @@ from rslora_jax.transform.cost import Plan, Sizes, plan
 from rslora_jax.transform.dot import Dot
 from rslora_jax.transform.views import RANK
 
+# A pass is shared up to this part of the input's width: above, reading x is no longer what x A costs (measured, as
+# `cost.SHARED_MARGIN`: 0.12 of the floor saved at 1/128, 0.1 at 1/16, 0.04 at 1/4), and the joined factors take memory.
+SHARED_RANK = 8
+
 MERGED = "rslora_merged_weight"  # the name by which a kept sum is known to checkpoint policies
 
 
@@ -27,12 +32,15 @@ class Bilinear(Protocol):
     """An operation on data and a weight that its two factors can take the place of, one after the other.
 
     `base` is the program's own operation, linear in each operand, and `leave(meet(x, first), second)` is
-    `base(x, full(first, second))`. `dtype` is what the program casts the weight to. Operations are compared
+    `base(x, full(first, second))`. `dtype` is what the program casts the weight to, `gamma` the adapter's scale,
+    which the operations leave out. Operations are compared
     by value: equal ones on equal shapes are traced once, however many layers a model has.
     """
 
     @property
     def dtype(self) -> Any: ...
+    @property
+    def gamma(self) -> float: ...
     @property
     def base(self) -> Callable[..., Array]: ...  # (x, w, *extra)
     @property
@@ -69,17 +77,20 @@ def adapted_product(op: Bilinear, x: Array, w: Array, first: Array, second: Arra
         return op.base(x, cast(w), *extra)
 
     def meet(x: Array, first: Array) -> Array:
-        return op.meet(x, cast(first), *extra)
+        return op.gamma * op.meet(x, cast(first), *extra)
 
     def leave(xa: Array, second: Array) -> Array:
         return op.leave(xa, cast(second), *extra)
 
+    def full(first: Array, second: Array) -> Array:
+        return op.full(first, op.gamma * second)
+
     def merged(w: Array, first: Array, second: Array) -> Callable[[Array], Array]:
         """Return the product with the adapted weight as a function of the data."""
         if summable:
-            total = checkpoint_name(cast(w + op.full(first, second)), MERGED)
+            total = checkpoint_name(cast(w + full(first, second)), MERGED)
             return lambda x: base(x, total)
-        update = checkpoint_name(cast(op.full(first, second)), MERGED)
+        update = checkpoint_name(cast(full(first, second)), MERGED)
         return lambda x: base(x, w) + base(x, update)
 
     def value(x: Array, w: Array, first: Array, second: Array, through: bool) -> Array:
@@ -102,8 +113,8 @@ def adapted_product(op: Bilinear, x: Array, w: Array, first: Array, second: Arra
         y = whole(x) if best.forward else value(x, w, first, second, False)
         terms = []
         if best.factors:
-            weights = [] if dfirst is None else [op.full(dfirst, second)]
-            weights += [] if dsecond is None else [op.full(first, dsecond)]
+            weights = [] if dfirst is None else [full(dfirst, second)]
+            weights += [] if dsecond is None else [full(first, dsecond)]
             if weights:
                 terms.append(base(x, add(weights)))
         else:
@@ -129,7 +140,9 @@ def adapted_product(op: Bilinear, x: Array, w: Array, first: Array, second: Arra
 
 
 def factored_alone(op: Bilinear, x: Array, w: Array, first: Array) -> bool:
-    """Say whether a product is best factored where it can share its pass over the input."""
+    """Say whether a product is best factored, with a rank at which sharing its pass over the input is worth it."""
+    if SHARED_RANK * first.shape[-1] > math.prod(first.shape[:-1]):
+        return False
     summable = jnp.finfo(w.dtype).bits >= 32
     return plan(op.sizes(x.shape, w.shape, first.shape[-1]), summable, shared=True) == Plan()
 
@@ -152,7 +165,7 @@ def meet_all(ops: tuple[Dot, ...], x: Array, firsts: tuple[Array, ...]) -> list[
 def with_met(op: Dot, x: Array, w: Array, xa: Array, second: Array) -> Array:
     """Return a product all factored, given the input's product with the first factor."""
     y = op.base(x, w.astype(op.dtype))
-    return y + op.leave(xa, second.astype(op.dtype)).astype(y.dtype)
+    return y + op.leave(op.gamma * xa, second.astype(op.dtype)).astype(y.dtype)
 
 
 def add(terms: list[Array]) -> Array:

@@ -20,7 +20,7 @@ class Ragged:
       first, between, second: those of the factor the data meets first, of that result, of the other factor.
       rows, group: the letter of the data's ragged axis, and that of the experts.
       params: the equation's own parameters.
-      dtype: what the program casts the experts to.
+      dtype, gamma: what the program casts the experts to, and the adapters' scale.
     """
 
     x: str
@@ -33,6 +33,7 @@ class Ragged:
     group: str
     params: tuple[tuple[str, Any], ...]
     dtype: Any
+    gamma: float
 
     def base(self, x: Array, w: Array, group_sizes: Array) -> Array:
         p = dict(self.params)
@@ -117,5 +118,6 @@ def ragged(view: View, x: Array, params: dict[str, Any]) -> tuple[Ragged, Array,
         group,
         tuple(params.items()),
         view.dtype,
+        view.gamma,
     )
     return (op, b, a) if meets_b else (op, a, b)

@@ -1,5 +1,6 @@
 """What each primitive does to a view: leave it a weight, or use it where it meets data."""
 
+import dataclasses
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -41,7 +42,7 @@ def cast(view: View, params: dict[str, Any]) -> View | None:
         return None
     # Only the first cast waits: a second one must see the base as the first has rounded it.
     w = view.w if view.dtype == view.w.dtype else view.base
-    return View(w, view.a, view.b, view.axes, jnp.dtype(params["new_dtype"]), view.sites, view.opaque)
+    return dataclasses.replace(view, w=w, dtype=jnp.dtype(params["new_dtype"]))
 
 
 def dynamic_slice(view: View, params: dict[str, Any], *starts: Array) -> View | None:
@@ -132,7 +133,7 @@ def constrain_sharding(walk: Walk, eqn: compat.Eqn, values: list[Any]) -> list[A
     # The constraint is on an array of the weight's shape; the factors are left to the compiler.
     (view,) = values
     (w,) = compat.bind(eqn, view.w)
-    return [View(w, view.a, view.b, view.axes, view.dtype, view.sites, view.opaque)]
+    return [dataclasses.replace(view, w=w)]
 
 
 # Weights that meet data.
@@ -237,7 +238,7 @@ def gather(walk: Walk, eqn: compat.Eqn, values: list[Any]) -> list[Any] | None:
         return None
     (y,) = compat.bind(eqn, view.base, indices)
     rows = pick(table, [1] * len(view.shape) + [table.shape[-1]])
-    rows = jnp.squeeze(rows, numbers.offset_dims)
+    rows = view.gamma * jnp.squeeze(rows, numbers.offset_dims)
     delta = jnp.tensordot(rows, jnp.squeeze(other, row), (-1, -1))
     delta = jnp.moveaxis(delta, range(indices.ndim - 1, delta.ndim), numbers.offset_dims)
     return [y + delta.astype(y.dtype)]

@@ -21,7 +21,7 @@ LETTERS = "abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXY"
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class View:
-    """A base weight `w` that stands for `w + sum over the rank of a * b`.
+    """A base weight `w` that stands for `w + gamma (sum over the rank of a * b)`.
 
     The factors are aligned with `w`: they have its axes, at full size where they span them and at size
     1 where they do not, and then the rank. A stack axis is spanned by both.
@@ -29,12 +29,14 @@ class View:
     Attributes:
       w: the base weight, in the layout it has at this point of the program.
       a: the factor A, aligned; None while sites are being discovered.
-      b: gamma times the factor B, aligned; None while sites are being discovered.
+      b: the factor B, aligned; None while sites are being discovered.
       axes: for each axis of `w`, the (path, axis) pairs of the stored parameters that it is made of.
       dtype: what the program has cast the weight to. `w` keeps its stored dtype, so that a sum with
         the factors can be formed before it is rounded.
       sites: the paths of the parameters it is made of: one, unless the program concatenates weights.
         None in discovery, for a value that depends neither on data nor on a single weight.
+      gamma: the scale. It is multiplied with what has the rank for an axis and is small, never with `b` itself:
+        a scaled copy of every B would live through the step.
       opaque: in discovery, whether anything but renaming and scaling has happened to the weight.
     """
 
@@ -44,6 +46,7 @@ class View:
     axes: tuple[Axes, ...] = dataclasses.field(metadata={"static": True})
     dtype: Any = dataclasses.field(metadata={"static": True})
     sites: tuple[str, ...] = dataclasses.field(metadata={"static": True})
+    gamma: float = dataclasses.field(default=1.0, metadata={"static": True})
     opaque: bool = dataclasses.field(default=False, metadata={"static": True})
 
     @property
@@ -77,7 +80,7 @@ def update(view: View) -> Array:
     """Return gamma A B in the layout of the weight and the dtype of the factors."""
     letters = LETTERS[: len(view.shape)]
     (a, a_array), (b, b_array) = (compact(view, f, letters) for f in (view.a, view.b))
-    return jnp.einsum(f"{a},{b}->{letters}", a_array, b_array)
+    return jnp.einsum(f"{a},{b}->{letters}", a_array, view.gamma * b_array)
 
 
 def materialise(view: View) -> Array:
