@@ -33,7 +33,7 @@ class Piece:
 
 @dataclasses.dataclass(frozen=True)
 class Layer:
-    """One use of a weight: its stored shape and dtype, what happens to it, its use, and what is around (outermost first).
+    """One use of a weight: its stored shape and dtype, what happens to it, its use, what is around (outermost first).
 
     `tied` takes the weight of the layer before instead.
     """
@@ -105,6 +105,7 @@ def around(layer: Layer) -> list[Piece]:
             (piece.name in STACKS and layer.tied)
             or (piece.name in ("force", "inner_step") and "while_loop" in inside)
             or (piece.name == "tangent" and "custom_vjp" in inside)
+            or (piece.name == "shard_map" and "shard_map" in inside)
             or (piece.name in ("vmap_data", "vmap_stack") and layer.use.name == "ragged_dot")
         )
         if not refused:
@@ -168,11 +169,9 @@ def build(program: Program, seed: int = 0) -> tuple[Callable[[Any, Any], Any], A
     x = jnp.asarray(r.normal(size=program.data))
 
     def fn(params: Any, x: Any) -> Any:
-        first = params[0]["w"]
+        first, before = params[0]["w"], params[0]
         for layer, own in zip(program.layers, params, strict=True):
-            if layer.tied and "w" not in own:
-                own, layer = {"w": w, **own}, dataclasses.replace(layer, shape=w.shape)
-            w = own["w"]
+            before = own = {"w": before["w"], **own} if "w" not in own else own
             f = innermost(layer, lambda p, key, shape: p[key], [])
             for piece in reversed(around(layer)):
                 f = AROUND[piece.name](f, Scope(piece.number, None, None))
@@ -217,8 +216,12 @@ def programs(draw: Callable, most_layers: int = 2) -> Program:
         dtype=st.sampled_from(["float64", "float64", "float64", "float32", "bfloat16"]),
         tied=st.sampled_from([False, False, False, True]),
     )
+    layers = tuple(draw(st.lists(layer, min_size=1, max_size=most_layers)))
+    if len(layers) > 1 or layers[0].around:  # what bfloat16 rounds would grow without bounds on the way
+        narrow = lambda piece: Piece("cast_narrow") if piece.name == "cast_bfloat16" else piece
+        layers = tuple(dataclasses.replace(x, changes=tuple(map(narrow, x.changes))) for x in layers)
     return Program(
-        layers=tuple(draw(st.lists(layer, min_size=1, max_size=most_layers))),
+        layers=layers,
         data=draw(st.sampled_from([(3, 4), (1, 4), (2, 3), (9, 5)])),
         rank=draw(st.sampled_from([2, 3, 5])),
         shown=draw(st.sampled_from([False] * 9 + [True])),
@@ -260,8 +263,7 @@ def main() -> None:
     causes: dict[str, collections.Counter] = collections.defaultdict(collections.Counter)
 
     @seed(args.seed)
-    @settings(max_examples=args.count, deadline=None, database=None, phases=[Phase.generate])
-    @settings(suppress_health_check=list(HealthCheck))
+    @settings(max_examples=args.count, deadline=None, phases=[Phase.generate], suppress_health_check=list(HealthCheck))
     @given(programs())
     def count(program: Program) -> None:
         for layer, (kind, _) in zip(program.layers, outcomes(program), strict=True):

@@ -14,6 +14,8 @@ import rslora_jax as rslora
 from tests.programs import CASES, Case, merged_by_hand, normal, trained
 from tests.reference import assert_near, gradients_by_hand
 
+pytestmark = pytest.mark.usefixtures("compile_fast")
+
 RANK, ALPHA = 6, 10.0  # alpha is not the rank, and the rank is no square
 
 

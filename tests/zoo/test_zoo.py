@@ -15,6 +15,8 @@ from tests.zoo import linen_layers, nnx_layers, pretrained
 from tests.zoo.model import Model
 from tests.zoo.pretrained import MAX
 
+pytestmark = pytest.mark.usefixtures("compile_fast")
+
 RANK, ALPHA = 3, 2.0  # alpha is not the rank, and the rank is no square
 
 MODELS = pretrained.MODELS | linen_layers.MODELS | nnx_layers.MODELS
@@ -33,12 +35,21 @@ def wrapped(it, fn, *args, **config):
     return rslora.wrap(fn, it.params, *args, config=rslora.LoraConfig(rank=RANK, alpha=ALPHA, **config))
 
 
-def cases(names=MODELS):
-    # All tests of a model are in one process.
-    return pytest.mark.parametrize("name", [pytest.param(n, marks=pytest.mark.xdist_group(n)) for n in names])
+# Compiling every model and its gradient takes minutes: the rest of them runs at night, on both ends of the JAX range.
+BY_DAY = {"GPT-2", "ALBERT", "T5", "ViT", "linen OptimizedLSTMCell", "linen scan, remat", "linen ragged_dot"}
+BY_DAY |= {"linen Conv", "linen WeightNorm", "nnx scan, remat", "nnx vmap", "nnx MultiHeadAttention"}
 
 
-@cases()
+def cases(names=MODELS, by_day=BY_DAY):
+    def marks(name):
+        yield pytest.mark.xdist_group(name)  # all tests of a model are in one process
+        if name not in by_day:
+            yield pytest.mark.nightly
+
+    return pytest.mark.parametrize("name", [pytest.param(name, marks=[*marks(name)]) for name in names])
+
+
+@cases(by_day=MODELS)
 @pytest.mark.filterwarnings("error::rslora_jax.RsloraWarning")
 def test_every_weight_is_found_with_its_axes_and_nothing_falls_back(name):
     it = model(name)
@@ -112,7 +123,7 @@ def test_a_token_from_the_cache_is_that_of_the_merged_weights(name):
     assert_near(jax.jit(lora.apply)(it.params, adapters, *it.args), want, it.tolerance)
 
 
-@cases(["Llama", "T5"])
+@cases(["Llama", "T5"], by_day={"Llama"})
 def test_greedy_decoding_gives_the_tokens_of_the_merged_weights(name):
     """One wrapped step serves the prompt and every token after it."""
     it = model(name)
