@@ -4,8 +4,9 @@
     JAX_PLATFORMS=cpu python scripts/tpu_aot.py
     JAX_PLATFORMS=cpu python scripts/tpu_aot.py --width 2048 --layers 1 --tokens 4096 --ranks 8,2048 --dtype float32
 
-Nothing is run. One chip of the topology is compiled for. "to plan" is FLOPs over the floor's and the chosen orders'
-by the library's own count; "to least" over the floor's and the least over all orders. It ends with exit status 1
+Nothing is run, and one chip of the topology is compiled for. A compile can take minutes, float32 most, and libtpu
+lets only one process at a time use it. "to plan" is FLOPs over the floor's and the chosen orders' by the library's
+own count; "to least" over the floor's and the least over all orders. It ends with exit status 1
 where "to plan" is more than 2 % from 1, or the memory is more than that of the layers written by hand.
 """
 
