@@ -368,7 +368,11 @@ def picked(name: str) -> Case:
         h = lax.ragged_dot(x, p["w"], jnp.array([1, 3, 2]))
         return lax.ragged_dot(jnp.tanh(h), jnp.swapaxes(p["w"], 1, 2), jnp.array([1, 3, 2]))
 
-    fns = {f.__name__: f for f in (by_row, by_row_mapped, ragged, ragged_back)}
+    def ragged_by_data(p, x):  # the sizes of the groups are computed, too
+        sizes = jnp.array([3, 1, 2]) + (x.sum() > 1e9).astype(jnp.int32)
+        return jnp.tanh(lax.ragged_dot(x, p["w"], sizes)) + lax.ragged_dot(jnp.tile(x, (8, 1)), p["w"], 8 * sizes)[:6]
+
+    fns = {f.__name__: f for f in (by_row, by_row_mapped, ragged, ragged_back, ragged_by_data)}
     return Case(fns[name], {"w": normal(3, 3, 12, 24)}, (normal(5, 6, 12),), sites=1)
 
 
@@ -442,7 +446,7 @@ CASES: dict[str, Callable[[], Case]] = {
     **family(arithmetic, "scaled by_its_norm shifted squashed masked padded reversed_ rolled split_and_joined fused"),
     **family(arithmetic, "stacked_here repeated tiled expanded stopped"),
     **family(convolution, "one_axis two_axes three_axes grouped depthwise tied scanned channels_first"),
-    **family(picked, "by_row by_row_mapped ragged ragged_back"),
+    **family(picked, "by_row by_row_mapped ragged ragged_back ragged_by_data"),
     **family(mapped, "shard_map_by_in shard_map_by_data vmap_of_weights pmap associative_scan printed"),
     **family(lookup, "tied take_with_fill columns"),
 }

@@ -5,10 +5,11 @@ is linear in the tangents, so both modes of differentiation work, and reverse mo
 products that the plan has counted.
 """
 
+import dataclasses
 import functools
 import itertools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 
 import jax
@@ -70,73 +71,83 @@ def adapted_product(op: Bilinear, x: Array, w: Array, first: Array, second: Arra
     summable = jnp.finfo(w.dtype).bits >= 32
     best = plan(op.sizes(x.shape, w.shape, first.shape[-1]), summable)
 
-    def cast(array: Array) -> Array:
-        return array.astype(op.dtype)
-
-    def base(x: Array, w: Array) -> Array:
-        return op.base(x, cast(w), *extra)
-
-    def meet(x: Array, first: Array) -> Array:
-        return op.gamma * op.meet(x, cast(first), *extra)
-
-    def leave(xa: Array, second: Array) -> Array:
-        return op.leave(xa, cast(second), *extra)
-
-    def full(first: Array, second: Array) -> Array:
-        return op.full(first, op.gamma * second)
-
-    def merged(w: Array, first: Array, second: Array) -> Callable[[Array], Array]:
-        """Return the product with the adapted weight as a function of the data."""
-        if summable:
-            total = checkpoint_name(cast(w + full(first, second)), MERGED)
-            return lambda x: base(x, total)
-        update = checkpoint_name(cast(full(first, second)), MERGED)
-        return lambda x: base(x, w) + base(x, update)
-
-    def value(x: Array, w: Array, first: Array, second: Array, through: bool) -> Array:
-        if through:
-            return merged(w, first, second)(x)
-        y = base(x, w)
-        return y + leave(meet(x, first), second).astype(y.dtype)
-
     if best == Plan():  # then JAX's own derivative is the one that was counted
-        return value(x, w, first, second, False)
+        return Parts(op, summable, extra).factored(x, w, first, second)
 
+    # `extra` is an argument and not a closure: JAX traces the rule later, when values of this trace are gone.
     @jax.custom_jvp
-    def product(x, w, first, second):
-        return value(x, w, first, second, best.value_alone)
+    def product(x, w, first, second, *extra):
+        parts = Parts(op, summable, extra)
+        return parts.merged(w, first, second)(x) if best.value_alone else parts.factored(x, w, first, second)
 
     def rule(primals, tangents):
-        x, w, first, second = primals
-        dx, dw, dfirst, dsecond = (None if isinstance(t, SymbolicZero) else t for t in tangents)
-        whole: Any = merged(w, first, second) if best.forward or best.dx else None
-        y = whole(x) if best.forward else value(x, w, first, second, False)
+        x, w, first, second, *extra = primals
+        dx, dw, dfirst, dsecond = (None if isinstance(t, SymbolicZero) else t for t in tangents[:4])
+        parts = Parts(op, summable, extra)
+        whole: Any = parts.merged(w, first, second) if best.forward or best.dx else None
+        y = whole(x) if best.forward else parts.factored(x, w, first, second)
         terms = []
         if best.factors:
-            weights = [] if dfirst is None else [full(dfirst, second)]
-            weights += [] if dsecond is None else [full(first, dsecond)]
+            weights = [] if dfirst is None else [parts.full(dfirst, second)]
+            weights += [] if dsecond is None else [parts.full(first, dsecond)]
             if weights:
-                terms.append(base(x, add(weights)))
+                terms.append(parts.base(x, add(weights)))
         else:
-            meets = [meet(x, dfirst)] if dfirst is not None else []
+            meets = [parts.meet(x, dfirst)] if dfirst is not None else []
             if dx is not None and not best.dx:
-                meets.append(meet(dx, first))
+                meets.append(parts.meet(dx, first))
             if meets:
-                terms.append(leave(add(meets), second))
+                terms.append(parts.leave(add(meets), second))
             if dsecond is not None:
-                terms.append(leave(meet(x, first), dsecond))
+                terms.append(parts.leave(parts.meet(x, first), dsecond))
         if dx is not None:
-            terms.append(whole(dx) if best.dx else base(dx, w))
+            terms.append(whole(dx) if best.dx else parts.base(dx, w))
             if best.factors and not best.dx:
-                terms.append(leave(meet(dx, first), second))
+                terms.append(parts.leave(parts.meet(dx, first), second))
         if dw is not None:
-            terms.append(base(x, dw))
+            terms.append(parts.base(x, dw))
         dy = add([t.astype(y.dtype) for t in terms]) if terms else jnp.zeros_like(y)
         return y, dy
 
     product.defjvp(rule, symbolic_zeros=True)
     policy = jax.checkpoint_policies.save_only_these_names(MERGED) if best.keep else None
-    return jax.checkpoint(product, policy=policy)(x, w, first, second)
+    return jax.checkpoint(product, policy=policy)(x, w, first, second, *extra)
+
+
+@dataclasses.dataclass(frozen=True)
+class Parts:
+    """What a product is made of: an operation with its scale and its casts, and the operands without derivative."""
+
+    op: Bilinear
+    summable: bool
+    extra: Sequence[Array]
+
+    def cast(self, array: Array) -> Array:
+        return array.astype(self.op.dtype)
+
+    def base(self, x: Array, w: Array) -> Array:
+        return self.op.base(x, self.cast(w), *self.extra)
+
+    def meet(self, x: Array, first: Array) -> Array:
+        return self.op.gamma * self.op.meet(x, self.cast(first), *self.extra)
+
+    def leave(self, xa: Array, second: Array) -> Array:
+        return self.op.leave(xa, self.cast(second), *self.extra)
+
+    def full(self, first: Array, second: Array) -> Array:
+        return self.op.full(first, self.op.gamma * second)
+
+    def factored(self, x: Array, w: Array, first: Array, second: Array) -> Array:
+        y = self.base(x, w)
+        return y + self.leave(self.meet(x, first), second).astype(y.dtype)
+
+    def merged(self, w: Array, first: Array, second: Array) -> Callable[[Array], Array]:
+        """Return the product with the adapted weight as a function of the data."""
+        if self.summable:
+            total = checkpoint_name(self.cast(w + self.full(first, second)), MERGED)
+            return lambda x: self.base(x, total)
+        update = checkpoint_name(self.cast(self.full(first, second)), MERGED)
+        return lambda x: self.base(x, w) + self.base(x, update)
 
 
 def factored_alone(op: Bilinear, x: Array, w: Array, first: Array) -> bool:
