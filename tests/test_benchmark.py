@@ -9,6 +9,8 @@ import jax
 import numpy as np
 import pytest
 
+pytestmark = pytest.mark.nightly  # four compilers' work
+
 SCRIPTS = Path(__file__).parent.parent / "scripts"
 # torch takes long to import; PEFT is compared apart, with the other references.
 NAMES = ("floor", "full", "rslora", "qwix", "factored")
