@@ -334,13 +334,12 @@ def convolution(w, s):
     channels = size["I"] * groups
     batch = batch_groups * s.pick([1, 2])
     data = widths(s.x.reshape(1, -1), batch * channels * math.prod(window)).reshape(batch, channels, *window)
-    spread = s.pick([1, 1, 2])
     y = lax.conv_general_dilated(
         data,
         w,
         window_strides=[s.pick([1, 2])] * spatial,
-        padding=s.pick(["SAME", [(1, 0)] * spatial]) if spread == 1 else [(1, 0)] * spatial,  # JAX wants it spelt out
-        lhs_dilation=[spread] * spatial,
+        padding=[s.pick([(1, 1), (1, 0), (2, 0)])] * spatial,
+        lhs_dilation=[s.pick([1, 1, 2])] * spatial,
         rhs_dilation=[s.pick([1, 1, 2])] * spatial,
         dimension_numbers=("NC" + names[2:], kernel, "NC" + names[2:]),
         feature_group_count=groups,

@@ -18,7 +18,7 @@ from hypothesis import HealthCheck, Phase, given, seed, settings
 from hypothesis import strategies as st
 
 import rslora_jax as rslora
-from tests.random_pieces import AROUND, CHANGES, PLACES, STACK, STACKS, USES, WIDEST, Scope
+from tests.random_pieces import AROUND, CHANGES, PLACES, STACK, STACKS, USES, WIDEST, Scope, as_is, flat, widths
 
 LARGEST = 4 * WIDEST  # a changed weight is cut to this along each axis, and to as many numbers times eight
 
@@ -35,7 +35,8 @@ class Piece:
 class Layer:
     """One use of a weight: its stored shape and dtype, what happens to it, its use, what is around (outermost first).
 
-    `tied` takes the weight of the layer before instead.
+    `tied` takes the weight of the layer before instead. `plainly` uses it in a plain product too, so that it is found
+    by that one and whatever else is done to it has to be exact.
     """
 
     shape: tuple[int, ...]
@@ -44,6 +45,7 @@ class Layer:
     around: tuple[Piece, ...] = ()
     dtype: str = "float64"
     tied: bool = False
+    plainly: bool = False
 
     @property
     def pieces(self) -> tuple[Piece, ...]:
@@ -106,7 +108,7 @@ def around(layer: Layer) -> list[Piece]:
             or (piece.name in ("force", "inner_step") and "while_loop" in inside)
             or (piece.name == "tangent" and "custom_vjp" in inside)
             or (piece.name == "shard_map" and "shard_map" in inside)
-            or (piece.name in ("vmap_data", "vmap_stack") and layer.use.name == "ragged_dot")
+            or (piece.name in ("vmap_data", "vmap_stack", "force", "inner_step") and layer.use.name == "ragged_dot")
         )
         if not refused:
             kept.insert(0, piece)
@@ -120,6 +122,7 @@ def innermost(layer: Layer, more: Callable, said: list[str]) -> Callable:
         count = iter(range(1, 100))
         scope = lambda piece: Scope(piece.number, x, lambda shape: more(p, f"v{next(count)}", tuple(shape)))
         w = p["w"].astype(jnp.float64)
+        plain = flat(jnp.tensordot(widths(x, w.shape[0]), w, 1)) if layer.plainly else None
         for piece in layer.changes:
             w = CHANGES[piece.name](w, s := scope(piece))
             w = w[tuple(slice(LARGEST) for _ in w.shape)] if w.size <= 8 * LARGEST else w.reshape(-1)[: 8 * LARGEST]
@@ -127,7 +130,7 @@ def innermost(layer: Layer, more: Callable, said: list[str]) -> Callable:
             said.append(f"{piece.name} {s.said} -> {list(w.shape)}")
         y = USES[layer.use.name](w, s := scope(layer.use))
         said.append(f"{layer.use.name} {s.said} -> {list(y.shape)}")
-        return y
+        return y if plain is None else y + as_is(plain, y)
 
     return use
 
@@ -146,6 +149,7 @@ def parameters(layer: Layer, data: tuple[int, int], said: list[str]) -> dict[str
     for piece in around(layer):
         AROUND[piece.name](f, s := Scope(piece.number, None, None))
         said.append(f"in {piece.name} {[c if isinstance(c, bool | int | tuple) else '...' for c in s.said]}")
+    said += ["product"] if layer.plainly else []
     said += [line if len(line) < 200 else line[:200] for line in inner]
     return {key: stored_shape(layer, shape) for key, shape in shapes.items()}
 
@@ -215,6 +219,7 @@ def programs(draw: Callable, most_layers: int = 2) -> Program:
         around=st.lists(pieces(AROUND), max_size=2).map(tuple),
         dtype=st.sampled_from(["float64", "float64", "float64", "float32", "bfloat16"]),
         tied=st.sampled_from([False, False, False, True]),
+        plainly=st.sampled_from([True, False, True]),
     )
     layers = tuple(draw(st.lists(layer, min_size=1, max_size=most_layers)))
     if len(layers) > 1 or layers[0].around:  # what bfloat16 rounds would grow without bounds on the way

@@ -1,13 +1,14 @@
 """The laws, on random programs: what the library does with any of them is what the merged weights do."""
 
 import dataclasses
+import random
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from hypothesis import HealthCheck, given, note, settings
+from hypothesis import HealthCheck, given, note, seed, settings
 from hypothesis import strategies as st
 
 from rslora_jax.sites import path_name
@@ -95,8 +96,8 @@ def fired(f: Any, *args: Any) -> int:
 
 def check(program: Program, outer: str, op_by_op: bool) -> None:
     """Assert every law on one program."""
-    if outer.startswith("vmap") and "ragged_dot" in program.names:
-        outer = "plain"  # JAX refuses it
+    if "ragged_dot" in program.names:
+        outer = "plain"  # JAX has no second derivative of it, and no vmap over all its axes
     fn, params, x = build(program)
     lora, said = adapt(program, fn, params, x)
     if lora is None:
@@ -137,19 +138,30 @@ def check(program: Program, outer: str, op_by_op: bool) -> None:
     assert_near(got_of(params, trained, x), want_of(params, trained, x), tolerance)
 
 
-@pytest.mark.nightly
-@settings(max_examples=250, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck), database=None)
-@given(programs(), st.sampled_from(OUTER), st.sampled_from([False, False, False, True]))
-def test_every_law_on_random_programs(program, outer, op_by_op):
-    with jax.enable_x64(True):
+def check_ten(number: int, most_layers: int, outer: tuple[str, ...] = OUTER) -> None:
+    """Check ten programs: hypothesis varies what it has drawn only from the eleventh on, and new ones find more."""
+
+    @seed(number)
+    @settings(max_examples=10, deadline=None, suppress_health_check=list(HealthCheck), database=None)
+    @given(programs(most_layers), st.sampled_from(outer), st.sampled_from([False, False, False, True]))
+    def ten(program: Program, outer: str, op_by_op: bool) -> None:
         note(f"\n{program}\n{outer}")
         check(program, outer, op_by_op)
 
+    with jax.enable_x64(True):
+        ten()
+
+
+@pytest.mark.nightly  # too dear for CI as it is: 1.6 s of compiling a program
+@pytest.mark.parametrize("number", range(25))
+def test_every_law_on_random_programs(number):
+    check_ten(number, most_layers=1 + number % 2)
+
 
 @pytest.mark.nightly
-@settings(max_examples=5000, deadline=None, suppress_health_check=list(HealthCheck), print_blob=True)
-@given(programs(most_layers=3), st.sampled_from(OUTER), st.booleans())
-def test_every_law_on_thousands_of_random_programs(program, outer, op_by_op):
-    with jax.enable_x64(True):
-        note(f"\n{program}\n{outer}")
-        check(program, outer, op_by_op)
+@pytest.mark.parametrize("chunk", range(300))
+def test_every_law_on_thousands_of_random_programs(chunk):
+    number = random.SystemRandom().getrandbits(32)
+    print("seed", number)
+    jax.clear_caches()
+    check_ten(number, most_layers=3)
