@@ -43,6 +43,8 @@ class Convolution:
     def base(self, x: Array, w: Array) -> Array:
         return lax.conv_general_dilated_p.bind(x, w, **dict(self.params))
 
+    by_weight = base
+
     def meet(self, x: Array, first: Array) -> Array:
         return self.window(x, first) if self.pointwise_last else self.pointwise(x, first, 0)
 

@@ -23,11 +23,6 @@ from collections.abc import Iterable
 # Take another order than the factored one only if it saves more than this part of the adapter's FLOPs: it
 # costs a pass over the weight's memory that the count does not see.
 MARGIN = 0.02
-# Where a product can share its pass over the input with others, only if it saves more than this part of all the
-# product's FLOPs. Measured (float32, 2 cores, width 1024, three projections of one input), step time relative to
-# the base's own value and data gradient, of the cheapest order against the shared pass: 1.20 and 1.08 at 512
-# rows and rank 8, 1.33 and 1.22 at rank 64; 1.18 and 1.08 at 2048 rows and rank 8, 1.45 and 1.36 at rank 64.
-SHARED_MARGIN = 0.02
 
 
 @dataclasses.dataclass(frozen=True)
@@ -82,13 +77,12 @@ def flops(sizes: Sizes, plan: Plan, summable: bool) -> int:
     return total + (0 if have_xa else s.meet) + (0 if have_dyb else s.leave) + s.meet + s.leave
 
 
-def plan(sizes: Sizes, summable: bool, shared: bool = False) -> Plan:
+def plan(sizes: Sizes, summable: bool) -> Plan:
     """Return the cheapest plan for a product.
 
     Args:
       sizes: FLOPs of its parts.
       summable: whether the weight is stored in a dtype in which its sum with the update keeps the update.
-      shared: whether the factored order shares its pass over the input with other products.
 
     >>> d, tokens, rank = 512, 2048, 128
     >>> met = 2 * tokens * rank * d
@@ -107,8 +101,6 @@ def plan(sizes: Sizes, summable: bool, shared: bool = False) -> Plan:
     ]
     best = min(options, key=lambda p: flops(sizes, p, summable))
     saved = flops(sizes, Plan(), summable) - flops(sizes, best, summable)
-    if shared and saved <= SHARED_MARGIN * (2 * sizes.base + flops(sizes, best, summable)):
-        return Plan()
     return best if saved > MARGIN * flops(sizes, Plan(), summable) else Plan(alone)
 
 

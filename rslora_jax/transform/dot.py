@@ -7,6 +7,7 @@ from typing import Any
 import jax.numpy as jnp
 from jax import Array, lax
 
+from rslora_jax.transform.contract import contract, rank_first
 from rslora_jax.transform.cost import Sizes
 from rslora_jax.transform.views import LETTERS, RANK, View, compact
 
@@ -34,26 +35,24 @@ class Dot:
     dtype: Any
     gamma: float
 
-    @property
-    def shareable(self) -> bool:
-        """Whether the first factor has the contracted axes and the rank alone, so that others fit beside it."""
-        return set(self.first) == (set(self.x) - set(self.out)) | {RANK}
-
     def base(self, x: Array, w: Array) -> Array:
         operands = (w, x) if self.weight_left else (x, w)
         return lax.dot_general_p.bind(*operands, **dict(self.params))
 
+    def by_weight(self, x: Array, w: Array) -> Array:
+        return self.contract(f"{self.x},{self.w}->{self.out}", x, w, dict(self.params)["preferred_element_type"])
+
     def meet(self, x: Array, first: Array) -> Array:
-        return self.einsum(f"{self.x},{self.first}->{self.between}", x, first)
+        return self.contract(f"{self.x},{self.first}->{self.between}", x, first)
 
     def leave(self, xa: Array, second: Array) -> Array:
-        return self.einsum(f"{self.between},{self.second}->{self.out}", xa, second)
+        return self.contract(f"{self.between},{self.second}->{self.out}", xa, second)
 
     def full(self, first: Array, second: Array) -> Array:
         return jnp.einsum(f"{self.first},{self.second}->{self.w}", first, second)
 
-    def einsum(self, subscripts: str, left: Array, right: Array) -> Array:
-        return jnp.einsum(subscripts, left, right, precision=dict(self.params)["precision"])
+    def contract(self, subscripts: str, left: Array, right: Array, dtype: Any = None) -> Array:
+        return contract(subscripts, left, right, dict(self.params)["precision"], dtype)
 
     def sizes(self, x: tuple[int, ...], w: tuple[int, ...], rank: int) -> Sizes:
         size = dict(zip(self.x + self.w + RANK, (*x, *w, rank), strict=True))
@@ -99,6 +98,7 @@ def dot(view: View, x: Array, weight_left: bool, params: dict[str, Any]) -> tupl
     first, second = (b_letters, a_letters) if meets_b else (a_letters, b_letters)
     # The rank leads in the second factor, so that its gradient is formed as (x first)' dy, and not transposed.
     second = RANK + second[:-1]
+    a, b = rank_first(a), rank_first(b)
     arrays = (b, jnp.moveaxis(a, -1, 0)) if meets_b else (a, jnp.moveaxis(b, -1, 0))
     needed = set(out_letters) | set(second)
     between = "".join(dict.fromkeys(c for c in x_letters + first if c in needed and c != RANK)) + RANK

@@ -4,7 +4,7 @@ import dataclasses
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
-from rslora_jax.transform import compat, sharing
+from rslora_jax.transform import compat
 from rslora_jax.transform.views import View, materialise
 
 # A rule takes (walk, equation, values) and returns the equation's outputs, some of which may be views,
@@ -66,18 +66,16 @@ class Walk:
         jaxpr, own_consts = compat.opened(jaxpr)
         env: dict[Any, Any] = dict(zip(jaxpr.constvars, own_consts if consts is None else consts, strict=True))
         env.update(zip(jaxpr.invars, args, strict=True))
-        frame = Frame(self, jaxpr.eqns, env)
+        read = lambda atom: atom.val if compat.is_literal(atom) else env[atom]
         last_use = {v: n for n, eqn in enumerate(jaxpr.eqns) for v in eqn.invars if not compat.is_literal(v)}
         keep = {v for v in jaxpr.outvars if not compat.is_literal(v)}
-        like = sharing.products_by_input(jaxpr.eqns) if self.otherwise is None else {}
         for n, eqn in enumerate(jaxpr.eqns):
-            if like and n not in frame.done:
-                sharing.evaluate_together(frame, like, n)
-            frame.evaluate(n)
+            with compat.provenance(eqn):
+                env.update(zip(eqn.outvars, self.evaluate(eqn, [read(v) for v in eqn.invars]), strict=True))
             for v in eqn.invars:  # so that an op-by-op run frees what it no longer needs
                 if not compat.is_literal(v) and last_use[v] == n and v not in keep:
                     env.pop(v, None)
-        return [frame.read(v) for v in jaxpr.outvars]
+        return [read(v) for v in jaxpr.outvars]
 
     def evaluate(self, eqn: compat.Eqn, values: list[Any]) -> list[Any]:
         """Evaluate one equation."""
@@ -106,37 +104,6 @@ class Walk:
             # The equation is kept beside its function, so that its id stays its own.
             self.calls[key] = (eqn, build())
         return self.calls[key][1]
-
-
-@dataclasses.dataclass(frozen=True)
-class Frame:
-    """A jaxpr under evaluation.
-
-    Attributes:
-      walk: the walk it is part of.
-      eqns: its equations; their places in this list name them.
-      env: the value of each variable, while it is needed.
-      done: the places of the equations that have been evaluated.
-    """
-
-    walk: Walk
-    eqns: Sequence[compat.Eqn]
-    env: dict[Any, Any]
-    done: set[int] = dataclasses.field(default_factory=set)
-
-    def read(self, atom: Any) -> Any:
-        return atom.val if compat.is_literal(atom) else self.env[atom]
-
-    def write(self, place: int, outs: Sequence[Any]) -> None:
-        self.env.update(zip(self.eqns[place].outvars, outs, strict=True))
-        self.done.add(place)
-
-    def evaluate(self, place: int) -> None:
-        """Evaluate an equation, unless that has been done."""
-        if place not in self.done:
-            eqn = self.eqns[place]
-            with compat.provenance(eqn):
-                self.write(place, self.walk.evaluate(eqn, [self.read(v) for v in eqn.invars]))
 
 
 def as_arrays(walk: Walk, outs: Sequence[Any]) -> list[Any]:

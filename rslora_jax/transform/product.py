@@ -7,8 +7,6 @@ products that the plan has counted.
 
 import dataclasses
 import functools
-import itertools
-import math
 from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 
@@ -19,12 +17,6 @@ from jax.ad_checkpoint import checkpoint_name
 from jax.custom_derivatives import SymbolicZero
 
 from rslora_jax.transform.cost import Plan, Sizes, plan
-from rslora_jax.transform.dot import Dot
-from rslora_jax.transform.views import RANK
-
-# A pass is shared up to this part of the input's width: above, reading x is no longer what x A costs (measured, as
-# `cost.SHARED_MARGIN`: 0.12 of the floor saved at 1/128, 0.1 at 1/16, 0.04 at 1/4), and the joined factors take memory.
-SHARED_RANK = 8
 
 MERGED = "rslora_merged_weight"  # the name by which a kept sum is known to checkpoint policies
 
@@ -33,9 +25,10 @@ class Bilinear(Protocol):
     """An operation on data and a weight that its two factors can take the place of, one after the other.
 
     `base` is the program's own operation, linear in each operand, and `leave(meet(x, first), second)` is
-    `base(x, full(first, second))`. `dtype` is what the program casts the weight to, `gamma` the adapter's scale,
-    which the operations leave out. Operations are compared
-    by value: equal ones on equal shapes are traced once, however many layers a model has.
+    `base(x, full(first, second))`. `by_weight` is the same function, in the form whose transpose in the weight costs
+    least. `dtype` is what the program casts the weight to, `gamma` the adapter's scale, which the operations leave
+    out. Operations are compared by value: equal ones on equal shapes are traced once, however many layers a model
+    has.
     """
 
     @property
@@ -44,6 +37,8 @@ class Bilinear(Protocol):
     def gamma(self) -> float: ...
     @property
     def base(self) -> Callable[..., Array]: ...  # (x, w, *extra)
+    @property
+    def by_weight(self) -> Callable[..., Array]: ...  # as base
     @property
     def meet(self) -> Callable[..., Array]: ...  # (x, first, *extra)
     @property
@@ -91,7 +86,7 @@ def adapted_product(op: Bilinear, x: Array, w: Array, first: Array, second: Arra
             weights = [] if dfirst is None else [parts.full(dfirst, second)]
             weights += [] if dsecond is None else [parts.full(first, dsecond)]
             if weights:
-                terms.append(parts.base(x, add(weights)))
+                terms.append(parts.by_weight(x, add(weights)))
         else:
             meets = [parts.meet(x, dfirst)] if dfirst is not None else []
             if dx is not None and not best.dx:
@@ -105,7 +100,7 @@ def adapted_product(op: Bilinear, x: Array, w: Array, first: Array, second: Arra
             if best.factors and not best.dx:
                 terms.append(parts.leave(parts.meet(dx, first), second))
         if dw is not None:
-            terms.append(parts.base(x, dw))
+            terms.append(parts.by_weight(x, dw))
         dy = add([t.astype(y.dtype) for t in terms]) if terms else jnp.zeros_like(y)
         return y, dy
 
@@ -128,6 +123,9 @@ class Parts:
     def base(self, x: Array, w: Array) -> Array:
         return self.op.base(x, self.cast(w), *self.extra)
 
+    def by_weight(self, x: Array, dw: Array) -> Array:
+        return self.op.by_weight(x, self.cast(dw), *self.extra)
+
     def meet(self, x: Array, first: Array) -> Array:
         return self.op.gamma * self.op.meet(x, self.cast(first), *self.extra)
 
@@ -148,35 +146,6 @@ class Parts:
             return lambda x: self.base(x, total)
         update = checkpoint_name(self.cast(self.full(first, second)), MERGED)
         return lambda x: self.base(x, w) + self.base(x, update)
-
-
-def factored_alone(op: Bilinear, x: Array, w: Array, first: Array) -> bool:
-    """Say whether a product is best factored, with a rank at which sharing its pass over the input is worth it."""
-    if SHARED_RANK * first.shape[-1] > math.prod(first.shape[:-1]):
-        return False
-    summable = jnp.finfo(w.dtype).bits >= 32
-    return plan(op.sizes(x.shape, w.shape, first.shape[-1]), summable, shared=True) == Plan()
-
-
-@functools.partial(jax.jit, static_argnums=0)
-def meet_all(ops: tuple[Dot, ...], x: Array, firsts: tuple[Array, ...]) -> list[Array]:
-    """Return the input's product with the first factor of each of several weights, in one pass."""
-    contracted = [c for c in ops[0].x if c not in ops[0].out]
-    columns = []
-    for op, first in zip(ops, firsts, strict=True):
-        # Letters are by axis of each product's own operands; the input's axes are the same in all.
-        order = [op.x[ops[0].x.index(c)] for c in contracted]
-        columns.append(jnp.transpose(first, [op.first.index(c) for c in [*order, RANK]]).astype(op.dtype))
-    met = ops[0].einsum(f"{ops[0].x},{''.join(contracted)}{RANK}->{ops[0].between}", x, jnp.concatenate(columns, -1))
-    ends = list(itertools.accumulate(c.shape[-1] for c in columns))
-    return jnp.split(met, ends[:-1], axis=-1)
-
-
-@functools.partial(jax.jit, static_argnums=0)
-def with_met(op: Dot, x: Array, w: Array, xa: Array, second: Array) -> Array:
-    """Return a product all factored, given the input's product with the first factor."""
-    y = op.base(x, w.astype(op.dtype))
-    return y + op.leave(op.gamma * xa, second.astype(op.dtype)).astype(y.dtype)
 
 
 def add(terms: list[Array]) -> Array:

@@ -41,6 +41,8 @@ class Ragged:
             x, w, group_sizes, p["ragged_dot_dimension_numbers"], p["precision"], p["preferred_element_type"]
         )
 
+    by_weight = base
+
     def meet(self, x: Array, first: Array, group_sizes: Array) -> Array:
         return self.product(x, self.x, first, self.first, self.between, group_sizes)
 

@@ -1,6 +1,6 @@
 """Random programs as plain data, and their meaning; as a script, a table of what becomes of each piece's weight.
 
-python -m tests.random_programs --count 500
+python -m tests.random_programs.program --count 500
 """
 
 import argparse
@@ -18,7 +18,10 @@ from hypothesis import HealthCheck, Phase, given, seed, settings
 from hypothesis import strategies as st
 
 import rslora_jax as rslora
-from tests.random_pieces import AROUND, CHANGES, PLACES, STACK, STACKS, USES, WIDEST, Scope, as_is, flat, widths
+from tests.random_programs.around import AROUND, PLACES, STACKS
+from tests.random_programs.changes import CHANGES
+from tests.random_programs.scope import STACK, WIDEST, Scope, as_is, flat, widths
+from tests.random_programs.uses import USES
 
 LARGEST = 4 * WIDEST  # a changed weight is cut to this along each axis, and to as many numbers times eight
 

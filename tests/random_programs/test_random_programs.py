@@ -12,8 +12,8 @@ from hypothesis import HealthCheck, given, note, seed, settings
 from hypothesis import strategies as st
 
 from rslora_jax.sites import path_name
-from tests.random_pieces import FIRED
-from tests.random_programs import Program, adapt, build, programs
+from tests.random_programs.around import FIRED
+from tests.random_programs.program import Program, adapt, build, programs
 
 OUTER = ("plain", "plain", "plain", "vmap adapters", "vmap x", "grad of grad", "scan")
 
