@@ -1,0 +1,54 @@
+"""Einsums whose axes are made one, and the programs that XLA makes of their gradients."""
+
+import re
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import rslora_jax as rslora
+from rslora_jax.transform.contract import contract, neighbours
+from tests.programs import normal
+
+SIZES = dict(zip("abcdeZ", (2, 3, 4, 5, 6, 7), strict=True))
+
+
+@pytest.mark.parametrize(
+    ("subscripts", "followers"),
+    [
+        ("abc,cZ->abZ", {"a": "b"}),
+        ("abZ,Zde->abde", {"a": "b", "d": "e"}),
+        ("abcd,cdZ->abZ", {"a": "b", "c": "d"}),
+        ("abc,acZ->abZ", {}),  # a stack: `a` is in all terms, `b` is not
+        ("abc,Zc->baZ", {}),  # the rows change places
+        ("abc,cbZ->aZ", {}),  # summed over in two orders
+        ("abcde,abdeZ->abcZ", {"a": "b", "d": "e"}),
+    ],
+)
+def test_axes_are_made_one_where_they_stay_neighbours(subscripts, followers):
+    left, right, out = subscripts.replace("->", ",").split(",")
+    assert neighbours((left, right, out)) == followers
+    x, y = (normal(n, *(SIZES[c] for c in term)) for n, term in enumerate((left, right)))
+    want = np.einsum(subscripts, np.asarray(x, np.float64), np.asarray(y, np.float64))
+    np.testing.assert_allclose(contract(subscripts, x, y), want, rtol=1e-4, atol=1e-4)
+
+
+def test_gradients_need_no_transposed_copy_and_are_formed_with_the_rank_first():
+    batch, length, width, out, rank = 4, 96, 128, 160, 6
+    params, x = {"w": normal(0, width, out)}, normal(1, batch, length, width)
+    fn = lambda p, x: jnp.tanh(jnp.tanh(x) @ p["w"])
+    lora = rslora.wrap(fn, params, x, config=rslora.LoraConfig(rank=rank, alpha=4))
+    step = jax.jit(jax.grad(lambda a, x: jnp.sin(lora.apply(params, a, x)).sum(), argnums=(0, 1)))
+    text = step.lower(lora.init(jax.random.key(0)), x).compile().as_text()
+    rows = batch * length
+    assert not re.search(rf"f32\[({width}|{out}),({rows}|{batch},{length})\]", text)
+    products = {in_memory(*found) for found in re.findall(r"= f32\[([\d,]+)\]\{([\d,]+)\} dot\(", text)}
+    assert (rank, width) in products and (rank, out) in products
+    assert (width, rank) not in products and (out, rank) not in products
+
+
+def in_memory(shape, minor_to_major):
+    """Return a shape in the order in which XLA lays it out."""
+    sizes = shape.split(",")
+    return tuple(int(sizes[int(n)]) for n in reversed(minor_to_major.split(",")))
