@@ -14,7 +14,7 @@ and the bytes on a GPU only. "to least" is FLOPs over the least: the floor's as 
 over all orders; planned_flops in the CSV has in its place the count of the orders that rslora_jax chooses.
 "trace s" is the time from the model to the lowered program, adapters put in; "compile s" is XLA's.
 
-CSV and PNG go to --out; the CSV is written after each rank, so an interrupted run keeps what it has measured.
+CSV, PNG and a Markdown table go to --out; the CSV is written after each rank, so that what is measured is kept.
 """
 
 import argparse
@@ -71,7 +71,12 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     add("--dtype", choices=measure.TOLERANCE, default="float32", help="of weights and products (float32)")
     add("--repeats", type=int, default=5, help="timed steps of each method at each rank (5)")
     add("--methods", type=names, default=list(methods.METHODS), help="several with commas (all that are installed)")
-    add("--out", type=Path, default=Path("runs/benchmark"), help="folder of benchmark.csv and .png (runs/benchmark)")
+    add(
+        "--out",
+        type=Path,
+        default=Path("runs/benchmark"),
+        help="folder of benchmark.csv, .png and .md (runs/benchmark)",
+    )
     chosen, _ = parser.parse_known_args(argv)
     if chosen.preset:
         parser.set_defaults(**PRESETS[chosen.preset], dtype="bfloat16", tokens=[4096])
@@ -184,7 +189,8 @@ def main(argv: list[str] | None = None) -> None:
         count = f"{len(report.busy(rows))} of {len(rows)}"
         console.print(f"{count} rows vary by half or more: the machine was busy, measure those again")
     report.write_png(arguments.out / "benchmark.png", rows, title)
-    console.print(f"written: {arguments.out / 'benchmark.csv'} and {arguments.out / 'benchmark.png'}")
+    (arguments.out / "benchmark.md").write_text(report.markdown(rows, title, facts))
+    console.print(f"written: {', '.join(str(arguments.out / f'benchmark.{end}') for end in ('csv', 'png', 'md'))}")
 
 
 if __name__ == "__main__":

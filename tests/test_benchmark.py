@@ -65,6 +65,7 @@ def test_the_script_writes_a_csv_and_a_picture(tmp_path, parts):
         if row["method"] in methods.ADAPTED:
             assert float(row["disagreement"]) < 2e-4
     assert (tmp_path / "benchmark.png").read_bytes().startswith(b"\x89PNG")
+    assert f"| {' | '.join(names)} |" in (tmp_path / "benchmark.md").read_text()
 
 
 def test_every_method_gives_the_gradients_of_the_merged_weights(parts):

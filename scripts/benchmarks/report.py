@@ -1,9 +1,9 @@
-"""Rows of the benchmark, as a table on the terminal, a CSV file and a picture."""
+"""Rows of the benchmark, as a table on the terminal and in Markdown, a CSV file and a picture."""
 
 import csv
 import dataclasses
 import statistics
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -96,6 +96,31 @@ def table(rows: Sequence[Row], title: str) -> Table:
             show(r.compile_s, ".2f"),
         )
     return out
+
+
+def markdown(rows: Sequence[Row], title: str, facts: dict[str, Any]) -> str:
+    """Return the rows as two tables in Markdown, a line for each rank and a column for each method."""
+    names = list(dict.fromkeys(r.method for r in rows))
+    cells = {(r.tokens, r.rank, r.method): r for r in rows}
+    lines = [f"{title}. {facts['cores']} cores, {facts['date'][:10]}, {max(r.repeats for r in rows)} repeats.", ""]
+
+    def add(heading: str, show: Callable[[Row], str]) -> None:
+        lines.extend([heading, "", f"| tokens | rank | {' | '.join(names)} |", "|--:|--:|" + "--:|" * len(names)])
+        for tokens, rank in dict.fromkeys((r.tokens, r.rank) for r in rows):
+            found = [cells.get((tokens, rank, name)) for name in names]
+            lines.append(f"| {tokens} | {rank} | {' | '.join(show(r) if r else '' for r in found)} |")
+        lines.append("")
+
+    def time(r: Row) -> str:
+        return f"{r.step_s:.3g} s" + (f", {r.to_floor:.2f}" if r.to_floor and r.method != "floor" else "")
+
+    def space(r: Row) -> str:
+        least = f", {r.flops / r.least_flops:.3f}" if r.flops and r.least_flops else ""
+        return ("" if r.temp_bytes is None else f"{r.temp_bytes / 1e6:.0f} MB") + least
+
+    add("Step time, and its ratio to the floor (medians):", time)
+    add("Temporary memory, and compiled FLOPs relative to the least there is:", space)
+    return "\n".join(lines)
 
 
 def write_csv(path: Path, rows: Sequence[Row], facts: dict[str, Any]) -> None:

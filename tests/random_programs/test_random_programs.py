@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from hypothesis import HealthCheck, given, note, seed, settings
+from hypothesis import HealthCheck, Phase, given, note, seed, settings
 from hypothesis import strategies as st
 
 from rslora_jax.sites import path_name
@@ -40,7 +40,7 @@ def summed_by_hand(lora: Any, params: Any, adapters: Any) -> Any:
 
 
 def measured(program: Program, f: Any, outer: str) -> Any:
-    """Return value and derivatives of f(params, adapters, x) under one of the transformations around it."""
+    """Make a function of f's value and derivatives, under one of the transformations around it."""
     loss = lambda *args: sum(jnp.sin(y.astype(jnp.float64)).sum() for y in jax.tree.leaves(f(*args)))
 
     def directions(tree: Any) -> Any:
@@ -74,7 +74,7 @@ def measured(program: Program, f: Any, outer: str) -> Any:
         return jax.lax.scan(lambda c, a: (c, jax.checkpoint(f)(params, a, x)), 0, many)[1]
 
     kinds = {"vmap adapters": vmap_adapters, "vmap x": vmap_x, "grad of grad": grad_of_grad, "scan": scan}
-    return jax.jit(kinds.get(outer, plain), compiler_options=QUICK)
+    return kinds.get(outer, plain)
 
 
 def assert_near(got: Any, want: Any, tolerance: float) -> None:
@@ -106,8 +106,9 @@ def check(program: Program, outer: str, op_by_op: bool) -> None:
     assert bool(loud) == any("materialised" in text for text in said)
 
     r = np.random.default_rng(1)  # not by lora.init, which compiles for every shape
-    fresh = {n: {"a": jnp.asarray(r.normal(size=s.a_shape)), "b": jnp.zeros(s.b_shape)} for n, s in lora.sites.items()}
-    trained = jax.tree.map(lambda v: jnp.asarray(v + 0.2 * r.normal(size=v.shape)), fresh)
+    fresh = {n: {"a": r.normal(size=s.a_shape), "b": np.zeros(s.b_shape)} for n, s in lora.sites.items()}
+    trained = jax.tree.map(lambda v: v + 0.2 * r.normal(size=v.shape), fresh)
+    fresh, trained = jax.device_put((fresh, trained))
     by_hand = lambda params, adapters, x: fn(summed_by_hand(lora, params, adapters), x)
     tolerance = program.tolerance
     computed = loud or {"inner_step", "force"} & program.names  # with the weights, in their own dtype
@@ -133,17 +134,18 @@ def check(program: Program, outer: str, op_by_op: bool) -> None:
         )
 
     got_of, want_of = measured(program, lora.apply, outer), measured(program, by_hand, outer)
-    (got, want) = got_of(params, fresh, x), want_of(params, fresh, x)
-    assert_near(jax.tree.leaves(got)[0], jax.tree.leaves(want)[0], max(tolerance, 1e-12) if tolerance > 1e-9 else 1e-12)
-    assert_near(got_of(params, trained, x), want_of(params, trained, x), tolerance)
+    both = jax.jit(lambda *args: (got_of(*args), want_of(*args)), compiler_options=QUICK)
+    got, want = both(params, fresh, x)
+    assert_near(jax.tree.leaves(got)[0], jax.tree.leaves(want)[0], tolerance if tolerance > 1e-9 else 1e-12)
+    assert_near(*both(params, trained, x), tolerance)
 
 
-def check_ten(number: int, most_layers: int, outer: tuple[str, ...] = OUTER) -> None:
+def check_ten(number: int, most_layers: int, op_by_op: tuple[bool, ...], phases: tuple[Phase, ...]) -> None:
     """Check ten programs: hypothesis varies what it has drawn only from the eleventh on, and new ones find more."""
 
     @seed(number)
-    @settings(max_examples=10, deadline=None, suppress_health_check=list(HealthCheck), database=None)
-    @given(programs(most_layers), st.sampled_from(outer), st.sampled_from([False, False, False, True]))
+    @settings(max_examples=10, deadline=None, suppress_health_check=list(HealthCheck), database=None, phases=phases)
+    @given(programs(most_layers), st.sampled_from(OUTER), st.sampled_from(op_by_op))
     def ten(program: Program, outer: str, op_by_op: bool) -> None:
         note(f"\n{program}\n{outer}")
         check(program, outer, op_by_op)
@@ -152,10 +154,10 @@ def check_ten(number: int, most_layers: int, outer: tuple[str, ...] = OUTER) -> 
         ten()
 
 
-@pytest.mark.nightly  # too dear for CI as it is: 1.6 s of compiling a program
-@pytest.mark.parametrize("number", range(25))
+@pytest.mark.parametrize("number", range(20))
 def test_every_law_on_random_programs(number):
-    check_ten(number, most_layers=1 + number % 2)
+    # Op by op, JAX compiles every operation; to shrink a program that fails can take minutes.
+    check_ten(number, most_layers=1, op_by_op=(False,), phases=(Phase.generate,))
 
 
 @pytest.mark.nightly
@@ -164,4 +166,4 @@ def test_every_law_on_thousands_of_random_programs(chunk):
     number = random.SystemRandom().getrandbits(32)
     print("seed", number)
     jax.clear_caches()
-    check_ten(number, most_layers=3)
+    check_ten(number, most_layers=3, op_by_op=(False, False, False, True), phases=(Phase.generate, Phase.shrink))

@@ -28,7 +28,7 @@ def make(sizes, roles, rank=3):
 weights = st.lists(st.tuples(st.integers(1, 4), st.sampled_from(ROLES)), min_size=1, max_size=4)
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=25, deadline=None)
 @given(weights, st.randoms(use_true_random=False))
 def test_transposing_commutes_with_adding(weight, random):
     view, total = make(*zip(*weight, strict=True))
@@ -39,7 +39,7 @@ def test_transposing_commutes_with_adding(weight, random):
     assert [set(axes) for axes in got.axes] == [{("w", n)} for n in order]
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=25, deadline=None)
 @given(weights, st.data())
 def test_slicing_commutes_with_adding(weight, data):
     view, total = make(*zip(*weight, strict=True))
@@ -57,7 +57,7 @@ def test_slicing_commutes_with_adding(weight, data):
     np.testing.assert_allclose(materialise(moved), want, atol=1e-5)
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=25, deadline=None)
 @given(weights, st.randoms(use_true_random=False))
 def test_a_reshape_is_followed_exactly_where_no_axis_of_a_meets_one_of_b(weight, random):
     sizes, roles = zip(*weight, strict=True)
