@@ -1,6 +1,7 @@
 """The laws, on random programs: what the library does with any of them is what the merged weights do."""
 
 import dataclasses
+import itertools
 import random
 from typing import Any
 
@@ -12,8 +13,10 @@ from hypothesis import HealthCheck, Phase, given, note, seed, settings
 from hypothesis import strategies as st
 
 from rslora_jax.sites import path_name
-from tests.random_programs.around import FIRED
-from tests.random_programs.program import Program, adapt, build, programs
+from tests.random_programs.around import AROUND, FIRED
+from tests.random_programs.changes import CHANGES
+from tests.random_programs.program import Program, adapt, alone, build, outcomes, programs
+from tests.random_programs.uses import USES
 
 OUTER = ("plain", "plain", "plain", "vmap adapters", "vmap x", "grad of grad", "scan")
 
@@ -152,6 +155,22 @@ def check_ten(number: int, most_layers: int, op_by_op: tuple[bool, ...], phases:
 
     with jax.enable_x64(True):
         ten()
+
+
+# What has no low-rank form, for some of the choices that the piece makes.
+NO_RULE = {"add_weight", "mask", "normalise", "pointwise", "product_of_weights", "repeat", "running", "scatter"}
+NO_RULE |= {"stop_gradient", "convolution", "custom_jvp", "custom_vjp"}
+# What makes no weight of it, or one that the plain product after it does not use as such.
+NO_WEIGHT = {"broadcast", "choose", "expand", "index_static", "index_traced", "merge_axes", "reduce", "reshape_any"}
+NO_WEIGHT |= {"stack", "einsum", "pointwise_use"}
+
+
+@pytest.mark.parametrize("name", sorted((CHANGES.keys() | USES.keys() | AROUND.keys()) - NO_RULE - NO_WEIGHT))
+def test_what_has_a_rule_never_falls_back(name):
+    with jax.enable_x64(True):
+        for number, shape in itertools.product(range(4), [(4, 6), (2, 3, 4)]):
+            program = alone(name, 7 * number, shape)
+            assert outcomes(program) == [("found", "")], f"\n{program}"
 
 
 @pytest.mark.parametrize("number", range(20))
