@@ -186,20 +186,28 @@ def control(name: str) -> Case:
         turned = jax.jit(lambda w: w.T)(p["w"])
         return jax.jit(lambda x, w: x @ w)(x, turned) + jax.jit(lambda w, x: w @ x.T)(p["w"], x).T
 
+    def scan_of_rows(p, x):
+        rows = lax.scan(lambda c, row: (jnp.sin(c + row), c), x[0], p["w"])[1]
+        return x @ p["w"] + rows[: len(x)]
+
     def checkpoint_policy(p, x):
         f = jax.checkpoint(lambda x: jnp.sin(x @ p["w"]) @ p["w"], policy=jax.checkpoint_policies.dots_saveable)
         return f(x)
 
     fns = {
         f.__name__: f
-        for f in (while_, while_carry, fori_carry, cond, switch_of_weights, jit_of_transpose, checkpoint_policy)
+        for f in (
+            *(while_, while_carry, fori_carry, cond, switch_of_weights, scan_of_rows),
+            *(jit_of_transpose, checkpoint_policy),
+        )
     }
+    loud = {"switch_of_weights": "cond", "scan_of_rows": "scan along an axis of A or B"}
     return Case(
         fns[name],
         {"w": normal(3, 12, 12)},
         (normal(5, 6, 12),),
         sites=1,
-        fallback="cond" if name == "switch_of_weights" else "",
+        fallback=loud.get(name, ""),
     )
 
 
@@ -441,7 +449,8 @@ CASES: dict[str, Callable[[], Case]] = {
     "nnx": nnx_transformer,
     "mlp": mlp,
     **family(stacked, "by_scan by_scanned_index by_hand by_scan_of_one experts nested returned"),
-    **family(control, "while_ while_carry fori_carry cond switch_of_weights jit_of_transpose checkpoint_policy"),
+    **family(control, "while_ while_carry fori_carry cond switch_of_weights scan_of_rows jit_of_transpose"),
+    **family(control, "checkpoint_policy"),
     **family(layout, "left split_heads fused strided batch_axis_of_out cast_twice"),
     **family(arithmetic, "scaled by_its_norm shifted squashed masked padded reversed_ rolled split_and_joined fused"),
     **family(arithmetic, "stacked_here repeated tiled expanded stopped"),

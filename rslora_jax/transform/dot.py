@@ -73,8 +73,7 @@ class Dot:
 def dot(view: View, x: Array, weight_left: bool, params: dict[str, Any]) -> tuple[Dot, Array, Array] | None:
     """Return a product with a view as (operation, first factor, second factor).
 
-    None where it has no low-rank form: the data is contracted with both factors, or with an axis that
-    neither of them spans.
+    None where it has no low-rank form: an axis of the weight that neither factor spans.
     """
     (lhs_contracted, rhs_contracted), (lhs_batch, rhs_batch) = params["dimension_numbers"]
     lhs, rhs = (view, x) if weight_left else (x, view)
@@ -91,9 +90,8 @@ def dot(view: View, x: Array, weight_left: bool, params: dict[str, Any]) -> tupl
     a_letters, a = compact(view, view.a, w_letters)
     b_letters, b = compact(view, view.b, w_letters)
     contracted = set(x_letters) - set(out_letters)
-    meets_a = bool(contracted & (set(a_letters) - set(b_letters)))
     meets_b = bool(contracted & (set(b_letters) - set(a_letters)))
-    if (meets_a and meets_b) or not set(w_letters) <= set(a_letters + b_letters):
+    if not set(w_letters) <= set(a_letters + b_letters):
         return None
     first, second = (b_letters, a_letters) if meets_b else (a_letters, b_letters)
     # The rank leads in the second factor, so that its gradient is formed as (x first)' dy, and not transposed.

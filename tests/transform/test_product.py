@@ -9,9 +9,11 @@ from rslora_jax.transform.cost import Plan
 from tests.programs import CASES, merged_by_hand, trained
 from tests.reference import assert_near
 
+BY_DAY = ("convolution grouped", "convolution depthwise")
+OTHERS = [n for n in CASES if n.startswith(("convolution", "picked", "layout")) and n not in BY_DAY]
 
-@pytest.mark.nightly
-@pytest.mark.parametrize("name", [n for n in CASES if n.startswith(("convolution", "picked", "layout"))])
+
+@pytest.mark.parametrize("name", [*BY_DAY, *(pytest.param(name, marks=pytest.mark.nightly) for name in OTHERS)])
 def test_factored_products_are_those_of_the_merged_weight(name, monkeypatch):
     monkeypatch.setattr(product, "plan", lambda *args, **kwargs: Plan())
     jax.clear_caches()
