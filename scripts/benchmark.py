@@ -190,7 +190,7 @@ def main(argv: list[str] | None = None) -> None:
         console.print(f"{count} rows vary by half or more: the machine was busy, measure those again")
     report.write_png(arguments.out / "benchmark.png", rows, title)
     (arguments.out / "benchmark.md").write_text(report.markdown(rows, title, facts))
-    console.print(f"written: {', '.join(str(arguments.out / f'benchmark.{end}') for end in ('csv', 'png', 'md'))}")
+    console.print(f"written: benchmark.csv, benchmark.png and benchmark.md in {arguments.out}")
 
 
 if __name__ == "__main__":

@@ -33,6 +33,14 @@ REMAT_POLICIES = (
     "checkpoint_dots_with_no_batch_dims",
 )
 
+# Where the weights lie on a mesh (`rslora_jax.sharding.param_shardings`): those that widen are split by column,
+# those that narrow by row, so that a layer needs one sum over "tensor" for each pair; the rest of each by "fsdp".
+SHARDING_RULES = (
+    ("*/{q_proj,k_proj,v_proj,gate_proj,up_proj,lm_head}/kernel", ("fsdp", "tensor")),
+    ("*/{o,down}_proj/kernel", ("tensor", "fsdp")),
+    ("*/embedding", ("tensor", "fsdp")),
+)
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class LlamaConfig:

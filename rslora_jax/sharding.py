@@ -1,0 +1,135 @@
+"""Where arrays lie on a mesh of devices: the base by rules, and each adapter as its weight lies.
+
+`jit` does the rest: from where its arguments lie, XLA's partitioner finds where everything else does.
+"""
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import jax
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec, Sharding
+
+from rslora_jax.config import matches, near_misses
+from rslora_jax.sites import Site, named_leaves
+
+# A glob over paths, and the mesh axes along the last axes of the arrays that match: a stack of layers in front of
+# them is whole on every device.
+Rules = Sequence[tuple[str, tuple[Any, ...]]]
+
+BATCH_AXES = ("data", "fsdp")  # the mesh axes along which the rows of a batch are split
+
+
+def make_mesh(text: str, devices: Sequence[Any] | None = None) -> Mesh:
+    """Make a mesh from its axes by name, such as "data=2,fsdp=4,tensor=1".
+
+    Args:
+      text: names and sizes; one size may be -1, for all devices that the others leave.
+      devices: by default all of `jax.devices()`.
+
+    Raises:
+      ValueError: the text is no such list, or the sizes do not make up the number of devices.
+
+    >>> dict(make_mesh("data=-1,tensor=1").shape)["tensor"]
+    1
+    """
+    devices = jax.devices() if devices is None else list(devices)
+    sizes: dict[str, int] = {}
+    for part in text.split(","):
+        name, _, size = part.strip().partition("=")
+        if not name.isidentifier() or not size.lstrip("-").isdigit() or int(size) == 0 or name in sizes:
+            raise ValueError(f"mesh {text!r}: {part!r} is not a new name=size, as in data=2,fsdp=4,tensor=1")
+        sizes[name] = int(size)
+    free = [name for name, size in sizes.items() if size < 0]
+    if len(free) > 1 or any(sizes[name] != -1 for name in free):
+        raise ValueError(f"mesh {text!r}: a size is above 0, and -1 for one axis at most")
+    known = math.prod(size for size in sizes.values() if size > 0)
+    if free:
+        sizes[free[0]] = max(1, len(devices) // known)
+    if math.prod(sizes.values()) != len(devices):
+        raise ValueError(f"mesh {text!r} is of {math.prod(sizes.values())} devices, and there are {len(devices)}")
+    return jax.make_mesh(tuple(sizes.values()), tuple(sizes), axis_types=(AxisType.Auto,) * len(sizes), devices=devices)
+
+
+def param_shardings(params: Any, mesh: Mesh, rules: Rules) -> Any:
+    """Return where each parameter lies, by the first rule that matches its path; the others are whole everywhere.
+
+    Mesh axes that the mesh lacks, or that do not divide the array's axis, are left out of a rule.
+
+    Args:
+      params: a pytree of arrays or of `jax.ShapeDtypeStruct`.
+      mesh: from `make_mesh`.
+      rules: pairs of a glob over paths and the mesh axes along the array's last axes.
+
+    Returns:
+      A pytree of `NamedSharding`, for `jax.device_put` or a jit's `in_shardings`.
+
+    Raises:
+      ValueError: a rule matches no parameter; it says what comes close.
+
+    >>> params = {"up": {"kernel": jax.ShapeDtypeStruct((12, 8, 16), "float32")}}
+    >>> where = param_shardings(params, make_mesh("fsdp=-1"), [("*/kernel", ("fsdp", "tensor"))])
+    >>> tuple(where["up"]["kernel"].spec)
+    (None, 'fsdp', None)
+    """
+    leaves = named_leaves(params)
+    for pattern, _ in rules:
+        if not any(matches(path, pattern) for path in leaves):
+            raise ValueError(f"sharding rule {pattern!r} matches no parameter: {near_misses(pattern, list(leaves))}")
+
+    def one(path: str, leaf: Any) -> NamedSharding:
+        last = next((axes for pattern, axes in rules if matches(path, pattern)), ())
+        if len(last) > len(leaf.shape):
+            raise ValueError(f"the sharding rule {last} has more axes than {path} of shape {tuple(leaf.shape)}")
+        spec = (None,) * (len(leaf.shape) - len(last)) + tuple(last)
+        return NamedSharding(mesh, PartitionSpec(*(fit(mesh, n, a) for n, a in zip(leaf.shape, spec, strict=True))))
+
+    return jax.tree.unflatten(jax.tree.structure(params), [one(path, leaf) for path, leaf in leaves.items()])
+
+
+def fit(mesh: Mesh, size: int, axes: Any) -> Any:
+    """Return the mesh axes of an array's axis that there are and that divide its size."""
+    names = [axes] if isinstance(axes, str) else list(axes or ())
+    names = [name for name in names if name in mesh.shape]
+    if size % math.prod(mesh.shape[name] for name in names):
+        return None
+    return None if not names else names[0] if len(names) == 1 else tuple(names)
+
+
+def adapter_shardings(sites: Mapping[str, Site], params: Any) -> dict[str, dict[str, Sharding]]:
+    """Return where adapters lie: A as its weight along the input axes, B along the output axes, the rank whole.
+
+    Args:
+      sites: `Lora.sites`.
+      params: the base, its arrays (or `jax.ShapeDtypeStruct`s) with their shardings.
+
+    Returns:
+      `{path: {"a": ..., "b": ...}}`, for `jax.device_put(adapters, ...)`. Where a weight lies on one device, so do
+      its factors.
+
+    >>> from rslora_jax import LoraConfig, wrap
+    >>> mesh = make_mesh("fsdp=-1")
+    >>> w = jax.ShapeDtypeStruct((8, 16), "float32", sharding=NamedSharding(mesh, PartitionSpec("fsdp", None)))
+    >>> x = jax.ShapeDtypeStruct((2, 8), "float32")
+    >>> lora = wrap(lambda p, x: x @ p["w"], {"w": w}, x, config=LoraConfig(rank=3, alpha=4))
+    >>> {factor: tuple(where.spec) for factor, where in adapter_shardings(lora.sites, {"w": w})["w"].items()}
+    {'a': ('fsdp', None), 'b': (None, None)}
+    """
+    leaves = named_leaves(params)
+
+    def one(site: Site) -> dict[str, Sharding]:
+        sharding = leaves[site.path].sharding
+        if not isinstance(sharding, NamedSharding):
+            return {"a": sharding, "b": sharding}
+        spec = (*sharding.spec, *(None,) * (len(site.shape) - len(sharding.spec)))
+        of = lambda axes: tuple(spec[n] for n in axes)
+        a = PartitionSpec(*of(site.stack_axes), *of(site.in_axes), None)
+        b = PartitionSpec(*of(site.stack_axes), None, *of(site.out_axes))
+        return {"a": NamedSharding(sharding.mesh, a), "b": NamedSharding(sharding.mesh, b)}
+
+    return {path: one(site) for path, site in sites.items()}
+
+
+def batch_sharding(mesh: Mesh) -> NamedSharding:
+    """Return where a batch lies: its rows split along the mesh axes "data" and "fsdp", those that there are."""
+    return NamedSharding(mesh, PartitionSpec(tuple(name for name in BATCH_AXES if name in mesh.shape) or None))
