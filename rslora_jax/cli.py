@@ -61,6 +61,7 @@ def parser(settings: Mapping[str, Any] | None = None) -> argparse.ArgumentParser
     add(how, "--learning-rate", 1e-3, "peak of a cosine schedule with warm-up", metavar="X")
     add(how, "--seed", 0, "seed of the adapters and of the order of the data", metavar="N")
     add(how, "--dtype", "float32", "dtype to compute in", choices=("float32", "bfloat16"))
+    add(how, "--mesh", None, "devices by name, such as data=2,fsdp=4,tensor=1 (default: one device)", metavar="AXES")
     add(how, "--out", "rslora-run", "folder for checkpoints, metrics and curves", metavar="FOLDER")
     how.add_argument("--resume", action="store_true", help="go on from the last step in --out")
     train.set_defaults(**(settings or {}))
@@ -110,9 +111,9 @@ def train(arguments: argparse.Namespace) -> int:
     logging.set_verbosity(logging.ERROR)  # grain and orbax warn through it of what no user here can act on
 
     import rslora_jax as rslora
-    from rslora_jax import checkpoint
+    from rslora_jax import checkpoint, sharding
     from rslora_jax.interop.gguf import find_smollm2, load_gguf
-    from rslora_jax.models.llama import Llama
+    from rslora_jax.models.llama import SHARDING_RULES, Llama
     from rslora_jax.train import NonFiniteLoss, batches, fit, loss, report, samples
 
     a, out = arguments, Path(arguments.out)
@@ -120,6 +121,8 @@ def train(arguments: argparse.Namespace) -> int:
         if not getattr(a, flag) > 0:
             raise ValueError(f"--{flag.replace('_', '-')} {getattr(a, flag)} is not above 0")
     checkpoint.check_folder(out, resume=a.resume)
+    mesh = sharding.make_mesh(a.mesh) if a.mesh else None
+    where = sharding.batch_sharding(mesh, a.batch_size) if mesh else None
     config = rslora.LoraConfig(rank=a.rank, alpha=a.alpha, scaling=a.scaling, targets=a.targets)
     train_examples, heldout_examples = examples(a.data, a.heldout)
     path = Path(a.model) if a.model else find_smollm2()
@@ -142,6 +145,9 @@ def train(arguments: argparse.Namespace) -> int:
     schedule = optax.warmup_cosine_decay_schedule(peak / 10, peak, a.steps // 10, a.steps)
     optimizer = optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(schedule, b2=0.99, weight_decay=0.0))
     fresh = lora.init(jax.random.key(a.seed))
+    if mesh:
+        variables = jax.device_put(variables, sharding.param_shardings(variables, mesh, SHARDING_RULES))
+        fresh = jax.device_put(fresh, sharding.adapter_shardings(lora.sites, variables))
     chosen = heldout_examples[:2]
     # The base and the merged weights run through one compiled program, the model's own.
     write = lambda params: samples.write(
@@ -163,6 +169,7 @@ def train(arguments: argparse.Namespace) -> int:
             steps=a.steps,
             folder=out,
             heldout=heldout,
+            batch_sharding=where,
             settings=settings,
             resume=a.resume,
         )

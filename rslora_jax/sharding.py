@@ -130,6 +130,18 @@ def adapter_shardings(sites: Mapping[str, Site], params: Any) -> dict[str, dict[
     return {path: one(site) for path, site in sites.items()}
 
 
-def batch_sharding(mesh: Mesh) -> NamedSharding:
-    """Return where a batch lies: its rows split along the mesh axes "data" and "fsdp", those that there are."""
-    return NamedSharding(mesh, PartitionSpec(tuple(name for name in BATCH_AXES if name in mesh.shape) or None))
+def batch_sharding(mesh: Mesh, rows: int | None = None) -> NamedSharding:
+    """Return where a batch lies: its rows split along the mesh axes "data" and "fsdp", those that there are.
+
+    Args:
+      mesh: from `make_mesh`.
+      rows: how many rows a batch has, where that is to be checked.
+
+    Raises:
+      ValueError: the rows cannot be split evenly.
+    """
+    names = tuple(name for name in BATCH_AXES if name in mesh.shape)
+    parts = math.prod(mesh.shape[name] for name in names)
+    if rows is not None and rows % parts:
+        raise ValueError(f"a batch of {rows} rows cannot be split in {parts} ({' x '.join(names)}): give a multiple")
+    return NamedSharding(mesh, PartitionSpec(names or None))

@@ -28,6 +28,9 @@ from rich.table import Table
 
 from rslora_jax.transform import cost
 
+# What the library does on a CPU alone is not to be compiled for a TPU.
+jax.default_backend = lambda: "tpu"
+
 
 def orders(problem: Problem) -> str:
     """Name the orders chosen: which parts go through the weight, and for how many weights."""

@@ -60,6 +60,7 @@ def fit(
     steps: int,
     folder: str | Path,
     heldout: Any = None,
+    batch_sharding: jax.sharding.Sharding | None = None,
     eval_every: int | None = None,
     save_every: int | None = None,
     settings: Mapping[str, Any] | None = None,
@@ -78,6 +79,8 @@ def fit(
       optimizer: any optax optimiser.
       steps: how many steps to have done at the end, those before a resume included.
       folder: where to write.
+      batch_sharding: where batches lie, such as `sharding.batch_sharding(mesh)`; base and adapters stay where they
+        are given (`sharding.param_shardings`, `sharding.adapter_shardings`), and the optimiser's state lies with them.
       heldout: batches to evaluate on: before, every `eval_every` steps (by default three times), and after.
       save_every: steps between checkpoints; by default a quarter of the run, at most 500. The end is saved too.
       settings: plain JSON values to keep with the checkpoints (`checkpoint.load_about` reads them).
@@ -96,6 +99,7 @@ def fit(
     step = make_step(lora, loss, optimizer)
     evaluate = make_evaluate(lora, loss)
     state = TrainState.create(adapters, optimizer)
+    put = lambda batch: batch if batch_sharding is None else jax.device_put(batch, batch_sharding)
     eval_every = eval_every or max(1, math.ceil(steps / 3))
     save_every = save_every or max(1, min(math.ceil(steps / 4), 500))
 
@@ -119,7 +123,7 @@ def fit(
 
         def look(at: int, state: TrainState) -> None:
             if heldout is not None:
-                value = evaluate(params, state.adapters, heldout)
+                value = evaluate(params, state.adapters, map(put, heldout))
                 record(step=at, heldout_loss=value)
                 display.line(f"step {at}: held-out perplexity {perplexity(value):.2f} (loss {value:.4f})")
 
@@ -159,7 +163,7 @@ def fit(
         try:
             while at < steps and not stopping.is_set():
                 batch = batches[at]
-                state, metrics = step(state, params, batch)
+                state, metrics = step(state, params, put(batch))
                 if pending:
                     finish(pending)
                 pending, at = (at, metrics, np.size(getattr(batch, "tokens_BxT", ()))), at + 1
