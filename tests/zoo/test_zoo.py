@@ -48,7 +48,7 @@ def cases(names=MODELS, by_day=BY_DAY):
     return pytest.mark.parametrize("name", [pytest.param(name, marks=[*marks(name)]) for name in names])
 
 
-@cases()
+@cases(by_day=MODELS)
 @pytest.mark.filterwarnings("error::rslora_jax.RsloraWarning")
 def test_every_weight_is_found_with_its_axes_and_nothing_falls_back(name):
     it = model(name)
