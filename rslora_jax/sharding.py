@@ -75,19 +75,22 @@ def param_shardings(params: Any, mesh: Mesh, rules: Rules) -> Any:
     leaves = named_leaves(params)
     for pattern, _ in rules:
         if not any(matches(path, pattern) for path in leaves):
-            raise ValueError(f"sharding rule {pattern!r} matches no parameter: {near_misses(pattern, list(leaves))}")
+            close = near_misses(pattern, list(leaves))
+            raise ValueError(f"sharding rule {pattern!r} matches no parameter: did you mean {close}?")
 
     def one(path: str, leaf: Any) -> NamedSharding:
         last = next((axes for pattern, axes in rules if matches(path, pattern)), ())
         if len(last) > len(leaf.shape):
             raise ValueError(f"the sharding rule {last} has more axes than {path} of shape {tuple(leaf.shape)}")
         spec = (None,) * (len(leaf.shape) - len(last)) + tuple(last)
-        return NamedSharding(mesh, PartitionSpec(*(fit(mesh, n, a) for n, a in zip(leaf.shape, spec, strict=True))))
+        return NamedSharding(
+            mesh, PartitionSpec(*(dividing(mesh, n, a) for n, a in zip(leaf.shape, spec, strict=True)))
+        )
 
     return jax.tree.unflatten(jax.tree.structure(params), [one(path, leaf) for path, leaf in leaves.items()])
 
 
-def fit(mesh: Mesh, size: int, axes: Any) -> Any:
+def dividing(mesh: Mesh, size: int, axes: Any) -> Any:
     """Return the mesh axes of an array's axis that there are and that divide its size."""
     names = [axes] if isinstance(axes, str) else list(axes or ())
     names = [name for name in names if name in mesh.shape]

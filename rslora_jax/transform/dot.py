@@ -96,8 +96,8 @@ def dot(view: View, x: Array, weight_left: bool, params: dict[str, Any]) -> tupl
     first, second = (b_letters, a_letters) if meets_b else (a_letters, b_letters)
     # The rank leads in the second factor, so that its gradient is formed as (x first)' dy, and not transposed.
     second = RANK + second[:-1]
-    a, b = rank_first(a), rank_first(b)
-    arrays = (b, jnp.moveaxis(a, -1, 0)) if meets_b else (a, jnp.moveaxis(b, -1, 0))
+    first_array, second_array = (b, a) if meets_b else (a, b)
+    arrays = first_array, jnp.moveaxis(rank_first(second_array), -1, 0)
     needed = set(out_letters) | set(second)
     between = "".join(dict.fromkeys(c for c in x_letters + first if c in needed and c != RANK)) + RANK
     op = Dot(

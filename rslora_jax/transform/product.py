@@ -16,6 +16,7 @@ from jax import Array
 from jax.ad_checkpoint import checkpoint_name
 from jax.custom_derivatives import SymbolicZero
 
+from rslora_jax.transform.contract import rank_first
 from rslora_jax.transform.cost import Plan, Sizes, plan
 
 MERGED = "rslora_merged_weight"  # the name by which a kept sum is known to checkpoint policies
@@ -65,6 +66,8 @@ def adapted_product(op: Bilinear, x: Array, w: Array, first: Array, second: Arra
     # A sum with a weight stored in fewer bits than float32 would round the update away.
     summable = jnp.finfo(w.dtype).bits >= 32
     best = plan(op.sizes(x.shape, w.shape, first.shape[-1]), summable)
+
+    first = rank_first(first)
 
     if best == Plan():  # then JAX's own derivative is the one that was counted
         return Parts(op, summable, extra).factored(x, w, first, second)

@@ -35,10 +35,12 @@ def test_axes_are_made_one_where_they_stay_neighbours(subscripts, followers):
     np.testing.assert_allclose(jax.jit(contract, static_argnums=0)(subscripts, x, y), want, rtol=1e-4, atol=1e-4)
 
 
-def test_gradients_need_no_transposed_copy_and_are_formed_with_the_rank_first():
+@pytest.mark.parametrize("back", [False, True])
+def test_gradients_need_no_transposed_copy_and_are_formed_with_the_rank_first(back):
     batch, length, width, out, rank = 4, 96, 128, 160, 6
     params, x = {"w": normal(0, width, out)}, normal(1, batch, length, width)
-    fn = lambda p, x: jnp.tanh(jnp.tanh(x) @ p["w"])
+    up = lambda p, x: jnp.tanh(jnp.tanh(x) @ p["w"])
+    fn = (lambda p, x: jnp.tanh(up(p, x) @ p["w"].T)) if back else up  # tied: there the data meets B first
     lora = rslora.wrap(fn, params, x, config=rslora.LoraConfig(rank=rank, alpha=4))
     step = jax.jit(jax.grad(lambda a, x: jnp.sin(lora.apply(params, a, x)).sum(), argnums=(0, 1)))
     text = step.lower(lora.init(jax.random.key(0)), x).compile().as_text()
