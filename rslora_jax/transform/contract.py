@@ -67,14 +67,14 @@ def sharded(array: Array) -> bool:
     return any(axis is not None for axis in jax.typeof(array).sharding.spec)
 
 
-@jax.custom_jvp
-def rank_first(factor: Array) -> Array:
-    """Return a factor, rank last, as it is; its gradient is formed with the rank first."""
+@functools.partial(jax.custom_jvp, nondiff_argnums=(1,))
+def rank_first(factor: Array, axis: int) -> Array:
+    """Return a factor, whose rank is at `axis`, as it is; its gradient is formed with the rank first."""
     return factor
 
 
 @rank_first.defjvp
-def _(primals: tuple[Array], tangents: tuple[Array]) -> tuple[Array, Array]:
+def _(axis: int, primals: tuple[Array], tangents: tuple[Array]) -> tuple[Array, Array]:
     # Without the barrier, XLA makes one product, rank last, of the product and the transposition that follows it.
-    moved = lax.optimization_barrier(jnp.moveaxis(tangents[0], -1, 0))
-    return primals[0], jnp.moveaxis(moved, 0, -1)
+    moved = lax.optimization_barrier(jnp.moveaxis(tangents[0], axis, 0))
+    return primals[0], jnp.moveaxis(moved, 0, axis)

@@ -40,6 +40,8 @@ class Convolution:
         spec = dict(self.params)["dimension_numbers"].rhs_spec
         return spec[0] if self.pointwise_last else spec[1]
 
+    rank_axis = -1
+
     def base(self, x: Array, w: Array) -> Array:
         return lax.conv_general_dilated_p.bind(x, w, **dict(self.params))
 

@@ -7,7 +7,7 @@ from typing import Any
 import jax.numpy as jnp
 from jax import Array, lax
 
-from rslora_jax.transform.contract import contract, rank_first
+from rslora_jax.transform.contract import contract
 from rslora_jax.transform.cost import Sizes
 from rslora_jax.transform.views import LETTERS, RANK, View, compact
 
@@ -34,6 +34,8 @@ class Dot:
     params: tuple[tuple[str, Any], ...]
     dtype: Any
     gamma: float
+
+    rank_axis = 0
 
     def base(self, x: Array, w: Array) -> Array:
         operands = (w, x) if self.weight_left else (x, w)
@@ -96,8 +98,7 @@ def dot(view: View, x: Array, weight_left: bool, params: dict[str, Any]) -> tupl
     first, second = (b_letters, a_letters) if meets_b else (a_letters, b_letters)
     # The rank leads in the second factor, so that its gradient is formed as (x first)' dy, and not transposed.
     second = RANK + second[:-1]
-    first_array, second_array = (b, a) if meets_b else (a, b)
-    arrays = first_array, jnp.moveaxis(rank_first(second_array), -1, 0)
+    arrays = (b, jnp.moveaxis(a, -1, 0)) if meets_b else (a, jnp.moveaxis(b, -1, 0))
     needed = set(out_letters) | set(second)
     between = "".join(dict.fromkeys(c for c in x_letters + first if c in needed and c != RANK)) + RANK
     op = Dot(

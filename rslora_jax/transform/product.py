@@ -37,6 +37,8 @@ class Bilinear(Protocol):
     @property
     def gamma(self) -> float: ...
     @property
+    def rank_axis(self) -> int: ...  # of second; the last of first
+    @property
     def base(self) -> Callable[..., Array]: ...  # (x, w, *extra)
     @property
     def by_weight(self) -> Callable[..., Array]: ...  # as base
@@ -67,7 +69,7 @@ def adapted_product(op: Bilinear, x: Array, w: Array, first: Array, second: Arra
     summable = jnp.finfo(w.dtype).bits >= 32
     best = plan(op.sizes(x.shape, w.shape, first.shape[-1]), summable)
 
-    first = rank_first(first)
+    first, second = rank_first(first, -1), rank_first(second, op.rank_axis)
 
     if best == Plan():  # then JAX's own derivative is the one that was counted
         return Parts(op, summable, extra).factored(x, w, first, second)

@@ -35,6 +35,8 @@ class Ragged:
     dtype: Any
     gamma: float
 
+    rank_axis = -1
+
     def base(self, x: Array, w: Array, group_sizes: Array) -> Array:
         p = dict(self.params)
         return lax.ragged_dot_general(
