@@ -1,43 +1,94 @@
-"""Checkpoints that hold the adapters and what goes on with them, never the base."""
+"""Checkpoints that hold the adapters and what goes on with them, never the base.
+
+A run's folder has `checkpoints/<step>`, each with three items: "adapters" and "training" (arrays), and "about" (JSON:
+the config, what the base was, the place in the data, a checksum of every array).
+"""
 
 from __future__ import annotations
 
 import contextlib
-import hashlib
+import dataclasses
+import functools
 import math
-from collections.abc import Iterator, Mapping
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import numpy as np
 import orbax.checkpoint as ocp
 
+from rslora_jax.checksum import checksums
 from rslora_jax.config import LoraConfig
+from rslora_jax.processes import first_decides
 from rslora_jax.sites import named_leaves
 
 
+class Damaged(ValueError):
+    """A checkpoint cannot be read, or does not hold what was saved."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Checkpoints:
+    """The open checkpoints of one run: orbax's manager, and the held-out loss of each step that has one."""
+
+    folder: Path
+    manager: ocp.CheckpointManager
+    heldout: dict[int, float]
+
+
+@dataclasses.dataclass(frozen=True)
+class LastAndBest:
+    """Say which checkpoints orbax keeps: the last few, and the one with the least held-out loss."""
+
+    last: int
+    heldout: Mapping[int, float]
+
+    def should_preserve(self, checkpoints: Sequence[Any], *, context: Any) -> list[bool]:
+        steps = [info.step for info in checkpoints]
+        best = min((step for step in steps if step in self.heldout), key=self.heldout.__getitem__, default=None)
+        return [step in steps[-self.last :] or step == best for step in steps]
+
+
 @contextlib.contextmanager
-def open_checkpoints(folder: str | Path, *, resume: bool = False, keep: int = 2) -> Iterator[ocp.CheckpointManager]:
+def open_checkpoints(folder: str | Path, *, resume: bool = False, keep: int = 2) -> Iterator[Checkpoints]:
     """Open a folder for one run's checkpoints, `folder/checkpoints/<step>`; wait for the last save at the end.
 
     Args:
       folder: made if it is not there.
       resume: whether to go on from what the folder holds.
-      keep: how many checkpoints to keep; older ones are deleted.
+      keep: how many of the last checkpoints to keep, at least 1, beside the best; others are deleted.
 
     Raises:
       ValueError: the folder is in use by a running process, holds a run and `resume` is False, or holds none
         and `resume` is True. Nothing in it is then touched.
     """
+    if keep < 1:
+        raise ValueError(f"keep={keep} checkpoints would leave nothing to resume from: give at least 1")
     folder = Path(folder).absolute()
-    check_folder(folder, resume=resume)
-    folder.mkdir(parents=True, exist_ok=True)
-    with locked(folder):
-        check_folder(folder, resume=resume)  # again: another process may have been quicker
-        options = ocp.CheckpointManagerOptions(max_to_keep=keep, cleanup_tmp_directories=True)
-        with ocp.CheckpointManager(folder / "checkpoints", options=options, item_handlers=handlers()) as manager:
-            yield manager
+    with contextlib.ExitStack() as stack:
+
+        def take() -> None:
+            check_folder(folder, resume=resume)
+            folder.mkdir(parents=True, exist_ok=True)
+            stack.enter_context(locked(folder))
+            check_folder(folder, resume=resume)  # again: another process may have been quicker
+
+        first_decides(take)
+        heldout = heldout_losses(folder)
+        options = ocp.CheckpointManagerOptions(
+            preservation_policy=LastAndBest(keep, heldout), cleanup_tmp_directories=True
+        )
+        manager = ocp.CheckpointManager(folder / "checkpoints", options=options, item_handlers=handlers())
+        stack.callback(close, manager)
+        yield Checkpoints(folder, manager, heldout)
+
+
+def close(manager: ocp.CheckpointManager) -> None:
+    with contextlib.suppress(Exception):  # `save` or `wait` has told of it
+        manager.wait_until_finished()
+    manager.close()
 
 
 def handlers() -> dict[str, Any]:
@@ -58,148 +109,216 @@ def check_folder(folder: str | Path, *, resume: bool = False) -> None:
         raise ValueError(f"{folder} already holds a run, at step {steps[-1]}: resume it, or give another folder")
 
 
-def save(manager: ocp.CheckpointManager, step: int, adapters: Any, training: Any, about: Mapping[str, Any]) -> None:
+def save(
+    checkpoints: Checkpoints,
+    step: int,
+    adapters: Any,
+    training: Any,
+    about: Mapping[str, Any],
+    heldout_loss: float | None = None,
+) -> None:
     """Save one step; it is written in the background and appears whole or not at all.
 
     Args:
-      manager: from `open_checkpoints`.
+      checkpoints: from `open_checkpoints`.
       step: the number of steps done.
       adapters: the adapters.
       training: any pytree of arrays that training goes on with, such as the optimiser's state.
-      about: what `describe` gave.
+      about: what `describe` gave, and what else is to be read back, in plain JSON values.
+      heldout_loss: the loss of these adapters on held-out data; the checkpoint with the least is kept.
+
+    Raises:
+      Exception: whatever orbax raises where it cannot write, or could not finish the save before this one.
     """
+    manager = checkpoints.manager
     if step in manager.all_steps():
         return
+    words = checksums({"adapters": adapters, "training": training})
+    if heldout_loss is not None and math.isfinite(heldout_loss):
+        checkpoints.heldout[step] = heldout_loss
     manager.save(
         step,
         args=ocp.args.Composite(
             adapters=ocp.args.StandardSave(adapters),
             training=ocp.args.StandardSave(training),
-            about=ocp.args.JsonSave(dict(about)),
+            about=ocp.args.JsonSave({**about, "checksums": words, "heldout_loss": checkpoints.heldout.get(step)}),
         ),
         force=True,
     )
 
 
-def restore(manager: ocp.CheckpointManager, adapters: Any, training: Any, about: Mapping[str, Any]) -> tuple[Any, Any]:
-    """Read the last step back as (adapters, training), on the devices of the examples given.
+def restore(
+    checkpoints: Checkpoints,
+    adapters: Any,
+    training: Any,
+    about: Mapping[str, Any],
+    say: Callable[[str], Any] = warnings.warn,
+) -> tuple[Any, Any, dict[str, Any]]:
+    """Read the last whole checkpoint as (adapters, training, about), on the devices of the examples given.
+
+    A damaged one is moved to `folder/damaged-<step>`, and the one before is taken.
 
     Args:
-      manager: from `open_checkpoints`.
-      adapters, training: examples with the shapes, dtypes and shardings to restore to.
+      checkpoints: from `open_checkpoints`.
+      adapters, training: examples with the shapes, dtypes and shardings to restore to; the mesh, and the number of
+        devices, may be other than those that saved.
       about: what `describe` gives for this run; its config and base must be those of the checkpoint.
+      say: told of what is damaged.
 
     Raises:
-      ValueError: the checkpoint is of another config, another base or another optimiser; what differs is named.
+      ValueError: the checkpoint is of another config, another base or another optimiser (what differs is named), or
+        there is no whole one.
     """
-    step = manager.latest_step()
-    found = read_about(manager, step)
-    where = f"{manager.directory}/{step}"
-    for name, example in (("adapters", adapters), ("training", training)):
-        compare(where, name, manager.item_metadata(step)[name], example)
-    for name, what in (("config", "LoraConfig"), ("base", "base")):
-        if found[name] != about[name]:
-            theirs, ours = (
-                ", ".join(f"{k}={side[name].get(k)}" for k in side[name] if found[name].get(k) != about[name].get(k))
-                for side in (found, about)
-            )
-            raise ValueError(f"{where} was trained with another {what} ({theirs}; here {ours}): give it the same one")
-    restored = manager.restore(
-        step,
-        args=ocp.args.Composite(
-            adapters=ocp.args.StandardRestore(jax.tree.map(ocp.utils.to_shape_dtype_struct, adapters)),
-            training=ocp.args.StandardRestore(jax.tree.map(ocp.utils.to_shape_dtype_struct, training)),
-        ),
-    )
-    return restored["adapters"], restored["training"]
+    example = {"adapters": adapters, "training": training}
+    for step in reversed(steps_in(checkpoints.folder)):
+        where = checkpoints.folder / "checkpoints" / str(step)
+        try:
+            found = read_about(where)
+            for item, wanted in example.items():
+                compare(where, item, metadata(where, item), wanted)
+            check_same(where, found, about)
+            read = read_arrays(where, found, jax.tree.map(ocp.utils.to_shape_dtype_struct, example))
+            return read["adapters"], read["training"], found
+        except Damaged as error:
+            say(f"{error}: it is kept as {set_aside(checkpoints, step)}, and the checkpoint before it is taken")
+    raise ValueError(f"{checkpoints.folder} has no checkpoint that is whole: start again in another folder")
 
 
-def load_adapters(folder: str | Path, *, params: Any = None, step: int | None = None) -> tuple[LoraConfig, Any]:
+def set_aside(checkpoints: Checkpoints, step: int) -> Path:
+    """Move a checkpoint out of the way of the one that will take its place."""
+    place = checkpoints.folder / f"damaged-{step}"
+    for number in range(2, 100):
+        if not place.exists():
+            break
+        place = checkpoints.folder / f"damaged-{step}-{number}"
+    first_decides(lambda: (checkpoints.folder / "checkpoints" / str(step)).rename(place))
+    checkpoints.heldout.pop(step, None)
+    checkpoints.manager.reload()
+    return place
+
+
+def load_adapters(
+    folder: str | Path,
+    *,
+    params: Any = None,
+    step: int | Literal["last", "best"] = "last",
+    shardings: Any = None,
+) -> tuple[LoraConfig, Any]:
     """Read (config, adapters) from a run's folder: what `wrap` and `Lora.apply` need.
 
     Args:
       folder: what was given to `open_checkpoints` or `fit`.
-      params: the base; where given, it must be the one the adapters were trained on.
-      step: which checkpoint; by default the last.
+      params: the base; where given, it must be the one the adapters were trained on, bit for bit.
+      step: which checkpoint: the last, the one with the least held-out loss, or that of a step.
+      shardings: where the adapters are to lie, such as `sharding.adapter_shardings` gives; by default they are numpy
+        arrays, on no device.
 
     Raises:
-      ValueError: there is no such checkpoint, or it belongs to another base.
+      ValueError: there is no such checkpoint, it is damaged, or it belongs to another base.
     """
-    with reading(folder, step) as (manager, step):
-        about = read_about(manager, step)
-        if params is not None and (found := fingerprint(params)) != about["base"]["fingerprint"]:
-            raise ValueError(
-                f"{folder} was trained on another base (fingerprint {about['base']['fingerprint']}, here {found}): "
-                "load the base it was trained on"
-            )
-        here = jax.sharding.SingleDeviceSharding(jax.devices()[0])
-        like = jax.tree.map(
-            lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=here),
-            manager.item_metadata(step)["adapters"].tree,
-        )
-        read = manager.restore(step, args=ocp.args.Composite(adapters=ocp.args.StandardRestore(like)))
-    return LoraConfig.from_dict(about["config"]), read["adapters"]
+    where = find(Path(folder).absolute(), step)
+    about = read_about(where)
+    if params is not None:
+        check_same(where, about, {"base": checksums(params)})
+    like = jax.tree.map(lambda leaf: np.empty(leaf.shape, leaf.dtype), metadata(where, "adapters"))
+    if shardings is not None:
+        of = lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
+        like = jax.tree.map(of, like, shardings)
+    return LoraConfig.from_dict(about["config"]), read_arrays(where, about, {"adapters": like})["adapters"]
 
 
 def load_about(folder: str | Path) -> dict[str, Any]:
-    """Read what `describe` said of a run's last checkpoint."""
-    with reading(folder) as (manager, step):
-        return read_about(manager, step)
-
-
-@contextlib.contextmanager
-def reading(folder: str | Path, step: int | None = None) -> Iterator[tuple[ocp.CheckpointManager, int]]:
-    """Open a run's folder to read one step, by default the last."""
+    """Read what was saved of a run's last whole checkpoint beside its arrays."""
     folder = Path(folder).absolute()
+    for step in reversed(steps_in(folder)):
+        with contextlib.suppress(Damaged):
+            return read_about(folder / "checkpoints" / str(step))
+    return read_about(find(folder, "last"))
+
+
+def find(folder: Path, step: int | Literal["last", "best"]) -> Path:
+    """Return the folder of one checkpoint."""
     steps = steps_in(folder)
-    if not steps or step not in (None, *steps):
+    if step == "best" and steps:
+        losses = heldout_losses(folder)
+        if not losses:
+            raise ValueError(f"{folder} has no checkpoint with a held-out loss: ask for the last")
+        step = min(losses.items(), key=lambda item: item[1])[0]
+    if not steps or step not in ("last", *steps):
         have = f"it has steps {', '.join(map(str, steps))}" if steps else "it holds none"
-        raise ValueError(f"{folder} has no checkpoint{'' if step is None else f' of step {step}'}: {have}")
-    options = ocp.CheckpointManagerOptions(read_only=True)
-    with ocp.CheckpointManager(folder / "checkpoints", options=options, item_handlers=handlers()) as manager:
-        yield manager, steps[-1] if step is None else step
+        raise ValueError(f"{folder} has no checkpoint{'' if step == 'last' else f' of step {step}'}: {have}")
+    return folder / "checkpoints" / str(steps[-1] if step == "last" else step)
 
 
-def read_about(manager: ocp.CheckpointManager, step: int) -> dict[str, Any]:
-    return manager.restore(step, args=ocp.args.Composite(about=ocp.args.JsonRestore()))["about"]
+def heldout_losses(folder: Path) -> dict[int, float]:
+    """Return the held-out loss of every checkpoint that has one, by step."""
+    losses = {}
+    for step in steps_in(folder):
+        with contextlib.suppress(Damaged):
+            losses[step] = read_about(folder / "checkpoints" / str(step)).get("heldout_loss")
+    return {step: loss for step, loss in losses.items() if loss is not None}
+
+
+def read_about(where: Path) -> dict[str, Any]:
+    """Read the item "about" of one checkpoint."""
+    return _read(where, "about", lambda: ocp.JsonCheckpointHandler().restore(where / "about"))
+
+
+def metadata(where: Path, item: str) -> Any:
+    """Read the shapes and dtypes of an item's arrays, as a tree."""
+    return _read(where, item, lambda: ocp.StandardCheckpointHandler().metadata(where / item).tree)
+
+
+def read_arrays(where: Path, about: Mapping[str, Any], like: Mapping[str, Any]) -> dict[str, Any]:
+    """Read items as arrays like the examples, and check that they hold what was saved."""
+
+    def one(item: str) -> Any:
+        arguments = ocp.args.StandardRestore(like[item])
+        return ocp.StandardCheckpointHandler().restore(where / item, args=arguments)
+
+    read = {item: _read(where, item, functools.partial(one, item)) for item in like}
+    for path, word in checksums(read).items():
+        if about["checksums"].get(path) != word:
+            raise Damaged(f"{where} is damaged: {path} is not what was saved")
+    return read
+
+
+def _read(where: Path, item: str, read: Callable[[], Any]) -> Any:
+    try:
+        return read()
+    except Exception as error:  # orbax lets through what tensorstore, json and the system raise
+        reason = " ".join(str(error).split())[:300] or type(error).__name__
+        raise Damaged(f"{where / item} is damaged ({reason})") from error
 
 
 def describe(config: LoraConfig, params: Any, settings: Mapping[str, Any] | None = None) -> dict[str, Any]:
-    """Say in plain JSON values what adapters belong to: their config, their base, and how they are trained."""
-    leaves = jax.tree.leaves(params)
-    return {
-        "config": config.to_dict(),
-        "base": {
-            "fingerprint": fingerprint(params),
-            "parameters": sum(math.prod(leaf.shape) for leaf in leaves),
-        },
-        "settings": dict(settings or {}),
-    }
+    """Say in plain JSON values what adapters belong to: their config, their base, and how they are trained.
 
-
-def fingerprint(params: Any, samples: int = 16) -> str:
-    """Hash the paths, the shapes and a few values of every array, so that two bases can be told apart.
-
-    Values are rounded to bfloat16 first: a base held in fewer bits is the same base.
-
-    >>> fingerprint({"w": np.ones((4, 4))}) == fingerprint({"w": np.ones((4, 4), np.float32)})
-    True
-    >>> fingerprint({"w": np.ones((4, 4))}) == fingerprint({"w": np.zeros((4, 4))})
-    False
+    The base is told by the dtype, the shape and a checksum of every array (`checksum.checksums`).
     """
-    digest = hashlib.sha256()
-    for name, leaf in named_leaves(params).items():
-        digest.update(f"{name}{tuple(leaf.shape)}".encode())
-        size = math.prod(leaf.shape)
-        if size:
-            places = np.unravel_index(np.linspace(0, size - 1, min(size, samples)).astype(np.int64), leaf.shape)
-            digest.update(np.asarray(leaf[places]).astype(jax.numpy.bfloat16).tobytes())
-    return digest.hexdigest()[:16]
+    return {"config": config.to_dict(), "base": checksums(params), "settings": dict(settings or {})}
 
 
-def compare(where: str, item: str, saved: Any, wanted: Any) -> None:
-    """Raise a ValueError that names the first array whose path, shape or dtype is not the checkpoint's."""
-    saved, wanted = named_leaves(getattr(saved, "tree", saved)), named_leaves(wanted)
+def check_same(where: Path, found: Mapping[str, Any], here: Mapping[str, Any]) -> None:
+    """Raise a ValueError that names what differs in the config or the base."""
+    for name, what in (("config", "LoraConfig"), ("base", "base")):
+        if name not in here or found[name] == here[name]:
+            continue
+        both = {**found[name], **here[name]}
+        differing = [key for key in both if found[name].get(key) != here[name].get(key)]
+        first = differing[0]
+        theirs, ours = (str(side[name].get(first, "missing")) for side in (found, here))
+        if name == "base" and theirs.split()[0] == ours.split()[0]:
+            said = f"{first} has other values"
+        else:
+            said = f"{first} is {theirs} there, {ours} here"
+        more = f", and {len(differing) - 1} more" if len(differing) > 1 else ""
+        raise ValueError(f"{where} was trained with another {what} ({said}{more}): give it the same one")
+
+
+def compare(where: Path, item: str, saved: Any, wanted: Any) -> None:
+    """Raise a ValueError that names the first array whose path or shape is not the checkpoint's."""
+    saved, wanted = named_leaves(saved), named_leaves(wanted)
     for name, leaf in wanted.items():
         shape = tuple(leaf.shape)
         if name not in saved:

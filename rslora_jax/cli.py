@@ -178,9 +178,9 @@ def train(arguments: argparse.Namespace) -> int:
         return 1
     print(f"wrote {out}/checkpoints, {out}/metrics.jsonl and {out}/loss.png")
     print(sizes(out, result.adapters, variables))
-    if result.interrupted:
+    if result.signal:
         print(f"stopped before step {a.steps}; {what_is_left(a.out)}")
-        return 130
+        return 128 + result.signal
     for example, old, new in zip(chosen, before, write(lora.merge(variables, result.adapters)), strict=True):
         answers = {"before": old, "after": new, "wanted": example.completion}
         print(samples.show(example, answers), flush=True)

@@ -3,6 +3,7 @@
 `jit` does the rest: from where its arguments lie, XLA's partitioner finds where everything else does.
 """
 
+import itertools
 import math
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -148,3 +149,22 @@ def batch_sharding(mesh: Mesh, rows: int | None = None) -> NamedSharding:
     if rows is not None and rows % parts:
         raise ValueError(f"a batch of {rows} rows cannot be split in {parts} ({' x '.join(names)}): give a multiple")
     return NamedSharding(mesh, PartitionSpec(names or None))
+
+
+def process_rows(sharding: Sharding, rows: int) -> slice:
+    """Return the rows of a batch that this process's devices hold, which is all that it has to read.
+
+    Raises:
+      ValueError: they are not next to each other: the mesh has its devices in another order than the processes.
+
+    >>> process_rows(batch_sharding(make_mesh("data=-1")), 4 * len(jax.devices())) == slice(0, 4 * len(jax.devices()))
+    True
+    """
+    slices = [index[0] for index in sharding.addressable_devices_indices_map((rows,)).values() if index]
+    held = sorted({piece.indices(rows)[:2] for piece in slices})
+    if any(stop != start for (_, stop), (start, _) in itertools.pairwise(held)):
+        raise ValueError(
+            f"process {jax.process_index()} holds rows {held} of a batch, with others between: put the axes that split "
+            "rows (data, fsdp) first in the mesh"
+        )
+    return slice(held[0][0], held[-1][1])

@@ -9,13 +9,15 @@ except ImportError as error:
 from rslora_jax.train.batches import Batch, Rows, heldout_batches, prepare, train_batches
 from rslora_jax.train.docstrings import docstring_pairs
 from rslora_jax.train.examples import Example, Message, read_jsonl
+from rslora_jax.train.feed import Feed
 from rslora_jax.train.loop import NonFiniteLoss, Result, fit
 from rslora_jax.train.loss import Loss, cross_entropy, logits_loss, token_loss
-from rslora_jax.train.state import TrainState, make_evaluate, make_step
+from rslora_jax.train.state import TrainState, make_evaluate, make_pmap_step, make_step, replicate
 
 __all__ = [
     "Batch",
     "Example",
+    "Feed",
     "Loss",
     "Message",
     "NonFiniteLoss",
@@ -28,9 +30,11 @@ __all__ = [
     "heldout_batches",
     "logits_loss",
     "make_evaluate",
+    "make_pmap_step",
     "make_step",
     "prepare",
     "read_jsonl",
+    "replicate",
     "token_loss",
     "train_batches",
 ]

@@ -5,22 +5,24 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import math
-import signal
-import threading
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import numpy as np
 import optax
 
 from rslora_jax import checkpoint
+from rslora_jax.processes import is_first, stop_requests
+from rslora_jax.train.feed import Feed, put
 from rslora_jax.train.loss import Loss
 from rslora_jax.train.report import Display, Record, metrics_file, perplexity, plot, read_metrics
 from rslora_jax.train.state import TrainState, make_evaluate, make_step
 from rslora_jax.wrap import Adapters, Lora
+
+MOST_SKIPPED = 10  # batches in a row that are not finite: then it is the state, not a batch
 
 
 class NonFiniteLoss(RuntimeError):
@@ -32,16 +34,20 @@ class Result:
     """What `fit` returns.
 
     Attributes:
-      adapters: the trained adapters.
+      adapters: the trained adapters, of the last step.
       step: how many steps are done in all.
       records: the lines of `metrics.jsonl`.
-      interrupted: whether Ctrl-C or a request to end stopped the run before its last step.
+      signal: the signal that stopped the run before its last step (Ctrl-C is SIGINT), or None.
+      early: whether the held-out loss stopped it (`patience`).
+      saved: the step of the last checkpoint, `step` unless the disk failed.
     """
 
     adapters: Adapters
     step: int
     records: Sequence[Record]
-    interrupted: bool
+    signal: int | None
+    early: bool
+    saved: int | None
 
     @property
     def heldout(self) -> dict[int, float]:
@@ -61,8 +67,13 @@ def fit(
     folder: str | Path,
     heldout: Any = None,
     batch_sharding: jax.sharding.Sharding | None = None,
+    accumulate: int = 1,
+    key: jax.Array | None = None,
+    on_nonfinite: Literal["stop", "skip"] = "stop",
     eval_every: int | None = None,
+    patience: int | None = None,
     save_every: int | None = None,
+    keep: int = 2,
     settings: Mapping[str, Any] | None = None,
     resume: bool = False,
     show: bool = True,
@@ -73,16 +84,24 @@ def fit(
       lora: from `wrap`.
       params: the base; it stays as it is.
       adapters: where to start, from `lora.init`; they stay as they are too.
-      batches: training batches by number: `batches[n]` for step n, the same whenever it is asked for, so
-        that a resumed run goes on as if it had not stopped.
+      batches: training batches by number: `batches[n]` for step n, the same whenever it is asked for, or an iterable
+        of grain's (see `Feed`); so a resumed run goes on as if it had not stopped.
       loss: such as `token_loss(rows.places)`.
       optimizer: any optax optimiser.
       steps: how many steps to have done at the end, those before a resume included.
       folder: where to write.
+      heldout: batches to evaluate on: before, every `eval_every` steps (by default three times), and after.
       batch_sharding: where batches lie, such as `sharding.batch_sharding(mesh)`; base and adapters stay where they
         are given (`sharding.param_shardings`, `sharding.adapter_shardings`), and the optimiser's state lies with them.
-      heldout: batches to evaluate on: before, every `eval_every` steps (by default three times), and after.
-      save_every: steps between checkpoints; by default a quarter of the run, at most 500. The end is saved too.
+      accumulate: in how many parts to take each batch, one after the other, for less memory.
+      key: a PRNG key, for a loss that takes one: `loss(run, batch, key)`, with None in place of it on held-out
+        batches. A resumed run draws on from it.
+      on_nonfinite: what a loss or gradient that is not finite does: "stop" the run, or "skip" the batch (ten in a
+        row stop it). Either way the state before it is kept.
+      patience: stop after so many evaluations in a row without a new least held-out loss.
+      save_every: steps between checkpoints; by default a quarter of the run, at most 500. The end is saved too, and
+        each new least held-out loss.
+      keep: how many of the last checkpoints to keep, beside the best.
       settings: plain JSON values to keep with the checkpoints (`checkpoint.load_about` reads them).
       resume: go on from the folder's last checkpoint.
       show: print progress.
@@ -92,131 +111,173 @@ def fit(
       ValueError: the folder cannot be used, or its checkpoint is of another config, base or optimiser.
 
     On Ctrl-C (or SIGTERM) the step in progress is finished and saved, and `fit` returns; a second Ctrl-C ends
-    it at once.
+    it at once. Where a checkpoint cannot be written, training goes on, and the ones before stay.
     """
     folder = Path(folder)
     about = checkpoint.describe(lora.config, params, settings)
-    step = make_step(lora, loss, optimizer)
-    evaluate = make_evaluate(lora, loss)
-    state = TrainState.create(adapters, optimizer)
-    put = lambda batch: batch if batch_sharding is None else jax.device_put(batch, batch_sharding)
+    state = TrainState.create(adapters, optimizer, key)
+    on_mesh = {isinstance(leaf.sharding, jax.sharding.NamedSharding) for leaf in jax.tree.leaves(state)} == {True}
+    shardings = jax.tree.map(lambda leaf: leaf.sharding, state) if on_mesh else None
+    step = make_step(lora, loss, optimizer, accumulate=accumulate, skip=on_nonfinite == "skip", shardings=shardings)
+    evaluate = make_evaluate(lora, loss, keyed=key is not None)
+    feed = Feed(batches, batch_sharding)
     eval_every = eval_every or max(1, math.ceil(steps / 3))
     save_every = save_every or max(1, min(math.ceil(steps / 4), 500))
 
     with contextlib.ExitStack() as stack:
-        manager = stack.enter_context(checkpoint.open_checkpoints(folder, resume=resume))
+        saved = stack.enter_context(checkpoint.open_checkpoints(folder, resume=resume, keep=keep))
+        asked = stack.enter_context(stop_requests())
+        display = Display(steps, show and is_first())
         if resume:
-            state = from_checkpoint(state, checkpoint.restore(manager, state.adapters, training(state), about))
+            restored = checkpoint.restore(saved, state.adapters, training(state), about, display.line)
+            state = from_checkpoint(state, restored)
+            feed.go_to(restored[2]["data"])
         start = int(state.step)
         if start >= steps:
             raise ValueError(f"{folder} is already at step {start}: ask for more than {steps} steps to go on")
         records = read_metrics(folder / "metrics.jsonl", until=start)
-        append = stack.enter_context(metrics_file(folder / "metrics.jsonl", records))
-        stopping = stack.enter_context(stop_signals())
-        display = stack.enter_context(Display(start, steps, show))
-
-        last = time.monotonic()
+        append = lambda entry: None
+        if is_first():
+            append = stack.enter_context(metrics_file(folder / "metrics.jsonl", records, display.line))
+        stack.enter_context(display.running(start))
 
         def record(**entry: Any) -> None:
             records.append(entry)
             append(entry)
 
-        def look(at: int, state: TrainState) -> None:
-            if heldout is not None:
-                value = evaluate(params, state.adapters, map(put, heldout))
-                record(step=at, heldout_loss=value)
-                display.line(f"step {at}: held-out perplexity {perplexity(value):.2f} (loss {value:.4f})")
+        def look(at: int) -> float | None:
+            """Evaluate on the held-out batches; None where there are none, or a signal came."""
+            if heldout is None:
+                return None
+            sums = []
+            for batch in heldout:
+                sums.append(evaluate(params, state.adapters, put(batch, batch_sharding)))
+                if signal_at(at):
+                    return None
+            total, count = (sum(float(s[n]) for s in sums) for n in (0, 1))
+            if not count:
+                raise ValueError("the held-out batches hold no token with loss: give at least one example")
+            value = total / count
+            record(step=at, heldout_loss=value)
+            display.line(f"step {at}: held-out perplexity {perplexity(value):.2f} (loss {value:.4f})")
+            return value
 
-        def keep(at: int, state: TrainState) -> None:
-            checkpoint.save(manager, at, state.adapters, training(state), about)
+        def save(at: int, value: float | None = None) -> None:
+            place = {"data": feed.place() | {"batch": at}}
+            try:
+                checkpoint.save(saved, at, state.adapters, training(state), about | place, value)
+            except Exception as error:  # what orbax, tensorstore or the system raise
+                failed(at, error)
 
-        def finish(pending: tuple[int, dict, int]) -> None:
-            """Wait for a step and record it; the device is already at work on the next."""
+        def failed(at: int, error: Exception) -> None:
+            saved.manager.reload()
+            last = checkpoint.steps_in(folder)
+            there = f"the last checkpoint is that of step {last[-1]}" if last else "there is no checkpoint yet"
+            reason = " ".join(str(error).split())[:300]
+            display.line(f"step {at}: a checkpoint could not be written, and {there}; training goes on ({reason})")
+
+        last = time.monotonic()
+
+        def finish(number: int, metrics: dict, size: int) -> None:
+            """Wait for a step and record it; the device may be at work on the next."""
             nonlocal last
-            number, metrics, size = pending
-            value, norm, tokens = (float(metrics[k]) for k in ("loss", "grad_norm", "tokens"))
+            value, norm, tokens, skipped = (float(metrics[k]) for k in ("loss", "grad_norm", "tokens", "skipped"))
             now = time.monotonic()
             seconds, last = now - last, now
             record(
-                step=number + 1,
+                step=number,
                 loss=value,
                 perplexity=perplexity(value),
                 grad_norm=norm,
                 tokens=int(tokens),
                 seconds=round(seconds, 4),
                 tokens_per_second=round((size or tokens) / max(seconds, 1e-9), 1),
+                **({"skipped": True} if skipped and on_nonfinite == "skip" else {}),
             )
-            if not math.isfinite(value) or not math.isfinite(norm):
+            if skipped:
                 what = "loss" if not math.isfinite(value) else "gradient"
-                raise NonFiniteLoss(
-                    f"the {what} of step {number + 1} is not finite (loss {value}, gradient norm {norm}); the "
-                    f"adapters of step {number} are saved in {folder}: try a lower learning rate, or look at batch "
-                    f"{number}"
-                )
+                told = f"the {what} of step {number} is not finite (loss {value}, gradient norm {norm})"
+                if on_nonfinite == "stop" or skipped >= MOST_SKIPPED:
+                    raise NonFiniteLoss(
+                        f"{told}; the adapters of step {number - int(skipped)} are saved "
+                        f"in {folder}: try a lower learning rate, or look at batch {number - 1}"
+                    )
+                display.line(f"{told}: the batch is skipped")
             display.update(records[-1])
 
-        if start == 0:
-            look(0, state)
-        pending = None
-        last = time.monotonic()
-        at = start
+        signal_at = asked
+        at, pending, came = start, None, None
         try:
-            while at < steps and not stopping.is_set():
-                batch = batches[at]
-                state, metrics = step(state, params, put(batch))
+            if not any(r["step"] == start and "heldout_loss" in r for r in records) and start % eval_every == 0:
+                look(start)
+            last = time.monotonic()
+            while at < steps and not (came := asked(at)) and not too_long(records, patience):
+                batch = next(feed)
+                state, metrics = step(state, params, batch)
                 if pending:
-                    finish(pending)
-                pending, at = (at, metrics, np.size(getattr(batch, "tokens_BxT", ()))), at + 1
-                looks, keeps = at % eval_every == 0 and at < steps, at % save_every == 0
-                if looks or keeps:
-                    finish(pending)
+                    finish(*pending)
+                at += 1
+                pending = (at, metrics, np.size(getattr(batch, "tokens_BxT", ())))
+                looks, saves = at % eval_every == 0 or at == steps, at % save_every == 0
+                if looks or saves:
+                    finish(*pending)
                     pending = None
-                    if keeps:
-                        keep(at, state)
-                    if looks:
-                        look(at, state)
+                    value = look(at) if looks else None
+                    if saves or (value is not None and is_least(records)):
+                        save(at, value)
                     last = time.monotonic()
             if pending:
-                finish(pending)
-            if at == steps:
-                look(at, state)
+                finish(*pending)
         finally:
             # After an error the state is that of the last good step (see TrainState.finite), unless a second
             # Ctrl-C struck while the step had the state's memory.
             if not any(leaf.is_deleted() for leaf in jax.tree.leaves(state)):
-                keep(int(state.step), state)
-            plot(records, folder / "loss.png", f"{folder.name}: rank {lora.config.rank}, {lora.config.scaling}")
-    return Result(state.adapters, int(state.step), tuple(records), interrupted=at < steps)
+                save(int(state.step))
+                try:
+                    saved.manager.wait_until_finished()
+                except Exception as error:
+                    failed(int(state.step), error)
+            if is_first():
+                title = f"{folder.name}: rank {lora.config.rank}, {lora.config.scaling}"
+                with contextlib.suppress(OSError):  # of a full disk, told above
+                    plot(records, folder / "loss.png", title)
+    on_disk = checkpoint.steps_in(folder)
+    early = at < steps and came is None
+    return Result(state.adapters, int(state.step), tuple(records), came, early, on_disk[-1] if on_disk else None)
+
+
+def is_least(records: Sequence[Record]) -> bool:
+    """Say whether the last held-out loss is the least so far.
+
+    >>> is_least([{"heldout_loss": 2.0}, {"loss": 1.0}, {"heldout_loss": 1.5}])
+    True
+    """
+    return since_least(records) == 0
+
+
+def too_long(records: Sequence[Record], patience: int | None) -> bool:
+    """Say whether so many evaluations in a row brought no new least held-out loss.
+
+    >>> too_long([{"heldout_loss": loss} for loss in (2.0, 1.0, 1.5, 1.2)], patience=2)
+    True
+    """
+    return patience is not None and since_least(records) >= patience
+
+
+def since_least(records: Sequence[Record]) -> int:
+    """Count the evaluations after the one with the least held-out loss."""
+    losses = [r["heldout_loss"] for r in records if "heldout_loss" in r]
+    losses = [loss if isinstance(loss, float) and not math.isnan(loss) else math.inf for loss in losses]
+    return len(losses) - 1 - losses.index(min(losses)) if losses else 0
 
 
 def training(state: TrainState) -> dict[str, Any]:
     """Return what a checkpoint holds beside the adapters."""
-    return {"step": state.step, "opt_state": state.opt_state}
+    held = {"step": state.step, "opt_state": state.opt_state, "skipped": state.skipped}
+    return held if state.key is None else held | {"key": state.key}
 
 
-def from_checkpoint(state: TrainState, restored: tuple[Any, Any]) -> TrainState:
+def from_checkpoint(state: TrainState, restored: tuple[Any, Any, Any]) -> TrainState:
     """Return a state with what `checkpoint.restore` gave."""
-    adapters, rest = restored
-    return dataclasses.replace(state, adapters=adapters, step=rest["step"], opt_state=rest["opt_state"])
-
-
-@contextlib.contextmanager
-def stop_signals() -> Iterator[threading.Event]:
-    """Turn the first Ctrl-C or SIGTERM into an event; the second acts as it always does."""
-    stopping = threading.Event()
-    if threading.current_thread() is not threading.main_thread():
-        yield stopping  # only the main thread may have handlers
-        return
-    before = {kind: signal.getsignal(kind) for kind in (signal.SIGINT, signal.SIGTERM)}
-
-    def ask(kind: int, frame: Any) -> None:
-        stopping.set()
-        signal.signal(kind, before[signal.Signals(kind)])
-
-    for kind in before:
-        signal.signal(kind, ask)
-    try:
-        yield stopping
-    finally:
-        for kind, handler in before.items():
-            signal.signal(kind, handler)
+    adapters, rest, _ = restored
+    return dataclasses.replace(state, adapters=adapters, **rest)

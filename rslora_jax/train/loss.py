@@ -14,7 +14,8 @@ from rslora_jax.train.batches import Batch
 
 # A loss takes a model whose parameters are bound (`run(tokens, ...)`) and a batch, and returns the sum of the
 # losses and their number. Sums add up over batches of unequal numbers; means do not.
-Loss = Callable[[Callable[..., Any], Any], tuple[Array, Array]]
+# One that draws at random takes a key as well (`fit(key=...)`).
+Loss = Callable[..., tuple[Array, Array]]
 
 
 def token_loss(places: int) -> Loss:

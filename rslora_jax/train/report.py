@@ -6,7 +6,7 @@ import contextlib
 import json
 import math
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -37,17 +37,34 @@ def read_metrics(path: Path, until: int) -> list[Record]:
 
 
 @contextlib.contextmanager
-def metrics_file(path: Path, records: Sequence[Record]) -> Iterator[Any]:
-    """Open a metrics file that starts with `records`; give a function that appends one and flushes it."""
-    line = lambda record: json.dumps({k: strict(v) for k, v in record.items()}) + "\n"
-    with path.open("w", encoding="utf-8") as file:
-        file.writelines(map(line, records))
+def metrics_file(path: Path, records: Sequence[Record], say: Callable[[str], Any]) -> Iterator[Any]:
+    """Open a metrics file that starts with `records`; give a function that appends one and flushes it.
 
-        def append(record: Record) -> None:
+    A full disk does not end a run: it is said once, and what cannot be written is left out.
+    """
+    line = lambda record: json.dumps({k: strict(v) for k, v in record.items()}) + "\n"
+    # Written apart and moved: a crash in between loses no line.
+    draft = path.with_suffix(".tmp")
+    draft.write_text("".join(map(line, records)), encoding="utf-8")
+    draft.replace(path)
+    said = False
+    file = path.open("a", encoding="utf-8")
+
+    def append(record: Record) -> None:
+        nonlocal said
+        try:
             file.write(line(record))
             file.flush()
+        except OSError as error:
+            if not said:
+                say(f"{path} cannot be written ({error.strerror}): training goes on without it")
+            said = True
 
+    try:
         yield append
+    finally:
+        with contextlib.suppress(OSError):  # of the lines that could not be written, told above
+            file.close()
 
 
 def strict(value: Any) -> Any:
@@ -124,7 +141,7 @@ def numbers(record: Record, steps: int, left: float | None) -> str:
 class Display:
     """A progress bar on a terminal, some plain lines elsewhere."""
 
-    def __init__(self, start: int, steps: int, show: bool = True, every: float = 15.0):
+    def __init__(self, steps: int, show: bool = True, every: float = 15.0):
         from rich.console import Console
         from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 
@@ -139,7 +156,7 @@ class Display:
             console=self.console,
             disable=not self.console.is_terminal,
         )
-        self.task = self.bar.add_task("compiling", total=steps, completed=start)
+        self.task = self.bar.add_task("compiling", total=steps)
 
     def line(self, text: str) -> None:
         """Print a line that stays."""
@@ -158,9 +175,9 @@ class Display:
             self.said = time.monotonic()
             self.line(f"step {record['step']}/{self.steps}  {text}")
 
-    def __enter__(self) -> Display:
-        self.bar.start()
-        return self
-
-    def __exit__(self, *_: Any) -> None:
-        self.bar.stop()
+    @contextlib.contextmanager
+    def running(self, start: int) -> Iterator[None]:
+        """Show the bar, from a step on."""
+        self.bar.update(self.task, completed=start)
+        with self.bar:
+            yield

@@ -10,7 +10,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import optax
-from jax import Array
+from jax import Array, lax
+from jax.sharding import NamedSharding, PartitionSpec, Sharding
 
 from rslora_jax.train.loss import Loss
 from rslora_jax.wrap import Adapters, Lora
@@ -21,40 +22,73 @@ Step = Callable[["TrainState", Any, Any], tuple["TrainState", dict[str, Array]]]
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class TrainState:
-    """Hold all that a step changes.
+    """Hold all that a step changes, and the key it draws from.
 
     Attributes:
-      step: int32, how many steps are done.
+      step: int32, how many batches are done.
       adapters: the adapters.
       opt_state: the optimiser's state, for the adapters alone.
-      finite: bool, whether every loss and gradient so far was. Once it is not, nothing moves any more, so the
-        state stays the last good one however late that is noticed.
+      finite: bool. Once a loss or gradient was not, nothing moves any more, so the state stays the last good one
+        however late that is noticed. With `skip` only that batch moves nothing, and this stays true.
+      skipped: int32, how many batches were passed over in a row, up to the last.
+      key: raw key data of a PRNG, or None; step n draws from `fold_in(key, n)`.
     """
 
     step: Array
     adapters: Adapters
     opt_state: Any
     finite: Array
+    skipped: Array
+    key: Array | None = None
 
     @classmethod
-    def create(cls, adapters: Adapters, optimizer: optax.GradientTransformation) -> TrainState:
-        """Start at step 0 with copies of `adapters`: steps give their state's memory away."""
+    def create(
+        cls, adapters: Adapters, optimizer: optax.GradientTransformation, key: Array | None = None
+    ) -> TrainState:
+        """Start at step 0 with copies of `adapters`: steps give their state's memory away.
+
+        The optimiser's moments lie as the adapters do, and the rest is whole on every device of their mesh.
+        """
         adapters = jax.tree.map(jnp.copy, adapters)
-        return cls(jnp.zeros((), jnp.int32), adapters, optimizer.init(adapters), jnp.ones((), bool))
+        zero = lambda: jnp.zeros((), jnp.int32)
+        data = None if key is None else jnp.copy(jax.random.key_data(key))
+        state = cls(zero(), adapters, optimizer.init(adapters), jnp.ones((), bool), zero(), data)
+        meshes = [leaf.sharding.mesh for leaf in jax.tree.leaves(adapters) if isinstance(leaf.sharding, NamedSharding)]
+        if not meshes:
+            return state
+        everywhere = NamedSharding(meshes[0], PartitionSpec())
+        put = lambda leaf: leaf if isinstance(leaf.sharding, NamedSharding) else jax.device_put(leaf, everywhere)
+        return jax.tree.map(put, state)
 
 
-@functools.lru_cache(maxsize=8)  # so that a second call in a notebook compiles nothing again
-def make_step(lora: Lora, loss: Loss, optimizer: optax.GradientTransformation) -> Step:
+def make_step(
+    lora: Lora,
+    loss: Loss,
+    optimizer: optax.GradientTransformation,
+    *,
+    accumulate: int = 1,
+    skip: bool = False,
+    shardings: TrainState | None = None,
+) -> Step:
     """Make the compiled step `(state, params, batch) -> (state, metrics)`.
 
     The state's memory is donated. The base parameters are an argument, not a constant of the program.
-    Metrics, all float32 scalars: "loss" (mean, nats), "tokens" with loss, "grad_norm" (before the optimiser).
+    Metrics, all scalars: "loss" (mean, nats), "tokens" with loss, "grad_norm" (before the optimiser), "skipped".
+
+    Args:
+      lora: from `wrap`.
+      loss: `loss(run, batch)`, or `loss(run, batch, key)` where the state has a key.
+      optimizer: any optax optimiser.
+      accumulate: in how many parts to take a batch, one after the other, for less memory; the result is that of
+        the whole batch, to rounding. Every array of the batch has its rows first, in a multiple of this number.
+      skip: pass over a batch whose loss or gradient is not finite, in place of staying at the state before it.
+      shardings: where each array of the state lies, and so is to lie after the step; by default XLA decides.
 
     >>> import numpy as np, rslora_jax as rslora
     >>> lora = rslora.wrap(lambda p, x: x @ p["w"], {"w": jnp.ones((4, 4))}, jnp.ones((2, 4)),
     ...                    config=rslora.LoraConfig(rank=2, alpha=3))
     >>> squares = lambda run, batch: (jnp.sum((run(batch) - 1) ** 2), jnp.float32(batch.size))
-    >>> step = make_step(lora, squares, optax.adam(1e-2))
+    >>> step = make_step(lora, squares, optax.adam(1e-2), accumulate=2)
     >>> state = TrainState.create(lora.init(jax.random.key(0)), optax.adam(1e-2))
     >>> for _ in range(5):
     ...     state, metrics = step(state, {"w": jnp.ones((4, 4))}, np.ones((2, 4), np.float32))
@@ -62,42 +96,141 @@ def make_step(lora: Lora, loss: Loss, optimizer: optax.GradientTransformation) -
     (5, True)
     """
 
-    def mean_loss(adapters: Adapters, params: Any, batch: Any) -> tuple[Array, Array]:
-        total, count = loss(functools.partial(lora.apply, params, adapters), batch)
-        # A batch may hold no token with loss, such as the filling of a last batch.
-        return total / jnp.maximum(count, 1), count
+    leaves, tree = jax.tree.flatten(shardings)
+    return _make_step(lora, loss, optimizer, accumulate, skip, tuple(leaves), tree)
 
-    @functools.partial(jax.jit, donate_argnums=0)
+
+@functools.lru_cache(maxsize=8)  # so that a second call in a notebook compiles nothing again
+def _make_step(
+    lora: Lora,
+    loss: Loss,
+    optimizer: optax.GradientTransformation,
+    accumulate: int,
+    skip: bool,
+    leaves: tuple[Sharding, ...],
+    tree: Any,
+) -> Step:
+    kept = (jax.tree.unflatten(tree, leaves), None) if leaves else None
+
+    @functools.partial(jax.jit, donate_argnums=0, out_shardings=kept)
     def step(state: TrainState, params: Any, batch: Any) -> tuple[TrainState, dict[str, Array]]:
-        (value, count), grads = jax.value_and_grad(mean_loss, has_aux=True)(state.adapters, params, batch)
-        norm = optax.tree.norm(grads)
-        finite = state.finite & jnp.isfinite(value) & jnp.isfinite(norm)
-        updates, opt_state = optimizer.update(grads, state.opt_state, state.adapters)
-        moved = (state.step + 1, optax.apply_updates(state.adapters, updates), opt_state)
-        stayed = (state.step, state.adapters, state.opt_state)
-        number, adapters, opt_state = jax.tree.map(functools.partial(jnp.where, finite), moved, stayed)
-        return TrainState(number, adapters, opt_state, finite), {
-            "loss": value,
-            "grad_norm": norm,
-            "tokens": count,
-        }
+        value, count, grads = gradient(lora, loss, state, params, batch, accumulate)
+        return advance(optimizer, state, value, count, grads, skip)
 
     return step
 
 
+def gradient(
+    lora: Lora, loss: Loss, state: TrainState, params: Any, batch: Any, accumulate: int = 1
+) -> tuple[Array, Array, Adapters]:
+    """Return (sum of the losses, their number, gradient of the sum), float32, of a batch taken in parts."""
+
+    def total(adapters: Adapters, part: Any, number: Any) -> tuple[Array, Array]:
+        run = functools.partial(lora.apply, params, adapters)
+        if state.key is None:
+            return loss(run, part)
+        key = jax.random.wrap_key_data(state.key)
+        for n in (state.step, number):
+            key = jax.random.fold_in(key, n)
+        return loss(run, part, key)
+
+    of = jax.value_and_grad(total, has_aux=True)
+    if accumulate == 1:
+        (value, count), grads = of(state.adapters, batch, 0)
+        return value, count, grads
+
+    def one(sums: Any, numbered: tuple[Array, Any]) -> tuple[Any, None]:
+        return jax.tree.map(jnp.add, sums, of(state.adapters, numbered[1], numbered[0])), None
+
+    parts = split(batch, accumulate)
+    zeros = jax.tree.map(
+        lambda s: jnp.zeros(s.shape, s.dtype),
+        jax.eval_shape(of, state.adapters, jax.tree.map(lambda x: x[0], parts), 0),
+    )
+    ((value, count), grads), _ = lax.scan(one, zeros, (jnp.arange(accumulate), parts))
+    return value, count, grads
+
+
+def split(batch: Any, parts: int) -> Any:
+    """Deal a batch's rows out: row n goes to part n modulo `parts`, on a new first axis.
+
+    Dealt like this and not cut, a part has rows of every device on which the batch lies.
+
+    >>> split(jnp.arange(6), 2).tolist()
+    [[0, 2, 4], [1, 3, 5]]
+    """
+
+    def one(rows: Any) -> Array:
+        rows = jnp.asarray(rows)
+        if rows.ndim == 0 or rows.shape[0] % parts:
+            raise ValueError(
+                f"a batch array of shape {rows.shape} cannot be taken in {parts} parts: its first axis is not a "
+                f"multiple of accumulate={parts}"
+            )
+        return jnp.moveaxis(rows.reshape(-1, parts, *rows.shape[1:]), 1, 0)
+
+    return jax.tree.map(one, batch)
+
+
+def advance(
+    optimizer: optax.GradientTransformation, state: TrainState, value: Array, count: Array, grads: Adapters, skip: bool
+) -> tuple[TrainState, dict[str, Array]]:
+    """Return the state after a step, and its metrics, from the sums that `gradient` gave."""
+    # A batch may hold no token with loss, such as the filling of a last batch.
+    count = jnp.asarray(count, jnp.float32)
+    value, grads = jax.tree.map(lambda x: x / jnp.maximum(count, 1).astype(x.dtype), (value, grads))
+    norm = optax.tree.norm(grads)
+    fine = jnp.isfinite(value) & jnp.isfinite(norm)
+    moves = fine & state.finite
+    updates, opt_state = optimizer.update(grads, state.opt_state, state.adapters)
+    moved = (optax.apply_updates(state.adapters, updates), opt_state)
+    stayed = (state.adapters, state.opt_state)
+    adapters, opt_state = jax.tree.map(functools.partial(jnp.where, moves), moved, stayed)
+    skipped = jnp.where(moves, 0, state.skipped + 1)
+    done = state.step + (1 if skip else moves.astype(jnp.int32))
+    finite = state.finite if skip else moves
+    metrics = {"loss": value, "grad_norm": norm, "tokens": count, "skipped": skipped}
+    return TrainState(done, adapters, opt_state, finite, skipped, state.key), metrics
+
+
+def make_pmap_step(
+    lora: Lora, loss: Loss, optimizer: optax.GradientTransformation, *, accumulate: int = 1, skip: bool = False
+) -> Step:
+    """Make the step of `make_step` for `jax.pmap`: everything is replicated, and each device takes its own batch.
+
+    State, base and batch have a leading axis of devices (`replicate`). The gradients are means over the tokens of
+    all devices. `jit` on a mesh does this and more; this is for programs built on pmap.
+    """
+
+    @functools.partial(jax.pmap, axis_name="devices", donate_argnums=0)
+    def step(state: TrainState, params: Any, batch: Any) -> tuple[TrainState, dict[str, Array]]:
+        sums = gradient(lora, loss, state, params, batch, accumulate)
+        value, count, grads = lax.psum(sums, "devices")
+        return advance(optimizer, state, value, count, grads, skip)
+
+    return step
+
+
+def replicate(tree: Any) -> Any:
+    """Give every array a leading axis of devices, with a copy of it on each, for `make_pmap_step`.
+
+    >>> replicate({"w": jnp.ones((2, 3))})["w"].shape == (jax.local_device_count(), 2, 3)
+    True
+    """
+    return jax.pmap(lambda _: tree)(jnp.arange(jax.local_device_count()))
+
+
 @functools.lru_cache(maxsize=8)
-def make_evaluate(lora: Lora, loss: Loss) -> Callable[[Any, Adapters, Any], float]:
-    """Make `evaluate(params, adapters, batches) -> mean loss over all tokens of all batches` (nats)."""
+def make_evaluate(
+    lora: Lora, loss: Loss, *, keyed: bool = False
+) -> Callable[[Any, Adapters, Any], tuple[Array, Array]]:
+    """Make the compiled `evaluate(params, adapters, batch) -> (sum of the losses, their number)`.
+
+    A loss that takes a key (`keyed`) is given None for it: nothing is to be drawn.
+    """
 
     @jax.jit
-    def one(params: Any, adapters: Adapters, batch: Any) -> tuple[Array, Array]:
-        return loss(functools.partial(lora.apply, params, adapters), batch)
-
-    def evaluate(params: Any, adapters: Adapters, batches: Any) -> float:
-        sums = [one(params, adapters, batch) for batch in batches]
-        total, count = (sum(float(s[n]) for s in sums) for n in (0, 1))
-        if not count:
-            raise ValueError("the held-out batches hold no token with loss: give at least one example")
-        return total / count
+    def evaluate(params: Any, adapters: Adapters, batch: Any) -> tuple[Array, Array]:
+        return loss(functools.partial(lora.apply, params, adapters), batch, *((None,) if keyed else ()))
 
     return evaluate

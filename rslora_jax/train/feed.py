@@ -1,0 +1,61 @@
+"""Batches in their order, where they belong on the devices, and the place in the data to go on from."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+
+
+class Feed:
+    """Give one batch after another, and say in plain JSON values how far it is.
+
+    Args:
+      batches: batches by number, such as `train_batches` gives: batch n is `batches[n]`. Or an iterable whose
+        iterator has `get_state()` and `set_state(state)`, as grain's have.
+      sharding: where a batch's arrays lie, or None. Of several processes each gives its own rows
+        (`sharding.process_rows`).
+
+    >>> feed = Feed(["a", "b", "c"])
+    >>> next(feed), feed.place()
+    ('a', {'batch': 1})
+    >>> again = Feed(["a", "b", "c"])
+    >>> again.go_to({"batch": 1}); next(again)
+    'b'
+    """
+
+    def __init__(self, batches: Any, sharding: jax.sharding.Sharding | None = None):
+        self._batches, self._sharding, self._number = batches, sharding, 0
+        self._iterator = None if hasattr(batches, "__getitem__") else iter(batches)
+        if self._iterator is not None and not hasattr(self._iterator, "get_state"):
+            raise ValueError(
+                f"{type(batches).__name__} cannot say where it is, so a run could not be resumed: give batches by "
+                "number (batches[n]), or an iterator with get_state and set_state, as grain's"
+            )
+
+    def __next__(self) -> Any:
+        batch = self._batches[self._number] if self._iterator is None else next(self._iterator)
+        self._number += 1
+        return put(batch, self._sharding)
+
+    def place(self) -> dict[str, Any]:
+        """Say how many batches were given, and the iterator's own state where there is one."""
+        state = {} if self._iterator is None else {"iterator": self._iterator.get_state()}
+        return {"batch": self._number, **state}
+
+    def go_to(self, place: dict[str, Any]) -> None:
+        """Go on from a place that `place` gave."""
+        if (self._iterator is None) == ("iterator" in place):
+            raise ValueError("the run began with batches by number or with an iterator, and now has the other")
+        self._number = place["batch"]
+        if self._iterator is not None:
+            self._iterator.set_state(place["iterator"])
+
+
+def put(batch: Any, sharding: jax.sharding.Sharding | None) -> Any:
+    """Lay a batch out on the devices; of several processes each gives the rows that its devices hold."""
+    if sharding is None:
+        return batch
+    if jax.process_count() == 1:
+        return jax.device_put(batch, sharding)
+    return jax.tree.map(lambda rows: jax.make_array_from_process_local_data(sharding, rows), batch)
