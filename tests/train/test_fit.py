@@ -14,39 +14,10 @@ import numpy as np
 import optax
 import pytest
 
-import rslora_jax as rslora
 from rslora_jax import checkpoint, train
-from rslora_jax.models.llama import Llama, LlamaConfig
-from rslora_jax.train.bytelevel import ByteTokenizer
+from tests.train.tiny import Run
 
 pytestmark = pytest.mark.xdist_group("fit")  # in one process: the step is compiled once
-
-CONFIG = LlamaConfig(vocab_size=258, width=32, mlp_width=48, num_layers=2, num_heads=4, num_kv_heads=2)
-SUMS = [train.Example(f"{a}+{b}=", f"{a + b}") for a in range(12) for b in range(12)]
-
-
-class Run:
-    """A tiny model and all that `fit` takes."""
-
-    def __init__(self, rank=3, seed=0, learning_rate=1e-2, **config):
-        model = Llama(CONFIG)
-        self.params = model.init(jax.random.key(seed), jnp.zeros((1, 1), jnp.int32))
-        config = rslora.LoraConfig(rank=rank, alpha=7, **config)
-        self.lora = rslora.wrap(model.apply, self.params, jnp.zeros((1, 4), jnp.int32), config=config)
-        self.rows = train.prepare(ByteTokenizer(), SUMS[::2], max_len=24)
-        self.held = train.prepare(ByteTokenizer(), SUMS[1::16], max_len=24)
-        self.batches = train.train_batches(self.rows, batch_size=4)
-        self.loss = train.token_loss(max(self.rows.places, self.held.places))
-        self.optimizer = optax.adam(learning_rate)
-
-    def fit(self, folder, steps, **options):
-        options = {"batches": self.batches, "loss": self.loss, "show": False} | options
-        options.setdefault("heldout", train.heldout_batches(self.held, batch_size=4))
-        adapters = self.lora.init(jax.random.key(1))
-        return train.fit(
-            self.lora, self.params, adapters, optimizer=self.optimizer, steps=steps, folder=folder, **options
-        )
-
 
 @pytest.fixture(scope="module")
 def run():
@@ -246,7 +217,7 @@ def test_an_interrupt_saves_and_the_run_can_go_on(run, whole, tmp_path):
 def test_a_killed_run_leaves_a_folder_that_resumes(tmp_path):
     script = """
         import os, sys
-        from tests.train.test_fit import Run
+        from tests.train.tiny import Run
         run = Run()
         class Batches:
             def __getitem__(self, n):
