@@ -29,6 +29,7 @@ def main() -> None:
     where = sharding.batch_sharding(mesh, 4)
     share = sharding.process_rows(where, 4)
     stop = next((int(word) for word in rest if word.isdigit()), None)
+
     class Batches:
         def __getitem__(self, n):
             if n == stop and int(index) == 1:

@@ -280,4 +280,6 @@ def training(state: TrainState) -> dict[str, Any]:
 def from_checkpoint(state: TrainState, restored: tuple[Any, Any, Any]) -> TrainState:
     """Return a state with what `checkpoint.restore` gave."""
     adapters, rest, _ = restored
-    return dataclasses.replace(state, adapters=adapters, **rest)
+    # What is restored is bound to its devices: were this not, the second step would compile again.
+    finite = jax.device_put(state.finite, rest["step"].sharding)
+    return dataclasses.replace(state, adapters=adapters, finite=finite, **rest)

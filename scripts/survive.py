@@ -1,0 +1,151 @@
+"""Kill a training run again and again, at random moments, and compare what it learns with an unbroken run.
+
+    python scripts/survive.py                 # 20 kills (SIGKILL), some minutes
+    python scripts/survive.py --kills 100 --seed 3
+
+A process trains adapters and saves every few steps. It is killed, from its start to the middle of a save, and started
+again with `resume`, until it has been killed as often as asked; then it may end. Its adapters, its optimiser's state
+and its metrics must be those of the unbroken run, bit for bit; the exit status is 1 where they are not.
+"""
+
+import argparse
+import json
+import multiprocessing
+import os
+import random
+import signal
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+os.environ.setdefault("JAX_PLATFORMS", "cpu")
+
+import jax
+import jax.numpy as jnp
+import optax
+from rich.console import Console
+from rich.progress import track
+from rich.table import Table
+
+import rslora_jax as rslora
+from rslora_jax import checkpoint, train
+from rslora_jax.models.llama import Llama, LlamaConfig
+from rslora_jax.train.bytelevel import ByteTokenizer
+
+CONFIG = LlamaConfig(
+    vocab_size=258, width=48, mlp_width=96, num_layers=3, num_heads=4, num_kv_heads=2, scan_layers=True
+)
+SUMS = [train.Example(f"{a}+{b}=", f"{a + b}") for a in range(12) for b in range(12)]
+
+
+def attempt(folder: Path, steps: int, save_every: int, begun: Any) -> None:
+    """Train in a folder, from the start or from what is there; `begun` is set when the first step has run."""
+    jax.config.update("jax_compilation_cache_dir", str(folder.parent / "compiled"))
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
+    model = Llama(CONFIG)
+    params = model.init(jax.random.key(0), jnp.zeros((1, 1), jnp.int32))
+    config = rslora.LoraConfig(rank=6, alpha=10)
+    lora = rslora.wrap(model.apply, params, jnp.zeros((1, 4), jnp.int32), config=config)
+    rows = train.prepare(ByteTokenizer(), SUMS[::2], max_len=24)
+    held = train.prepare(ByteTokenizer(), SUMS[1::16], max_len=24)
+    batches = train.train_batches(rows, batch_size=4)
+
+    class Told:
+        asked = 0
+
+        def __getitem__(self, n: int) -> Any:
+            self.asked += 1
+            if self.asked == 2:
+                begun.set()
+            return batches[n]
+
+    train.fit(
+        *(lora, params, lora.init(jax.random.key(1))),
+        batches=Told(),
+        heldout=train.heldout_batches(held, batch_size=4),
+        loss=train.token_loss(max(rows.places, held.places)),
+        optimizer=optax.adamw(3e-3),
+        steps=steps,
+        folder=folder,
+        eval_every=20,
+        save_every=save_every,
+        resume=bool(checkpoint.steps_in(folder)),
+        show=False,
+    )
+
+
+def contents(folder: Path) -> tuple[Any, Any]:
+    """Return (a checksum of every array of the last checkpoint, metrics without their times)."""
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    lines = [{k: v for k, v in line.items() if "second" not in k} for line in lines]
+    return checkpoint.load_about(folder)["checksums"], lines
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--kills", type=int, default=20, help="(20)")
+    parser.add_argument("--steps", type=int, default=120, help="of the run (120)")
+    parser.add_argument("--save-every", type=int, default=3, help="steps (3)")
+    parser.add_argument("--seed", type=int, default=0, help="of the moments (0)")
+    arguments = parser.parse_args()
+    moments, console = random.Random(arguments.seed), Console()
+    # Forked, so that a child need not import anything; nothing here may wake JAX's devices before.
+    processes = multiprocessing.get_context("fork")
+    table = Table("kill", "seconds", "after", "from step", "saved step", "in a save", title="killed by SIGKILL")
+
+    with tempfile.TemporaryDirectory() as parent:
+        whole, broken = Path(parent, "whole"), Path(parent, "broken")
+
+        def start(folder: Path) -> tuple[Any, Any]:
+            begun = processes.Event()
+            child = processes.Process(
+                target=attempt, args=(folder, arguments.steps, arguments.save_every, begun), daemon=True
+            )
+            child.start()
+            return child, begun
+
+        child, begun = start(whole)
+        begun.wait()
+        first = time.monotonic()
+        child.join()
+        lasts = time.monotonic() - first
+        killed = 0
+        for number in track(range(1, arguments.kills + 1), "killing", console=console, transient=True):
+            before = checkpoint.steps_in(broken)
+            child, begun = start(broken)
+            if number % 5:
+                begun.wait()
+                # So that all the attempts together get about as far as the whole run.
+                delay, after = moments.uniform(0, 1.5 * lasts / arguments.kills), "a step"
+            else:
+                delay, after = moments.uniform(0, 5.0), "its start"
+            time.sleep(delay)
+            if not child.is_alive():
+                break
+            os.kill(child.pid, signal.SIGKILL)
+            child.join()
+            killed += 1
+            steps = checkpoint.steps_in(broken)
+            saving = any("tmp" in path.name for path in (broken / "checkpoints").glob("*"))
+            at = [str(s[-1]) if s else "none" for s in (before, steps)]
+            table.add_row(str(number), f"{delay:.2f}", after, *at, "yes" if saving else "")
+        child, _ = start(broken)
+        child.join()
+        console.print(table)
+        if checkpoint.steps_in(broken)[-1:] != [arguments.steps]:
+            console.print(f"the last attempt failed with exit status {child.exitcode}")
+            return 1
+        same_arrays, same_metrics = (a == b for a, b in zip(contents(whole), contents(broken), strict=True))
+    saves = sum(cell == "yes" for cell in table.columns[-1].cells)
+    same = lambda equal: "the same, bit for bit" if equal else "NOT the same"
+    console.print(
+        f"survived {killed} kills, {saves} of them in a save: after {arguments.steps} steps adapters and optimiser are "
+        f"{same(same_arrays)}, metrics are {same(same_metrics)}"
+    )
+    return 0 if same_arrays and same_metrics else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())
