@@ -1,0 +1,249 @@
+"""FLOPs of a training step of adapters by the program itself, and how much of a device's peak a run makes of them.
+
+Counted are products (`dot_general`, convolutions, `ragged_dot`), two FLOPs for a multiply-add, in the gradient to the
+adapters. So a frozen weight of i x o costs 4io a token and not the 6io of full training: 2io for its product and 2io
+for the gradient of its input, where there is one to hand on. What adapters add is counted in the order of contractions
+that `transform/cost.py` chose for each product.
+
+These are the model's FLOPs (PaLM, arXiv 2204.02311, appendix B): what is computed again to save memory counts once,
+under `jax.checkpoint` as in the sum W + AB that an adapted product may form twice.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+import re
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+
+from rslora_jax.train.loss import Loss
+from rslora_jax.transform import compat
+from rslora_jax.wrap import Adapters, Lora
+
+# Dense bfloat16 TFLOPS of a device by words of its name, the first line that fits. NVIDIA's data sheets give most with
+# sparsity, which is twice as much. V100 and T4 have no bfloat16: theirs is float16. A device is a chip, but half a chip
+# on TPU v2 and v3. Sources: nvidia.com/en-us/data-center/{v100,tesla-t4,a100,...}, cloud.google.com/tpu/docs/{v2,...}.
+PEAK_TFLOPS = (
+    ("TPU v2", 22.5),
+    ("TPU v3", 61.5),
+    ("TPU v4 lite", 138),
+    ("TPU v4", 275),
+    ("TPU v5 lite", 197),
+    ("TPU v5e", 197),
+    ("TPU v5", 459),
+    ("TPU v5p", 459),
+    ("TPU v6 lite", 918),
+    ("TPU v6e", 918),
+    ("V100 PCIE", 112),
+    ("V100S", 130),
+    ("V100", 125),
+    ("T4", 65),
+    ("A10", 125),
+    ("A30", 165),
+    ("A100", 312),
+    ("L4", 121),
+    ("L40", 181),
+    ("L40S", 362),
+    ("H100 PCIe", 756),
+    ("H100 NVL", 835),
+    ("H100", 989),
+    ("H200 NVL", 835),
+    ("H200", 989),
+    ("GH200", 989),
+    ("B200", 2250),
+    ("GB200", 2500),
+)
+
+
+def peak_flops(device: Any) -> float | None:
+    """Return the most dense bfloat16 FLOPs a second of a device, by its `device_kind`; None where it is not known.
+
+    >>> peak_flops(jax.devices("cpu")[0]) is None
+    True
+    """
+    words = set(re.split(r"[\s-]+", device.device_kind))
+    if "MIG" in words:  # a part of a GPU
+        return None
+    return next((1e12 * tflops for name, tflops in PEAK_TFLOPS if words.issuperset(name.split())), None)
+
+
+def step_flops(lora: Lora, loss: Loss, params: Any, adapters: Adapters, batch: Any) -> int:
+    """Count the model's FLOPs of one training step: the loss and its gradient to the adapters.
+
+    Only shapes matter: all arguments may be `jax.ShapeDtypeStruct`s. The optimiser, and everything that is no product,
+    is not counted: nor is what a Pallas kernel or a foreign call does inside. A `cond` counts as its dearest branch, a
+    `while` as one turn. All devices' work is counted together.
+
+    Args:
+      lora: from `wrap`.
+      loss: as `fit` takes it.
+      params, adapters, batch: of a step.
+
+    >>> import rslora_jax as rslora
+    >>> params, x = {"w": jnp.ones((8, 16))}, jnp.ones((4, 8))
+    >>> lora = rslora.wrap(lambda p, x: x @ p["w"], params, x, config=rslora.LoraConfig(rank=2, alpha=3))
+    >>> loss = lambda run, x: (jnp.sum(run(x) ** 2), jnp.float32(4))
+    >>> base, met, left = 2 * 4 * 8 * 16, 2 * 4 * 8 * 2, 2 * 4 * 2 * 16
+    >>> step_flops(lora, loss, params, lora.init(jax.random.key(0)), x) == base + (met + left) + (met + 2 * left)
+    True
+    """
+
+    def total(adapters: Adapters, params: Any, batch: Any) -> Any:
+        return loss(functools.partial(lora.apply, params, adapters), batch)[0]
+
+    program = jax.make_jaxpr(total)(adapters, params, batch)
+    evaluate = without_remat()
+    plain = lambda adapters, *others: evaluate(program, *jax.tree.leaves((adapters, *others)))[0]
+    return count(jax.make_jaxpr(jax.value_and_grad(plain))(adapters, params, batch))
+
+
+def without_remat() -> Any:
+    """Return an evaluator of programs that computes nothing twice: `evaluate(jaxpr, *values) -> outputs`.
+
+    It also takes the first turn of a scan out of it: often it is the only one whose carried values do not depend on
+    the adapters, such as tokens just looked up, and then needs no gradient of them.
+    """
+
+    @functools.cache
+    def called(jaxpr: compat.Jaxpr) -> Any:  # the same program is traced once, however often it is called
+        return jax.jit(functools.partial(evaluate, jaxpr))
+
+    def evaluate(jaxpr: compat.Jaxpr, *values: Any) -> list[Any]:
+        jaxpr, consts = compat.opened(jaxpr)
+        env: dict[Any, Any] = dict(zip((*jaxpr.constvars, *jaxpr.invars), (*consts, *values), strict=True))
+        read = lambda atom: atom.val if compat.is_literal(atom) else env[atom]
+        for eqn in jaxpr.eqns:
+            outs = one(eqn, [read(v) for v in eqn.invars])
+            env.update(zip(eqn.outvars, outs, strict=True))
+        return [read(v) for v in jaxpr.outvars]
+
+    def one(eqn: compat.Eqn, values: list[Any]) -> Sequence[Any]:
+        name, p = eqn.primitive.name, eqn.params
+        if name in REMAT:
+            return evaluate(p["jaxpr"], *values)
+        if name in PLAIN_CALLS:
+            return called(p.get("jaxpr") or p["call_jaxpr"])(*values)
+        if name == "cond":
+            return lax.switch(values[0], [functools.partial(evaluate, branch) for branch in p["branches"]], *values[1:])
+        if name == "scan":
+            return scan(eqn, values)
+        return compat.bind(eqn, *values)
+
+    def scan(eqn: compat.Eqn, values: list[Any]) -> Sequence[Any]:
+        p = eqn.params
+        num_consts, num_carry = compat.scan_counts(eqn)
+        consts, carry, xs = values[:num_consts], values[num_consts:][:num_carry], values[num_consts + num_carry :]
+
+        def body(carry: list[Any], xs: list[Any]) -> tuple[list[Any], list[Any]]:
+            outs = called(p["jaxpr"])(*consts, *carry, *xs)
+            return outs[:num_carry], outs[num_carry:]
+
+        if not p["length"]:
+            return compat.bind(eqn, *values)
+        first, rest = (-1, slice(None, -1)) if p["reverse"] else (0, slice(1, None))
+        carry, y = body(carry, [x[first] for x in xs])
+        carry, ys = lax.scan(body, carry, [x[rest] for x in xs], p["length"] - 1, p["reverse"])
+        in_order = lambda y, ys: (ys, y[None]) if p["reverse"] else (y[None], ys)
+        return [*carry, *(jnp.concatenate(in_order(*pair)) for pair in zip(y, ys, strict=True))]
+
+    return evaluate
+
+
+def count(jaxpr: compat.Jaxpr) -> int:
+    """Return the FLOPs of the products that a program's outputs depend on, those of equal products once."""
+    numbers: dict[Any, int] = {}
+    nodes: list[tuple[int, set[Any]]] = []  # FLOPs of an equation, and the equations that it takes its values from
+
+    def walk(jaxpr: compat.Jaxpr, values: Sequence[Any]) -> list[Any]:
+        """Return the outputs as (source, n): what is computed the same way from the same has the same name."""
+        jaxpr, consts = compat.opened(jaxpr)
+        env = dict(zip(jaxpr.constvars, (("constant", id(c)) for c in consts), strict=True))
+        env |= zip(jaxpr.invars, values, strict=True)
+        read = lambda atom: ("literal", repr(atom)) if compat.is_literal(atom) else env[atom]
+        for eqn in jaxpr.eqns:
+            name, values = eqn.primitive.name, tuple(map(read, eqn.invars))
+            if name in CALLS:
+                outs = walk(eqn.params.get("jaxpr") or eqn.params["call_jaxpr"], values)
+            else:
+                key = (name, values, id(eqn) if name in INNER else repr(eqn.params))
+                if key not in numbers:
+                    numbers[key] = len(nodes)
+                    nodes.append((equation_flops(eqn), {source for source, _ in values}))
+                outs = [(numbers[key], n) for n in range(len(eqn.outvars))]
+            env |= zip(eqn.outvars, outs, strict=True)
+        return [*map(read, jaxpr.outvars)]
+
+    inputs = [("input", n) for n in range(len(compat.opened(jaxpr)[0].invars))]
+    live, total = {source for source, _ in walk(jaxpr, inputs)}, 0
+    for number, (flops, sources) in reversed([*enumerate(nodes)]):
+        if number in live:
+            total += flops
+            live |= sources
+    return total
+
+
+def equation_flops(eqn: compat.Eqn) -> int:
+    name, p = eqn.primitive.name, eqn.params
+    if name in PRODUCTS:
+        return PRODUCTS[name](*(v.aval.shape for v in (*eqn.invars[:2], *eqn.outvars)), p)
+    return INNER[name](eqn, p) if name in INNER else 0
+
+
+def shard_map_flops(eqn: compat.Eqn, params: dict[str, Any]) -> int:
+    options = compat.shard_map_params(eqn)
+    return math.prod(options["mesh"].shape[axis] for axis in options["axis_names"]) * count(params["jaxpr"])
+
+
+Shape = tuple[int, ...]
+
+
+def dot_flops(lhs: Shape, rhs: Shape, out: Shape, params: dict[str, Any]) -> int:
+    (contracted, _), _ = params["dimension_numbers"]
+    return 2 * math.prod(out) * math.prod(lhs[n] for n in contracted)
+
+
+def ragged_dot_flops(lhs: Shape, rhs: Shape, out: Shape, params: dict[str, Any]) -> int:
+    numbers = params["ragged_dot_dimension_numbers"]
+    (contracted, _), _ = numbers.dot_dimension_numbers
+    # Where the groups are cut out of what is summed over, each has a result of its own from its part.
+    groups = out[0] if set(numbers.lhs_ragged_dimensions) <= set(contracted) else 1
+    return 2 * math.prod(out) // groups * math.prod(lhs[n] for n in contracted)
+
+
+def convolution_flops(lhs: Shape, rhs: Shape, out: Shape, params: dict[str, Any]) -> int:
+    """Count a convolution without what meets padding or the holes of a dilation, so that its gradients count the same."""
+    numbers = params["dimension_numbers"]
+    batch, features, *places = (out[n] for n in numbers.out_spec)
+    total = 2 * batch * features * rhs[numbers.rhs_spec[1]]
+    for n, size in enumerate(places):
+        low, _ = params["padding"][n]
+        dilation = params["lhs_dilation"][n]
+        starts, taps = np.arange(size) * params["window_strides"][n], np.arange(rhs[numbers.rhs_spec[2 + n]])
+        at = starts[:, None] + taps * params["rhs_dilation"][n] - low
+        inside = (at >= 0) & (at <= (lhs[numbers.lhs_spec[2 + n]] - 1) * dilation) & (at % dilation == 0)
+        total *= int(inside.sum())
+    return total
+
+
+PRODUCTS = {
+    "dot_general": dot_flops,
+    "conv_general_dilated": convolution_flops,
+    "ragged_dot": ragged_dot_flops,
+    "ragged_dot_general": ragged_dot_flops,
+}
+
+PLAIN_CALLS = ("jit", "pjit", "closed_call", "core_call")
+REMAT = ("remat2", "checkpoint")
+CALLS = (*PLAIN_CALLS, *REMAT, "custom_jvp_call", "custom_vjp_call")
+INNER: dict[str, Callable[[compat.Eqn, dict[str, Any]], int]] = {
+    "scan": lambda eqn, params: params["length"] * count(params["jaxpr"]),
+    "while": lambda eqn, params: count(params["cond_jaxpr"]) + count(params["body_jaxpr"]),
+    "cond": lambda eqn, params: max(map(count, params["branches"])),
+    "shard_map": shard_map_flops,
+}
