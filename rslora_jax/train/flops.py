@@ -26,9 +26,9 @@ from rslora_jax.train.loss import Loss
 from rslora_jax.transform import compat
 from rslora_jax.wrap import Adapters, Lora
 
-# Dense bfloat16 TFLOPS of a device by words of its name, the first line that fits. NVIDIA's data sheets give most with
-# sparsity, which is twice as much. V100 and T4 have no bfloat16: theirs is float16. A device is a chip, but half a chip
-# on TPU v2 and v3. Sources: nvidia.com/en-us/data-center/{v100,tesla-t4,a100,...}, cloud.google.com/tpu/docs/{v2,...}.
+# Dense bfloat16 TFLOPS of a device by words of its name; the first line that fits counts. From NVIDIA's data sheets of
+# each product, most of which give twice as much, with sparsity (V100 and T4 have no bfloat16: theirs is float16), and
+# from cloud.google.com/tpu/docs (v2, v3, v4, v5e, v5p, v6e), by chip; on TPU v2 and v3 a device is half a chip.
 PEAK_TFLOPS = (
     ("TPU v2", 22.5),
     ("TPU v3", 61.5),
@@ -78,7 +78,8 @@ def step_flops(lora: Lora, loss: Loss, params: Any, adapters: Adapters, batch: A
 
     Only shapes matter: all arguments may be `jax.ShapeDtypeStruct`s. The optimiser, and everything that is no product,
     is not counted: nor is what a Pallas kernel or a foreign call does inside. A `cond` counts as its dearest branch, a
-    `while` as one turn. All devices' work is counted together.
+    `while` as one turn. The work of all devices counts, in a `shard_map` also what `jax.checkpoint` repeats there. So
+    the utilisation is step_flops / (seconds a step * number of devices * `peak_flops` of one).
 
     Args:
       lora: from `wrap`.
@@ -104,9 +105,9 @@ def step_flops(lora: Lora, loss: Loss, params: Any, adapters: Adapters, batch: A
 
 
 def without_remat() -> Any:
-    """Return an evaluator of programs that computes nothing twice: `evaluate(jaxpr, *values) -> outputs`.
+    """Return an evaluator of programs for counting, without `jax.checkpoint`: `evaluate(jaxpr, *values) -> outputs`.
 
-    It also takes the first turn of a scan out of it: often it is the only one whose carried values do not depend on
+    It takes the first turn of a scan out of it: often it is the only one whose carried values do not depend on
     the adapters, such as tokens just looked up, and then needs no gradient of them.
     """
 
@@ -146,11 +147,10 @@ def without_remat() -> Any:
 
         if not p["length"]:
             return compat.bind(eqn, *values)
-        first, rest = (-1, slice(None, -1)) if p["reverse"] else (0, slice(1, None))
-        carry, y = body(carry, [x[first] for x in xs])
-        carry, ys = lax.scan(body, carry, [x[rest] for x in xs], p["length"] - 1, p["reverse"])
-        in_order = lambda y, ys: (ys, y[None]) if p["reverse"] else (y[None], ys)
-        return [*carry, *(jnp.concatenate(in_order(*pair)) for pair in zip(y, ys, strict=True))]
+        # Which turn goes first, last or first in a reversed scan, makes no difference to a count.
+        carry, y = body(carry, [x[0] for x in xs])
+        carry, ys = lax.scan(body, carry, [x[1:] for x in xs])
+        return [*carry, *(jnp.concatenate([y[None], ys]) for y, ys in zip(y, ys, strict=True))]
 
     return evaluate
 
@@ -160,11 +160,11 @@ def count(jaxpr: compat.Jaxpr) -> int:
     numbers: dict[Any, int] = {}
     nodes: list[tuple[int, set[Any]]] = []  # FLOPs of an equation, and the equations that it takes its values from
 
-    def walk(jaxpr: compat.Jaxpr, values: Sequence[Any]) -> list[Any]:
+    def walk(jaxpr: compat.Jaxpr, inputs: Sequence[Any]) -> list[Any]:
         """Return the outputs as (source, n): what is computed the same way from the same has the same name."""
         jaxpr, consts = compat.opened(jaxpr)
         env = dict(zip(jaxpr.constvars, (("constant", id(c)) for c in consts), strict=True))
-        env |= zip(jaxpr.invars, values, strict=True)
+        env |= zip(jaxpr.invars, inputs, strict=True)
         read = lambda atom: ("literal", repr(atom)) if compat.is_literal(atom) else env[atom]
         for eqn in jaxpr.eqns:
             name, values = eqn.primitive.name, tuple(map(read, eqn.invars))
@@ -192,12 +192,13 @@ def equation_flops(eqn: compat.Eqn) -> int:
     name, p = eqn.primitive.name, eqn.params
     if name in PRODUCTS:
         return PRODUCTS[name](*(v.aval.shape for v in (*eqn.invars[:2], *eqn.outvars)), p)
-    return INNER[name](eqn, p) if name in INNER else 0
+    return INNER[name](eqn) if name in INNER else 0
 
 
-def shard_map_flops(eqn: compat.Eqn, params: dict[str, Any]) -> int:
+def shard_map_flops(eqn: compat.Eqn) -> int:
     options = compat.shard_map_params(eqn)
-    return math.prod(options["mesh"].shape[axis] for axis in options["axis_names"]) * count(params["jaxpr"])
+    devices = math.prod(options["mesh"].shape[axis] for axis in options["axis_names"])
+    return devices * count(eqn.params["jaxpr"])
 
 
 Shape = tuple[int, ...]
@@ -217,7 +218,7 @@ def ragged_dot_flops(lhs: Shape, rhs: Shape, out: Shape, params: dict[str, Any])
 
 
 def convolution_flops(lhs: Shape, rhs: Shape, out: Shape, params: dict[str, Any]) -> int:
-    """Count a convolution without what meets padding or the holes of a dilation, so that its gradients count the same."""
+    """Count a convolution without what meets padding or a dilation's holes: so its gradients count the same."""
     numbers = params["dimension_numbers"]
     batch, features, *places = (out[n] for n in numbers.out_spec)
     total = 2 * batch * features * rhs[numbers.rhs_spec[1]]
@@ -231,7 +232,7 @@ def convolution_flops(lhs: Shape, rhs: Shape, out: Shape, params: dict[str, Any]
     return total
 
 
-PRODUCTS = {
+PRODUCTS: dict[str, Callable[..., int]] = {
     "dot_general": dot_flops,
     "conv_general_dilated": convolution_flops,
     "ragged_dot": ragged_dot_flops,
@@ -241,9 +242,9 @@ PRODUCTS = {
 PLAIN_CALLS = ("jit", "pjit", "closed_call", "core_call")
 REMAT = ("remat2", "checkpoint")
 CALLS = (*PLAIN_CALLS, *REMAT, "custom_jvp_call", "custom_vjp_call")
-INNER: dict[str, Callable[[compat.Eqn, dict[str, Any]], int]] = {
-    "scan": lambda eqn, params: params["length"] * count(params["jaxpr"]),
-    "while": lambda eqn, params: count(params["cond_jaxpr"]) + count(params["body_jaxpr"]),
-    "cond": lambda eqn, params: max(map(count, params["branches"])),
+INNER: dict[str, Callable[[compat.Eqn], int]] = {
+    "scan": lambda eqn: eqn.params["length"] * count(eqn.params["jaxpr"]),
+    "while": lambda eqn: count(eqn.params["cond_jaxpr"]) + count(eqn.params["body_jaxpr"]),
+    "cond": lambda eqn: max(map(count, eqn.params["branches"])),
     "shard_map": shard_map_flops,
 }

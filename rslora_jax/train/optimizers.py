@@ -125,7 +125,9 @@ def make_optimizer(
             raise ValueError("its state holds a random key, which checkpoints do not keep")
     except (TypeError, ValueError) as error:
         given = ", ".join(f"{k}={v}" for k, v in options.items()) or "no options"
-        raise ValueError(f"{name} with {given} cannot be used with a schedule, gradients and checkpoints: {error}") from error
+        raise ValueError(
+            f"{name} with {given} cannot be used with a schedule, gradients and checkpoints: {error}"
+        ) from error
     # With an identity in the clip's place, a checkpoint fits whether there is a clip or not.
     return optax.chain(optax.clip_by_global_norm(clip) if clip else optax.identity(), optimizer)
 

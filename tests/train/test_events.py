@@ -81,7 +81,7 @@ def shown(folder):
                 found = [entry for entry in found if entry[1] < step]
             for _, value in fields(event.get(SUMMARY, b"")):
                 value = dict(fields(value))
-                found.append((value[1].decode(), step, value[2]))
+                found.append((value[1].decode(), step, value.get(2, 0.0)))
     tags = dict.fromkeys(tag for tag, *_ in found)
     return {tag: [(step, value) for name, step, value in found if name == tag] for tag in tags}
 
@@ -107,6 +107,8 @@ def test_every_number_of_a_record_is_a_scalar_at_its_step(tmp_path):
 def test_a_resumed_run_does_not_show_what_it_does_again(tmp_path):
     def go(start, stop, add):
         with event_file(tmp_path, start) as append:
+            if start == 0:
+                append({"step": 0, "heldout_loss": add})
             for step in range(start + 1, stop + 1):
                 append({"step": step, "loss": step + add})
 
@@ -115,9 +117,9 @@ def test_a_resumed_run_does_not_show_what_it_does_again(tmp_path):
     go(8, 10, 0.5)
     assert len([*tmp_path.iterdir()]) == 3
     losses = [1, 2, 3, 4, 5.25, 6.25, 7.25, 8.25, 9.5, 10.5]
-    assert shown(tmp_path) == {"train/loss": [*enumerate(losses, 1)]}
+    assert shown(tmp_path) == {"heldout/loss": [(0, 0)], "train/loss": [*enumerate(losses, 1)]}
     go(0, 2, 0.75)  # begun anew, as where nothing had been saved
-    assert shown(tmp_path) == {"train/loss": [(1, 1.75), (2, 2.75)]}
+    assert shown(tmp_path) == {"heldout/loss": [(0, 0.75)], "train/loss": [(1, 1.75), (2, 2.75)]}
 
 
 def test_numbers_that_are_not_finite_are_written_and_break_nothing(tmp_path):

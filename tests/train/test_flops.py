@@ -87,7 +87,10 @@ def llama(rank, tokens, width=128, layers=2, scan=False, remat=None):
 
 
 @pytest.mark.filterwarnings("ignore:rank .* is above")
-@pytest.mark.parametrize(("rank", "tokens", "width", "layers"), [(3, 64, 192, 1), (96, 256, 96, 1), nightly(3, 64, 256, 2), nightly(96, 512, 128, 2)])
+@pytest.mark.parametrize(
+    ("rank", "tokens", "width", "layers"),
+    [(3, 64, 192, 1), (96, 256, 96, 1), nightly(3, 64, 256, 2), nightly(96, 512, 128, 2)],
+)
 def test_a_llama_is_what_xla_counts(rank, tokens, width, layers):
     """XLA also counts what is no product: 1 to 3 % here. The last weight's gradient alone would be more."""
     lora, loss, params, adapters, batch = llama(rank, tokens, width, layers)

@@ -1,4 +1,4 @@
-"""Schedules against formulas in numpy, optimisers by name against optax by hand, and what adafactor does to adapters."""
+"""Schedules against formulas in numpy, and optimisers by name against optax by hand."""
 
 import jax
 import jax.numpy as jnp
