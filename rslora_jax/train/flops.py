@@ -76,10 +76,11 @@ def peak_flops(device: Any) -> float | None:
 def step_flops(lora: Lora, loss: Loss, params: Any, adapters: Adapters, batch: Any) -> int:
     """Count the model's FLOPs of one training step: the loss and its gradient to the adapters.
 
-    Only shapes matter: all arguments may be `jax.ShapeDtypeStruct`s. The optimiser, and everything that is no product,
-    is not counted: nor is what a Pallas kernel or a foreign call does inside. A `cond` counts as its dearest branch, a
-    `while` as one turn. The work of all devices counts, in a `shard_map` also what `jax.checkpoint` repeats there. So
-    the utilisation is step_flops / (seconds a step * number of devices * `peak_flops` of one).
+    Only shapes matter: all arguments may be `jax.ShapeDtypeStruct`s. It takes as long as tracing the gradient does. The
+    optimiser, and all that is no product, is not counted, nor what a Pallas kernel or a foreign call does inside. A
+    `cond` counts as its dearest branch, a `while` as one turn. The work of all devices counts; in a `shard_map` also
+    what `jax.checkpoint` repeats there. So the utilisation is
+    step_flops / (seconds a step * number of devices * `peak_flops` of one).
 
     Args:
       lora: from `wrap`.
@@ -149,7 +150,7 @@ def without_remat() -> Any:
             return compat.bind(eqn, *values)
         # Which turn goes first, last or first in a reversed scan, makes no difference to a count.
         carry, y = body(carry, [x[0] for x in xs])
-        carry, ys = lax.scan(body, carry, [x[1:] for x in xs])
+        carry, ys = lax.scan(body, carry, [x[1:] for x in xs], p["length"] - 1)
         return [*carry, *(jnp.concatenate([y[None], ys]) for y, ys in zip(y, ys, strict=True))]
 
     return evaluate

@@ -164,6 +164,15 @@ def test_a_scan_whose_first_turn_needs_no_gradient_is_what_its_loop_is(reverse):
     assert found[0] == found[1] > (2 * layers - 1) * product(8, 16, 16)
 
 
+def test_a_loop_over_nothing_but_its_number():
+    params, x = {"w": shape(16, 16)}, shape(4, 16)
+    model = lambda p, x: lax.fori_loop(0, 3, lambda _, x: jnp.tanh(x @ p["w"]), x)
+    lora = rslora.wrap(model, params, x, config=rslora.LoraConfig(rank=2, alpha=7))
+    base, part = product(4, 16, 16), product(4, 16, 2)
+    want = (3 * base + 6 * part) + (2 * base + 3 * 3 * part + 2 * part)  # no dx in the first turn
+    assert step_flops(lora, squares, params, jax.eval_shape(lora.init, jax.random.key(0)), x) == want
+
+
 def test_a_shard_map_counts_for_all_devices():
     mesh = jax.sharding.AbstractMesh((4,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
     spec = jax.sharding.PartitionSpec("data")
