@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from os import PathLike
 from pathlib import Path
 from typing import Any
 
 ROLES = ("system", "user", "assistant", "tool")
-_FORMS = (("prompt", "completion"), ("question", "answer"), ("messages",), ("text",))
-_FORMS_HELP = "{prompt, completion}, {question, answer}, {messages} or {text}"
-_BAD_LINES_SHOWN = 3
+FORMS = (("prompt", "completion"), ("question", "answer"), ("messages",), ("text",))
+FORMS_HELP = "{prompt, completion}, {question, answer}, {messages} or {text}"
+_BAD_ROWS_SHOWN = 3
 
 
 @dataclass(frozen=True)
@@ -66,22 +66,39 @@ def read_jsonl(path: str | PathLike[str]) -> list[Example]:
     >>> read_jsonl(path)[0].completion
     ' 4'
     """
+    return parse_all(path, _lines(Path(path)), _decode, kind="line")
+
+
+def parse_all(
+    path: str | PathLike[str], rows: Iterable[tuple[int, Any]], decode: Callable[[Any], dict[str, Any]], *, kind: str
+) -> list[Example]:
+    """Make an example of each numbered row of a file, where `decode` turns a row into an object of one form.
+
+    `kind` is what the file's rows are called.
+
+    Raises:
+        ValueError: there are no rows, or bad ones; as `read_jsonl` says.
+
+    >>> parse_all("sums", [(1, '2 + 2'), (2, '3 + 3')], lambda row: {"text": row}, kind="line")[1].origin
+    'sums:2'
+    """
     examples: list[Example] = []
     problems: list[str] = []
-    for number, line in _lines(Path(path)):
+    for number, row in rows:
         origin = f"{path}:{number}"
         try:
-            examples.append(_parse(line, origin))
+            examples.append(_parse(decode(row), origin))
         except ValueError as error:
             problems.append(f"{origin} {error}")
     if problems:
-        shown = "; ".join(problems[:_BAD_LINES_SHOWN])
+        shown = "; ".join(problems[:_BAD_ROWS_SHOWN])
         if len(problems) == 1:
             raise ValueError(shown)
-        more = len(problems) - _BAD_LINES_SHOWN
-        raise ValueError(f"{len(problems)} bad lines: {shown}" + (f"; and {more} more" if more > 0 else ""))
+        more = len(problems) - _BAD_ROWS_SHOWN
+        raise ValueError(f"{len(problems)} bad {kind}s: {shown}" + (f"; and {more} more" if more > 0 else ""))
     if not examples:
-        raise ValueError(f"{path} holds no examples; write one JSON object a line, as {_FORMS_HELP}")
+        what = "JSON object a line" if kind == "line" else f"example a {kind}"
+        raise ValueError(f"{path} holds no examples; write one {what}, as {FORMS_HELP}")
     return examples
 
 
@@ -99,8 +116,7 @@ def _lines(path: Path) -> Iterator[tuple[int, bytes]]:
         raise ValueError(f"{path} cannot be read ({reason}); give the path of a JSON lines file") from error
 
 
-def _parse(line: bytes, origin: str) -> Example:
-    record = _decode(line)
+def _parse(record: dict[str, Any], origin: str) -> Example:
     form = _form(record)
     if form == ("messages",):
         *before, last = _messages(record["messages"])
@@ -126,7 +142,7 @@ def _decode(line: bytes) -> dict[str, Any]:
     except RecursionError as error:
         raise ValueError("is nested too deeply; write one flat JSON object on each line") from error
     if not isinstance(record, dict):
-        raise ValueError(f"is {_kind(record)}, not an object; write it as {_FORMS_HELP}")
+        raise ValueError(f"is {_kind(record)}, not an object; write it as {FORMS_HELP}")
     return record
 
 
@@ -140,13 +156,13 @@ def _without_repeats(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 
 def _form(record: dict[str, Any]) -> tuple[str, ...]:
-    nearest = max(_FORMS, key=lambda form: len(record.keys() & set(form)))
+    nearest = max(FORMS, key=lambda form: len(record.keys() & set(form)))
     missing = [key for key in nearest if key not in record]
-    others = [key for form in _FORMS for key in form if key in record and key not in nearest]
+    others = [key for form in FORMS for key in form if key in record and key not in nearest]
     if len(missing) == len(nearest):
-        raise ValueError(f"has the keys {_quote(record)}; write it as {_FORMS_HELP}")
+        raise ValueError(f"has the keys {_quote(record)}; write it as {FORMS_HELP}")
     if missing:
-        raise ValueError(f"lacks the key {_quote(missing)}; write it as {_FORMS_HELP}")
+        raise ValueError(f"lacks the key {_quote(missing)}; write it as {FORMS_HELP}")
     if others:
         raise ValueError(f"has {_quote(others)} beside {_quote(nearest)}; keep the keys of one form")
     return nearest
@@ -176,7 +192,7 @@ def _text(value: Any, name: str) -> str:
     if not isinstance(value, str):
         raise ValueError(f"has {name} that is {_kind(value)}; make it a string")
     if not value.strip():
-        raise ValueError(f"has {name} that is empty; fill it in or delete the line")
+        raise ValueError(f"has {name} that is empty; fill it in or delete the example")
     try:
         value.encode("utf-8")
     except UnicodeEncodeError as error:
@@ -186,6 +202,7 @@ def _text(value: Any, name: str) -> str:
 
 def _kind(value: Any) -> str:
     kinds = {type(None): "null", bool: "a boolean", int: "a number", float: "a number", str: "a string"}
+    kinds[bytes] = "bytes"
     return kinds.get(type(value), "a list" if isinstance(value, list) else "an object")
 
 

@@ -1,0 +1,102 @@
+"""The user's own data, read by the kind of file."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from os import PathLike
+from pathlib import Path
+from typing import Any
+
+from rslora_jax.train.examples import FORMS, FORMS_HELP, Example, parse_all, read_jsonl
+
+_KEYS = [key for form in FORMS for key in form]
+_ROWS_AT_ONCE = 1024
+
+
+def read_examples(path: str | PathLike[str]) -> list[Example]:
+    """Read a data file; its suffix says how.
+
+    - `.jsonl`, `.json`: one JSON object a line, as `read_jsonl` says.
+    - `.parquet`: the same forms, with columns for keys; needs pyarrow. A null is a key that is not there, so
+      one file may hold several forms. Other columns are not read.
+    - `.txt`, `.md`: one document, all of which is learnt, just as it stands: blank lines, indents and line ends
+      are kept. `prepare` splits what is longer than a row, so nothing is lost. For many documents in one
+      file, write `{"text": ...}` lines.
+
+    Raises:
+        ValueError: the suffix is none of these, the file cannot be read or holds no example, or rows are bad:
+            the message names the file and the first bad rows, counted from 1.
+
+    >>> import tempfile, pathlib
+    >>> path = pathlib.Path(tempfile.mkdtemp(), "rhyme.txt")
+    >>> _ = path.write_text("One, two.\\n\\nBuckle my shoe.\\n")
+    >>> [example.completion for example in read_examples(path)]
+    ['One, two.\\n\\nBuckle my shoe.\\n']
+    """
+    suffix = Path(path).suffix.lower()
+    if suffix in (".jsonl", ".json"):
+        return read_jsonl(path)
+    if suffix in (".txt", ".md"):
+        return [_read_text(path)]
+    if suffix == ".parquet":
+        return parse_all(path, _parquet_rows(path), _without_nulls, kind="row")
+    raise ValueError(
+        f"{path} is of no kind that can be read; give .jsonl or .json (one JSON object a line), .parquet, "
+        "or .txt or .md (plain text)"
+    )
+
+
+def _read_text(path: str | PathLike[str]) -> Example:
+    try:
+        text = Path(path).read_bytes().removeprefix(b"\xef\xbb\xbf").decode("utf-8")
+    except OSError as error:
+        reason = (error.strerror or str(error)).lower()
+        raise ValueError(f"{path} cannot be read ({reason}); give the path of a text file") from error
+    except UnicodeDecodeError as error:
+        line = error.object[: error.start].count(b"\n") + 1
+        raise ValueError(f"{path}:{line} is not UTF-8; save the file as UTF-8") from error
+    if not text.strip():
+        raise ValueError(f"{path} holds no text; give a file that does")
+    return Example("", text, origin=str(path))
+
+
+def _parquet_rows(path: str | PathLike[str]) -> Iterator[tuple[int, dict[str, Any]]]:
+    try:
+        import pyarrow
+        from pyarrow import parquet
+    except ImportError as error:
+        raise ValueError(f"{path} needs pyarrow to be read: pip install pyarrow") from error
+    try:
+        with parquet.ParquetFile(path) as file:
+            names = file.schema_arrow.names
+            columns = [name for name in names if name in _KEYS]
+            if not columns:
+                found = ", ".join(f'"{name}"' for name in names) or "none"
+                raise ValueError(f"{path} has the columns {found}; name them as {FORMS_HELP}")
+            for name in columns:
+                if columns.count(name) > 1:
+                    raise ValueError(f'{path} has the column "{name}" twice; keep one of them')
+            first = 1
+            for batch in file.iter_batches(_ROWS_AT_ONCE, columns=columns):
+                yield from enumerate(_rows_of(batch, f"{path}:{first}"), start=first)
+                first += batch.num_rows
+    except OSError as error:  # before ArrowException: some are both
+        reason = (error.strerror or str(error).partition("\n")[0]).lower()
+        raise ValueError(f"{path} cannot be read ({reason}); give the path of a Parquet file") from error
+    except pyarrow.ArrowException as error:
+        reason = str(error).partition("\n")[0]
+        raise ValueError(f"{path} is damaged or not Parquet ({reason}); write it anew") from error
+
+
+def _rows_of(batch: Any, where: str) -> list[dict[str, Any]]:
+    try:
+        return batch.to_pylist()
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{where} or one of the {batch.num_rows - 1} rows after it is not UTF-8") from error
+
+
+def _without_nulls(value: Any) -> Any:
+    # The columns of a table, and the fields of its structs, are the same in all rows: null says "not here".
+    if isinstance(value, dict):
+        return {key: _without_nulls(item) for key, item in value.items() if item is not None}
+    return [_without_nulls(item) for item in value] if isinstance(value, list) else value
