@@ -5,14 +5,16 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import NamedTuple
 
 import grain
 import numpy as np
 
-from rslora_jax.train.encode import Encoded, Tokenizer, cut, encode_example
+from rslora_jax.train.encode import Encoded, Tokenizer, cut, windows
 from rslora_jax.train.examples import Example
 from rslora_jax.train.packing import pack
+from rslora_jax.train.tokens import Progress, tokenise
 
 
 class Batch(NamedTuple):
@@ -41,8 +43,9 @@ class Batch(NamedTuple):
 class Statistics:
     """Count what a data set holds, and what was cut to make it fit. Printed, it is a line or two.
 
-    `sequences` is above `examples` where a chat had to be taken apart (see `encode_example`). `tokens` are
-    those the model reads, `loss_tokens` those it learns, `padding` the part of all places that is empty.
+    `sequences` is above `examples` where a chat had to be taken apart (see `encode_example`) or a text split
+    (see `windows`). `tokens` are those the model reads, `loss_tokens` those it learns, `padding` the part of
+    all places that is empty.
     """
 
     examples: int
@@ -87,16 +90,28 @@ class Rows:
 
 
 def prepare(
-    tokenizer: Tokenizer, examples: Sequence[Example], *, max_len: int, packed: bool = True, seed: int = 0
+    tokenizer: Tokenizer,
+    examples: Sequence[Example],
+    *,
+    max_len: int,
+    packed: bool = True,
+    seed: int = 0,
+    workers: int | None = None,
+    cache: str | Path | None = None,
+    progress: Progress | None = None,
 ) -> Rows:
-    """Encode examples, cut those that do not fit, and lay them out in rows of `max_len`.
+    """Encode examples, make those fit that are too long, and lay them out in rows of `max_len`.
 
-    Packed, several examples share a row, and the model must obey segment ids and positions. For a model
-    that does not, `packed=False` gives each example its own row, padded at the right, which a causal model
-    cannot see.
+    Plain text that does not fit is split (see `windows`), everything else is cut (see `cut`). Packed, several
+    examples share a row, and the model must obey segment ids and positions. For a model that does not,
+    `packed=False` gives each its own row, padded at the right, which a causal model cannot see.
+
+    `workers`, `cache` and `progress` are `tokenise`'s: how many processes encode, in which folder the tokens are
+    kept for the next run, and what is called with (examples done, examples in all) on the way.
 
     Raises:
-        ValueError: there are no examples, `max_len` is below 1, or an example cannot be encoded.
+        ValueError: there are no examples, `max_len` is below 1, an example cannot be encoded, or `workers` or
+            `cache` cannot be used.
 
     >>> from rslora_jax.train.bytelevel import ByteTokenizer
     >>> sums = [Example("1+1=", "2"), Example("2+2=", "4"), Example("40+2=", "42")]
@@ -107,8 +122,13 @@ def prepare(
         raise ValueError(f"max_len is {max_len}; it must be at least 1")
     if not examples:
         raise ValueError("there are no examples to prepare; give at least one")
-    whole = [encoded for example in examples for encoded in encode_example(tokenizer, example)]
-    sequences = tuple(cut(encoded, max_len + 1) for encoded in whole)
+    tokens = tokenise(tokenizer, examples, workers=workers, cache=cache, progress=progress)
+    sequences = tuple(
+        short
+        for example, found in zip(examples, tokens.by_example(), strict=True)
+        for whole in found
+        for short in (windows(whole, max_len + 1) if example.prompt == "" else [cut(whole, max_len + 1)])
+    )
     lengths = [len(encoded.ids_N) - 1 for encoded in sequences]
     rows = tuple(pack(lengths, max_len, seed=seed)) if packed else tuple((i,) for i in range(len(sequences)))
     statistics = Statistics(
@@ -126,33 +146,40 @@ def prepare(
     return Rows(sequences, rows, max_len, tokenizer.pad_id, statistics)
 
 
-def train_batches(rows: Rows, *, batch_size: int, seed: int = 0) -> grain.MapDataset:
+def train_batches(rows: Rows, *, batch_size: int, seed: int = 0, share: slice | None = None) -> grain.MapDataset[Batch]:
     """Give the endless training batches, by number: `train_batches(...)[n]` is a `Batch`.
 
     Batch n depends on the arguments and n alone, so a run resumes exactly by going on from its step's number.
     Each epoch is its own shuffle of the rows and has each row once; a batch may end one epoch and begin the
     next. Which examples share a row stays the same, so that batch n needs no packing of the epochs before.
 
+    Where several processes feed one batch, `share` says which of its `batch_size` rows are made here: all
+    processes have the same order, and their shares, one after the other, are the batch bit for bit.
+
     Raises:
-        ValueError: `batch_size` is below 1.
+        ValueError: `batch_size` is below 1, or `share` has no rows or goes beyond the batch.
 
     >>> from rslora_jax.train.bytelevel import ByteTokenizer
     >>> rows = prepare(ByteTokenizer(), [Example("1+1=", "2"), Example("2+2=", "4")], max_len=8)
     >>> train_batches(rows, batch_size=3)[10**6].tokens_BxT.shape
     (3, 8)
+    >>> train_batches(rows, batch_size=4, share=slice(2, 4))[10**6].tokens_BxT.shape
+    (2, 8)
     """
-    _check_batch_size(batch_size)
+    share = _checked_share(batch_size, share)
     # grain shuffles epoch e with seed + e: hashed seeds keep run 1 from being run 0, an epoch late.
     hashed = int(np.random.SeedSequence(seed).generate_state(1)[0])
     order = grain.MapDataset.range(len(rows.rows)).shuffle(seed=hashed).repeat()
-    return order.map(lambda index: _row(rows, rows.rows[index])).batch(batch_size)
+    return order.batch(batch_size).map(lambda numbers_B: _batch(rows, [rows.rows[n] for n in numbers_B[share]]))
 
 
-def heldout_batches(rows: Rows, *, batch_size: int) -> grain.MapDataset:
+def heldout_batches(rows: Rows, *, batch_size: int, share: slice | None = None) -> grain.MapDataset[Batch]:
     """Give batches that hold every example exactly once, the last one filled up with empty rows.
 
+    `share` is as in `train_batches`.
+
     Raises:
-        ValueError: `batch_size` is below 1.
+        ValueError: `batch_size` is below 1, or `share` has no rows or goes beyond the batch.
 
     >>> from rslora_jax.train.bytelevel import ByteTokenizer
     >>> rows = prepare(ByteTokenizer(), [Example("1+1=", "2")], max_len=8)
@@ -160,34 +187,40 @@ def heldout_batches(rows: Rows, *, batch_size: int) -> grain.MapDataset:
     >>> batch.loss_mask_BxT.sum(axis=1).tolist()
     [2.0, 0.0]
     """
-    _check_batch_size(batch_size)
+    share = _checked_share(batch_size, share)
     filled = math.ceil(len(rows.rows) / batch_size) * batch_size
     padded = rows.rows + ((),) * (filled - len(rows.rows))
-    return grain.MapDataset.range(filled).map(lambda index: _row(rows, padded[index])).batch(batch_size)
+    order = grain.MapDataset.range(filled)
+    return order.batch(batch_size).map(lambda numbers_B: _batch(rows, [padded[n] for n in numbers_B[share]]))
 
 
-def _check_batch_size(batch_size: int) -> None:
+def _checked_share(batch_size: int, share: slice | None) -> slice:
     if batch_size < 1:
         raise ValueError(f"batch_size is {batch_size}; it must be at least 1")
+    share = share or slice(None)
+    if not range(batch_size)[share] or (share.stop or 0) > batch_size:
+        raise ValueError(f"share is {share}; give rows that a batch of {batch_size} has")
+    return share
 
 
-def _row(rows: Rows, members: tuple[int, ...]) -> Batch:
-    shape = (rows.max_len,)
-    row = Batch(
+def _batch(rows: Rows, chosen: Sequence[tuple[int, ...]]) -> Batch:
+    shape = (len(chosen), rows.max_len)
+    batch = Batch(
         tokens_BxT=np.full(shape, rows.pad_id, np.int32),
         targets_BxT=np.full(shape, rows.pad_id, np.int32),
         loss_mask_BxT=np.zeros(shape, np.float32),
         positions_BxT=np.zeros(shape, np.int32),
         segment_ids_BxT=np.zeros(shape, np.int32),
     )
-    start = 0
-    for segment, index in enumerate(members, start=1):
-        encoded = rows.sequences[index]
-        places = slice(start, start + len(encoded.ids_N) - 1)
-        row.tokens_BxT[places] = encoded.ids_N[:-1]
-        row.targets_BxT[places] = encoded.ids_N[1:]
-        row.loss_mask_BxT[places] = encoded.is_learnt_N[1:]
-        row.positions_BxT[places] = np.arange(len(encoded.ids_N) - 1)
-        row.segment_ids_BxT[places] = segment
-        start = places.stop
-    return row
+    for row, members in enumerate(chosen):
+        start = 0
+        for segment, index in enumerate(members, start=1):
+            encoded = rows.sequences[index]
+            places = row, slice(start, start + len(encoded.ids_N) - 1)
+            batch.tokens_BxT[places] = encoded.ids_N[:-1]
+            batch.targets_BxT[places] = encoded.ids_N[1:]
+            batch.loss_mask_BxT[places] = encoded.is_learnt_N[1:]
+            batch.positions_BxT[places] = np.arange(len(encoded.ids_N) - 1)
+            batch.segment_ids_BxT[places] = segment
+            start += len(encoded.ids_N) - 1
+    return batch

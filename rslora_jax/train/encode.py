@@ -1,10 +1,11 @@
-"""From examples to tokens: the chat template, which tokens are learnt, and what is cut from the long ones."""
+"""From examples to tokens: the chat template, which tokens are learnt, and how long ones are made to fit."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import itertools
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import numpy as np
 
@@ -42,6 +43,44 @@ class Encoded:
     ids_N: np.ndarray
     is_learnt_N: np.ndarray
     cut: tuple[int, int] = (0, 0)
+
+
+class Tokens(NamedTuple):
+    """Hold the tokens of E examples, which make S sequences of N tokens in all, in plain arrays.
+
+    - ids_N: int32, and is_learnt_N: bool, of all sequences, one after the other (see `Encoded`).
+    - lengths_S: int64, the number of tokens of each sequence.
+    - sequences_E: int64, the number of sequences of each example.
+    """
+
+    ids_N: np.ndarray
+    is_learnt_N: np.ndarray
+    lengths_S: np.ndarray
+    sequences_E: np.ndarray
+
+    def by_example(self) -> Iterator[list[Encoded]]:
+        """Give the sequences of each example, as views."""
+        ends_S = np.cumsum(self.lengths_S)
+        parts = map(slice, (ends_S - self.lengths_S).tolist(), ends_S.tolist())
+        for count in self.sequences_E.tolist():
+            yield [Encoded(self.ids_N[part], self.is_learnt_N[part]) for part in itertools.islice(parts, count)]
+
+
+def encode_all(tokenizer: Tokenizer, examples: Sequence[Example]) -> Tokens:
+    """Turn examples, at least one, into tokens. See `encode_example`.
+
+    >>> from rslora_jax.train.bytelevel import ByteTokenizer
+    >>> encode_all(ByteTokenizer(), [Example("ab", "c"), Example("", "d")]).lengths_S.tolist()
+    [4, 2]
+    """
+    encoded = [encode_example(tokenizer, example) for example in examples]
+    sequences = [sequence for group in encoded for sequence in group]
+    return Tokens(
+        ids_N=np.concatenate([sequence.ids_N for sequence in sequences]),
+        is_learnt_N=np.concatenate([sequence.is_learnt_N for sequence in sequences]),
+        lengths_S=np.array([len(sequence.ids_N) for sequence in sequences], np.int64),
+        sequences_E=np.array([len(group) for group in encoded], np.int64),
+    )
 
 
 def encode_example(tokenizer: Tokenizer, example: Example) -> list[Encoded]:
@@ -107,6 +146,28 @@ def cut(encoded: Encoded, limit: int) -> Encoded:
     return Encoded(encoded.ids_N[kept], is_learnt_N, (lost_prompt, size - limit - lost_prompt))
 
 
+def windows(encoded: Encoded, limit: int) -> list[Encoded]:
+    """Split plain text into consecutive windows of `limit` tokens, the last one shorter; nothing is lost.
+
+    Each begins with the token that ended the one before, so that every token but the first is predicted
+    once. At the start of a window little comes before, so what is learnt there is learnt from less.
+
+    >>> text = Encoded(np.arange(6, dtype=np.int32), np.arange(6) > 0)
+    >>> [window.ids_N.tolist() for window in windows(text, 3)]
+    [[0, 1, 2], [2, 3, 4], [4, 5]]
+    """
+    if limit < 2:
+        raise ValueError(f"limit is {limit}; a window needs at least 2 tokens, one to read and one to learn")
+    size = len(encoded.ids_N)
+    if size <= limit:
+        return [encoded]
+    parts = [slice(start, start + limit) for start in range(0, size - 1, limit - 1)]
+    found = [Encoded(encoded.ids_N[part], encoded.is_learnt_N[part].copy()) for part in parts]
+    for window in found:
+        window.is_learnt_N[0] = False  # it was learnt at the end of the window before
+    return found
+
+
 def _encode_plain(tokenizer: Tokenizer, example: Example) -> Encoded:
     prompt = example.prompt
     if not isinstance(prompt, str):
@@ -116,8 +177,8 @@ def _encode_plain(tokenizer: Tokenizer, example: Example) -> Encoded:
                 "use an instruction-tuned model, or {prompt, completion} lines"
             )
         prompt = prompt[0].content + "\n"
-    prompt_ids = tokenizer.encode(prompt)
-    return _encoded(prompt_ids, [*_encode_after(tokenizer, prompt, example.completion), tokenizer.eos_id])
+    prompt_ids, completion_ids = _encode_both(tokenizer, prompt, example.completion)
+    return _encoded(prompt_ids, [*completion_ids, tokenizer.eos_id])
 
 
 def _encode_chat(tokenizer: Tokenizer, example: Example) -> list[Encoded]:
@@ -151,20 +212,19 @@ def _encode_turn(tokenizer: Tokenizer, messages: Sequence[Message]) -> Encoded:
         if not found:
             raise ValueError("the chat template changes the assistant's text; use one that keeps it")
         whole = request + answer + end_of_turn
-    completion_ids = _encode_after(tokenizer, request, whole[len(request) :])
-    end_ids = [] if has_end_of_turn else [tokenizer.eos_id]
-    return _encoded(tokenizer.encode(request), completion_ids + end_ids)
+    request_ids, completion_ids = _encode_both(tokenizer, request, whole[len(request) :])
+    return _encoded(request_ids, completion_ids + ([] if has_end_of_turn else [tokenizer.eos_id]))
 
 
-def _encode_after(tokenizer: Tokenizer, prompt: str, completion: str) -> list[int]:
+def _encode_both(tokenizer: Tokenizer, prompt: str, completion: str) -> tuple[list[int], list[int]]:
     # Encoded jointly, as some tokenizers put a space or a bos token before whatever they are given; but not
     # if the prompt's end then merges with the completion: when generating, the prompt is all there is.
     prompt_ids = tokenizer.encode(prompt)
     joint = tokenizer.encode(prompt + completion)
     if joint[: len(prompt_ids)] == prompt_ids:
-        return joint[len(prompt_ids) :]
+        return prompt_ids, joint[len(prompt_ids) :]
     alone, nothing = tokenizer.encode(completion), tokenizer.encode("")
-    return alone[len(nothing) :] if alone[: len(nothing)] == nothing else alone
+    return prompt_ids, alone[len(nothing) :] if alone[: len(nothing)] == nothing else alone
 
 
 def _encoded(prompt_ids: list[int], completion_ids: list[int]) -> Encoded:
