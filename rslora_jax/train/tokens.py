@@ -17,8 +17,8 @@ from rslora_jax.train.workers import map_in_processes
 
 Progress = Callable[[int, int], None]
 
-# A worker takes about 1.1 s to start (it imports the package); an example of 2**21 characters takes about 3 s to
-# encode. Measured with SmolLM2's tokenizer: below this, a second worker saves less than it costs.
+# A worker takes about 1.1 s to start (it imports the package); 2**21 characters take about 3 s to encode.
+# Measured with SmolLM2's tokenizer, on a core of its own: with less to do, a worker saves little.
 _CHARACTERS_A_WORKER = 2**21
 # About 0.1 s of work: enough to hide the pickling, little enough to share evenly and to show progress.
 _CHARACTERS_A_CHUNK = 2**16

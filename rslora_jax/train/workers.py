@@ -44,7 +44,7 @@ def map_in_processes(
         ValueError: `function` cannot be pickled, or a worker came to its end.
         Exception: what `function` raised for the first item for which it did.
 
-    >>> list(map_in_processes(len, ["a", "bcd", ""], workers=2))
+    >>> list(map_in_processes(len, ["a", "bcd", ""], workers=1))
     [1, 3, 0]
     """
     try:

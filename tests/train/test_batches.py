@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import dataclasses
+import itertools
 import random
 
 import grain
@@ -129,6 +131,66 @@ def test_what_is_cut_is_counted_and_said(make_tokenizer):
     assert "cut" not in str(whole)
 
 
+@pytest.mark.parametrize("packed", [True, False])
+def test_text_longer_than_a_row_is_split_and_every_token_is_learnt_once(make_tokenizer, packed):
+    tokenizer = make_tokenizer("chatml")
+    texts = ["the number " * 40 + str(n) for n in range(5)] + ["the answer"]
+    whole = [[*tokenizer.encode(text), tokenizer.eos_id] for text in texts]
+    rows = prepare(tokenizer, [Example("", text) for text in texts], max_len=24, packed=packed)
+    learnt = [
+        (int(token), int(target))
+        for batch in heldout_batches(rows, batch_size=3)
+        for tokens, targets, mask, _ in segments(batch)
+        for token, target in zip(tokens[mask == 1], targets[mask == 1], strict=True)
+    ]
+    assert sorted(learnt) == sorted(pair for ids in whole for pair in itertools.pairwise(ids))
+    statistics = rows.statistics
+    assert statistics.tokens == statistics.loss_tokens == sum(len(ids) - 1 for ids in whole)
+    assert statistics.sequences == sum(-(-(len(ids) - 1) // 24) for ids in whole) > statistics.examples == 6
+    assert "cut" not in str(statistics)
+
+
+@pytest.mark.parametrize("processes", [1, 2, 4])
+def test_the_shares_of_a_batch_are_the_batch_however_many_processes_there_are(make_tokenizer, processes):
+    rows, size = prepare(make_tokenizer("chatml"), some_examples(50), max_len=96), 8 // processes
+    shares = [slice(p * size, (p + 1) * size) for p in range(processes)]
+    whole = train_batches(rows, batch_size=8, seed=5)
+    parts = [train_batches(rows, batch_size=8, seed=5, share=share) for share in shares]
+    held, held_parts = (
+        heldout_batches(rows, batch_size=8),
+        [heldout_batches(rows, batch_size=8, share=s) for s in shares],
+    )
+    assert len(rows.rows) % 8 and {len(part) for part in held_parts} == {len(held)}
+    wanted = [whole[n] for n in (0, 1, 4, 1000)] + list(held)
+    given = [[part[n] for part in parts] for n in (0, 1, 4, 1000)] + list(zip(*held_parts, strict=True))
+    for batch, pieces in zip(wanted, given, strict=True):
+        assert {piece.tokens_BxT.shape for piece in pieces} == {(size, 96)}
+        assert_equal(batch, Batch(*(np.concatenate(arrays) for arrays in zip(*pieces, strict=True))))
+
+
+def test_an_iterator_over_a_share_goes_on_from_its_state(make_tokenizer):
+    rows = prepare(make_tokenizer("chatml"), some_examples(40), max_len=96)
+    batches = train_batches(rows, batch_size=8, seed=7, share=slice(2, 6))
+    reading = grain.ReadOptions(num_threads=1, prefetch_buffer_size=2)
+    begun = iter(batches.to_iter_dataset(reading))
+    for _ in range(13):
+        next(begun)
+    resumed = iter(batches.to_iter_dataset(reading))
+    resumed.set_state(begun.get_state())
+    rest = batches[13:]
+    for n in range(10):
+        assert_equal(next(resumed), rest[n])
+        assert_equal(next(begun), rest[n])
+
+
+def test_only_the_rows_of_the_share_are_read(make_tokenizer):
+    rows = prepare(make_tokenizer(None), some_examples(12), max_len=160, packed=False)
+    broken = dataclasses.replace(rows, sequences=(rows.sequences[0],) * 2 + (None,) * 10)
+    assert heldout_batches(broken, batch_size=12, share=slice(0, 2))[0].tokens_BxT.shape == (2, 160)
+    with pytest.raises(AttributeError):
+        heldout_batches(broken, batch_size=12)[0]
+
+
 def test_a_batch_is_a_pytree_and_one_shape_compiles_once(make_tokenizer):
     batches = train_batches(prepare(make_tokenizer("chatml"), some_examples(40), max_len=96), batch_size=4)
     traces = []
@@ -157,5 +219,9 @@ def test_prepare_refuses_what_it_cannot_do(make_tokenizer, arguments, message):
 
 @pytest.mark.parametrize("make", [train_batches, heldout_batches])
 def test_a_batch_of_nothing_is_refused(make_tokenizer, make):
+    rows = prepare(make_tokenizer(None), some_examples(1), max_len=8)
     with pytest.raises(ValueError, match="batch_size is 0"):
-        make(prepare(make_tokenizer(None), some_examples(1), max_len=8), batch_size=0)
+        make(rows, batch_size=0)
+    for share in (slice(8, 12), slice(4, 9), slice(2, 2)):
+        with pytest.raises(ValueError, match=r"share is slice\(.*; give rows that a batch of 8 has"):
+            make(rows, batch_size=8, share=share)

@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from rslora_jax.train.encode import Encoded, cut, encode_example
+from rslora_jax.train.encode import Encoded, cut, encode_all, encode_example, windows
 from rslora_jax.train.examples import Example, Message
 
 QUESTION, ANSWER = "What is the sum of 2 and 3? é∑", "the answer is 5 – ∎"
@@ -147,3 +147,34 @@ def test_cutting_keeps_the_completion_and_counts_what_it_takes(prompt, completio
 def test_cutting_below_two_tokens_is_refused():
     with pytest.raises(ValueError, match="limit is 1"):
         cut(Encoded(np.arange(4, dtype=np.int32), np.arange(4) >= 2), 1)
+
+
+@given(size=st.integers(2, 60), limit=st.integers(2, 20), has_bos=st.booleans())
+def test_windows_predict_every_token_of_a_text_once_from_the_one_before(size, limit, has_bos):
+    text = Encoded(100 + np.arange(size, dtype=np.int32), np.arange(size) > has_bos)
+    before = text.is_learnt_N.copy()
+    found = windows(text, limit)
+    assert [len(window.ids_N) for window in found[:-1]] == [limit] * (len(found) - 1)
+    assert 2 <= len(found[-1].ids_N) <= limit
+    pairs = [pair for w in found for pair in zip(w.ids_N[:-1].tolist(), w.ids_N[1:].tolist(), strict=True)]
+    assert pairs == [(100 + n, 101 + n) for n in range(size - 1)]
+    assert np.concatenate([w.is_learnt_N[1:] for w in found]).tolist() == text.is_learnt_N[1:].tolist()
+    assert not any(w.is_learnt_N[0] for w in found) and all(w.cut == (0, 0) for w in found)
+    np.testing.assert_array_equal(text.is_learnt_N, before)
+
+
+def test_windows_below_two_tokens_are_refused():
+    with pytest.raises(ValueError, match="limit is 1"):
+        windows(Encoded(np.arange(4, dtype=np.int32), np.arange(4) > 0), 1)
+
+
+def test_tokens_of_many_examples_come_apart_into_those_of_each(make_tokenizer):
+    tokenizer = make_tokenizer("reasoning")
+    examples = [Example("p", "c"), Example(CHAT, "the number 6"), Example("", "text")]
+    tokens = encode_all(tokenizer, examples)
+    assert [a.dtype for a in tokens] == [np.int32, bool, np.int64, np.int64]
+    assert tokens.sequences_E.tolist() == [1, 2, 1]
+    for found, example in zip(tokens.by_example(), examples, strict=True):
+        for left, right in zip(found, encode_example(tokenizer, example), strict=True):
+            np.testing.assert_array_equal(left.ids_N, right.ids_N)
+            np.testing.assert_array_equal(left.is_learnt_N, right.is_learnt_N)
