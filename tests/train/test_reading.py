@@ -85,6 +85,8 @@ def test_columns_of_one_name_and_bytes_that_are_no_text_are_refused(tmp_path):
     with pytest.raises(ValueError, match=r"mine\.parquet has the column \"text\" twice; keep one of them"):
         read_examples(path)
     broken = pa.array([b"good", b"caf\xe9"], pa.binary()).view(pa.string())
+    write(path, {"text": ["a", "b"], "id": broken})
+    assert len(read_examples(path)) == 2  # other columns are not read
     write(path, {"text": broken})
     with pytest.raises(ValueError, match=r"mine\.parquet:1 or one of the 1 rows after it is not UTF-8"):
         read_examples(path)

@@ -76,6 +76,7 @@ def test_the_first_bad_example_is_the_error_whoever_meets_it(make_tokenizer):
 
 
 def has_started_devices(item: str) -> bool:
+    print("what a worker prints is no answer")
     if item == "die":
         os._exit(3)
     # Once devices are started, the setting has no effect any more.
@@ -97,7 +98,9 @@ def test_a_worker_starts_no_devices_and_its_death_is_told():
 def test_a_script_without_a_main_guard_is_not_run_again_by_its_workers(tmp_path):
     script = tmp_path / "script.py"
     script.write_text(
-        textwrap.dedent("""
+        textwrap.dedent(f"""
+            import sys
+            sys.path.append({str(Path(__file__).parents[2])!r})
             print("begun")
             from rslora_jax.train.workers import map_in_processes
             print(list(map_in_processes(len, ["a", "bcd"], workers=1)))
@@ -109,7 +112,7 @@ def test_a_script_without_a_main_guard_is_not_run_again_by_its_workers(tmp_path)
                 print(error)
         """)
     )
-    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])}
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
     run = subprocess.run([sys.executable, script], capture_output=True, text=True, env=environment)
     begun, answers, refusal = run.stdout.splitlines()
     assert (begun, answers) == ("begun", "[1, 3]")
@@ -169,7 +172,11 @@ def test_the_name_in_the_cache_depends_on_all_that_the_tokens_depend_on(make_tok
     grown = type(chatml.backend).from_str(chatml.backend.to_str())
     grown.add_tokens(["zzz"])
     one = [Example("p", "c"), Example("", "d")]
+    many = [Example("p", "c")] * 40
     others = [
+        (chatml, many),
+        (chatml, [many[0], Example("pc", ""), *many[2:]]),
+        (chatml, [many[0], Example("", "pc"), *many[2:]]),
         (chatml, [Example("p", "c"), Example("", "e")]),
         (chatml, [Example("q", "c"), Example("", "d")]),
         (chatml, one[::-1]),
