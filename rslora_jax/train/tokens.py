@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import os
+import pickle
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
@@ -18,7 +19,7 @@ from rslora_jax.train.workers import map_in_processes
 Progress = Callable[[int, int], None]
 
 # Measured with SmolLM2's tokenizer: a worker takes 1.3 s of a core to start (it imports the package), and 2**21
-# characters take 2.8 s to encode. Two workers break even with one process at 1.7 million characters in all.
+# characters take 2.8 s to encode. Two workers break even with one process at 2 million characters in all.
 _CHARACTERS_A_WORKER = 2**21
 # About 0.1 s of work: enough to hide the pickling, little enough to share evenly and to show progress.
 _CHARACTERS_A_CHUNK = 2**16
@@ -36,8 +37,8 @@ def tokenise(
 
     Args:
         workers: how many processes encode, 1 for this one alone. By default as many as there are cores, but no
-            more than the data keep busy for some seconds; this one alone for little data, or for a tokenizer
-            whose class is defined in the user's script or notebook, which other processes cannot import.
+            more than the data keep busy for some seconds; this one alone for little data, or for a tokenizer that
+            other processes cannot have (not picklable, or its class is defined in the user's script or notebook).
         cache: a folder. The tokens are kept there, in a file named by a hash of the examples and the tokenizer.
         progress: called here with (examples done, examples in all) a few times a second.
 
@@ -83,10 +84,17 @@ def _join(parts: Sequence[Tokens]) -> Tokens:
 
 
 def _workers_for(tokenizer: Tokenizer, examples: Sequence[Example]) -> int:
-    if _is_defined_in_script(tokenizer):
-        return 1
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return max(1, min(cores, sum(map(_size, examples)) // _CHARACTERS_A_WORKER))
+    wanted = min(cores, sum(map(_size, examples)) // _CHARACTERS_A_WORKER)
+    return wanted if wanted > 1 and _can_be_sent(tokenizer) else 1
+
+
+def _can_be_sent(tokenizer: Tokenizer) -> bool:
+    try:
+        pickle.dumps(tokenizer)
+    except Exception:  # each kind of object refuses in its own way
+        return False
+    return not _is_defined_in_script(tokenizer)
 
 
 def _is_defined_in_script(tokenizer: Tokenizer) -> bool:

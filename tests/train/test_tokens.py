@@ -120,11 +120,17 @@ def test_a_script_without_a_main_guard_is_not_run_again_by_its_workers(tmp_path)
 
 
 @pytest.mark.parametrize(("characters", "cores", "workers"), [(10, 8, 1), (2**21, 8, 1), (2**23, 8, 4), (2**25, 8, 8)])
-def test_the_default_number_of_workers_grows_with_the_data_up_to_the_cores(monkeypatch, characters, cores, workers):
+def test_the_default_number_of_workers_grows_with_the_data_up_to_the_cores(
+    make_tokenizer, monkeypatch, characters, cores, workers
+):
     monkeypatch.setattr(os, "sched_getaffinity", lambda pid: range(cores), raising=False)
     half = Example("x" * (characters // 2), "")
     chat = Example((Message("user", "x" * (characters // 2)),), "")
     assert module._workers_for(ByteTokenizer(), [half, chat]) == workers
+    unpicklable = dataclasses.replace(make_tokenizer(None), eos=lambda: None)
+    assert module._workers_for(unpicklable, [half, chat]) == 1
+    monkeypatch.setattr(ByteTokenizer, "__module__", "__main__")
+    assert module._workers_for(ByteTokenizer(), [half, chat]) == 1
 
 
 def test_what_cannot_be_used_is_refused_before_any_work(make_tokenizer, tmp_path):
