@@ -13,7 +13,8 @@ import time
 import pytest
 
 from rslora_jax import checkpoint
-from rslora_jax.cli import examples, main, parser
+from rslora_jax.cli import main, parser
+from rslora_jax.commands.train import examples
 
 SHORT = ["--max-len", "64", "--heldout", "2", "--rank", "3", "--alpha", "7", "--batch-size", "1"]
 
@@ -43,6 +44,12 @@ def smollm2():
         (["--steps", "0"], "--steps"),
         (["--batch-size", "0"], "--batch-size"),
         (["--learning-rate", "0"], "--learning-rate"),
+        (["--batch-size", "6", "--accumulate", "4"], "--batch-size 6 is not a multiple of --accumulate 4"),
+        (["--optimizer", "adamm"], "adamw"),
+        (["--optimizer-option", "b3=0.9"], "b2"),
+        (["--mesh", "data=0"], "is not a new name=size"),
+        (["--distributed", "here"], "--distributed here is not HOST:PORT,PROCESSES,NUMBER"),
+        (["--data", "data.csv"], ".parquet"),
     ],
 )
 def test_bad_input_is_one_sentence_and_status_2(arguments, said, tmp_path, monkeypatch, capsys):

@@ -10,8 +10,11 @@ from rslora_jax.train.batches import Batch, Rows, heldout_batches, prepare, trai
 from rslora_jax.train.docstrings import docstring_pairs
 from rslora_jax.train.examples import Example, Message, read_jsonl
 from rslora_jax.train.feed import Feed
+from rslora_jax.train.flops import peak_flops, step_flops
 from rslora_jax.train.loop import NonFiniteLoss, Result, fit
 from rslora_jax.train.loss import Loss, cross_entropy, logits_loss, token_loss
+from rslora_jax.train.optimizers import make_optimizer, make_schedule
+from rslora_jax.train.reading import read_examples
 from rslora_jax.train.state import TrainState, make_evaluate, make_pmap_step, make_step, replicate
 
 __all__ = [
@@ -30,11 +33,16 @@ __all__ = [
     "heldout_batches",
     "logits_loss",
     "make_evaluate",
+    "make_optimizer",
     "make_pmap_step",
+    "make_schedule",
     "make_step",
+    "peak_flops",
     "prepare",
+    "read_examples",
     "read_jsonl",
     "replicate",
+    "step_flops",
     "token_loss",
     "train_batches",
 ]

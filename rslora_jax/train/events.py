@@ -12,7 +12,7 @@ import numpy as np
 
 from rslora_jax.train.report import Record
 
-SPEED = ("seconds", "tokens_per_second", "mfu")
+SPEED = ("seconds", "tokens_per_second", "tflops", "mfu")
 
 
 @contextlib.contextmanager

@@ -16,7 +16,9 @@ import optax
 
 from rslora_jax import checkpoint
 from rslora_jax.processes import is_first, stop_requests
+from rslora_jax.train.events import event_file
 from rslora_jax.train.feed import Feed, put
+from rslora_jax.train.flops import peak_flops, step_flops
 from rslora_jax.train.loss import Loss
 from rslora_jax.train.report import Display, Record, metrics_file, perplexity, plot, read_metrics
 from rslora_jax.train.state import TrainState, make_evaluate, make_step
@@ -74,6 +76,7 @@ def fit(
     patience: int | None = None,
     save_every: int | None = None,
     keep: int = 2,
+    tensorboard: bool = False,
     settings: Mapping[str, Any] | None = None,
     resume: bool = False,
     show: bool = True,
@@ -102,6 +105,7 @@ def fit(
       save_every: steps between checkpoints; by default a quarter of the run, at most 500. The end is saved too, and
         each new least held-out loss.
       keep: how many of the last checkpoints to keep, beside the best.
+      tensorboard: write event files too (extra `tensorboard`), in the same folder.
       settings: plain JSON values to keep with the checkpoints (`checkpoint.load_about` reads them).
       resume: go on from the folder's last checkpoint.
       show: print progress.
@@ -136,14 +140,17 @@ def fit(
         if start >= steps:
             raise ValueError(f"{folder} is already at step {start}: ask for more than {steps} steps to go on")
         records = read_metrics(folder / "metrics.jsonl", until=start)
-        append = lambda entry: None
+        writers = []
         if is_first():
-            append = stack.enter_context(metrics_file(folder / "metrics.jsonl", records, display.line))
+            writers.append(stack.enter_context(metrics_file(folder / "metrics.jsonl", records, display.line)))
+            if tensorboard:
+                writers.append(stack.enter_context(event_file(folder, start)))
         stack.enter_context(display.running(start))
 
         def record(**entry: Any) -> None:
             records.append(entry)
-            append(entry)
+            for write in writers:
+                write(entry)
 
         def look(at: int) -> float | None:
             """Evaluate on the held-out batches; None where there are none, or a signal came."""
@@ -176,7 +183,8 @@ def fit(
             reason = " ".join(str(error).split())[:300]
             display.line(f"step {at}: a checkpoint could not be written, and {there}; training goes on ({reason})")
 
-        last = time.monotonic()
+        last, flops = time.monotonic(), None
+        peak = peak_flops(jax.devices()[0])
 
         def finish(number: int, metrics: dict, size: int) -> None:
             """Wait for a step and record it; the device may be at work on the next."""
@@ -192,6 +200,7 @@ def fit(
                 tokens=int(tokens),
                 seconds=round(seconds, 4),
                 tokens_per_second=round((size or tokens) / max(seconds, 1e-9), 1),
+                **speed(flops, seconds, peak),
                 **({"skipped": True} if skipped and on_nonfinite == "skip" else {}),
             )
             if skipped:
@@ -213,6 +222,8 @@ def fit(
             last = time.monotonic()
             while at < steps and not (came := asked(at)) and not too_long(records, patience):
                 batch = next(feed)
+                if flops is None:
+                    flops = count_flops(lora, loss, params, state, batch, accumulate)
                 state, metrics = step(state, params, batch)
                 if pending:
                     finish(*pending)
@@ -244,6 +255,29 @@ def fit(
     on_disk = checkpoint.steps_in(folder)
     early = at < steps and came is None
     return Result(state.adapters, int(state.step), tuple(records), came, early, on_disk[-1] if on_disk else None)
+
+
+def count_flops(lora: Lora, loss: Loss, params: Any, state: TrainState, batch: Any, accumulate: int) -> int:
+    """Count a step's model FLOPs; 0 where the program cannot be counted, which is no reason not to train it."""
+    part = jax.tree.map(lambda x: jax.ShapeDtypeStruct((x.shape[0] // accumulate, *x.shape[1:]), x.dtype), batch)
+    key = None if state.key is None else jax.random.wrap_key_data(state.key)
+    of = loss if key is None else lambda run, batch: loss(run, batch, key)
+    try:
+        return accumulate * step_flops(lora, of, params, state.adapters, part)
+    except (TypeError, ValueError, NotImplementedError, AttributeError, IndexError):
+        return 0
+
+
+def speed(flops: int | None, seconds: float, peak: float | None) -> dict[str, float]:
+    """Return the model's TFLOPs a second, and its part of the devices' peak where that is known.
+
+    >>> speed(10**12, 0.5, None)
+    {'tflops': 2.0}
+    """
+    if not flops:
+        return {}
+    rate = flops / max(seconds, 1e-9)
+    return {"tflops": round(rate / 1e12, 4), **({"mfu": round(rate / peak / jax.device_count(), 4)} if peak else {})}
 
 
 def is_least(records: Sequence[Record]) -> bool:

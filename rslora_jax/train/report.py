@@ -132,9 +132,10 @@ def clock(seconds: float) -> str:
 def numbers(record: Record, steps: int, left: float | None) -> str:
     """Write one step's numbers as the bar shows them."""
     time_left = "" if left is None else f"  {clock(left)} left"
+    use = f"  {record['mfu']:.0%} MFU" if "mfu" in record else ""
     return (
         f"loss {record['loss']:.3f}  ppl {perplexity(record['loss']):.1f}  grad {record['grad_norm']:.2f}  "
-        f"{record['tokens_per_second']:.0f} tok/s{time_left}"
+        f"{record['tokens_per_second']:.0f} tok/s{use}{time_left}"
     )
 
 
@@ -181,3 +182,20 @@ class Display:
         self.bar.update(self.task, completed=start)
         with self.bar:
             yield
+
+
+def progress_line(what: str, after: float = 2.0) -> Callable[[int, int], None]:
+    """Return `progress(done, total)`, which shows a bar with the time left for what takes more than some seconds."""
+    from rich.progress import Progress
+
+    begun, bar = time.monotonic(), Progress(transient=True)
+    task = bar.add_task(what, total=None)
+
+    def progress(done: int, total: int) -> None:
+        if done < total and time.monotonic() - begun > after:
+            bar.start()
+            bar.update(task, completed=done, total=total)
+        if done == total:
+            bar.stop()
+
+    return progress

@@ -53,8 +53,8 @@ class TrainState:
         zero = lambda: jnp.zeros((), jnp.int32)
         data = None if key is None else jnp.copy(jax.random.key_data(key))
         state = cls(zero(), adapters, optimizer.init(adapters), jnp.ones((), bool), zero(), data)
-        lies = lambda leaf: getattr(leaf, "sharding", None)  # traced, an array does not say
-        meshes = [lies(leaf).mesh for leaf in jax.tree.leaves(adapters) if isinstance(lies(leaf), NamedSharding)]
+        lies = [getattr(leaf, "sharding", None) for leaf in jax.tree.leaves(adapters)]  # traced, an array does not say
+        meshes = [sharding.mesh for sharding in lies if isinstance(sharding, NamedSharding)]
         if not meshes:
             return state
         everywhere = NamedSharding(meshes[0], PartitionSpec())

@@ -1,0 +1,1 @@
+"""The commands of `rslora`, a file each: `add(commands)` gives its flags, `run(arguments)` does it."""

