@@ -1,0 +1,172 @@
+"""The real training step of a decoder too large for this machine: shapes and places, lowered and never run."""
+
+import dataclasses
+import functools
+import math
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from flax import linen as nn
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+import rslora_jax as rslora
+from rslora_jax import sharding
+from rslora_jax.models.llama import SHARDING_RULES, Embed, Layer, Llama, LlamaConfig
+from rslora_jax.sites import named_leaves, path_name
+from rslora_jax.train import TrainState, make_step, token_loss
+from rslora_jax.train.batches import Batch
+from rslora_jax.transform import cost
+
+
+@dataclasses.dataclass(frozen=True)
+class Job:
+    """One training step on one mesh.
+
+    Attributes:
+      config: the decoder; its layers scanned.
+      mesh: of real or of described devices.
+      rank, alpha: of every adapter.
+      rows, length: of the batch, in tokens.
+      pin: say where activations lie, by rows; else XLA finds a place for them.
+      split_rank: let adapters lie along their rank too, over the axes that they do not use otherwise.
+    """
+
+    config: LlamaConfig
+    mesh: Mesh
+    rank: int
+    rows: int
+    length: int
+    alpha: float = 16.0
+    pin: bool = True
+    split_rank: bool = False
+
+    @property
+    def tokens(self) -> int:
+        return self.rows * self.length
+
+    @functools.cached_property
+    def params(self) -> Any:
+        """The base's weights, by `SHARDING_RULES`."""
+        shapes = jax.eval_shape(Llama(self.config).init, jax.random.key(0), TOKENS)
+        return placed(shapes, sharding.param_shardings(shapes, self.mesh, SHARDING_RULES))
+
+    @functools.cached_property
+    def lora(self) -> rslora.Lora:
+        config = rslora.LoraConfig(rank=self.rank, alpha=self.alpha)
+        return rslora.wrap(self.apply, self.params, TOKENS, config=config)
+
+    @functools.cached_property
+    def state(self) -> TrainState:
+        """The adapters and AdamW's two moments of each, float32, lying with them."""
+        shapes = jax.eval_shape(self.lora.init, jax.random.key(0))
+        where = sharding.adapter_shardings(self.lora.sites, self.params)
+        if self.split_rank:
+            where = {path: split_ranks(pair, self.rank) for path, pair in where.items()}
+        state = jax.eval_shape(lambda a: TrainState.create(a, self.optimizer), shapes)
+        whole = NamedSharding(self.mesh, PartitionSpec())
+
+        def place(path: Any, leaf: Any) -> NamedSharding:
+            return where[path[-2].key][path[-1].key] if leaf.ndim else whole
+
+        return placed(state, jax.tree_util.tree_map_with_path(place, state))
+
+    @functools.cached_property
+    def batch(self) -> Batch:
+        where = sharding.batch_sharding(self.mesh, self.rows)
+        of = lambda dtype: jax.ShapeDtypeStruct((self.rows, self.length), dtype, sharding=where)
+        return Batch(of("int32"), of("int32"), of("float32"), of("int32"), of("int32"))
+
+    @functools.cached_property
+    def optimizer(self) -> optax.GradientTransformation:
+        return optax.adamw(5e-5)
+
+    @property
+    def apply(self) -> Any:
+        return pinned(self.config, self.mesh) if self.pin else Llama(self.config).apply
+
+    def train_step(self) -> Any:
+        """Lower the step of `rslora_jax.train.make_step`."""
+        step = make_step(self.lora, token_loss(self.length), self.optimizer)
+        return step.lower(self.state, self.params, self.batch)
+
+    def base_step(self) -> Any:
+        """Lower what the base alone would do: its loss, and the gradient of its norms, which goes through every layer."""
+        loss = token_loss(self.length)
+
+        def base_loss(scales: Any, params: Any, batch: Any) -> Any:
+            whole = jax.tree_util.tree_map_with_path(lambda path, w: scales.get(path_name(path), w), params)
+            return loss(functools.partial(self.apply, whole), batch)[0]
+
+        scales = {path: w for path, w in named_leaves(self.params).items() if path.endswith("scale")}
+        return jax.jit(jax.value_and_grad(base_loss)).lower(scales, self.params, self.batch)
+
+    def flops(self) -> tuple[int, int]:
+        """Return the FLOPs of the base's step and of the whole step, counted by hand from the sizes.
+
+        With `remat="full"` a layer's forward pass is made again in the backward pass, all but the last product, whose
+        value no gradient needs.
+        """
+        c, t, again = self.config, self.tokens, self.config.remat == "full"
+        scores = 4 * t * self.length * c.num_heads * c.head_dim  # queries with keys, and weights with values
+        base, more = 4 * t * c.width * c.vocab_size + c.num_layers * scores * (3 + again), 0
+        summable = jnp.finfo(c.param_dtype).bits >= 32
+        for site in self.lora.sites.values():
+            layers, i, o = site.shape
+            r, last = site.rank, site.path.endswith("down_proj/kernel")
+            s = cost.Sizes(2 * t * i * o, 2 * t * i * r, 2 * t * r * o, 2 * r * i * o, i * o, t * r)
+            plan = cost.plan(s, summable)
+            base += layers * s.base * (2 + (again and not last))
+            more += layers * cost.flops(s, plan, summable)
+            if again:
+                value = s.full + (0 if summable else s.base) if plan.forward else s.meet + s.leave
+                more += layers * ((0 if plan.forward else s.meet) if last else value)
+        return base, base + more
+
+
+TOKENS = jax.ShapeDtypeStruct((1, 8), "int32")
+
+
+def placed(shapes: Any, where: Any) -> Any:
+    """Return abstract arrays that say where they lie."""
+    return jax.tree.map(lambda s, w: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=w), shapes, where)
+
+
+@functools.cache
+def pinned(config: LlamaConfig, mesh: Mesh) -> Any:
+    """Return the decoder's `apply` with the residual stream split by rows, as the batch is.
+
+    Where weights and batch are both split over "fsdp", XLA may as well keep the weights in place and move activations.
+    """
+    where = sharding.batch_sharding(mesh)
+    model = Llama(config)
+
+    def interceptor(call: Any, args: Any, kwargs: Any, context: Any) -> Any:
+        out = call(*args, **kwargs)
+        if context.method_name != "__call__" or not isinstance(context.module, (Embed, Layer)):
+            return out
+        pin = lambda x: jax.lax.with_sharding_constraint(x, where)
+        return (pin(out[0]), out[1]) if isinstance(out, tuple) else pin(out)
+
+    def apply(*args: Any, **kwargs: Any) -> Any:
+        with nn.intercept_methods(interceptor):
+            return model.apply(*args, **kwargs)
+
+    return apply
+
+
+def split_ranks(pair: dict[str, NamedSharding], rank: int) -> dict[str, NamedSharding]:
+    """Return where a site's factors lie when each is split along its rank over the axes that the other alone uses."""
+    used = {factor: {axis for axis in where.spec if axis} for factor, where in pair.items()}
+    out = {}
+    for factor, other, axis in (("a", "b", -1), ("b", "a", -2)):
+        spec = list(pair[factor].spec)
+        spec[axis] = sharding.dividing(pair[factor].mesh, rank, tuple(sorted(used[other] - used[factor])))
+        out[factor] = NamedSharding(pair[factor].mesh, PartitionSpec(*spec))
+    return out
+
+
+def bytes_on_a_device(tree: Any) -> int:
+    """Return how many bytes of placed abstract arrays lie on each device."""
+    return sum(math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize for x in jax.tree.leaves(tree))
