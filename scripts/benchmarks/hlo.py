@@ -117,23 +117,47 @@ def _parse(text: str) -> tuple[dict[str, dict[str, _Instruction]], str]:
 
 def _calls(body: dict[str, _Instruction], computations: dict) -> Iterator[tuple[str, int]]:
     for one in body.values():
-        turns = _turns(one, computations) if one.opcode == "while" else 1
+        turns = _turns(one, body, computations) if one.opcode == "while" else 1
         for _, names in _CALLED.findall(one.rest):
             for name in re.findall(r"%([\w.-]+)", names):
                 yield name, turns
 
 
-def _turns(loop: _Instruction, computations: dict) -> int:
-    """Return how often a loop turns: what XLA noted, or the bound its counter is compared with."""
+def _turns(loop: _Instruction, around: dict[str, _Instruction], computations: dict) -> int:
+    """Return how often a loop turns: what XLA noted, or what its counter's start, bound and step say."""
     if known := re.search(r'known_trip_count"?:\{"?n"?:"?(\d+)', loop.rest):
         return int(known[1])
-    condition = computations[re.search(r"condition=%([\w.-]+)", loop.rest)[1]]
-    for one in condition.values():
-        if one.opcode == "compare" and "direction=LT" in one.rest:
-            for name in re.findall(r"%([\w.-]+)", one.rest.split(")")[0]):
-                if condition[name].opcode == "constant":
-                    return int(condition[name].rest.split(")")[0])
+    condition, body = (computations[re.search(rf"{n}=%([\w.-]+)", loop.rest)[1]] for n in ("condition", "body"))
+    compare = next((one for one in condition.values() if one.opcode == "compare"), None)
+    if compare and "direction=LT" in compare.rest:
+        counter, bound = (condition[name] for name in _operands(compare))
+        place = re.search(r"index=(\d+)", counter.rest)
+        if place and counter.opcode == "get-tuple-element":
+            start = _constant(_element(around[_operands(loop)[0]], int(place[1]), around), around)
+            step = _element(list(body.values())[-1], int(place[1]), body)
+            steps = [_constant(body[name], body) for name in _operands(step)] if step.opcode == "add" else []
+            by = next((n for n in steps if n is not None), None)
+            if start is not None and by and (end := _constant(bound, condition)) is not None:
+                return max(0, -(-(end - start) // by))
     raise ValueError(f"the loop {loop.name} does not say how often it turns: it cannot be counted")
+
+
+def _operands(one: _Instruction) -> list[str]:
+    return re.findall(r"%([\w.-]+)", one.rest.split(")")[0])
+
+
+def _element(one: _Instruction, place: int, body: dict[str, _Instruction]) -> _Instruction:
+    """Return what makes an element of a tuple, past copies."""
+    one = body[_operands(one)[place]]
+    while one.opcode == "copy":
+        one = body[_operands(one)[0]]
+    return one
+
+
+def _constant(one: _Instruction, body: dict[str, _Instruction]) -> int | None:
+    while one.opcode == "copy":
+        one = body[_operands(one)[0]]
+    return int(one.rest.split(")")[0]) if one.opcode == "constant" else None
 
 
 def _made(one: _Instruction) -> tuple[tuple[str, tuple[int, ...]], ...]:
@@ -149,7 +173,7 @@ def _product(body: dict[str, _Instruction]) -> Iterator[int]:
     """Give the FLOPs of every product of a computation."""
     for one in body.values():
         if one.opcode in ("dot", "convolution"):
-            left, right = (body[n].shapes[0][1] for n in re.findall(r"%([\w.-]+)", one.rest.split(")")[0])[:2])
+            left, right = (body[name].shapes[0][1] for name in _operands(one)[:2])
             out = one.shapes[0][1]
             if one.opcode == "dot":
                 summed = re.search(r"lhs_contracting_dims=\{([\d,]*)\}", one.rest)[1]
