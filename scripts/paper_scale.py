@@ -6,8 +6,9 @@
 
 Nothing is run and no weight is made: the arguments are shapes that say where they lie. The step is that of
 `rslora_jax.train` with AdamW, a batch of 32 rows of 512 tokens. A compile takes a minute or two. Results go to
-`scale.csv` and `scale.md`; a run replaces its own lines there. It ends with exit status 1 where the step gathers base
-weights that the base alone does not, or a case that is said to fit does not.
+`scale.csv` and to the table in `README.md`; a run replaces its own lines there. It ends with exit
+status 1 where the step gathers base weights that the base alone does not or moves more than its adapters explain, a
+device holds more than it has, or a case that is said to fit does not.
 """
 
 import argparse
@@ -41,6 +42,9 @@ from rslora_jax.models.llama import REMAT_POLICIES
 MEMORY = {"TPU v5 lite": 15.75 * 2**30, "TPU v5": 95.74 * 2**30}
 
 
+BEGIN, END = "<!-- the table of scripts/paper_scale.py -->", "<!-- end of the table -->"
+
+
 @dataclasses.dataclass(frozen=True)
 class Case:
     """One step to compile, and whether it must fit (None: find out)."""
@@ -60,6 +64,7 @@ CASES = (
     Case("v5e:2x2", "fsdp=4", 64),
     Case("v5e:4x4", "fsdp=16", 64, fits=True),
     Case("v5e:4x4", "fsdp=16", 64, **FREE),
+    Case(ONE, "fsdp=1", 1024),
     Case(ONE, "fsdp=1", 2048),
     Case("v5e:4x4", "fsdp=16", 2048),
     Case("v5e:4x4", "fsdp=4,tensor=4", 2048),
@@ -173,8 +178,9 @@ def compiled_or_not(lowered: Any) -> Any:
     except jax.errors.JaxRuntimeError as error:
         if "RESOURCE_EXHAUSTED" not in str(error):
             raise
-        needs = re.search(r"[Uu]sed ([\d.]+[MG])|HLO temporaries \(([\d.]+[MG])\)", str(error))
-        return "does not fit" if needs is None else f"needs {needs[1] or needs[2] + 'iB beside its arguments'}"
+        # The compiler calls them temporaries, but the arguments are among them.
+        needs = re.search(r"[Uu]sed ([\d.]+)G|HLO temporaries \(([\d.]+)G\)", str(error))
+        return "does not fit" if needs is None else f"needs {float(needs[1] or needs[2]) * 2**30 / 1e9:.1f} GB"
 
 
 def table(rows: Sequence[Row]) -> tuple[list[str], list[list[str]]]:
@@ -184,7 +190,9 @@ def table(rows: Sequence[Row]) -> tuple[list[str], list[list[str]]]:
     gb = lambda n: "" if n is None else f"{n / 1e9:.2f}"
     lines = []
     for r in rows:
-        total = f"{gb(r.total_bytes)} of {gb(r.memory_bytes)}" if r.flops else f"no: {r.complaint}"
+        total = (
+            f"{gb(r.total_bytes)} of {gb(r.memory_bytes)}" if r.flops else f"no: {r.complaint} of {gb(r.memory_bytes)}"
+        )
         flops = ("", "") if r.flops is None else (f"{r.flops / 1e12:.1f}", f"{r.flops / r.flops_by_hand:.3f}")
         place = f"{r.topology} ({r.devices})"
         cells = [place, r.mesh, str(r.rank), r.remat, r.activations, r.adapters, gb(r.argument_bytes), gb(r.temp_bytes)]
@@ -197,15 +205,16 @@ def markdown(rows: Sequence[Row]) -> str:
     return "\n".join(f"| {' | '.join(line)} |" for line in (head, ["--"] * len(head), *lines)) + "\n"
 
 
+def read_csv(path: Path) -> list[Row]:
+    if not path.exists():
+        return []
+    with path.open(newline="") as file:
+        return [parse(line) for line in csv.DictReader(file)]
+
+
 def merge_csv(path: Path, rows: Sequence[Row]) -> list[Row]:
     """Write the rows to a file, in place of its lines for the same cases, and return all that it then holds."""
-    kept = {}
-    if path.exists():
-        with path.open(newline="") as file:
-            for line in csv.DictReader(file):
-                row = parse(line)
-                kept[row.key] = row
-    kept |= {row.key: row for row in rows}
+    kept = {row.key: row for row in [*read_csv(path), *rows]}
     order = [tuple(str(x) for x in dataclasses.astuple(case)[:6]) for case in CASES]
     ranked = sorted(kept.values(), key=lambda r: order.index(r.key) if r.key in order else len(order))
     with path.open("w", newline="") as file:
@@ -215,10 +224,19 @@ def merge_csv(path: Path, rows: Sequence[Row]) -> list[Row]:
     return ranked
 
 
+def update_page(path: Path, rows: Sequence[Row]) -> None:
+    """Put the table in its place in a page, or make a page of it."""
+    page = path.read_text() if path.exists() else f"{BEGIN}\n{END}\n"
+    before, _, after = page.partition(BEGIN)
+    path.write_text(f"{before}{BEGIN}\n{markdown(rows)}{END}{after.partition(END)[2]}")
+
+
 def parse(line: dict[str, str]) -> Row:
     kinds = {f.name: f.type for f in dataclasses.fields(Row)}
     make = lambda kind: str if kind is str else float if "float" in str(kind) else int
-    values = {name: None if text == "" and kinds[name] is not str else make(kinds[name])(text) for name, text in line.items()}
+    values = {
+        name: None if text == "" and kinds[name] is not str else make(kinds[name])(text) for name, text in line.items()
+    }
     return Row(**values)
 
 
@@ -233,6 +251,12 @@ def wrong(case: Case, row: Row) -> list[str]:
     if row.weights_gathered and row.weights_gathered > (row.base_weights_gathered or 0):
         more = row.weights_gathered - (row.base_weights_gathered or 0)
         found.append(f"{name}: gathers {more / 1e9:.3f} GB of base weights that the base alone does not")
+    if row.moved_bytes is not None and row.base_moved_bytes is not None:
+        # A weight may also be passed on in a ring, piece by piece. Adapters need no more than to be whole once in the
+        # forward pass, its repetition and the backward pass, a sum of their gradients, and a little between the two.
+        allowed, more = 5 * 2 * row.adapter_parameters, row.moved_bytes - row.base_moved_bytes
+        if more > allowed:
+            found.append(f"{name}: moves {more / 1e9:.3f} GB beside the base alone, more than {allowed / 1e9:.3f} GB")
     return found
 
 
@@ -241,7 +265,11 @@ def parser() -> argparse.ArgumentParser:
     add = out.add_argument
     add("--topology", help="one slice as libtpu names it, in place of the table's own cases")
     add("--mesh", help="its axes by name, such as fsdp=4,tensor=4 (fsdp=-1)", default="fsdp=-1")
-    add("--ranks", default="64,2048", help="with --topology, or those of the table's cases to compile (64,2048)")
+    add(
+        "--ranks",
+        default="64,1024,2048",
+        help="of every adapter; or of the table's cases that are compiled (64,1024,2048)",
+    )
     add("--remat", choices=("none", "full", *REMAT_POLICIES), default="full", help="with --topology (full)")
     add("--free", action="store_true", help="with --topology: let XLA place the activations")
     add("--split-rank", action="store_true", help="with --topology: let adapters lie along their rank too")
@@ -258,7 +286,10 @@ def main() -> None:
     ranks = [int(r) for r in arguments.ranks.split(",")]
     cases = [case for case in CASES if case.rank in ranks]
     if arguments.topology:
-        activations, adapters = "free" if arguments.free else "by rows", "rank too" if arguments.split_rank else "as weights"
+        activations, adapters = (
+            "free" if arguments.free else "by rows",
+            "rank too" if arguments.split_rank else "as weights",
+        )
         of = lambda rank: Case(arguments.topology, arguments.mesh, rank, arguments.remat, activations, adapters)
         cases = [of(rank) for rank in ranks]
     # What the library does on a CPU alone is not to be compiled for a TPU.
@@ -281,8 +312,9 @@ def main() -> None:
         found += wrong(case, row)
         arguments.out.mkdir(parents=True, exist_ok=True)
         rows = merge_csv(arguments.out / "scale.csv", [row])  # at once: a compile is long, and the next may be cut off
-        (arguments.out / "scale.md").write_text(markdown(rows))
-        console.print("; ".join(f"{n}: {c}" for n, c in zip(*(table([row])[0], table([row])[1][0]), strict=True) if c))
+        update_page(arguments.out / "README.md", rows)
+        head, (line,) = table([row])
+        console.print("; ".join(f"{name}: {cell}" for name, cell in zip(head, line, strict=True) if cell))
     head, lines = table(rows)
     shown = Table(*head, title=f"Llama 2 7B, {arguments.batch} x {arguments.length} tokens; JAX {jax.__version__}")
     for line in lines:

@@ -92,7 +92,7 @@ class Job:
         return step.lower(self.state, self.params, self.batch)
 
     def base_step(self) -> Any:
-        """Lower what the base alone would do: its loss, and the gradient of its norms, which goes through every layer."""
+        """Lower what the base alone would do: its loss, and the gradient of its norms, which passes every layer."""
         loss = token_loss(self.length)
 
         def base_loss(scales: Any, params: Any, batch: Any) -> Any:
