@@ -194,7 +194,7 @@ def test_what_is_not_as_it_must_be_is_said(parts):
 def test_the_page_shows_the_table_that_the_file_holds(parts):
     _, _, paper_scale = parts
     rows = paper_scale.read_csv(DOCS / "scale.csv")
-    assert {(row.topology, row.rank) for row in rows} >= {(c.topology, c.rank) for c in paper_scale.CASES}
+    assert {row.key[:3] for row in rows} >= {(c.topology, c.mesh, str(c.rank)) for c in paper_scale.CASES}
     page = (DOCS / "README.md").read_text()
     assert paper_scale.markdown(rows) in page
     for row in rows:
