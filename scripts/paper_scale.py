@@ -13,7 +13,6 @@ device holds more than it has, or a case that is said to fit does not.
 
 import argparse
 import collections
-import csv
 import dataclasses
 import itertools
 import math
@@ -21,7 +20,6 @@ import os
 import re
 import sys
 import time
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +27,8 @@ os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")  # there is no TPU to ask for its place
 
 import jax
-from benchmarks import hlo, scale
+from benchmarks import hlo, scale, scale_report
+from benchmarks.scale_report import Row
 from jax.experimental import topologies
 from rich.console import Console
 from rich.table import Table
@@ -40,9 +39,6 @@ from rslora_jax.models.llama import REMAT_POLICIES
 
 # What the compiler leaves to a program of a chip's 16 and 95 GB.
 MEMORY = {"TPU v5 lite": 15.75 * 2**30, "TPU v5": 95.74 * 2**30}
-
-
-BEGIN, END = "<!-- the table of scripts/paper_scale.py -->", "<!-- end of the table -->"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -74,38 +70,7 @@ CASES = (
 )
 
 
-@dataclasses.dataclass(frozen=True)
-class Row:
-    """What one case has shown: bytes and FLOPs of one device in one step; None where it did not compile."""
-
-    topology: str
-    mesh: str
-    rank: int
-    remat: str
-    activations: str
-    adapters: str
-    device: str
-    devices: int
-    adapter_parameters: int
-    argument_bytes: int
-    temp_bytes: int | None
-    total_bytes: int | None
-    memory_bytes: int
-    complaint: str
-    flops: int | None
-    flops_by_hand: int
-    flops_xla: float | None
-    collectives: str
-    moved_bytes: int | None
-    base_moved_bytes: int | None
-    weights_gathered: int | None
-    base_weights_gathered: int | None
-    compile_s: float
-    jax: str
-
-    @property
-    def key(self) -> tuple[str, ...]:
-        return tuple(str(x) for x in dataclasses.astuple(self)[:6])
+ORDER = [tuple(str(x) for x in dataclasses.astuple(case)[:6]) for case in CASES]
 
 
 def weight_gathers(counts: hlo.Counts, params: Any) -> int:
@@ -184,63 +149,6 @@ def compiled_or_not(lowered: Any) -> Any:
         return "does not fit" if needs is None else f"needs {float(needs[1] or needs[2]) * 2**30 / 1e9:.1f} GB"
 
 
-def table(rows: Sequence[Row]) -> tuple[list[str], list[list[str]]]:
-    """Return the table's head and its lines."""
-    head = "slice|mesh|rank|remat|activations|adapters|arguments GB|temporary GB|total of GB|TFLOPs a device"
-    head += "|to hand count|collectives a step|base alone moves GB|compile s"
-    gb = lambda n: "" if n is None else f"{n / 1e9:.2f}"
-    lines = []
-    for r in rows:
-        total = (
-            f"{gb(r.total_bytes)} of {gb(r.memory_bytes)}" if r.flops else f"no: {r.complaint} of {gb(r.memory_bytes)}"
-        )
-        flops = ("", "") if r.flops is None else (f"{r.flops / 1e12:.1f}", f"{r.flops / r.flops_by_hand:.3f}")
-        place = f"{r.topology} ({r.devices})"
-        cells = [place, r.mesh, str(r.rank), r.remat, r.activations, r.adapters, gb(r.argument_bytes), gb(r.temp_bytes)]
-        lines.append([*cells, total, *flops, r.collectives, gb(r.base_moved_bytes), f"{r.compile_s:.0f}"])
-    return head.split("|"), lines
-
-
-def markdown(rows: Sequence[Row]) -> str:
-    head, lines = table(rows)
-    return "\n".join(f"| {' | '.join(line)} |" for line in (head, ["--"] * len(head), *lines)) + "\n"
-
-
-def read_csv(path: Path) -> list[Row]:
-    if not path.exists():
-        return []
-    with path.open(newline="") as file:
-        return [parse(line) for line in csv.DictReader(file)]
-
-
-def merge_csv(path: Path, rows: Sequence[Row]) -> list[Row]:
-    """Write the rows to a file, in place of its lines for the same cases, and return all that it then holds."""
-    kept = {row.key: row for row in [*read_csv(path), *rows]}
-    order = [tuple(str(x) for x in dataclasses.astuple(case)[:6]) for case in CASES]
-    ranked = sorted(kept.values(), key=lambda r: order.index(r.key) if r.key in order else len(order))
-    with path.open("w", newline="") as file:
-        writer = csv.DictWriter(file, [f.name for f in dataclasses.fields(Row)], lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(dataclasses.asdict(row) for row in ranked)
-    return ranked
-
-
-def update_page(path: Path, rows: Sequence[Row]) -> None:
-    """Put the table in its place in a page, or make a page of it."""
-    page = path.read_text() if path.exists() else f"{BEGIN}\n{END}\n"
-    before, _, after = page.partition(BEGIN)
-    path.write_text(f"{before}{BEGIN}\n{markdown(rows)}{END}{after.partition(END)[2]}")
-
-
-def parse(line: dict[str, str]) -> Row:
-    kinds = {f.name: f.type for f in dataclasses.fields(Row)}
-    make = lambda kind: str if kind is str else float if "float" in str(kind) else int
-    values = {
-        name: None if text == "" and kinds[name] is not str else make(kinds[name])(text) for name, text in line.items()
-    }
-    return Row(**values)
-
-
 def wrong(case: Case, row: Row) -> list[str]:
     """Return what is not as it must be."""
     name = f"{case.topology} {case.mesh} rank {case.rank}"
@@ -312,11 +220,13 @@ def main() -> None:
         row = compile_row(case, job, base, seconds, compiled)
         found += wrong(case, row)
         arguments.out.mkdir(parents=True, exist_ok=True)
-        rows = merge_csv(arguments.out / "scale.csv", [row])  # at once: a compile is long, and the next may be cut off
-        update_page(arguments.out / "README.md", rows)
-        head, (line,) = table([row])
+        rows = scale_report.merge_csv(
+            arguments.out / "scale.csv", [row], ORDER
+        )  # at once: a compile is long, and the next may be cut off
+        scale_report.update_page(arguments.out / "README.md", rows)
+        head, (line,) = scale_report.table([row])
         console.print("; ".join(f"{name}: {cell}" for name, cell in zip(head, line, strict=True) if cell))
-    head, lines = table(rows)
+    head, lines = scale_report.table(rows)
     shown = Table(*head, title=f"Llama 2 7B, {arguments.batch} x {arguments.length} tokens; JAX {jax.__version__}")
     for line in lines:
         shown.add_row(*line)

@@ -179,7 +179,11 @@ def test_a_gathered_weight_is_told_from_gathered_activations(parts):
 def test_what_is_not_as_it_must_be_is_said(parts):
     _, _, paper_scale = parts
     case = paper_scale.Case("v5e:4x4", "fsdp=16", 64, fits=True)
-    good = next(r for r in paper_scale.read_csv(DOCS / "scale.csv") if r.flops and r.base_moved_bytes and r.rank == 64)
+    good = next(
+        r
+        for r in paper_scale.scale_report.read_csv(DOCS / "scale.csv")
+        if r.flops and r.base_moved_bytes and r.rank == 64
+    )
     assert paper_scale.wrong(case, good) == []
     for change, complaint in [
         ({"flops": None, "complaint": "needs 9GiB"}, "said to fit and does not: needs 9GiB"),
@@ -193,10 +197,10 @@ def test_what_is_not_as_it_must_be_is_said(parts):
 
 def test_the_page_shows_the_table_that_the_file_holds(parts):
     _, _, paper_scale = parts
-    rows = paper_scale.read_csv(DOCS / "scale.csv")
+    rows = paper_scale.scale_report.read_csv(DOCS / "scale.csv")
     assert {row.key[:3] for row in rows} >= {(c.topology, c.mesh, str(c.rank)) for c in paper_scale.CASES}
     page = (DOCS / "README.md").read_text()
-    assert paper_scale.markdown(rows) in page
+    assert paper_scale.scale_report.markdown(rows) in page
     for row in rows:
         # What compiles fits; what a step needs is what lies there and what the compiler adds.
         assert (row.flops is None) == bool(row.complaint)
