@@ -61,12 +61,14 @@ CASES = (
     Case(ONE, "fsdp=1", 64, fits=True),
     Case("v5e:2x2", "fsdp=4", 64, fits=True),
     Case("v5e:4x4", "fsdp=16", 64, fits=True),
+    Case("v5e:4x4", "fsdp=16", 64, "none", fits=True),
     Case("v5e:4x4", "fsdp=16", 64, **FREE),
     Case(ONE, "fsdp=1", 2048),
     Case("v5e:4x4", "fsdp=16", 2048),
     Case("v5e:4x4", "fsdp=4,tensor=4", 2048),
     Case("v5e:2x4", "fsdp=8", 2048, fits=True, **SPLIT),
     Case("v5e:4x4", "fsdp=16", 2048, fits=True, **SPLIT),
+    Case("v5e:4x4", "fsdp=16", 2048, "none", **SPLIT),
 )
 
 
