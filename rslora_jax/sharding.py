@@ -5,11 +5,11 @@
 
 import itertools
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
-from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec, Sharding
+from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec, Sharding
 
 from rslora_jax.config import matches, near_misses
 from rslora_jax.sites import Site, named_leaves
@@ -91,7 +91,7 @@ def param_shardings(params: Any, mesh: Mesh, rules: Rules) -> Any:
     return jax.tree.unflatten(jax.tree.structure(params), [one(path, leaf) for path, leaf in leaves.items()])
 
 
-def dividing(mesh: Mesh, size: int, axes: Any) -> Any:
+def dividing(mesh: Mesh | AbstractMesh, size: int, axes: Any) -> Any:
     """Return the mesh axes of an array's axis that there are and that divide its size."""
     names = [axes] if isinstance(axes, str) else list(axes or ())
     names = [name for name in names if name in mesh.shape]
@@ -100,12 +100,16 @@ def dividing(mesh: Mesh, size: int, axes: Any) -> Any:
     return None if not names else names[0] if len(names) == 1 else tuple(names)
 
 
-def adapter_shardings(sites: Mapping[str, Site], params: Any) -> dict[str, dict[str, Sharding]]:
+def adapter_shardings(
+    sites: Mapping[str, Site], params: Any, *, split_rank: bool = False
+) -> dict[str, dict[str, Sharding]]:
     """Return where adapters lie: A as its weight along the input axes, B along the output axes, the rank whole.
 
     Args:
       sites: `Lora.sites`.
       params: the base, its arrays (or `jax.ShapeDtypeStruct`s) with their shardings.
+      split_rank: split each factor along its rank too, over the mesh axes that only the other one uses: less memory,
+        for more that moves. At high rank, where adapters are as large as the base, it can be what makes them fit.
 
     Returns:
       `{path: {"a": ..., "b": ...}}`, for `jax.device_put(adapters, ...)`. Where a weight lies on one device, so do
@@ -127,8 +131,15 @@ def adapter_shardings(sites: Mapping[str, Site], params: Any) -> dict[str, dict[
             return {"a": sharding, "b": sharding}
         spec = (*sharding.spec, *(None,) * (len(site.shape) - len(sharding.spec)))
         of = lambda axes: tuple(spec[n] for n in axes)
-        a = PartitionSpec(*of(site.stack_axes), *of(site.in_axes), None)
-        b = PartitionSpec(*of(site.stack_axes), None, *of(site.out_axes))
+        flat = lambda axes: [name for axis in of(axes) for name in ([axis] if isinstance(axis, str) else axis or ())]
+
+        def rank(own: tuple[int, ...], others: tuple[int, ...]) -> Any:
+            used = set(flat((*own, *site.stack_axes)))
+            free = tuple(name for name in flat(others) if name not in used)
+            return dividing(sharding.mesh, site.rank, free) if split_rank else None
+
+        a = PartitionSpec(*of(site.stack_axes), *of(site.in_axes), rank(site.in_axes, site.out_axes))
+        b = PartitionSpec(*of(site.stack_axes), rank(site.out_axes, site.in_axes), *of(site.out_axes))
         return {"a": NamedSharding(sharding.mesh, a), "b": NamedSharding(sharding.mesh, b)}
 
     return {path: one(site) for path, site in sites.items()}
@@ -149,6 +160,35 @@ def batch_sharding(mesh: Mesh, rows: int | None = None) -> NamedSharding:
     if rows is not None and rows % parts:
         raise ValueError(f"a batch of {rows} rows cannot be split in {parts} ({' x '.join(names)}): give a multiple")
     return NamedSharding(mesh, PartitionSpec(names or None))
+
+
+def pin_rows(apply: Callable[..., Any], where: Sharding, modules: tuple[type, ...]) -> Callable[..., Any]:
+    """Keep the outputs of some Flax Linen modules where the batch lies, in a model's `apply`.
+
+    Where weights and rows are both split along an axis ("fsdp"), XLA may as well leave the weights where they are and
+    move the activations of all rows: correct, and several times dearer. Told where a few activations lie, such as those
+    between layers, it moves the weights. Of a module that returns a tuple, the first is meant.
+
+    Args:
+      apply: `model.apply`; give `wrap` what this returns.
+      where: from `batch_sharding`.
+      modules: classes, such as `(Embed, Layer)` of `models.llama`.
+    """
+    from flax import linen as nn
+
+    pin = lambda x: jax.lax.with_sharding_constraint(x, where)
+
+    def interceptor(call: Any, args: Any, kwargs: Any, context: Any) -> Any:
+        out = call(*args, **kwargs)
+        if context.method_name != "__call__" or not isinstance(context.module, modules):
+            return out
+        return (pin(out[0]), *out[1:]) if isinstance(out, tuple) else pin(out)
+
+    def pinned(*args: Any, **kwargs: Any) -> Any:
+        with nn.intercept_methods(interceptor):
+            return apply(*args, **kwargs)
+
+    return pinned
 
 
 def process_rows(sharding: Sharding, rows: int) -> slice:

@@ -1,6 +1,6 @@
-"""Train a small Llama on a mesh and print what the tests compare; run with the mesh as its argument, or none.
+"""Train a small Llama on eight virtual devices in several ways and print what the tests compare.
 
-python -m tests.mesh_program data=2,fsdp=2,tensor=2
+python -m tests.mesh_program WAY [WAY ...]      each a mesh, "one" (device), "pmap", or "MESH then MESH" (a resume)
 """
 
 import json
@@ -15,23 +15,26 @@ import optax
 
 import rslora_jax as rslora
 from rslora_jax import sharding
-from rslora_jax.models.llama import SHARDING_RULES, Llama, LlamaConfig
+from rslora_jax.models.llama import SHARDING_RULES, Embed, Layer, Llama, LlamaConfig
 from rslora_jax.sites import named_leaves, path_name
-from rslora_jax.train import TrainState, fit, make_step, token_loss
+from rslora_jax.train import TrainState, fit, make_pmap_step, make_step, replicate, token_loss
 from rslora_jax.train.batches import Batch
 
 STEPS, ROWS, LENGTH = 20, 8, 16
 CONFIG = LlamaConfig(
     vocab_size=96, width=64, mlp_width=128, num_layers=3, num_heads=8, num_kv_heads=4, scan_layers=True
 )
+MODEL, LOSS, OPTIMIZER = Llama(CONFIG), token_loss(LENGTH), optax.adamw(3e-3)
+TOKENS = jax.ShapeDtypeStruct((1, 4), "int32")
 
 
 def batch(step: int) -> Batch:
+    """Make a batch whose rows have different numbers of tokens with loss."""
     rng = np.random.default_rng(step)
     tokens = rng.integers(0, CONFIG.vocab_size, (ROWS, LENGTH + 1)).astype(np.int32)
     positions = np.broadcast_to(np.arange(LENGTH, dtype=np.int32), (ROWS, LENGTH))
-    ones = np.ones((ROWS, LENGTH), np.int32)
-    return Batch(tokens[:, :-1], tokens[:, 1:], ones.astype(np.float32), positions, ones)
+    mask = (positions >= np.arange(ROWS)[:, None]).astype(np.float32)
+    return Batch(tokens[:, :-1], tokens[:, 1:], mask, positions, np.ones((ROWS, LENGTH), np.int32))
 
 
 def gathered(text: str) -> list[int]:
@@ -40,57 +43,110 @@ def gathered(text: str) -> list[int]:
     return sorted(int(np.prod([int(n) for n in shape.split(",") if n])) for shape in found)
 
 
-def main(mesh_text: str | None) -> None:
-    model, loss = Llama(CONFIG), token_loss(LENGTH)
-    variables = model.init(jax.random.key(0), jnp.zeros((1, 4), jnp.int32))
-    lora = rslora.wrap(model.apply, variables, jnp.zeros((1, 4), jnp.int32), config=rslora.LoraConfig(rank=6, alpha=10))
-    adapters, optimizer = lora.init(jax.random.key(1)), optax.adamw(3e-3)
-    where = None
-    if mesh_text:
-        mesh = sharding.make_mesh(mesh_text)
-        variables = jax.device_put(variables, sharding.param_shardings(variables, mesh, SHARDING_RULES))
-        adapters = jax.device_put(adapters, sharding.adapter_shardings(lora.sites, variables))
-        where = sharding.batch_sharding(mesh, ROWS)
-    state, step = TrainState.create(adapters, optimizer), make_step(lora, loss, optimizer)
+class Setup:
+    """The base, the adapters and the batches' place, on a mesh or on one device."""
 
-    # What the base model alone would do: its loss, and the gradient of its norms, which goes through every layer.
-    def base_loss(scales, params, batch):
-        whole = jax.tree_util.tree_map_with_path(lambda path, w: scales.get(path_name(path), w), params)
-        return loss(lambda *args, **kwargs: model.apply(whole, *args, **kwargs), batch)[0]
+    def __init__(self, mesh_text: str | None):
+        variables, apply, self.where = MODEL.init(jax.random.key(0), jnp.zeros((1, 4), jnp.int32)), MODEL.apply, None
+        if mesh_text:
+            mesh_text, _, number = mesh_text.partition(" of ")  # "fsdp=4 of 4": on the first four devices
+            mesh = sharding.make_mesh(mesh_text, jax.devices()[: int(number or 8)])
+            variables = jax.device_put(variables, sharding.param_shardings(variables, mesh, SHARDING_RULES))
+            self.where = sharding.batch_sharding(mesh, ROWS)
+            apply = sharding.pin_rows(MODEL.apply, self.where, (Embed, Layer))
+        self.variables, self.apply = variables, apply
+        self.lora = rslora.wrap(apply, variables, TOKENS, config=rslora.LoraConfig(rank=6, alpha=10))
+        self.adapters = self.lora.init(jax.random.key(1))
+        if mesh_text:
+            self.adapters = jax.device_put(self.adapters, sharding.adapter_shardings(self.lora.sites, variables))
 
-    first = jax.device_put(batch(0), where)
-    scales = {path: w for path, w in named_leaves(variables).items() if path.endswith("scale")}
-    base = gathered(jax.jit(jax.value_and_grad(base_loss)).lower(scales, variables, first).compile().as_text())
-    ours = gathered(step.lower(state, variables, first).compile().as_text())
-    with tempfile.TemporaryDirectory() as folder:
-        result = fit(
-            *(lora, variables, adapters),
+    def fit(self, folder: str, steps: int, **options):
+        return fit(
+            *(self.lora, self.variables, self.adapters),
             batches=[batch(n) for n in range(STEPS)],
             heldout=[batch(STEPS)],
-            loss=loss,
-            optimizer=optimizer,
-            steps=STEPS,
+            loss=LOSS,
+            optimizer=OPTIMIZER,
+            steps=steps,
             folder=folder,
-            batch_sharding=where,
+            batch_sharding=self.where,
             show=False,
+            **options,
         )
-    losses = [record["loss"] for record in result.records if "loss" in record]
+
+    def programs(self) -> tuple[str, str]:
+        """Return the compiled text of the step, and of what the base model alone would do.
+
+        That is its loss, and the gradient of its norms, which goes through every layer.
+        """
+
+        def base_loss(scales, params, batch):
+            whole = jax.tree_util.tree_map_with_path(lambda path, w: scales.get(path_name(path), w), params)
+            return LOSS(lambda *args, **kwargs: self.apply(whole, *args, **kwargs), batch)[0]
+
+        first = jax.device_put(batch(0), self.where)
+        scales = {path: w for path, w in named_leaves(self.variables).items() if path.endswith("scale")}
+        state = TrainState.create(self.adapters, OPTIMIZER)
+        shardings = jax.tree.map(lambda leaf: leaf.sharding, state)
+        step = make_step(self.lora, LOSS, OPTIMIZER, shardings=shardings)
+        base = jax.jit(jax.value_and_grad(base_loss)).lower(scales, self.variables, first)
+        return step.lower(state, self.variables, first).compile().as_text(), base.compile().as_text()
+
+
+def on_mesh(mesh_text: str | None) -> dict:
+    setup = Setup(mesh_text)
+    with tempfile.TemporaryDirectory() as folder:
+        result = setup.fit(folder, STEPS)
     spec = lambda leaf: [*leaf.sharding.spec, *[None] * leaf.ndim][: leaf.ndim] if mesh_text else None
     specs = lambda tree: {path: spec(leaf) for path, leaf in named_leaves(tree).items()}
-    found = {
-        "devices": len(jax.devices()),
-        "losses": losses,
-        "heldout": list(result.heldout.values()),
-        "adapters": {path: np.ravel(leaf).tolist() for path, leaf in named_leaves(result.adapters).items()},
+    state = TrainState.create(setup.adapters, OPTIMIZER)
+    found = outcome(result) | {
         "adapter_specs": specs(result.adapters),
         "moment_specs": specs(state.opt_state[0].mu),
-        "base_specs": specs(variables),
-        "merged_specs": specs(lora.merge(variables, result.adapters)),
-        "base_gathers": base,
-        "gathers": ours,
+        "base_specs": specs(setup.variables),
+        "merged_specs": specs(setup.lora.merge(setup.variables, result.adapters)),
     }
-    print(json.dumps(found))
+    if mesh_text:
+        ours, base = setup.programs()
+        found |= {"base_gathers": gathered(base), "gathers": gathered(ours)}
+    return found
+
+
+def outcome(result) -> dict:
+    losses = [record["loss"] for record in result.records if "loss" in record]
+    return {"losses": losses, "heldout": list(result.heldout.values()), **listed(result.adapters)}
+
+
+def listed(adapters) -> dict:
+    return {"adapters": {path: np.ravel(leaf).tolist() for path, leaf in named_leaves(adapters).items()}}
+
+
+def resumed(first: str, then: str) -> dict:
+    """Train half on one mesh, and go on from the checkpoint on another."""
+    with tempfile.TemporaryDirectory() as folder:
+        Setup(first).fit(folder, STEPS // 2)
+        return outcome(Setup(then).fit(folder, STEPS, resume=True))
+
+
+def with_pmap() -> dict:
+    setup = Setup(None)
+    step = make_pmap_step(setup.lora, LOSS, OPTIMIZER)
+    state = replicate(TrainState.create(setup.adapters, OPTIMIZER))
+    variables, losses = replicate(setup.variables), []
+    for n in range(STEPS):
+        rows = jax.tree.map(lambda x: x.reshape(8, ROWS // 8, *x.shape[1:]), batch(n))
+        state, metrics = step(state, variables, rows)
+        losses.append(float(metrics["loss"][0]))
+    return {"losses": losses, **listed(jax.tree.map(lambda x: x[3], state.adapters))}
+
+
+def train(way: str) -> dict:
+    first, _, then = way.partition(" then ")
+    if then:
+        return resumed(first, then)
+    return with_pmap() if way == "pmap" else on_mesh(None if way == "one" else way)
 
 
 if __name__ == "__main__":
-    main(sys.argv[1] if len(sys.argv) > 1 else None)
+    assert len(jax.devices()) == 8
+    print(json.dumps({way: train(way) for way in sys.argv[1:]}))

@@ -60,7 +60,9 @@ def test_what_lies_on_a_device_is_the_count_by_hand(parts):
     _, scale, _ = parts
     whole = 6_738_415_616 * 2 + 3 * 4 * 2048 * 32 * (4 * 8192 + 3 * 15104)  # the base, adapters and two moments
     one = seven_billion(scale, 2048, {"fsdp": 1})
-    assert scale.bytes_on_a_device((one.params, one.state)) == whole + 4 + 4 + 1  # step, Adam's count, finite
+    assert (
+        scale.bytes_on_a_device((one.params, one.state)) == whole + 4 + 4 + 4 + 1
+    )  # step, Adam's count, skipped, finite
     # Along the rank too, all but the 65 norms of 4096 is split evenly.
     split = seven_billion(scale, 2048, {"fsdp": 4, "tensor": 4}, split_rank=True)
     norms = 65 * 4096 * 2

@@ -77,6 +77,8 @@ def add(commands: Any, settings: Mapping[str, Any] | None = None) -> None:
     add(where, "--remat", "none", remat, metavar="POLICY")
     mesh = "devices by name, such as data=2,fsdp=4,tensor=1 (default: one device)"
     add(where, "--mesh", None, mesh, metavar="AXES")
+    split = "on a mesh, split adapters along their rank too: less memory at high rank"
+    where.add_argument("--split-rank", action="store_true", help=split)
     several = "one of several processes; where JAX cannot find the others by itself, say where the first is, how many"
     distributed = {"nargs": "?", "const": "auto", "metavar": "HOST:PORT,PROCESSES,NUMBER"}
     add(where, "--distributed", None, f"{several} there are, and which this is", **distributed)
@@ -156,7 +158,7 @@ def train(arguments: argparse.Namespace) -> int:
     import rslora_jax as rslora
     from rslora_jax import checkpoint, processes, sharding
     from rslora_jax.interop.gguf import find_smollm2, load_gguf
-    from rslora_jax.models.llama import SHARDING_RULES, Llama
+    from rslora_jax.models.llama import SHARDING_RULES, Embed, Layer, Llama
     from rslora_jax.train import NonFiniteLoss, batches, fit, loss, optimizers, report, samples
 
     for flag in ("steps", "batch_size", "accumulate", "learning_rate", "max_len", "keep"):
@@ -179,7 +181,8 @@ def train(arguments: argparse.Namespace) -> int:
     print(f"reading {path.name}", flush=True)
     model_config, variables, tokenizer = load_gguf(path, scan_layers=True, dtype=a.dtype, remat=a.remat)
     model = Llama(model_config)
-    lora = rslora.wrap(model.apply, variables, jax.ShapeDtypeStruct((1, 8), "int32"), config=config)
+    apply = sharding.pin_rows(model.apply, where, (Embed, Layer)) if where else model.apply
+    lora = rslora.wrap(apply, variables, jax.ShapeDtypeStruct((1, 8), "int32"), config=config)
     print(lora, flush=True)
 
     max_len = min(a.max_len, model_config.max_len)
@@ -198,7 +201,7 @@ def train(arguments: argparse.Namespace) -> int:
     fresh = lora.init(jax.random.key(a.seed))
     if mesh:
         variables = jax.device_put(variables, sharding.param_shardings(variables, mesh, SHARDING_RULES))
-        fresh = jax.device_put(fresh, sharding.adapter_shardings(lora.sites, variables))
+        fresh = jax.device_put(fresh, sharding.adapter_shardings(lora.sites, variables, split_rank=a.split_rank))
     # Of several processes none holds the whole of what the model writes.
     chosen = heldout_examples[:2] if jax.process_count() == 1 else []
     # The base and the merged weights run through one compiled program, the model's own.

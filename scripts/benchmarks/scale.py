@@ -8,7 +8,6 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import optax
-from flax import linen as nn
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 import rslora_jax as rslora
@@ -61,9 +60,7 @@ class Job:
     def state(self) -> TrainState:
         """The adapters and AdamW's two moments of each, float32, lying with them."""
         shapes = jax.eval_shape(self.lora.init, jax.random.key(0))
-        where = sharding.adapter_shardings(self.lora.sites, self.params)
-        if self.split_rank:
-            where = {path: split_ranks(pair, self.rank) for path, pair in where.items()}
+        where = sharding.adapter_shardings(self.lora.sites, self.params, split_rank=self.split_rank)
         state = jax.eval_shape(lambda a: TrainState.create(a, self.optimizer), shapes)
         whole = NamedSharding(self.mesh, PartitionSpec())
 
@@ -84,7 +81,7 @@ class Job:
 
     @property
     def apply(self) -> Any:
-        return pinned(self.config, self.mesh) if self.pin else Llama(self.config).apply
+        return decoder(self.config, self.mesh if self.pin else None)
 
     def train_step(self) -> Any:
         """Lower the step of `rslora_jax.train.make_step`."""
@@ -134,37 +131,10 @@ def placed(shapes: Any, where: Any) -> Any:
 
 
 @functools.cache
-def pinned(config: LlamaConfig, mesh: Mesh) -> Any:
-    """Return the decoder's `apply` with the residual stream split by rows, as the batch is.
-
-    Where weights and batch are both split over "fsdp", XLA may as well keep the weights in place and move activations.
-    """
-    where = sharding.batch_sharding(mesh)
-    model = Llama(config)
-
-    def interceptor(call: Any, args: Any, kwargs: Any, context: Any) -> Any:
-        out = call(*args, **kwargs)
-        if context.method_name != "__call__" or not isinstance(context.module, (Embed, Layer)):
-            return out
-        pin = lambda x: jax.lax.with_sharding_constraint(x, where)
-        return (pin(out[0]), out[1]) if isinstance(out, tuple) else pin(out)
-
-    def apply(*args: Any, **kwargs: Any) -> Any:
-        with nn.intercept_methods(interceptor):
-            return model.apply(*args, **kwargs)
-
-    return apply
-
-
-def split_ranks(pair: dict[str, NamedSharding], rank: int) -> dict[str, NamedSharding]:
-    """Return where a site's factors lie when each is split along its rank over the axes that the other alone uses."""
-    used = {factor: {axis for axis in where.spec if axis} for factor, where in pair.items()}
-    out = {}
-    for factor, other, axis in (("a", "b", -1), ("b", "a", -2)):
-        spec = list(pair[factor].spec)
-        spec[axis] = sharding.dividing(pair[factor].mesh, rank, tuple(sorted(used[other] - used[factor])))
-        out[factor] = NamedSharding(pair[factor].mesh, PartitionSpec(*spec))
-    return out
+def decoder(config: LlamaConfig, mesh: Mesh | None) -> Any:
+    """Return the decoder's `apply`, on a mesh with the residual stream split by rows."""
+    apply = Llama(config).apply
+    return sharding.pin_rows(apply, sharding.batch_sharding(mesh), (Embed, Layer)) if mesh else apply
 
 
 def bytes_on_a_device(tree: Any) -> int:
