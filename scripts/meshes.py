@@ -3,9 +3,9 @@
     python scripts/meshes.py                                    # the table, some minutes
     python scripts/meshes.py "fsdp=2,tensor=4" "data=8 then fsdp=4 of 4"
 
-20 steps of AdamW on a small Llama. "losses" is the largest difference of a step's loss, relative; "adapters" the largest
-of any of their numbers, absolute; "gathers" how many all-gathers of a weight's size or more the compiled step has, and
-the base model's own step.
+20 steps of AdamW on a small Llama. "losses" is the largest difference of a step's loss, relative; "adapters" the
+largest of any of their numbers, absolute; "gathers" how many all-gathers of a weight's size or more the compiled step
+has, and the base model's own step.
 """
 
 import os
@@ -37,6 +37,17 @@ WAYS = (
 SMALLEST_WEIGHT = 64 * 32
 
 
+def compared(one: dict, many: dict) -> tuple[float, str, str, str]:
+    """Return the columns of a line."""
+
+    relative = lambda name: np.abs(np.array(many[name]) / np.array(one[name])[-len(many[name]) :] - 1)
+    adapters = max(np.abs(np.subtract(many["adapters"][path], want)).max() for path, want in one["adapters"].items())
+    large = lambda name: sum(size >= SMALLEST_WEIGHT for size in many[name])
+    gathers = f"{large('gathers')}, {large('base_gathers')}" if "gathers" in many else ""
+    held = f"{abs(many['heldout'][-1] / one['heldout'][-1] - 1):.1e}" if "heldout" in many else ""
+    return relative("losses").max(), held, f"{adapters:.1e}", gathers
+
+
 def main() -> int:
     if "-h" in sys.argv or "--help" in sys.argv:
         print(__doc__)
@@ -46,14 +57,9 @@ def main() -> int:
     one = mesh_program.train("one")
     worst = 0.0
     for way in track(sys.argv[1:] or WAYS, "training", console=console, transient=True):
-        many = mesh_program.train(way)
-        relative = lambda name: np.max(np.abs(np.array(many[name]) / np.array(one[name])[-len(many[name]) :] - 1))
-        adapters = max(np.abs(np.subtract(many["adapters"][p], want)).max() for p, want in one["adapters"].items())
-        large = lambda name: sum(size >= SMALLEST_WEIGHT for size in many[name])
-        gathers = f"{large('gathers')}, {large('base_gathers')}" if "gathers" in many else ""
-        held = f"{relative('heldout'):.1e}" if "heldout" in many else ""
-        table.add_row(way, f"{relative('losses'):.1e}", held, f"{adapters:.1e}", gathers)
-        worst = max(worst, relative("losses"))
+        losses, *others = compared(one, mesh_program.train(way))
+        table.add_row(way, f"{losses:.1e}", *others)
+        worst = max(worst, losses)
     console.print(table)
     return 0 if worst < 2e-5 else 1
 
