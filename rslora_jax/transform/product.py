@@ -19,7 +19,9 @@ from jax.custom_derivatives import SymbolicZero
 from rslora_jax.transform.contract import rank_first
 from rslora_jax.transform.cost import Plan, Sizes, plan
 
-MERGED = "rslora_merged_weight"  # the name by which a kept sum is known to checkpoint policies
+# The names by which checkpoint policies know what is kept from the value for its gradients: the weight with its
+# update, and the data that met the first factor.
+MERGED, MET = "rslora_merged_weight", "rslora_met"
 
 
 class Bilinear(Protocol):
@@ -85,7 +87,8 @@ def adapted_product(op: Bilinear, x: Array, w: Array, first: Array, second: Arra
         dx, dw, dfirst, dsecond = (None if isinstance(t, SymbolicZero) else t for t in tangents[:4])
         parts = Parts(op, summable, extra)
         whole: Any = parts.merged(w, first, second) if best.forward or best.dx else None
-        y = whole(x) if best.forward else parts.factored(x, w, first, second)
+        met = checkpoint_name(parts.meet(x, first), MET)  # XLA drops what is not used
+        y = whole(x) if best.forward else parts.with_update(parts.base(x, w), met, second)
         terms = []
         if best.factors:
             weights = [] if dfirst is None else [parts.full(dfirst, second)]
@@ -99,7 +102,7 @@ def adapted_product(op: Bilinear, x: Array, w: Array, first: Array, second: Arra
             if meets:
                 terms.append(parts.leave(add(meets), second))
             if dsecond is not None:
-                terms.append(parts.leave(parts.meet(x, first), dsecond))
+                terms.append(parts.leave(met, dsecond))
         if dx is not None:
             terms.append(whole(dx) if best.dx else parts.base(dx, w))
             if best.factors and not best.dx:
@@ -110,7 +113,8 @@ def adapted_product(op: Bilinear, x: Array, w: Array, first: Array, second: Arra
         return y, dy
 
     product.defjvp(rule, symbolic_zeros=True)
-    policy = jax.checkpoint_policies.save_only_these_names(MERGED) if best.keep else None
+    kept = [MERGED] * best.keep + [MET] * (not best.forward and not best.factors)
+    policy = jax.checkpoint_policies.save_only_these_names(*kept)
     return jax.checkpoint(product, policy=policy)(x, w, first, second, *extra)
 
 
@@ -141,8 +145,10 @@ class Parts:
         return self.op.full(first, self.op.gamma * second)
 
     def factored(self, x: Array, w: Array, first: Array, second: Array) -> Array:
-        y = self.base(x, w)
-        return y + self.leave(self.meet(x, first), second).astype(y.dtype)
+        return self.with_update(self.base(x, w), self.meet(x, first), second)
+
+    def with_update(self, y: Array, met: Array, second: Array) -> Array:
+        return y + self.leave(met, second).astype(y.dtype)
 
     def merged(self, w: Array, first: Array, second: Array) -> Callable[[Array], Array]:
         """Return the product with the adapted weight as a function of the data."""
