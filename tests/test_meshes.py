@@ -42,13 +42,13 @@ def result(way: str) -> dict:
 @pytest.mark.parametrize("way", [*MESHES, *OTHERS, RESUMED_AT_NIGHT])
 def test_many_devices_train_as_one_does(way):
     one, many = result("one"), result(way)
-    np.testing.assert_allclose(many["losses"], one["losses"], rtol=2e-5)
+    np.testing.assert_allclose(many["losses"], one["losses"], rtol=2e-6)
     if way != "pmap":
-        np.testing.assert_allclose(many["heldout"][-1], one["heldout"][-1], rtol=2e-5)
+        np.testing.assert_allclose(many["heldout"][-1], one["heldout"][-1], rtol=2e-6)
     assert len(one["losses"]) == 20 and one["losses"][-1] != one["losses"][0]
     for path, want in one["adapters"].items():
         # Adam divides by the root of a gradient's square: where that is near zero, rounding is not small.
-        np.testing.assert_allclose(many["adapters"][path], want, atol=2e-3)
+        np.testing.assert_allclose(many["adapters"][path], want, atol=1e-4)
 
 
 @pytest.mark.xdist_group("meshes")

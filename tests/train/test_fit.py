@@ -207,17 +207,19 @@ def test_an_error_in_the_data_loses_nothing(run, tmp_path):
     assert checkpoint.steps_in(tmp_path)[-1] == 3
 
 
-def test_an_interrupt_saves_and_the_run_can_go_on(run, whole, tmp_path):
+@pytest.mark.parametrize("kind", [signal.SIGINT, signal.SIGTERM])
+def test_an_interrupt_saves_and_the_run_can_go_on(run, whole, tmp_path, kind):
     class Batches:
         def __getitem__(self, n):
             if n == 6:
-                os.kill(os.getpid(), signal.SIGINT)
+                os.kill(os.getpid(), kind)
             return run.batches[n]
 
     assert threading.current_thread() is threading.main_thread()
     stopped = run.fit(tmp_path, 12, batches=Batches())
-    assert stopped.signal == signal.SIGINT and stopped.step == 7 and checkpoint.steps_in(tmp_path)[-1] == 7
+    assert stopped.signal == kind and stopped.step == 7 and checkpoint.steps_in(tmp_path)[-1] == 7
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
     equal(run.fit(tmp_path, 12, resume=True).adapters, whole[0].adapters)
 
 
