@@ -169,6 +169,14 @@ def control(name: str) -> Case:
             lambda c: (c[1] < 3) & (jnp.sum(c[0] @ p["w"]) < 1e9), lambda c: (jnp.sin(c[0] @ p["w"]), c[1] + 1), (x, 0)
         )[0]
 
+    def while_each(p, x):
+        def one(row):
+            going = lambda c: (c[1] < 4) & (jnp.sum(c[0] @ p["w"]) < 0.5)
+            return lax.while_loop(going, lambda c: (jnp.sin(c[0] @ p["w"]), c[1] + 1), (row, 0))
+
+        y, steps = jax.vmap(one)(x)
+        return x @ p["w"] + y * (1 + steps[:, None])
+
     def while_carry(p, x):
         return lax.while_loop(lambda c: c[1] < 3, lambda c: (jnp.sin(c[0] @ c[2]), c[1] + 1, c[2]), (x, 0, p["w"]))[0]
 
@@ -197,7 +205,7 @@ def control(name: str) -> Case:
     fns = {
         f.__name__: f
         for f in (
-            *(while_, while_carry, fori_carry, cond, switch_of_weights, scan_of_rows),
+            *(while_, while_each, while_carry, fori_carry, cond, switch_of_weights, scan_of_rows),
             *(jit_of_transpose, checkpoint_policy),
         )
     }
@@ -450,7 +458,7 @@ CASES: dict[str, Callable[[], Case]] = {
     "mlp": mlp,
     **family(stacked, "by_scan by_scanned_index by_hand by_scan_of_one experts nested returned"),
     **family(control, "while_ while_carry fori_carry cond switch_of_weights scan_of_rows jit_of_transpose"),
-    **family(control, "checkpoint_policy"),
+    **family(control, "checkpoint_policy while_each"),
     **family(layout, "left split_heads fused strided batch_axis_of_out cast_twice"),
     **family(arithmetic, "scaled by_its_norm shifted squashed masked padded reversed_ rolled split_and_joined fused"),
     **family(arithmetic, "stacked_here repeated tiled expanded stopped"),

@@ -4,7 +4,7 @@ import dataclasses
 from typing import Any
 
 import jax
-from jax import lax
+from jax import Array, lax
 from jax.sharding import PartitionSpec as P
 
 from rslora_jax.transform import compat
@@ -101,6 +101,13 @@ def while_(walk: Walk, eqn: compat.Eqn, values: list[Any]) -> list[Any]:
                 outs = walk.run(p["body_jaxpr"], [*body_consts, *full(moving)])
                 return [None if n in fixed else walk.array(o, "while carry") for n, o in enumerate(outs)]
 
+            def each(moving):
+                on = going(moving)
+                return [None if o is None else where(on, o, c) for o, c in zip(body(moving), moving, strict=True)]
+
+            # A loop under vmap has an end for each, where that depends on data: the last one ends it.
+            if compat.opened(p["cond_jaxpr"])[0].outvars[0].aval.shape:
+                return full(lax.while_loop(lambda moving: going(moving).any(), each, moving))
             return full(lax.while_loop(going, body, moving))
 
         return jax.jit(whole, inline=True)
@@ -205,6 +212,11 @@ def leave(value: Any) -> Any:
     if not isinstance(value, View):
         return value
     return dataclasses.replace(value, axes=(frozenset(), *value.axes))
+
+
+def where(on: Array, new: Array, old: Array) -> Array:
+    """Choose by the leading axes."""
+    return lax.select(lax.broadcast_in_dim(on, new.shape, range(on.ndim)), new, old)
 
 
 def changing(body: compat.Jaxpr, num_consts: int, num_carry: int) -> set[int]:
