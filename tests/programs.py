@@ -162,7 +162,7 @@ def stacked(name: str) -> Case:
 
 
 def control(name: str) -> Case:
-    """Programs that use one weight inside a loop, a branch or a call."""
+    """Programs that use one weight inside a loop, a branch or a call, or beside them."""
 
     def while_(p, x):
         return lax.while_loop(
@@ -186,6 +186,12 @@ def control(name: str) -> Case:
     def cond(p, x):
         return lax.cond(x.sum() > 0, lambda x: x @ p["w"], lambda x: jnp.sin(x) @ p["w"].T, x)
 
+    def beside(p, x):
+        y = lax.cond(x.sum() > 0, lambda x: jnp.sin(x) * x + x, lambda x: x * x - x, x)
+        y = lax.while_loop(lambda c: c[1] < 3, lambda c: (jnp.sin(c[0]) * x + c[0] / 3, c[1] + 1), (y, 0))[0]
+        y = lax.scan(lambda c, row: (c * row + jnp.sin(c), c / 3 - row), y, x)[1].sum(1)
+        return jax.jit(lambda y: jnp.sin(y) * y + y / 3)(x @ p["w"] + y)
+
     def switch_of_weights(p, x):
         w = lax.switch(1, [lambda w: w, lambda w: w.T], p["w"])
         return x @ p["w"] + x @ w
@@ -205,7 +211,7 @@ def control(name: str) -> Case:
     fns = {
         f.__name__: f
         for f in (
-            *(while_, while_each, while_carry, fori_carry, cond, switch_of_weights, scan_of_rows),
+            *(while_, while_each, while_carry, fori_carry, cond, beside, switch_of_weights, scan_of_rows),
             *(jit_of_transpose, checkpoint_policy),
         )
     }
@@ -458,7 +464,7 @@ CASES: dict[str, Callable[[], Case]] = {
     "mlp": mlp,
     **family(stacked, "by_scan by_scanned_index by_hand by_scan_of_one experts nested returned"),
     **family(control, "while_ while_carry fori_carry cond switch_of_weights scan_of_rows jit_of_transpose"),
-    **family(control, "checkpoint_policy while_each"),
+    **family(control, "checkpoint_policy while_each beside"),
     **family(layout, "left split_heads fused strided batch_axis_of_out cast_twice"),
     **family(arithmetic, "scaled by_its_norm shifted squashed masked padded reversed_ rolled split_and_joined fused"),
     **family(arithmetic, "stacked_here repeated tiled expanded stopped"),

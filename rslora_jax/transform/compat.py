@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import jax
-from jax._src import source_info_util
+from jax._src import core, source_info_util
 from jax.extend.core import Literal
 
 Jaxpr = Any  # `Jaxpr` and `ClosedJaxpr` are two classes on JAX 0.10 and one on 0.12
@@ -41,6 +41,16 @@ def bind(eqn: Eqn, *values: Any, **changed: Any) -> list[Any]:
     params = eqn.primitive.get_bind_params({**eqn.params, **changed})
     out = eqn.primitive.bind(*values, **params)
     return list(out) if eqn.primitive.multiple_results else [out]
+
+
+def op_by_op() -> bool:
+    """Say whether `jax.disable_jit` holds."""
+    return jax.config.jax_disable_jit  # type: ignore[attr-defined]
+
+
+def holds_program(eqn: Eqn) -> bool:
+    """Say whether an equation has a program among its parameters, as a call, a loop or a branch has."""
+    return any(True for _ in core.jaxprs_in_params(eqn.params))
 
 
 def scan_counts(eqn: Eqn) -> tuple[int, int]:

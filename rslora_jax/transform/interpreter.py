@@ -79,10 +79,13 @@ class Walk:
 
     def evaluate(self, eqn: compat.Eqn, values: list[Any]) -> list[Any]:
         """Evaluate one equation."""
-        if self.otherwise is None and not any(isinstance(v, View) for v in values):
+        # Op by op, a call is entered whatever it meets: bound as it is, it would be compiled, and rounded otherwise.
+        met = any(isinstance(v, View) for v in values)
+        met = met or (self.otherwise is None and compat.op_by_op() and compat.holds_program(eqn))
+        if self.otherwise is None and not met:
             return compat.bind(eqn, *values)
         rule = self.rules.get(eqn.primitive.name)
-        outs = rule(self, eqn, values) if rule and any(isinstance(v, View) for v in values) else None
+        outs = rule(self, eqn, values) if rule and met else None
         if outs is None and self.otherwise is not None:
             return self.otherwise(self, eqn, values)
         if outs is None:
