@@ -86,20 +86,25 @@ def convolution(w, s):
     size = {c: w.shape[kernel.index(c)] for c in names}
     groups = s.pick([1, *(k for k in (2, 3) if size["O"] % k == 0)])
     batch_groups = s.pick([1, *(k for k in (2,) if size["O"] % k == 0 and groups == 1)])
-    window = [size[c] + s.pick(2) for c in names[2:]]
+    more = [s.pick(2) for _ in names[2:]]
     channels = size["I"] * groups
     batch = batch_groups * s.pick([1, 2])
+    options = {
+        "window_strides": [s.pick([1, 2])] * spatial,
+        "padding": [s.pick([(1, 1), (1, 0), (2, 0)])] * spatial,
+        "lhs_dilation": [s.pick([1, 1, 2])] * spatial,
+        "rhs_dilation": [dilation := s.pick([1, 1, 2])] * spatial,
+    }
+    # A window at least as large as the kernel, so that something comes out.
+    window = [dilation * (size[c] - 1) + 1 + extra for c, extra in zip(names[2:], more, strict=True)]
     data = widths(s.x.reshape(1, -1), batch * channels * math.prod(window)).reshape(batch, channels, *window)
     y = lax.conv_general_dilated(
         data,
         w,
-        window_strides=[s.pick([1, 2])] * spatial,
-        padding=[s.pick([(1, 1), (1, 0), (2, 0)])] * spatial,
-        lhs_dilation=[s.pick([1, 1, 2])] * spatial,
-        rhs_dilation=[s.pick([1, 1, 2])] * spatial,
         dimension_numbers=("NC" + names[2:], kernel, "NC" + names[2:]),
         feature_group_count=groups,
         batch_group_count=batch_groups,
+        **options,
     )
     return s.x + flat(y.reshape(1, -1)).sum() + widths(flat(y), s.x.shape[1])[:1]
 
