@@ -119,7 +119,10 @@ def custom_jvp(f, s):
 
 def custom_vjp(f, s):
     g = jax.custom_vjp(f)
-    g.defvjp(lambda p, x: (f(p, x), (p, x)), lambda kept, dy: jax.tree.map(lambda v: jnp.cos(v) * dy.sum(), kept))
+    g.defvjp(
+        lambda p, x: (f(p, x), (p, x)),
+        lambda kept, dy: jax.tree.map(lambda v: (jnp.cos(v) * dy.sum()).astype(v.dtype), kept),
+    )
     return g
 
 
