@@ -89,9 +89,21 @@ class Program:
         return "custom_vjp" not in self.names
 
     @property
+    def rounding(self) -> float:
+        """What the narrowest dtype through which the program casts a weight rounds off, relative to it."""
+        return 2.0**-8 if "cast_bfloat16" in self.names else 2.0**-24 if "cast_narrow" in self.names else 0
+
+    @property
     def tolerance(self) -> float:
-        """What a changed order of roundings can do to the result."""
+        """What a changed order of roundings can do to the result of a program that does not multiply them."""
         return 0.1 if "cast_bfloat16" in self.names else 2e-5 if "cast_narrow" in self.names else 1e-9
+
+    @property
+    def unrounded(self) -> "Program":
+        """The same program in float64 throughout."""
+        exact = lambda piece: Piece("copy") if piece.name.startswith("cast_") else piece
+        layers = (dataclasses.replace(x, changes=tuple(map(exact, x.changes)), dtype="float64") for x in self.layers)
+        return dataclasses.replace(self, layers=tuple(layers))
 
 
 def stored_shape(layer: Layer, inner: tuple[int, ...]) -> tuple[int, ...]:
