@@ -143,6 +143,24 @@ def custom_jvp(walk: Walk, eqn: compat.Eqn, values: list[Any]) -> list[Any]:
         for site in v.sites if isinstance(v, View) else ():
             walk.on_fallback(site, "derivative rule of custom_jvp")
 
+    return with_own_derivative(walk, eqn, values)
+
+
+def custom_vjp(walk: Walk, eqn: compat.Eqn, values: list[Any]) -> list[Any] | None:
+    """Materialise under a backward rule of the function's own, which is written for the weight itself.
+
+    In discovery the call is entered all the same, to see what the weight is used for, and so it is op by op.
+    """
+    if walk.otherwise is not None:
+        return walk.run(eqn.params["call_jaxpr"], values)
+    if not compat.op_by_op():
+        return None
+    return with_own_derivative(walk, eqn, [walk.array(v, eqn.primitive.name) for v in values])
+
+
+def with_own_derivative(walk: Walk, eqn: compat.Eqn, values: list[Any]) -> list[Any]:
+    """Enter a call for its value; leave its derivative to the call itself."""
+
     def build():
         @jax.custom_jvp
         def value(*args):
@@ -156,14 +174,6 @@ def custom_jvp(walk: Walk, eqn: compat.Eqn, values: list[Any]) -> list[Any]:
         return jax.jit(value, inline=True)
 
     return walk.call(eqn, build)(*values)
-
-
-def custom_vjp(walk: Walk, eqn: compat.Eqn, values: list[Any]) -> list[Any] | None:
-    """Materialise under a backward rule of the function's own, which is written for the weight itself.
-
-    In discovery the call is entered all the same, to see what the weight is used for.
-    """
-    return None if walk.otherwise is None else walk.run(eqn.params["call_jaxpr"], values)
 
 
 def shard_map(walk: Walk, eqn: compat.Eqn, values: list[Any]) -> list[Any]:
