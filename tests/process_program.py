@@ -8,6 +8,7 @@ import json
 import os
 import signal
 import sys
+import time
 
 import jax
 import numpy as np
@@ -34,6 +35,8 @@ def main() -> None:
         def __getitem__(self, n):
             if n == stop and int(index) == 1:
                 os.kill(os.getpid(), signal.SIGTERM)
+            if stop is not None and n > stop:
+                time.sleep(1.0)  # a signal takes its time to reach the others
             return jax.tree.map(lambda rows: rows[share], run.batches[n])
 
     held = train.heldout_batches(run.held, batch_size=4)

@@ -142,11 +142,11 @@ def test_what_a_resume_cannot_go_on_from_is_named(run, whole, tmp_path):
         run.fit(folder, 20)
     with pytest.raises(ValueError, match="already at step 12"):
         run.fit(folder, 12, resume=True)
-    with pytest.raises(ValueError, match=r"adapters/params/layers_0/.*/kernel/a with shape .*3.* needs .*5"):
+    with pytest.raises(ValueError, match=r"adapters/params/layers/.*/kernel/a with shape .*3.* needs .*5"):
         Run(rank=5).fit(folder, 20, resume=True)
     with pytest.raises(ValueError, match=r"another LoraConfig \(scaling is rslora there, lora here\)"):
         Run(scaling="lora").fit(folder, 20, resume=True)
-    with pytest.raises(ValueError, match=r"another base \(params/embed/embedding has other values, and 14 more\)"):
+    with pytest.raises(ValueError, match=r"another base \(params/embed/embedding has other values, and 7 more\)"):
         Run(seed=4).fit(folder, 20, resume=True)
     with pytest.raises(ValueError, match=r"no adapters for|no place for"):
         Run(targets="*/q_proj/*").fit(folder, 20, resume=True)

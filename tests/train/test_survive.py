@@ -27,7 +27,7 @@ def equal(a, b):
     jax.tree.map(np.testing.assert_array_equal, a, b)
 
 
-@pytest.mark.parametrize("kills", [4, pytest.param(60, marks=pytest.mark.nightly)])
+@pytest.mark.parametrize("kills", [2, pytest.param(60, marks=pytest.mark.nightly)])
 def test_a_run_killed_at_random_moments_ends_bit_for_bit_as_one_that_was_not(kills):
     command = [sys.executable, "scripts/survive.py", "--kills", str(kills)]
     done = subprocess.run(command, capture_output=True, text=True, env=os.environ | {"COLUMNS": "200"})
@@ -130,8 +130,8 @@ def test_a_full_disk_ends_no_run_and_harms_no_earlier_checkpoint(tmp_path):
 
 
 def test_the_best_checkpoint_is_kept_and_training_stops_when_nothing_gets_better(run, tmp_path):
-    """The rate is far too high after six steps: the held-out loss falls, then rises."""
-    rates = optax.piecewise_constant_schedule(1e-2, {6: 100.0})
+    """After six steps the loss is climbed and not descended: the held-out loss falls, then rises."""
+    rates = lambda count: jnp.where(count < 6, 1e-2, -1e-2)
     result = run.fit(tmp_path, 60, optimizer=optax.adam(rates), eval_every=2, patience=3, save_every=1, keep=2)
     losses = {r["step"]: r["heldout_loss"] for r in result.records if "heldout_loss" in r}
     best = min(losses, key=losses.__getitem__)

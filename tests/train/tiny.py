@@ -9,7 +9,9 @@ from rslora_jax import train
 from rslora_jax.models.llama import Llama, LlamaConfig
 from rslora_jax.train.bytelevel import ByteTokenizer
 
-CONFIG = LlamaConfig(vocab_size=258, width=32, mlp_width=48, num_layers=2, num_heads=4, num_kv_heads=2)
+CONFIG = LlamaConfig(
+    vocab_size=258, width=32, mlp_width=48, num_layers=2, num_heads=4, num_kv_heads=2, scan_layers=True
+)
 SUMS = [train.Example(f"{a}+{b}=", f"{a + b}") for a in range(12) for b in range(12)]
 
 
