@@ -83,8 +83,8 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_is_taken(run, two_step
     folder, after_nine = two_steps
     subprocess.run(["cp", "-r", folder, tmp_path], check=True)
     folder = tmp_path / folder.name
-    largest = max(files(folder / "checkpoints" / "6" / "training"), key=lambda path: path.stat().st_size)
-    os.truncate(largest, largest.stat().st_size - 5)
+    for path in files(folder / "checkpoints" / "6" / "training"):  # some hold nothing that is read
+        os.truncate(path, path.stat().st_size - 5)
     capsys.readouterr()
     resumed = run.fit(folder, 9, save_every=3, heldout=None, resume=True, show=True)
     said = capsys.readouterr().out
@@ -93,8 +93,8 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_is_taken(run, two_step
     equal(resumed.adapters, after_nine)
     assert checkpoint.steps_in(folder)[-2:] == [6, 9] and (folder / "damaged-6").is_dir()
     for step in checkpoint.steps_in(folder):
-        largest = max(files(folder / "checkpoints" / str(step)), key=lambda path: path.stat().st_size)
-        os.truncate(largest, 10)
+        for path in files(folder / "checkpoints" / str(step)):
+            os.truncate(path, 10)
     with pytest.raises(ValueError, match="has no checkpoint that is whole"):
         run.fit(folder, 12, resume=True)
 
