@@ -5,6 +5,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 from rslora_jax.transform import compat
+from rslora_jax.transform.product import adapted_product
 from rslora_jax.transform.views import View, materialise
 
 # A rule takes (walk, equation, values) and returns the equation's outputs, some of which may be views,
@@ -51,6 +52,7 @@ class Walk:
       rules: the rule of each primitive, by name.
       on_use: called with each low-rank use of a weight.
       on_fallback: called with (site, primitive) where a weight is materialised.
+      product: makes the product of data and an adapted weight, with the arguments of `adapted_product`.
       otherwise: what is done where no rule applies; None materialises and reports.
       calls: compiled calls by equation, kept so that the same call never traces twice.
     """
@@ -58,6 +60,7 @@ class Walk:
     rules: Mapping[str, Rule]
     on_use: Callable[[Use], None] = lambda use: None
     on_fallback: Callable[[str, str], None] = lambda site, primitive: None
+    product: Callable[..., Any] = adapted_product
     otherwise: Callable[["Walk", compat.Eqn, list[Any]], list[Any]] | None = None
     calls: dict[int, Any] = dataclasses.field(default_factory=dict)
 

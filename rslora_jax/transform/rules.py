@@ -11,7 +11,6 @@ from rslora_jax.transform import calls, compat, joins, renames
 from rslora_jax.transform.convolution import convolution
 from rslora_jax.transform.dot import dot
 from rslora_jax.transform.interpreter import Rule, Walk, uses
-from rslora_jax.transform.product import adapted_product
 from rslora_jax.transform.ragged import ragged
 from rslora_jax.transform.views import View, spans
 
@@ -159,7 +158,7 @@ def dot_general(walk: Walk, eqn: compat.Eqn, values: list[Any]) -> list[Any] | N
     if view.a is None:
         return compat.bind(eqn, *((view.base, x) if weight_left else (x, view.base)))
     how = dot(view, x, weight_left, eqn.params)
-    return None if how is None else [adapted_product(how[0], x, view.w, *how[1:])]
+    return None if how is None else [walk.product(how[0], x, view.w, *how[1:])]
 
 
 def conv_general_dilated(walk: Walk, eqn: compat.Eqn, values: list[Any]) -> list[Any] | None:
@@ -172,7 +171,7 @@ def conv_general_dilated(walk: Walk, eqn: compat.Eqn, values: list[Any]) -> list
     if view.a is None:
         return compat.bind(eqn, x, view.base)
     how = convolution(view, eqn.params)
-    return None if how is None else [adapted_product(how[0], x, view.w, *how[1:])]
+    return None if how is None else [walk.product(how[0], x, view.w, *how[1:])]
 
 
 def ragged_dot_general(walk: Walk, eqn: compat.Eqn, values: list[Any]) -> list[Any] | None:
@@ -186,7 +185,7 @@ def ragged_dot_general(walk: Walk, eqn: compat.Eqn, values: list[Any]) -> list[A
     if view.a is None:
         return compat.bind(eqn, x, view.base, *sizes)
     how = ragged(view, x, eqn.params)
-    return None if how is None else [adapted_product(how[0], x, view.w, *how[1:], *sizes)]
+    return None if how is None else [walk.product(how[0], x, view.w, *how[1:], *sizes)]
 
 
 def gather(walk: Walk, eqn: compat.Eqn, values: list[Any]) -> list[Any] | None:
