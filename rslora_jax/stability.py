@@ -156,7 +156,7 @@ read_gradient.defvjp(
 
 def refuse(site: str, primitive: str) -> None:
     raise ValueError(
-        f"{site} is used by {primitive}, where its adapter has no output of its own to measure: exclude it in the config"
+        f"{site} cannot be measured: it is used by {primitive}, where its adapter has no output of its own; exclude it"
     )
 
 
