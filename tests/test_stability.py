@@ -117,19 +117,20 @@ def test_a_stack_by_hand_has_values_for_each_layer(around):
         layer.check(found["w"], n)
 
 
-def test_all_uses_of_a_weight_count_alike():
-    fn = lambda p, x: jnp.tanh(x @ p["w"]) @ p["w"].T
+def test_all_uses_of_a_weight_count_alike_however_it_is_scaled():
+    scale = np.linspace(0.5, 2, 9)[:, None]
+    fn = lambda p, x: jnp.tanh(x @ (p["w"] * jnp.float32(scale))) @ p["w"].T
     params, x, target = {"w": normal(0, 9, 5)}, normal(1, 4, 9), normal(2, 4, 9)
     lora, adapters = adapted(fn, params, x)
-    a, b = (np.asarray(adapters["w"][n], np.float64) for n in "ab")
-    there = ByHand(lora.sites["w"], params["w"], adapters["w"])
-    back = ByHand(lora.sites["w"], params["w"].T, {"a": b.T, "b": a.T})
+    site, a, b = lora.sites["w"], *(np.asarray(adapters["w"][n], np.float64) for n in "ab")
+    there = ByHand(site, scale * np.asarray(params["w"], np.float64), {"a": scale * a, "b": b})
+    back = ByHand(site, params["w"].T, {"a": b.T, "b": a.T})
     hidden = np.tanh(there.forward(np.asarray(x, np.float64)))
     dhidden = back.backward(back.forward(hidden) - np.asarray(target, np.float64))
     there.backward((1 - hidden**2) * dhidden)
     there.update = np.concatenate([there.update, back.update], axis=None)
     there.input_grad = np.concatenate([there.input_grad, back.input_grad], axis=None)
-    there.dw += back.dw.T
+    there.a, there.dw = a, scale * there.dw + back.dw.T  # of the stored weight
     there.check(measured(lora, squares, params, adapters, x, target)["w"])
 
 
@@ -213,7 +214,7 @@ def exponents(script, name, gamma, ranks, seeds, steps=3):
     found = [[run(seed, problem.small)[0] for seed in range(seeds)] for run in runs]
     for quantity in script.QUANTITIES:
         values = np.array([[by_seed[quantity] for by_seed in by_rank] for by_rank in found])
-        yield script.fit(name, gamma, quantity, ranks, values, problem.tolerance)
+        yield script.fit(name, gamma, quantity, ranks, values)
 
 
 # The exponents of gamma^2 r and, for its parameters' gradients, gamma^2 r^1/2 and gamma r^1/2.
@@ -226,25 +227,25 @@ THEORY = {
 }
 
 
-def check_theorem(fits, gamma, tolerance):
+def check_theorem(fits, gamma):
     one, a, b = THEORY[gamma]
     expected = {"input gradient": one, "gradient of A": a, "gradient of B": b}
     expected |= {f"output, m = {m}": m * one for m in MOMENTS}
     assert {f.quantity for f in fits} == set(expected)
     for f in fits:
         assert f.theory == expected[f.quantity]
-        assert abs(f.measured - f.theory) < tolerance, f
+        assert abs(f.measured - f.theory) <= 0.1, f
 
 
 @pytest.mark.parametrize("gamma", THEORY)
 def test_theorem_3_2_holds_on_a_linear_layer(script, gamma):
-    check_theorem(list(exponents(script, "linear layer", gamma, [200, 3000], seeds=3)), gamma, tolerance=0.1)
+    check_theorem(list(exponents(script, "linear layer", gamma, [200, 3000], seeds=10)), gamma)
 
 
 @pytest.mark.nightly  # ten decoders to compile
 @pytest.mark.parametrize("gamma", THEORY)
 def test_theorem_3_2_holds_on_a_transformer(script, gamma):
-    check_theorem(list(exponents(script, "transformer", gamma, [200, 3000], seeds=3)), gamma, tolerance=0.15)
+    check_theorem(list(exponents(script, "transformer", gamma, [200, 3000], seeds=3)), gamma)
 
 
 def test_the_interval_is_students(script):
@@ -262,5 +263,5 @@ def test_the_script_writes_a_csv_and_a_picture(tmp_path):
         assert all(row["agrees"] == "True" for row in csv.DictReader(file))
     with (tmp_path / "stability.csv").open() as file:
         rows = list(csv.DictReader(file))
-    assert len(rows) == 5 * 3 * 2
+    assert len(rows) == 5 * 3 * 10
     assert (tmp_path / "stability.png").stat().st_size > 10_000
