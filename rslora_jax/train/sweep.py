@@ -1,0 +1,268 @@
+"""Many runs at once over one copy of the base, in one compiled program."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import math
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from jax import Array
+
+from rslora_jax.scaling import gamma
+from rslora_jax.train.loss import Loss
+from rslora_jax.train.state import TrainState, advance
+from rslora_jax.wrap import Adapters, Lora
+
+Factors = dict[str, Array] | None
+Step = Callable[[TrainState, Array, Factors, Any, Any], tuple[TrainState, dict[str, Array]]]
+
+
+@dataclasses.dataclass(frozen=True)
+class Trial:
+    """Say in what one run of a sweep differs from the others.
+
+    Attributes:
+      learning_rate: what the sweep's `optimizer` is made with.
+      seed: of the adapters and of the order of the data.
+      scaling: as in `LoraConfig`; None for that of the `Lora` that is swept.
+
+    Raises:
+      ValueError: the learning rate is not a number above 0.
+    """
+
+    learning_rate: float
+    seed: int = 0
+    scaling: str | Callable[[int], float] | None = None
+
+    def __post_init__(self) -> None:
+        if not 0 < self.learning_rate < math.inf:
+            raise ValueError(f"the learning rate {self.learning_rate} of a trial is not a number above 0")
+
+
+class Heldout(NamedTuple):
+    """A mean loss per token on held-out data, in nats, and its standard error over the batches (NaN for one)."""
+
+    loss: float
+    error: float
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Outcome:
+    """What became of a trial; `[n]` of the arrays is step n + 1.
+
+    Attributes:
+      trial: the trial.
+      losses: mean training loss of each batch, in nats, before that step's change.
+      grad_norms: norm of the gradient of all factors together.
+      factor_norms: mean over all factors A and B, each layer's apart, of the norm of its gradient (arXiv 2312.03732,
+        fig. 3).
+      heldout: held-out loss by the number of steps done.
+      diverged: the first step whose loss or gradient was not finite, or None. From there on nothing moved.
+      adapters: the last, for `lora.config` with the trial's scaling.
+    """
+
+    trial: Trial
+    losses: np.ndarray
+    grad_norms: np.ndarray
+    factor_norms: np.ndarray
+    heldout: Mapping[int, Heldout]
+    diverged: int | None
+    adapters: Adapters
+
+
+def sweep(
+    lora: Lora,
+    params: Any,
+    trials: Sequence[Trial],
+    *,
+    batches: Callable[[int], Any],
+    loss: Loss,
+    optimizer: Callable[[Any], optax.GradientTransformation],
+    steps: int,
+    heldout: Iterable[Any] = (),
+    evaluate_at: Collection[int] | None = None,
+    progress: Callable[[int, int], None] | None = None,
+) -> list[Outcome]:
+    """Train several runs of one rank together, by `vmap` over all that differs; the base is there once.
+
+    Each trial ends where `make_step` alone would take it, to rounding. One that diverges stays where it was, and
+    disturbs no other. As all of one call are in one program, ranks go in calls of their own.
+
+    Args:
+      lora: from `wrap`. A trial of another scaling has its B multiplied by the ratio of the two gammas where it is
+        applied, so its gradients and optimiser are those of that scaling.
+      params: the base.
+      trials: the runs; their memory, other than the base's, adds up.
+      batches: `batches(seed)[n]` is the batch of step n for the trials of that seed, of one shape for all.
+      loss: such as `token_loss(rows.places)`.
+      optimizer: makes an optax optimiser of a learning rate, which is an array here:
+        `lambda rate: make_optimizer("adamw", schedule=rate)`, or `schedule=lambda step: rate * shape(step)`.
+      steps: of each trial.
+      heldout: batches to evaluate on.
+      evaluate_at: after how many steps, 0 for before the first; by default after the last.
+      progress: called with (steps done, steps), when a step is done.
+
+    Returns:
+      An outcome for each trial, in order.
+
+    Raises:
+      ValueError: there are no trials or steps, a scaling is unknown, or `evaluate_at` has a step that there is not.
+
+    >>> import numpy as np, rslora_jax as rslora
+    >>> lora = rslora.wrap(lambda p, x: x @ p["w"], {"w": jnp.ones((4, 4))}, jnp.ones((2, 4)),
+    ...                    config=rslora.LoraConfig(rank=2, alpha=3))
+    >>> squares = lambda run, batch: (jnp.sum((run(batch) - 1) ** 2), jnp.float32(batch.size))
+    >>> trials = [Trial(1e-2), Trial(1e-1), Trial(1e-1, scaling="lora")]
+    >>> batches = lambda seed: [np.random.default_rng(seed).normal(size=(2, 4)).astype("float32")] * 5
+    >>> found = sweep(lora, {"w": jnp.ones((4, 4))}, trials, batches=batches, loss=squares, optimizer=optax.adam, steps=5)
+    >>> [o.diverged for o in found], bool(found[0].losses[-1] > found[1].losses[-1])
+    ([None, None, None], True)
+    """
+    evaluate_at = {steps} if evaluate_at is None else set(evaluate_at)
+    if not trials or steps < 1:
+        raise ValueError(f"a sweep of {len(trials)} trials and {steps} steps: it needs at least one of each")
+    if not evaluate_at <= set(range(steps + 1)):
+        raise ValueError(f"evaluate_at has {max(evaluate_at, key=abs)}, which is no step of 0 to {steps}")
+    rates = jnp.asarray([trial.learning_rate for trial in trials], jnp.float32)
+    factors = scaling_factors(lora, trials)
+    step, evaluate = make_sweep_step(lora, loss, optimizer), make_sweep_evaluate(lora, loss)
+    state = start(lora, trials, optimizer, rates)
+    sources = {trial.seed: batches(trial.seed) for trial in trials}
+    heldout, scores, records = list(heldout), {}, []
+
+    def look(at: int) -> None:
+        if heldout and at in evaluate_at:
+            scores[at] = [jax.device_get(evaluate(state.adapters, factors, params, batch)) for batch in heldout]
+
+    def finish(metrics: dict[str, Array]) -> None:
+        """Wait for a step; the device may be at work on the next."""
+        records.append(jax.device_get(metrics))
+        if progress is not None:
+            progress(len(records), steps)
+
+    look(0)
+    pending = None
+    for n in range(steps):
+        by_seed = {seed: source[n] for seed, source in sources.items()}
+        batch = stack([by_seed[trial.seed] for trial in trials])
+        state, metrics = step(state, rates, factors, params, batch)
+        if pending is not None:
+            finish(pending)
+        pending = metrics
+        look(n + 1)
+    finish(pending)
+    series = {name: np.stack([record[name] for record in records]) for name in records[0]}
+
+    def outcome(k: int) -> Outcome:
+        bad = np.flatnonzero(series["skipped"][:, k])
+        return Outcome(
+            trials[k],
+            *(series[name][:, k] for name in ("loss", "grad_norm", "factor_norm")),
+            {at: mean_loss(np.array([[s[k], c[k]] for s, c in found])) for at, found in scores.items()},
+            int(bad[0]) + 1 if len(bad) else None,
+            jax.tree.map(lambda leaf: leaf[k], state.adapters),
+        )
+
+    return [outcome(k) for k in range(len(trials))]
+
+
+def start(lora: Lora, trials: Sequence[Trial], optimizer: Callable[[Any], Any], rates: Array) -> TrainState:
+    """Return the states of all trials as one, with a first axis of trials."""
+    adapters = stack([lora.init(jax.random.key(trial.seed)) for trial in trials], jnp)
+    create = lambda adapters, rate: TrainState.create(adapters, optimizer(rate))
+    return jax.jit(jax.vmap(create), donate_argnums=0)(adapters, rates)
+
+
+def scaling_factors(lora: Lora, trials: Sequence[Trial]) -> Factors:
+    """Return, by path, what B is to be multiplied by in each trial; None where all have the `Lora`'s scaling.
+
+    The gammas are each site's own, as ranks and alphas may differ by pattern.
+    """
+    if all(trial.scaling in (None, lora.config.scaling) for trial in trials):
+        return None
+
+    def ratio(site: Any, trial: Trial) -> float:
+        return 1.0 if trial.scaling is None else gamma(site.rank, site.alpha, trial.scaling) / site.gamma
+
+    return {
+        path: jnp.asarray([ratio(site, trial) for trial in trials], jnp.float32) for path, site in lora.sites.items()
+    }
+
+
+@functools.lru_cache(maxsize=8)  # so that a second sweep of the same shapes compiles nothing
+def make_sweep_step(lora: Lora, loss: Loss, optimizer: Callable[[Any], optax.GradientTransformation]) -> Step:
+    """Make the compiled step `(state, rates, factors, params, batch) -> (state, metrics)` of all trials.
+
+    All but `params` have a first axis of trials. The state's memory is donated.
+    """
+
+    def one(state: TrainState, rate: Array, factors: Factors, params: Any, batch: Any) -> Any:
+        def total(adapters: Adapters) -> tuple[Array, Array]:
+            return loss(functools.partial(lora.apply, params, scaled(adapters, factors)), batch)
+
+        (value, count), grads = jax.value_and_grad(total, has_aux=True)(state.adapters)
+        state, metrics = advance(optimizer(rate), state, value, count, grads, skip=False)
+        return state, metrics | {"factor_norm": factor_norm(lora, grads) / jnp.maximum(count, 1)}
+
+    return jax.jit(jax.vmap(one, in_axes=(0, 0, 0, None, 0)), donate_argnums=0)
+
+
+@functools.lru_cache(maxsize=8)
+def make_sweep_evaluate(lora: Lora, loss: Loss) -> Callable[[Adapters, Factors, Any, Any], tuple[Array, Array]]:
+    """Make the compiled `(adapters, factors, params, batch) -> (sums, counts)` of all trials on one batch."""
+
+    def one(adapters: Adapters, factors: Factors, params: Any, batch: Any) -> tuple[Array, Array]:
+        return loss(functools.partial(lora.apply, params, scaled(adapters, factors)), batch)
+
+    # A count that is the same for all trials would have no axis of theirs.
+    return jax.jit(jax.vmap(one, in_axes=(0, 0, None, None), out_axes=0))
+
+
+def scaled(adapters: Adapters, factors: Factors) -> Adapters:
+    """Return adapters with each B multiplied by its path's factor."""
+    if factors is None:
+        return adapters
+    return {path: {"a": ab["a"], "b": ab["b"] * factors[path].astype(ab["b"].dtype)} for path, ab in adapters.items()}
+
+
+def factor_norm(lora: Lora, grads: Adapters) -> Array:
+    """Return the mean norm of a factor, where each slice along a stack axis (a scan's layer) is a factor.
+
+    >>> import rslora_jax as rslora
+    >>> lora = rslora.wrap(lambda p, x: x @ p["w"], {"w": jnp.ones((4, 4))}, jnp.ones((2, 4)),
+    ...                    config=rslora.LoraConfig(rank=1))
+    >>> float(factor_norm(lora, {"w": {"a": jnp.zeros((4, 1)), "b": jnp.ones((1, 4))}}))
+    1.0
+    """
+    norms = [
+        jnp.sqrt(jnp.sum(jnp.square(leaf.astype(jnp.float32)), axis=range(len(site.stack_axes), leaf.ndim))).ravel()
+        for path, site in lora.sites.items()
+        for leaf in (grads[path]["a"], grads[path]["b"])
+    ]
+    return jnp.mean(jnp.concatenate(norms))
+
+
+def mean_loss(sums_Kx2: np.ndarray) -> Heldout:
+    """Return the mean of K batches' (sum of losses, number), and its standard error as a ratio of two means.
+
+    >>> mean_loss(np.array([[2.0, 2], [6.0, 2]]))
+    Heldout(loss=2.0, error=1.0)
+    """
+    sums, counts = np.asarray(sums_Kx2, np.float64).T
+    if not counts.sum():
+        raise ValueError("the held-out batches hold no token with loss: give at least one example")
+    mean, batches = sums.sum() / counts.sum(), len(sums)
+    squares = np.sum((sums - mean * counts) ** 2)
+    error = math.sqrt(squares * batches / (batches - 1)) / counts.sum() if batches > 1 else math.nan
+    return Heldout(float(mean), float(error))
+
+
+def stack(trees: Sequence[Any], of: Any = np) -> Any:
+    """Stack pytrees of equal shapes on a new first axis."""
+    return jax.tree.map(lambda *leaves: of.stack(leaves), *trees)
