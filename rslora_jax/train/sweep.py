@@ -120,7 +120,8 @@ def sweep(
     >>> squares = lambda run, batch: (jnp.sum((run(batch) - 1) ** 2), jnp.float32(batch.size))
     >>> trials = [Trial(1e-2), Trial(1e-1), Trial(1e-1, scaling="lora")]
     >>> batches = lambda seed: [np.random.default_rng(seed).normal(size=(2, 4)).astype("float32")] * 5
-    >>> found = sweep(lora, {"w": jnp.ones((4, 4))}, trials, batches=batches, loss=squares, optimizer=optax.adam, steps=5)
+    >>> found = sweep(lora, {"w": jnp.ones((4, 4))}, trials, batches=batches, loss=squares,
+    ...               optimizer=optax.adam, steps=5)
     >>> [o.diverged for o in found], bool(found[0].losses[-1] > found[1].losses[-1])
     ([None, None, None], True)
     """
