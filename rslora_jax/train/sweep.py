@@ -135,7 +135,9 @@ def sweep(
     step, evaluate = make_sweep_step(lora, loss, optimizer), make_sweep_evaluate(lora, loss)
     state = start(lora, trials, optimizer, rates)
     sources = {trial.seed: batches(trial.seed) for trial in trials}
-    heldout, scores, records = list(heldout), {}, []
+    heldout = list(heldout)
+    scores: dict[int, list[Any]] = {}
+    records: list[dict[str, Any]] = []
 
     def look(at: int) -> None:
         if heldout and at in evaluate_at:
@@ -148,7 +150,7 @@ def sweep(
             progress(len(records), steps)
 
     look(0)
-    pending = None
+    pending: dict[str, Array] | None = None
     for n in range(steps):
         by_seed = {seed: source[n] for seed, source in sources.items()}
         batch = stack([by_seed[trial.seed] for trial in trials])
@@ -157,17 +159,20 @@ def sweep(
             finish(pending)
         pending = metrics
         look(n + 1)
+    assert pending is not None
     finish(pending)
     series = {name: np.stack([record[name] for record in records]) for name in records[0]}
 
     def outcome(k: int) -> Outcome:
         bad = np.flatnonzero(series["skipped"][:, k])
         return Outcome(
-            trials[k],
-            *(series[name][:, k] for name in ("loss", "grad_norm", "factor_norm")),
-            {at: mean_loss(np.array([[s[k], c[k]] for s, c in found])) for at, found in scores.items()},
-            int(bad[0]) + 1 if len(bad) else None,
-            jax.tree.map(lambda leaf: leaf[k], state.adapters),
+            trial=trials[k],
+            losses=series["loss"][:, k],
+            grad_norms=series["grad_norm"][:, k],
+            factor_norms=series["factor_norm"][:, k],
+            heldout={at: mean_loss(np.array([[s[k], c[k]] for s, c in found])) for at, found in scores.items()},
+            diverged=int(bad[0]) + 1 if len(bad) else None,
+            adapters=jax.tree.map(lambda leaf: leaf[k], state.adapters),
         )
 
     return [outcome(k) for k in range(len(trials))]

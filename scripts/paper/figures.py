@@ -1,0 +1,125 @@
+"""The paper's figures 2 and 3, and the table of held-out losses, from finished trials."""
+
+import math
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from matplotlib import colormaps
+from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator, NullLocator
+
+from paper.plan import Grid, Spec
+from paper.store import mean_and_error
+from rslora_jax.train.report import running_mean
+
+NAMES = {"rslora": "rsLoRA", "lora": "LoRA", "constant": "constant scale"}
+Done = Mapping[Spec, Mapping[str, Any]]
+
+
+def draw(folder: Path, grid: Grid, done: Done) -> list[Path]:
+    """Draw both figures for each optimiser, at its middle rate, as PNG; return the files."""
+    files = []
+    for optimizer in grid.optimizers:
+        curves = {
+            (spec.scaling, spec.rank): [t for s, t in done.items() if s == same_but_seed(s, spec)]
+            for spec in grid.specs()
+            if spec.optimizer == optimizer and spec.rate == grid.middle(optimizer) and spec.seed == 0
+        }
+        if not any(curves.values()):
+            continue
+        rate = f"{optimizer}, learning rate {grid.middle(optimizer):g}"
+        smooth = lambda losses: np.exp(np.minimum(running_mean(losses), 700))
+        for name, key, change, label in (
+            ("perplexity", "losses", smooth, "training perplexity (running mean)"),
+            ("gradients", "factor_norms", running_mean, "average parameter gradient norm"),
+        ):
+            files.append(folder / f"{name}-{optimizer}.png")
+            panels(files[-1], grid, curves, key, change, label, rate)
+    return files
+
+
+def same_but_seed(spec: Spec, of: Spec) -> Spec:
+    return Spec(of.optimizer, of.rank, of.scaling, of.rate, spec.seed)
+
+
+def panels(
+    file: Path,
+    grid: Grid,
+    curves: Mapping[tuple[str, int], list[Mapping[str, Any]]],
+    key: str,
+    change: Callable[[list[float]], Any],
+    label: str,
+    title: str,
+) -> None:
+    """Draw a panel for each scaling and a curve for each rank: the mean over seeds."""
+    figure = Figure(figsize=(4.6 * len(grid.scalings), 3.8), layout="constrained")
+    axes = figure.subplots(1, len(grid.scalings), sharey=True, squeeze=False)[0]
+    colors = colormaps["viridis"](np.linspace(0, 0.9, len(grid.ranks)))
+    seeds = set()
+    for axis, scaling in zip(axes, grid.scalings, strict=True):
+        for rank, color in zip(grid.ranks, colors, strict=True):
+            trials = curves[scaling, rank]
+            if trials:
+                seeds.add(len(trials))
+                mean = np.mean([trial[key] for trial in trials], axis=0).tolist()
+                axis.plot(range(1, len(mean) + 1), change(mean), color=color, label=f"r = {rank}")
+        axis.set(title=NAMES.get(scaling, scaling), xlabel="step", yscale="log")
+        axis.grid(alpha=0.3, which="both")
+        if axis.get_legend_handles_labels()[0]:
+            axis.legend(fontsize=8)
+    if key == "losses":  # over less than a decade, a log axis by itself has hardly a number
+        axes[0].yaxis.set_major_locator(MaxNLocator(8))
+        axes[0].yaxis.set_major_formatter("{x:g}")
+        axes[0].yaxis.set_minor_locator(NullLocator())
+    axes[0].set_ylabel(label)
+    count = "-".join(str(n) for n in sorted({min(seeds), max(seeds)}))
+    figure.suptitle(f"{title}; mean of {count} seed{'s' * (max(seeds) > 1)}", fontsize=10)
+    figure.savefig(file, dpi=150)
+
+
+def table(grid: Grid, done: Done) -> str:
+    """Return held-out losses by optimiser, scaling and rank, at the best rate and at the middle one, as Markdown."""
+    lines = [
+        "| optimiser | scaling | rank | best rate | held-out loss | at the middle rate | seeds | diverged |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
+    edges = False
+    for optimizer in grid.optimizers:
+        for scaling in grid.scalings:
+            for rank in grid.ranks:
+                best = grid.best(done, optimizer, rank, scaling)
+                trials = [s for s in done if (s.optimizer, s.scaling, s.rank) == (optimizer, scaling, rank)]
+                if best is None and not trials:
+                    continue
+                middle = grid.middle(optimizer)
+                text, seeds = loss_at(done, trials, best)
+                other, _ = loss_at(done, trials, middle)
+                tried = sorted({s.rate for s in trials if s.seed == 0})
+                edge = best in (tried[0], tried[-1])
+                edges |= edge
+                bad = sum(done[s]["diverged"] is not None for s in trials)
+                rate = "none" if best is None else f"{best:g}{'*' if edge else ''}"
+                lines.append(
+                    f"| {optimizer} | {NAMES.get(scaling, scaling)} | {rank} | {rate} | {text} | {other} | {seeds} "
+                    f"| {bad} of {len(trials)} |"
+                )
+    about = (
+        "\nLosses are nats a token, the mean over seeds ± its standard error where there are two or more. The best "
+        "rate is that of the first seed's least loss."
+    )
+    middles = ", ".join(f"{grid.middle(o):g} ({o})" for o in grid.optimizers)
+    about += f" The middle rate is {middles}."
+    if edges:
+        about += " *: at an edge of the rates tried, so a better one may lie beyond."
+    return "\n".join(lines) + "\n" + about + "\n"
+
+
+def loss_at(done: Done, trials: list[Spec], rate: float | None) -> tuple[str, int]:
+    """Write the held-out loss at a rate; count its seeds."""
+    values = [done[s]["heldout_loss"] for s in trials if s.rate == rate and done[s]["diverged"] is None]
+    if not values:
+        return "–", 0
+    mean, error = mean_and_error(values)
+    return (f"{mean:.4f}" if math.isnan(error) else f"{mean:.4f} ± {error:.4f}"), len(values)

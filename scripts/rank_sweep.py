@@ -1,0 +1,274 @@
+"""The paper's figures 2 and 3 on a small model: LoRA and rsLoRA by rank, optimiser and learning rate.
+
+    python scripts/rank_sweep.py --model tiny --steps 20 --ranks 2,8 --optimizers adamw      # to try it out: a minute
+    python scripts/rank_sweep.py --data train.jsonl --budget 240 --out runs/gsm8k
+
+SmolLM2-135M, adapters on all linear layers, constant learning rate, no clipping. Trials of one rank and optimiser are
+trained together (`rslora_jax.train.sweep`). A finished trial is kept in --out, and a rerun does only what is not there,
+so a sweep of hours can be done in parts of --budget minutes; it ends by saying what is left out. The order is that of
+use: one seed of every rank and scaling at the middle rate, the other rates, the other seeds at the middle rate and
+at the best. In --out are results.csv, trials/*.json with the curves, perplexity-*.png and gradients-*.png for each
+optimiser, and table.md.
+"""
+
+import argparse
+import collections
+import hashlib
+import statistics
+import sys
+import time
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import jax
+from paper import figures, store
+from paper.plan import Grid, Spec
+
+import rslora_jax as rslora
+from rslora_jax import train
+from rslora_jax.commands.train import examples
+from rslora_jax.interop.gguf import find_smollm2, load_gguf
+from rslora_jax.models.llama import Llama, LlamaConfig
+from rslora_jax.scaling import SCALINGS
+from rslora_jax.train.bytelevel import ByteTokenizer
+from rslora_jax.train.report import clock
+from rslora_jax.train.sweep import Outcome, Trial, sweep
+
+RATES = {"adamw": [1e-4, 4e-4, 1.6e-3], "sgd": [0.1, 0.4, 1.6], "adafactor": [1e-4, 4e-4, 1.6e-3]}
+TARGETS = {"all": "all-linear", "attention": "*/attn/*/kernel"}
+TINY = LlamaConfig(
+    vocab_size=ByteTokenizer.vocab_size,
+    width=32,
+    mlp_width=48,
+    num_layers=2,
+    num_heads=4,
+    num_kv_heads=2,
+    scan_layers=True,
+)
+
+
+class OutOfTime(Exception):
+    """The budget ended within trials."""
+
+
+def parse(argv: list[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    words = lambda text: text.split(",")
+    whole = lambda text: [int(part) for part in text.split(",")]
+    add = parser.add_argument
+    add("--model", default="smollm2", help="smollm2, tiny (random, of bytes) or a GGUF file (smollm2)")
+    add(
+        "--data", type=Path, help="a .jsonl, .parquet or .txt file, every tenth example held out (docstrings of Python)"
+    )
+    add("--ranks", type=whole, default=[4, 8, 32, 128, 512], help="(4,8,32,128,512)")
+    add("--scalings", type=words, default=["rslora", "lora"], help=f"of {', '.join(SCALINGS)} (rslora,lora)")
+    add("--optimizers", type=words, default=["adamw", "sgd", "adafactor"], help="(adamw,sgd,adafactor)")
+    listed = "; ".join(f"{name}={','.join(f'{rate:g}' for rate in rates)}" for name, rates in RATES.items())
+    add(
+        "--rates", action="append", default=[], metavar="NAME=X,Y,..", help=f"learning rates of an optimiser ({listed})"
+    )
+    add("--alpha", type=float, default=16.0, help="numerator of the scale (16)")
+    add("--seeds", type=int, default=3, help="of adapters and data order (3)")
+    add("--steps", type=int, default=100, help="of each trial (100)")
+    add("--batch-size", type=int, default=4, help="rows of a step (4)")
+    add("--max-len", type=int, default=256, help="tokens of a row (256)")
+    add("--heldout", type=int, default=64, help="at most so many held-out examples (64)")
+    add("--layers", choices=TARGETS, default="all", help="what gets adapters (all)")
+    add("--together", type=int, default=4, help="at most so many trials in one program; memory grows with them (4)")
+    add("--dtype", choices=("float32", "bfloat16"), default="float32", help="to compute in (float32)")
+    add("--remat", default="none", help="none, full or a policy of jax.checkpoint_policies: less memory (none)")
+    add("--budget", type=float, help="minutes after which to stop (until all is done)")
+    add("--out", type=Path, default=Path("runs/rank_sweep"), help="folder of the results (runs/rank_sweep)")
+    a = parser.parse_args(argv)
+    rates = dict(RATES)
+    try:
+        rates |= {name: sorted(map(float, values.split(","))) for name, values in (r.split("=") for r in a.rates)}
+    except ValueError:
+        parser.error(f"--rates {' '.join(a.rates)} is not of the form adamw=1e-4,1e-3")
+    for name in a.optimizers:
+        if name not in rates:
+            parser.error(f"there are no learning rates for {name}: give --rates {name}=1e-4,1e-3")
+    a.grid = Grid(a.optimizers, a.ranks, a.scalings, rates, a.seeds)
+    return a
+
+
+def load_model(a: argparse.Namespace) -> tuple[Llama, Any, Any]:
+    """Return (model, variables, tokenizer)."""
+    if a.model == "tiny":
+        model = Llama(TINY)
+        shape = jax.numpy.zeros((1, 1), "int32")
+        return model, jax.jit(model.init)(jax.random.key(0), shape), ByteTokenizer()
+    path = find_smollm2() if a.model == "smollm2" else Path(a.model)
+    config, variables, tokenizer = load_gguf(path, scan_layers=True, dtype=a.dtype, remat=a.remat)
+    return Llama(config), variables, tokenizer
+
+
+def main(argv: list[str] | None = None) -> int:
+    a = parse(argv)
+    try:
+        return run(a)
+    except ValueError as error:
+        print(f"rank_sweep: error: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print(f"rank_sweep: interrupted; finished trials are kept in {a.out}: run it again to go on", file=sys.stderr)
+        return 130
+
+
+def run(a: argparse.Namespace) -> int:
+    begun = time.monotonic()
+    deadline = float("inf") if a.budget is None else begun + 60 * a.budget
+    digest = hashlib.sha256(a.data.read_bytes()).hexdigest()[:16] if a.data else "docstrings"
+    names = ("model", "alpha", "steps", "batch_size", "max_len", "heldout", "layers", "dtype")
+    store.check_settings(a.out, {name: getattr(a, name) for name in names} | {"data": digest})
+
+    model, variables, tokenizer = load_model(a)
+    training, held = examples(a.data, a.heldout)
+    rows, held = (train.prepare(tokenizer, part, max_len=a.max_len) for part in (training, held))
+    print(f"training data: {rows.statistics}\nheld-out data: {held.statistics}", flush=True)
+    loss = train.token_loss(max(rows.places, held.places))
+    heldout = list(train.heldout_batches(held, batch_size=a.batch_size))
+    before = base_loss(model, variables, loss, heldout)
+    print(f"held-out loss of the base: {before:.4f}", flush=True)
+    # The functions are made once: a sweep with the same ones compiles nothing again.
+    optimizers = {name: partial(make_optimizer, name) for name in a.optimizers}
+    wrapped: dict[int, rslora.Lora] = {}
+
+    def wrap(rank: int) -> rslora.Lora:
+        config = rslora.LoraConfig(rank=rank, alpha=a.alpha, targets=TARGETS[a.layers], allow_large_rank=True)
+        if rank not in wrapped:
+            wrapped[rank] = rslora.wrap(model.apply, variables, jax.ShapeDtypeStruct((1, 8), "int32"), config=config)
+        return wrapped[rank]
+
+    # What a step costs beside that of rank 0: 4 operations for a number of the base and a token, 6 for an adapter's.
+    first = wrap(a.ranks[0])
+    base = sum(leaf.size for leaf in jax.tree.leaves(variables))
+    cost = lambda spec: 1 + 1.5 * first.num_parameters / a.ranks[0] * spec.rank / base
+    pace = lambda done: statistics.median(t["seconds"] / cost(spec) for spec, t in done.items()) if done else None
+
+    done, cut = store.load(a.out), False
+    while unit := a.grid.next_unit(done, a.together):
+        seconds = pace(done)
+        due = seconds and sum(seconds * cost(spec) for spec in unit)
+        if time.monotonic() + (due or 0) > deadline:
+            cut = True
+            break
+        told = Teller(unit, done, a.grid, due, deadline, pace, cost)
+        started = time.monotonic()
+        try:
+            outcomes = train_unit(a, wrap(unit[0].rank), variables, unit, rows, loss, optimizers, heldout, told)
+        except OutOfTime:
+            cut = True
+            break
+        for spec, outcome in zip(unit, outcomes, strict=True):
+            store.save(a.out, spec, outcome, (time.monotonic() - started) / len(unit))
+        done = store.load(a.out)
+        store.write_csv(a.out, done)
+        told.end(outcomes)
+    return report(a, done, before, pace, cost, cut, time.monotonic() - begun)
+
+
+def make_optimizer(name: str, rate: Any) -> Any:
+    return train.make_optimizer(name, schedule=rate, clip=None)
+
+
+def base_loss(model: Llama, variables: Any, loss: train.Loss, heldout: list[Any]) -> float:
+    """Return the held-out loss without adapters."""
+    evaluate = jax.jit(lambda variables, batch: loss(partial(model.apply, variables), batch))
+    sums = [evaluate(variables, batch) for batch in heldout]
+    return sum(float(total) for total, _ in sums) / sum(float(count) for _, count in sums)
+
+
+def train_unit(
+    a: argparse.Namespace,
+    lora: rslora.Lora,
+    variables: Any,
+    unit: list[Spec],
+    rows: train.Rows,
+    loss: train.Loss,
+    optimizers: dict[str, Any],
+    heldout: list[Any],
+    progress: Any,
+) -> list[Outcome]:
+    """Train the trials of one rank and optimiser together."""
+    return sweep(
+        lora,
+        variables,
+        [Trial(spec.rate, spec.seed, spec.scaling) for spec in unit if spec.rate],
+        batches=lambda seed: train.train_batches(rows, batch_size=a.batch_size, seed=seed),
+        loss=loss,
+        optimizer=optimizers[unit[0].optimizer],
+        steps=a.steps,
+        heldout=heldout,
+        progress=progress,
+    )
+
+
+class Teller:
+    """Say how far the sweep is, at most every 15 seconds, and stop it when its time is over."""
+
+    def __init__(self, unit: list[Spec], done: Any, grid: Grid, due: Any, deadline: float, pace: Any, cost: Any):
+        self.unit, self.deadline, self.begun, self.said = unit, deadline, time.monotonic(), 0.0
+        self.count, rest = len(done), [spec for spec in grid.left(done) if spec not in unit]
+        self.total = len(done) + len(unit) + len(rest)
+        self.rest = None if due is None else pace(done) * sum(map(cost, rest))
+
+    def __call__(self, step: int, steps: int) -> None:
+        now = time.monotonic()
+        if now > self.deadline and step < steps:
+            raise OutOfTime
+        if step == 1:
+            self.begun = now  # what came before is compilation
+            return
+        if now - self.said < 15 and step < steps:
+            return
+        self.said = now
+        spec, here = self.unit[0], (now - self.begun) * (steps - step) / max(1, step - 1)
+        left = f"about {clock(here)} left of these" + (
+            "" if self.rest is None else f", {clock(here + self.rest)} of all"
+        )
+        print(
+            f"trials {self.count + 1} to {self.count + len(self.unit)} of {self.total} "
+            f"({spec.optimizer}, rank {spec.rank}), step {step}/{steps}, {left}",
+            flush=True,
+        )
+
+    def end(self, outcomes: list[Any]) -> None:
+        for spec, outcome in zip(self.unit, outcomes, strict=True):
+            bad = "" if outcome.diverged is None else f", diverged at step {outcome.diverged}"
+            held = outcome.heldout[len(outcome.losses)]
+            print(f"  {spec.name}: held-out loss {held.loss:.4f} ± {held.error:.4f}{bad}", flush=True)
+
+
+def report(
+    a: argparse.Namespace, done: dict[Spec, Any], before: float, pace: Any, cost: Any, cut: bool, took: float
+) -> int:
+    """Draw the figures, write the table, and say what is left out."""
+    left = a.grid.left(done)
+    if done:
+        files = figures.draw(a.out, a.grid, done)
+        text = figures.table(a.grid, done) + f"\nHeld-out loss of the base, without adapters: {before:.4f}.\n"
+        text += left_out(left)
+        store.write(a.out / "table.md", text)
+        print(f"\n{text}\nwrote {', '.join(str(f) for f in [a.out / 'results.csv', a.out / 'table.md', *files])}")
+    else:
+        print(left_out(left))
+    if left:
+        seconds = pace(done)
+        time_left = f" (about {clock(seconds * sum(map(cost, left)))})" if seconds else ""
+        print(f"{'the budget ended' if cut else 'stopped'} after {clock(took)}: run it again to go on{time_left}")
+    return 0
+
+
+def left_out(left: list[Spec]) -> str:
+    """Say which trials are not done, by optimiser and rank."""
+    if not left:
+        return "\nNothing was left out.\n"
+    counts = collections.Counter((spec.optimizer, spec.rank) for spec in left)
+    listed = ", ".join(f"{optimizer} rank {rank}: {count}" for (optimizer, rank), count in counts.items())
+    return f"\nLeft out so far: {len(left)} trials ({listed}).\n"
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,115 @@
+"""The script that reproduces the paper's figures: its order, and a tiny sweep from the command line to the table."""
+
+import csv
+import json
+import math
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+SCRIPTS = Path(__file__).parent.parent / "scripts"
+
+
+@pytest.fixture
+def script(monkeypatch):
+    monkeypatch.syspath_prepend(str(SCRIPTS))
+    import rank_sweep
+
+    return rank_sweep
+
+
+def grid(script, **changes):
+    asked = {"ranks": [3, 5], "optimizers": ["sgd", "lion"], "scalings": ["lora", "rslora"], "seeds": 3}
+    rates = {"sgd": [0.1, 0.2, 0.4], "lion": [1e-3]}
+    return script.Grid(**{**asked, "rates": rates, **changes})
+
+
+def trial(loss, diverged=None):
+    return {"heldout_loss": loss, "diverged": diverged}
+
+
+def test_every_rank_has_a_trial_before_any_has_two(script):
+    specs = grid(script).specs()
+    cells = [(s.optimizer, s.rank, s.scaling) for s in specs]
+    assert len(set(cells[:8])) == 8 and {s.rate for s in specs[:8]} == {0.2, 1e-3}
+    assert [s.rate for s in specs[8:16]] == [0.1, 0.1, 0.4, 0.4] * 2
+    assert {s.seed for s in specs[:16]} == {0} and {s.seed for s in specs[16:32]} == {1}
+
+
+def test_later_seeds_take_the_best_rate_of_the_first(script):
+    asked = grid(script, ranks=[5], optimizers=["sgd"], scalings=["lora"])
+    spec = lambda rate, seed=0: script.Spec("sgd", 5, "lora", rate, seed)
+    done = {spec(0.2): trial(2.0), spec(0.1): trial(1.5)}
+    assert asked.left(done) == [spec(0.4), spec(0.2, 1), spec(None, 1), spec(0.2, 2), spec(None, 2)]
+    done[spec(0.4)] = trial(1.0, diverged=7)
+    assert asked.left(done) == [spec(0.2, 1), spec(0.1, 1), spec(0.2, 2), spec(0.1, 2)]
+    assert asked.next_unit(done, 9) == asked.left(done)
+    assert asked.next_unit(done, 3) == asked.left(done)[:3]
+    done[spec(0.2)] = trial(1.2)
+    assert asked.left(done) == [spec(0.2, 1), spec(0.2, 2)]
+
+
+def test_a_unit_is_of_one_rank_and_optimiser_and_overtakes_none(script):
+    asked, done = grid(script, ranks=[3, 5], optimizers=["sgd"]), {}
+    units = []
+    while unit := asked.next_unit(done, 3):
+        units.append(unit)
+        done |= {spec: trial(spec.rate) for spec in unit}
+    assert all(len({(s.optimizer, s.rank) for s in unit}) == 1 and len(unit) <= 3 for unit in units)
+    assert [(u[0].rank, len(u)) for u in units[:6]] == [(3, 2), (5, 2), (3, 3), (3, 1), (5, 3), (5, 1)]
+    assert asked.left(done) == [] and len(done) == 2 * 2 * (3 + 2 * 2)
+
+
+def test_the_table_has_means_over_seeds_of_the_best_rate(script):
+    asked = grid(script, ranks=[5], optimizers=["sgd"], scalings=["rslora"])
+    losses = {(0.1, 0): 1.0, (0.2, 0): 2.0, (0.1, 1): 1.3, (0.1, 2): 1.1, (0.2, 1): 0.5}
+    done = {script.Spec("sgd", 5, "rslora", rate, seed): trial(loss) for (rate, seed), loss in losses.items()}
+    table = script.figures.table(asked, done)
+    values = np.array([1.0, 1.3, 1.1])
+    error = values.std(ddof=1) / math.sqrt(3)
+    assert f"| 0.1* | {values.mean():.4f} ± {error:.4f} | 1.2500 ± 0.7500 | 3 | 0 of 5 |" in table
+    assert "at an edge" in table
+
+
+def test_time_that_is_over_ends_a_unit(script):
+    unit = grid(script).specs()[:1]
+    told = script.Teller(unit, {}, grid(script), None, -math.inf, None, None)
+    with pytest.raises(script.OutOfTime):
+        told(3, 4)
+    told(4, 4)  # what is done is kept
+
+
+def test_a_tiny_sweep_goes_on_where_it_was_cut_and_leaves_figures(script, tmp_path, capsys):
+    sums = [{"prompt": f"{a}+{b}=", "completion": f"{a + b}"} for a in range(9) for b in range(9)]
+    data, out = tmp_path / "sums.jsonl", tmp_path / "out"
+    data.write_text("\n".join(map(json.dumps, sums)))
+    options = "--model tiny --ranks 5 --optimizers adamw --rates adamw=1e-3,1e-2 --seeds 1 --steps 5 --batch-size 2"
+    argv = [*options.split(), "--max-len", "24", "--data", str(data), "--out", str(out)]
+    assert script.main([*argv, "--budget", "0"]) == 0
+    said = capsys.readouterr().out
+    assert "Left out so far: 4 trials (adamw rank 5: 4)" in said and "the budget ended" in said
+
+    assert script.main(argv) == 0
+    said = capsys.readouterr().out
+    assert "Nothing was left out" in said and "step 5/5" in said
+    rows = list(csv.DictReader((out / "results.csv").open()))
+    assert {(r["rank"], r["scaling"], r["learning_rate"]) for r in rows} == {
+        ("5", scaling, rate) for scaling in ("rslora", "lora") for rate in ("0.001", "0.01")
+    }
+    kept = {file: file.stat().st_mtime_ns for file in (out / "trials").iterdir()}
+    for file in kept:
+        one = json.loads(file.read_text())
+        assert len(one["losses"]) == len(one["factor_norms"]) == 5
+    # At first B is zero, and its gradient is in proportion to gamma: sqrt(5) between the scalings at rank 5.
+    norms = {s: json.loads((out / f"trials/adamw-r5-{s}-lr0.001-seed0.json").read_text()) for s in ("rslora", "lora")}
+    ratio = norms["rslora"]["factor_norms"][0] / norms["lora"]["factor_norms"][0]
+    assert ratio == pytest.approx(math.sqrt(5), rel=1e-4)
+    for name in ("perplexity-adamw.png", "gradients-adamw.png"):
+        assert (out / name).read_bytes().startswith(b"\x89PNG")
+    assert (out / "table.md").read_text().count("| adamw |") == 2
+
+    assert script.main(argv) == 0
+    assert {file: file.stat().st_mtime_ns for file in (out / "trials").iterdir()} == kept
+    assert script.main([*argv, "--steps", "6"]) == 1
+    assert "has trials of steps 5, and now it is 6" in capsys.readouterr().err
