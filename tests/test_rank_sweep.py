@@ -84,8 +84,20 @@ def test_a_tiny_sweep_goes_on_where_it_was_cut_and_leaves_figures(script, tmp_pa
     sums = [{"prompt": f"{a}+{b}=", "completion": f"{a + b}"} for a in range(9) for b in range(9)]
     data, out = tmp_path / "sums.jsonl", tmp_path / "out"
     data.write_text("\n".join(map(json.dumps, sums)))
-    options = "--model tiny --ranks 5 --optimizers adamw --rates adamw=1e-3,1e-2 --seeds 1 --steps 5 --batch-size 2"
-    argv = [*options.split(), "--max-len", "24", "--data", str(data), "--out", str(out)]
+    options = "--model tiny --ranks 5 --optimizers adamw --rates adamw=1e-3,1e-2 --seeds 1 --steps 5"
+    argv = [
+        *options.split(),
+        "--batch-size",
+        "2",
+        "--max-len",
+        "24",
+        "--layers",
+        "attention",
+        "--data",
+        str(data),
+        "--out",
+        str(out),
+    ]
     assert script.main([*argv, "--budget", "0"]) == 0
     said = capsys.readouterr().out
     assert "Left out so far: 4 trials (adamw rank 5: 4)" in said and "the budget ended" in said

@@ -141,7 +141,12 @@ def test_runs_of_a_decoder_together_are_the_runs_alone():
     rows = train.prepare(ByteTokenizer(), SUMS, max_len=24)
     loss, batches = train.token_loss(rows.places), lambda seed: train.train_batches(rows, batch_size=3, seed=seed)
     loras = {
-        scaling: rslora.wrap(model.apply, params, tokens, config=rslora.LoraConfig(rank=5, alpha=7, scaling=scaling))
+        scaling: rslora.wrap(
+            model.apply,
+            params,
+            tokens,
+            config=rslora.LoraConfig(rank=5, alpha=7, scaling=scaling, targets="*/{q,down}_proj/kernel"),
+        )
         for scaling in ("rslora", "lora")
     }
     trials = [Trial(rate, seed=seed, scaling=s) for s in loras for rate, seed in ((3e-3, 0), (2e-2, 1))]
