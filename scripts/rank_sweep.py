@@ -86,6 +86,8 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
         rates |= {name: sorted(map(float, values.split(","))) for name, values in (r.split("=") for r in a.rates)}
     except ValueError:
         parser.error(f"--rates {' '.join(a.rates)} is not of the form adamw=1e-4,1e-3")
+    if a.data and not a.data.is_file():
+        parser.error(f"--data {a.data} is no file")
     for name in a.optimizers:
         if name not in rates:
             parser.error(f"there are no learning rates for {name}: give --rates {name}=1e-4,1e-3")
