@@ -4,11 +4,11 @@
     python scripts/rank_sweep.py --data train.jsonl --budget 240 --out runs/gsm8k
 
 SmolLM2-135M, adapters on all linear layers, constant learning rate, no clipping. Trials of one rank and optimiser are
-trained together (`rslora_jax.train.sweep`). A finished trial is kept in --out, and a rerun does only what is not there,
-so a sweep of hours can be done in parts of --budget minutes; it ends by saying what is left out. The order is that of
-use: one seed of every rank and scaling at the middle rate, the other rates, the other seeds at the middle rate and
-at the best. In --out are results.csv, trials/*.json with the curves, perplexity-*.png and gradients-*.png for each
-optimiser, and table.md.
+trained together (`rslora_jax.train.sweep`). A finished trial is kept in --out, and a rerun does only what is not there:
+a sweep of hours can be done in parts of --budget minutes. Trials that would not end in time are not begun, or given up,
+and what is left out is said at the end. The order is that of use: one seed of every rank and scaling at the middle
+rate, the other rates, the other seeds at the middle rate and at the best. In --out are results.csv, trials/*.json with
+the curves, perplexity-*.png and gradients-*.png for each optimiser, and table.md.
 """
 
 import argparse
@@ -153,7 +153,8 @@ def run(a: argparse.Namespace) -> int:
     while unit := a.grid.next_unit(done, a.together):
         seconds = pace(done)
         due = seconds and sum(seconds * cost(spec) for spec in unit)
-        if time.monotonic() + (due or 0) > deadline:
+        # The guess may be of slower hours, or too kind: a unit begun in vain is given up after a few steps.
+        if time.monotonic() + (due or 0) / 2 > deadline:
             cut = True
             break
         told = Teller(unit, done, a.grid, due, deadline, pace, cost)
@@ -223,10 +224,12 @@ class Teller:
         if step == 1:
             self.begun = now  # what came before is compilation
             return
+        spec, here = self.unit[0], (now - self.begun) * (steps - step) / max(1, step - 1)
+        if step > 3 and now + here > self.deadline:
+            raise OutOfTime
         if now - self.said < 15 and step < steps:
             return
         self.said = now
-        spec, here = self.unit[0], (now - self.begun) * (steps - step) / max(1, step - 1)
         left = f"about {clock(here)} left of these" + (
             "" if self.rest is None else f", {clock(here + self.rest)} of all"
         )

@@ -72,12 +72,22 @@ def test_the_table_has_means_over_seeds_of_the_best_rate(script):
     assert "at an edge" in table
 
 
-def test_time_that_is_over_ends_a_unit(script):
-    unit = grid(script).specs()[:1]
-    told = script.Teller(unit, {}, grid(script), None, -math.inf, None, None)
+def test_a_unit_that_will_not_end_in_time_is_given_up(script, monkeypatch):
+    clock = iter([100.0, 110.0, 120.0, 130.0, 140.0])
+    monkeypatch.setattr(script.time, "monotonic", lambda: next(clock))
+    told = script.Teller(grid(script).specs()[:1], {}, grid(script), None, 200.0, None, None)
+    told(1, 12)  # 10 s of compilation, then 10 s a step: step 12 would be done at 220
+    told(2, 12)
+    told(3, 12)
     with pytest.raises(script.OutOfTime):
-        told(3, 4)
-    told(4, 4)  # what is done is kept
+        told(4, 12)
+
+
+def test_what_is_done_when_time_is_over_is_kept(script):
+    told = script.Teller(grid(script).specs()[:1], {}, grid(script), None, -math.inf, None, None)
+    with pytest.raises(script.OutOfTime):
+        told(1, 2)
+    told(2, 2)
 
 
 def test_a_tiny_sweep_goes_on_where_it_was_cut_and_leaves_figures(script, tmp_path, capsys):
