@@ -16,6 +16,7 @@ from rslora_jax.train.loss import Loss, cross_entropy, logits_loss, token_loss
 from rslora_jax.train.optimizers import make_optimizer, make_schedule
 from rslora_jax.train.reading import read_examples
 from rslora_jax.train.state import TrainState, make_evaluate, make_pmap_step, make_step, replicate
+from rslora_jax.train.sweep import Trial, sweep
 
 __all__ = [
     "Batch",
@@ -27,6 +28,7 @@ __all__ = [
     "Result",
     "Rows",
     "TrainState",
+    "Trial",
     "cross_entropy",
     "docstring_pairs",
     "fit",
@@ -43,6 +45,7 @@ __all__ = [
     "read_jsonl",
     "replicate",
     "step_flops",
+    "sweep",
     "token_loss",
     "train_batches",
 ]
