@@ -23,4 +23,4 @@ venv=.venv-test-$version
 "$venv/bin/ruff" format --check .
 "$venv/bin/mypy"
 # One test process a core: most of the time goes into compiling, which XLA does on one.
-"$venv/bin/python" -m pytest -q -n "${TEST_PROCESSES:-2}" --dist loadgroup "$@"
+"$venv/bin/python" -m pytest -q -n "${TEST_PROCESSES:-2}" --dist loadgroup --durations 12 "$@"

@@ -134,6 +134,7 @@ def test_runs_together_are_the_runs_alone(params, optimizer, trials):
     assert len({outcome.heldout[STEPS].loss for outcome in found}) == len(trials)
 
 
+@pytest.mark.nightly  # the decoder also runs in tests/test_rank_sweep.py
 def test_runs_of_a_decoder_together_are_the_runs_alone():
     config = dataclasses.replace(CONFIG, width=16, mlp_width=24, num_layers=1, scan_layers=True)
     model, tokens = Llama(config), jnp.zeros((1, 4), jnp.int32)
