@@ -11,7 +11,8 @@ import numpy as np
 import optax
 import pytest
 
-from rslora_jax import checkpoint, train
+from rslora_jax import checkpoint, sharding, train
+from rslora_jax.models.llama import SHARDING_RULES
 from tests.train.tiny import Run
 
 pytestmark = pytest.mark.xdist_group("fit")  # in one process: the step is compiled once
@@ -107,7 +108,14 @@ def test_the_adapters_are_read_back_with_their_config(run, whole):
     assert config == run.lora.config
     equal(adapters, result.adapters)
     run.lora.check(run.params, adapters)
+    assert all(type(leaf) is np.ndarray for leaf in jax.tree.leaves(adapters)), "on no device"
     equal(checkpoint.load_adapters(folder, step=12)[1], adapters)
+    mesh = sharding.make_mesh("fsdp=-1")
+    params = jax.device_put(run.params, sharding.param_shardings(run.params, mesh, SHARDING_RULES))
+    where = sharding.adapter_shardings(run.lora.sites, params)
+    placed = checkpoint.load_adapters(folder, params=params, shardings=where)[1]
+    equal(placed, adapters)
+    assert jax.tree.map(lambda leaf: leaf.sharding, placed) == where
     with pytest.raises(ValueError, match="no checkpoint of step 5: it has steps 9, 12"):
         checkpoint.load_adapters(folder, step=5)
     with pytest.raises(ValueError, match="another base"):
