@@ -16,7 +16,7 @@ from rslora_jax.train.loss import Loss, cross_entropy, logits_loss, token_loss
 from rslora_jax.train.optimizers import make_optimizer, make_schedule
 from rslora_jax.train.reading import read_examples
 from rslora_jax.train.state import TrainState, make_evaluate, make_pmap_step, make_step, replicate
-from rslora_jax.train.sweep import Trial, sweep
+from rslora_jax.train.sweep import Outcome, Trial, sweep
 
 __all__ = [
     "Batch",
@@ -25,6 +25,7 @@ __all__ = [
     "Loss",
     "Message",
     "NonFiniteLoss",
+    "Outcome",
     "Result",
     "Rows",
     "TrainState",
