@@ -13,7 +13,7 @@ import pytest
 from rslora_jax import checkpoint
 from tests.train.tiny import Run
 
-pytestmark = pytest.mark.xdist_group("meshes")
+pytestmark = [pytest.mark.xdist_group("meshes"), pytest.mark.usefixtures("compile_fast")]
 
 
 def processes(number, devices, *arguments):
@@ -22,7 +22,7 @@ def processes(number, devices, *arguments):
         taken.bind(("127.0.0.1", 0))
         port = taken.getsockname()[1]
     flags = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count={devices}"
-    environment = os.environ | {"XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu"}
+    environment = os.environ | {"XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu", "JAX_DISABLE_MOST_OPTIMIZATIONS": "1"}
     command = [sys.executable, "-m", "tests.process_program", str(port), str(number)]
     running = [
         subprocess.Popen(

@@ -90,7 +90,7 @@ def test_what_is_done_when_time_is_over_is_kept(script):
     told(2, 2)
 
 
-def test_a_tiny_sweep_goes_on_where_it_was_cut_and_leaves_figures(script, tmp_path, capsys):
+def test_a_tiny_sweep_goes_on_where_it_was_cut_and_leaves_figures(script, compile_fast, tmp_path, capsys):
     sums = [{"prompt": f"{a}+{b}=", "completion": f"{a + b}"} for a in range(9) for b in range(9)]
     data, out = tmp_path / "sums.jsonl", tmp_path / "out"
     data.write_text("\n".join(map(json.dumps, sums)))

@@ -20,7 +20,7 @@ def small(tiny, tmp_path):
     return [word for name, value in flags.items() for word in (f"--{name}", str(value))]
 
 
-def test_the_papers_experiment_runs(small, tmp_path, capsys):
+def test_the_papers_experiment_runs(small, compile_fast, tmp_path, capsys):
     out = str(tmp_path / "run")
     assert main(["train", "--config", PAPER, *small, "--out", out]) == 0
     assert "held-out perplexity" in capsys.readouterr().out

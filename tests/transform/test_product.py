@@ -10,7 +10,7 @@ from rslora_jax.transform.cost import Plan
 from tests.programs import CASES, merged_by_hand, trained
 from tests.reference import assert_near
 
-BY_DAY = ("convolution grouped", "convolution depthwise")
+BY_DAY = ("convolution depthwise",)
 OTHERS = [n for n in CASES if n.startswith(("convolution", "picked", "layout")) and n not in BY_DAY]
 
 
