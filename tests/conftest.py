@@ -22,3 +22,14 @@ def compile_fast():
     jax.config.update("jax_disable_most_optimizations", True)
     yield
     jax.config.update("jax_disable_most_optimizations", False)
+
+
+def pytest_collection_modifyitems(config, items):
+    """By day, leave what takes long and hardly depends on JAX to one end of its range; at night both do all of it."""
+    here = "oldest" if jax.__version_info__ < (0, 11) else "newest"
+    if config.option.markexpr != "not nightly":
+        return
+    for item in items:
+        mark = item.get_closest_marker("by_day_on")
+        if mark and mark.args[0] != here:
+            item.add_marker(pytest.mark.skip(reason=f"by day on the {mark.args[0]} JAX, at night on both"))

@@ -93,6 +93,7 @@ def test_ones_own_data_are_split_and_nothing_is_lost(count, tmp_path):
     assert len(held) == max(count // 10, min(count - 1, 1))
 
 
+@pytest.mark.by_day_on("oldest")
 def test_a_short_run_on_the_real_model_and_its_resume(smollm2, tmp_path, capsys):
     data = tmp_path / "mine.jsonl"
     lines = [{"question": f"What is {n} plus {n}?", "answer": f"It is {2 * n}."} for n in range(20)]
@@ -117,6 +118,7 @@ def test_a_short_run_on_the_real_model_and_its_resume(smollm2, tmp_path, capsys)
     assert "already holds a run, at step 4" in capsys.readouterr().err
 
 
+@pytest.mark.by_day_on("oldest")
 def test_on_a_terminal_a_bar_shows_the_numbers_and_control_c_says_how_to_resume(smollm2, tmp_path):
     """The command as a user meets it: its own process, a terminal, the key pressed while it trains."""
     ours, theirs = pty.openpty()

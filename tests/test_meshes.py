@@ -12,6 +12,8 @@ import pytest
 
 from rslora_jax import LoraConfig, sharding, wrap
 
+pytestmark = pytest.mark.by_day_on("newest")
+
 BY_DAY = ["data=2,fsdp=2,tensor=2"]
 AT_NIGHT = ["data=8", "fsdp=8", "data=2,fsdp=4", "data=4,tensor=2", "tensor=4,data=2"]
 MESHES = [*BY_DAY, *(pytest.param(mesh, marks=pytest.mark.nightly) for mesh in AT_NIGHT)]

@@ -19,6 +19,8 @@ from rslora_jax import sharding
 from rslora_jax.models.configs import LLAMA2_7B
 from rslora_jax.models.llama import LlamaConfig
 
+pytestmark = pytest.mark.by_day_on("newest")
+
 SCRIPTS = Path(__file__).parent.parent / "scripts"
 DOCS = SCRIPTS.parent / "docs" / "scale"
 SMALL = LlamaConfig(

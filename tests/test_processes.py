@@ -13,7 +13,11 @@ import pytest
 from rslora_jax import checkpoint
 from tests.train.tiny import Run
 
-pytestmark = [pytest.mark.xdist_group("meshes"), pytest.mark.usefixtures("compile_fast")]
+pytestmark = [
+    pytest.mark.by_day_on("newest"),
+    pytest.mark.xdist_group("meshes"),
+    pytest.mark.usefixtures("compile_fast"),
+]
 
 
 def processes(number, devices, *arguments):

@@ -8,6 +8,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+pytestmark = pytest.mark.by_day_on("newest")
+
 SCRIPTS = Path(__file__).parent.parent / "scripts"
 
 

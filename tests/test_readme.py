@@ -22,6 +22,7 @@ def test_the_first_program_runs_on_any_model():
     assert jax.tree.structure(names["merged"]) == jax.tree.structure(names["variables"])
 
 
+@pytest.mark.by_day_on("newest")
 def test_the_notebook_program_trains_the_real_model_and_writes(tmp_path, monkeypatch, capsys):
     from rslora_jax.interop.gguf import find_smollm2
 

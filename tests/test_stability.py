@@ -16,7 +16,7 @@ import rslora_jax as rslora
 from rslora_jax.stability import MOMENTS, measure
 from tests.programs import normal
 
-pytestmark = pytest.mark.usefixtures("compile_fast")
+pytestmark = [pytest.mark.by_day_on("oldest"), pytest.mark.usefixtures("compile_fast")]
 SCRIPTS = Path(__file__).parent.parent / "scripts"
 
 

@@ -7,6 +7,8 @@ import pytest
 from rslora_jax import checkpoint
 from rslora_jax.cli import main
 
+pytestmark = pytest.mark.by_day_on("newest")
+
 PAPER = "configs/rslora_paper.toml"
 
 

@@ -179,8 +179,6 @@ def test_a_folder_in_use_is_refused(run, tmp_path):
 
 @pytest.mark.parametrize("bad", [2, 4])
 def test_a_loss_that_is_not_finite_stops_at_its_step_and_keeps_the_last_good_adapters(run, tmp_path, bad):
-    good = run.fit(tmp_path / "good", bad)
-
     def loss(apply, batch):
         total, count = run.loss(apply, batch)
         return total * jnp.where(batch.tokens_BxT[0, 0] < 0, jnp.nan, 1.0), count
@@ -194,6 +192,7 @@ def test_a_loss_that_is_not_finite_stops_at_its_step_and_keeps_the_last_good_ada
             tokens[0, 0] = -1
             return batch._replace(tokens_BxT=tokens)
 
+    good = run.fit(tmp_path / "good", bad, loss=loss)
     with pytest.raises(train.NonFiniteLoss, match=f"loss of step {bad + 1} is not finite .* adapters of step {bad}"):
         run.fit(tmp_path / "bad", 8, loss=loss, batches=Batches())
     _, adapters = checkpoint.load_adapters(tmp_path / "bad")

@@ -9,7 +9,7 @@ import pytest
 import rslora_jax as rslora
 from rslora_jax.train.optimizers import make_optimizer, make_schedule, optimizers, parse_options
 
-pytestmark = pytest.mark.usefixtures("compile_fast")
+pytestmark = [pytest.mark.by_day_on("newest"), pytest.mark.usefixtures("compile_fast")]
 
 
 def rates(schedule, steps):

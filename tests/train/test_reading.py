@@ -10,6 +10,8 @@ from pyarrow import parquet
 from rslora_jax.train.examples import Example, Message, read_jsonl
 from rslora_jax.train.reading import read_examples
 
+pytestmark = pytest.mark.by_day_on("newest")
+
 RECORDS = [
     {"prompt": " p ", "completion": " c\n"},
     {"question": "q", "answer": "Zoë ∑ 🎉"},

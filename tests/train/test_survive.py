@@ -29,6 +29,7 @@ def equal(a, b):
     jax.tree.map(np.testing.assert_array_equal, a, b)
 
 
+@pytest.mark.by_day_on("oldest")
 @pytest.mark.parametrize("kills", [2, pytest.param(60, marks=pytest.mark.nightly)])
 def test_a_run_killed_at_random_moments_ends_bit_for_bit_as_one_that_was_not(kills):
     command = [sys.executable, "scripts/survive.py", "--kills", str(kills), "--steps", str(40 * kills)]
@@ -101,6 +102,7 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_is_taken(run, two_step
         run.fit(folder, 12, resume=True)
 
 
+@pytest.mark.by_day_on("oldest")
 def test_a_full_disk_ends_no_run_and_harms_no_earlier_checkpoint(run, tmp_path):
     """From step 7 on no file may grow beyond 2,000 bytes, which is what a full disk does to writes."""
     script = """

@@ -25,7 +25,7 @@ from rslora_jax.train.sweep import (
 )
 from tests.train.tiny import CONFIG, SUMS
 
-pytestmark = [pytest.mark.xdist_group("fit"), pytest.mark.usefixtures("compile_fast")]
+pytestmark = [pytest.mark.by_day_on("oldest"), pytest.mark.xdist_group("fit"), pytest.mark.usefixtures("compile_fast")]
 
 LAYERS, WIDTH, STEPS = 3, 6, 4
 TRIALS = [

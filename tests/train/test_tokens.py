@@ -24,6 +24,8 @@ from rslora_jax.train.examples import Example, Message
 from rslora_jax.train.tokens import tokenise
 from rslora_jax.train.workers import map_in_processes
 
+pytestmark = pytest.mark.by_day_on("newest")
+
 CHAT = (Message("user", "What is 2 + 2?"), Message("assistant", "the number 4"), Message("user", "Sure?"))
 EXAMPLES = [
     example
