@@ -82,6 +82,17 @@ def test_whatever_file_is_damaged_no_wrong_number_is_read(run, two_steps, tmp_pa
     assert len(seen) >= 2
 
 
+def test_a_checkpoint_put_together_from_two_is_refused(two_steps, tmp_path):
+    """Every file is whole, and the numbers are those of another step: only the checksums can tell."""
+    folder, _ = two_steps
+    (tmp_path / "checkpoints").mkdir()
+    subprocess.run(["cp", "-r", folder / "checkpoints" / "6", tmp_path / "checkpoints"], check=True)
+    subprocess.run(["rm", "-r", tmp_path / "checkpoints" / "6" / "adapters"], check=True)
+    subprocess.run(["cp", "-r", folder / "checkpoints" / "3" / "adapters", tmp_path / "checkpoints" / "6"], check=True)
+    with pytest.raises(checkpoint.Damaged, match=r"adapters/params/.* is not what was saved"):
+        checkpoint.load_adapters(tmp_path)
+
+
 def test_a_damaged_checkpoint_is_named_and_the_one_before_is_taken(run, two_steps, tmp_path, capsys):
     folder, after_nine = two_steps
     subprocess.run(["cp", "-r", folder, tmp_path], check=True)
