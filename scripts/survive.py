@@ -41,8 +41,8 @@ CONFIG = LlamaConfig(
 SUMS = [train.Example(f"{a}+{b}=", f"{a + b}") for a in range(12) for b in range(12)]
 
 
-def attempt(folder: Path, steps: int, save_every: int, begun: Any) -> None:
-    """Train in a folder, from the start or from what is there; `begun` is set when the first step has run."""
+def attempt(folder: Path, steps: int, save_every: int, asked: Any) -> None:
+    """Train in a folder, from the start or from what is there; `asked` counts the batches taken."""
     jax.config.update("jax_compilation_cache_dir", str(folder.parent / "compiled"))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
     model = Llama(CONFIG)
@@ -53,18 +53,14 @@ def attempt(folder: Path, steps: int, save_every: int, begun: Any) -> None:
     held = train.prepare(ByteTokenizer(), SUMS[1::16], max_len=24)
     batches = train.train_batches(rows, batch_size=4)
 
-    class Told:
-        asked = 0
-
+    class Counted:
         def __getitem__(self, n: int) -> Any:
-            self.asked += 1
-            if self.asked == 2:
-                begun.set()
+            asked.value += 1
             return batches[n]
 
     train.fit(
         *(lora, params, lora.init(jax.random.key(1))),
-        batches=Told(),
+        batches=Counted(),
         heldout=train.heldout_batches(held, batch_size=4),
         loss=train.token_loss(max(rows.places, held.places)),
         optimizer=optax.adamw(3e-3),
@@ -94,41 +90,43 @@ def main() -> int:
     arguments = parser.parse_args()
     arguments.steps = arguments.steps or 60 * arguments.kills
     moments, console = random.Random(arguments.seed), Console()
-    # Forked, so that a child need not import anything; nothing here may wake JAX's devices before.
-    processes = multiprocessing.get_context("fork")
-    table = Table("kill", "seconds", "after", "from step", "saved step", "in a save", title="killed by SIGKILL")
+    # A child is a fork of a server that has imported what it needs, and has no threads, as the bar here has.
+    processes = multiprocessing.get_context("forkserver")
+    processes.set_forkserver_preload(["jax", "optax", "rich", "rslora_jax.train", "rslora_jax.models.llama"])
+    table = Table("kill", "after", "from step", "saved step", "in a save", title="killed by SIGKILL")
 
     with tempfile.TemporaryDirectory() as parent:
         whole, broken = Path(parent, "whole"), Path(parent, "broken")
 
         def start(folder: Path) -> tuple[Any, Any]:
-            begun = processes.Event()
-            child = processes.Process(
-                target=attempt, args=(folder, arguments.steps, arguments.save_every, begun), daemon=True
-            )
+            asked = processes.RawValue("i", 0)  # without a lock, which a killed child would keep
+            of = (folder, arguments.steps, arguments.save_every, asked)
+            child = processes.Process(target=attempt, args=of, daemon=True)
             child.start()
-            return child, begun
+            return child, asked
 
         child, _ = start(whole)
         child.join()
         killed = 0
         for number in track(range(1, arguments.kills + 1), "killing", console=console, transient=True):
             before = checkpoint.steps_in(broken)
-            child, begun = start(broken)
-            # The first save of a process takes seconds, and the later ones a tenth of one.
-            delay, after = moments.uniform(0, 6.0), "a step" if number % 5 else "its start"
-            if number % 5:
-                begun.wait()
+            child, asked = start(broken)
+            # The first save of a process takes as long as many steps, and comes after a few.
+            steps = moments.randint(2, arguments.steps // arguments.kills // 2) if number % 5 else 0
+            delay = moments.uniform(0, 0.2 if steps else 6.0)
+            while child.is_alive() and asked.value < steps:
+                time.sleep(0.01)
             time.sleep(delay)
             if not child.is_alive():
                 break
             os.kill(child.pid, signal.SIGKILL)
             child.join()
             killed += 1
-            steps = checkpoint.steps_in(broken)
+            saved = checkpoint.steps_in(broken)
             saving = any("tmp" in path.name for path in (broken / "checkpoints").glob("*"))
-            at = [str(s[-1]) if s else "none" for s in (before, steps)]
-            table.add_row(str(number), f"{delay:.2f}", after, *at, "yes" if saving else "")
+            at = [str(s[-1]) if s else "none" for s in (before, saved)]
+            after = f"{steps} steps and {delay:.2f} s" if steps else f"{delay:.2f} s from its start"
+            table.add_row(str(number), after, *at, "yes" if saving else "")
         child, _ = start(broken)
         child.join()
         console.print(table)
