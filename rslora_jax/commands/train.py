@@ -195,7 +195,7 @@ def train(arguments: argparse.Namespace) -> int:
 
     import rslora_jax as rslora
     from rslora_jax import checkpoint, processes, sharding
-    from rslora_jax.interop.gguf import find_smollm2, load_gguf
+    from rslora_jax.interop.load import load_model
     from rslora_jax.models.llama import SHARDING_RULES, Embed, Layer, Llama
     from rslora_jax.train import NonFiniteLoss, batches, fit, loss, optimizers, report, samples
 
@@ -215,11 +215,8 @@ def train(arguments: argparse.Namespace) -> int:
     optimizer = optimizers.make_optimizer(a.optimizer, schedule=schedule, clip=a.clip, options=options)
     config = rslora.LoraConfig(rank=a.rank, alpha=a.alpha, scaling=a.scaling, targets=a.targets)
     train_examples, heldout_examples = examples(a.data, a.heldout)
-    path = Path(a.model) if a.model else find_smollm2()
-    print(f"reading {path.name}", flush=True)
-    model_config, variables, tokenizer = load_gguf(
-        path, scan_layers=True, remat=a.remat, param_dtype=a.param_dtype, dtype=a.dtype
-    )
+    print(f"reading {a.model or 'SmolLM2'}", flush=True)
+    model_config, variables, tokenizer = load_model(a.model, remat=a.remat, param_dtype=a.param_dtype, dtype=a.dtype)
     model = Llama(model_config)
     apply = sharding.pin_rows(model.apply, where, (Embed, Layer)) if where else model.apply
     lora = rslora.wrap(apply, variables, jax.ShapeDtypeStruct((1, 8), "int32"), config=config)
