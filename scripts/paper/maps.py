@@ -1,0 +1,145 @@
+"""Held-out loss over rank and learning rate: the map, its best rates with their exponent, and the loss by rank."""
+
+import math
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from matplotlib.figure import Figure
+
+from paper.figures import NAMES, Done
+from paper.plan import Grid, Spec
+from paper.rates import Best, Exponent, best_rate, exponent, losses_by_rate
+from paper.store import mean_and_error
+
+# What the best rate is expected to grow like, as an exponent of the rank: for Adam by arXiv 2602.06204, for SGD by
+# theorem 3.2 of arXiv 2312.03732, by which the change of the weight in a step goes like gamma^2 r.
+EXPECTED: Mapping[tuple[str, str], float] = {
+    ("adamw", "rslora"): -0.25,
+    ("adamw", "lora"): 0.0,
+    ("sgd", "rslora"): 0.0,
+    ("sgd", "lora"): 1.0,
+}
+
+
+def best_rates(grid: Grid, done: Done, optimizer: str, scaling: str) -> dict[int, Best]:
+    """Return the best rate of each rank whose rates were all tried."""
+    found = {}
+    for rank in grid.ranks:
+        losses = losses_by_rate(done, optimizer, rank, scaling)
+        best = best_rate(losses) if set(losses) >= set(grid.rates[optimizer]) else None
+        if best:
+            found[rank] = best
+    return found
+
+
+def fitted(best: Mapping[int, Best]) -> Exponent | None:
+    """Fit the exponent of the best rates that lie between those tried."""
+    inner = {rank: b.rate for rank, b in best.items() if not b.at_edge}
+    return exponent(list(inner), list(inner.values()))
+
+
+def draw_maps(folder: Path, grid: Grid, done: Done) -> list[Path]:
+    """Draw the map of each optimiser that has several rates; return the files."""
+    files = []
+    for optimizer in grid.optimizers:
+        tried = {s.rate for s in done if s.optimizer == optimizer and s.seed == 0}
+        rates = [rate for rate in grid.rates[optimizer] if rate in tried]
+        if len(rates) > 1:
+            files.append(folder / f"rates-{optimizer}.png")
+            draw_map(files[-1], grid, done, optimizer, rates)
+    return files
+
+
+def draw_map(file: Path, grid: Grid, done: Done, optimizer: str, rates: list[float]) -> None:
+    """Draw a panel for each scaling: a cell for each rank and rate, and a mark at each rank's best rate."""
+    tables = {}
+    for scaling in grid.scalings:
+        losses = [losses_by_rate(done, optimizer, rank, scaling) for rank in grid.ranks]
+        tables[scaling] = np.array([[column.get(rate, math.nan) for column in losses] for rate in rates])
+    finite = np.concatenate([t[np.isfinite(t)] for t in tables.values()])
+    low, high = finite.min(), min(finite.max(), finite.min() + 3 * (np.median(finite) - finite.min()) + 1e-9)
+    figure = Figure(figsize=(0.9 + 0.95 * len(grid.ranks) * len(grid.scalings), 1.6 + 0.6 * len(rates)))
+    figure.set_layout_engine("constrained")
+    axes = figure.subplots(1, len(grid.scalings), sharey=True, squeeze=False)[0]
+    for axis, (scaling, table) in zip(axes, tables.items(), strict=True):
+        image = axis.imshow(table, origin="lower", aspect="auto", cmap="viridis_r", vmin=low, vmax=high)
+        for (row, column), loss in np.ndenumerate(table):
+            if not math.isnan(loss):
+                dark = math.isfinite(loss) and loss > (low + high) / 2
+                text = f"{loss:.3f}" if math.isfinite(loss) else "div."
+                axis.text(column, row, text, ha="center", va="center", fontsize=7, color="w" if dark else "k")
+        best = best_rates(grid, done, optimizer, scaling)
+        height = lambda rate: np.interp(math.log(rate), np.log(rates), range(len(rates)))
+        columns = [list(grid.ranks).index(rank) for rank in best]
+        axis.plot(columns, [height(b.rate) for b in best.values()], "o-", mfc="none", color="tab:red", lw=1)
+        fit, expected = fitted(best), EXPECTED.get((optimizer, scaling))
+        said = "" if fit is None else f"\nbest rate ~ r^{fit.slope:.2f}"
+        said += "" if fit is None or expected is None else f" (expected {expected:g})"
+        axis.set(title=NAMES.get(scaling, scaling) + said, xlabel="rank")
+        axis.title.set_fontsize(9)
+        axis.set_xticks(range(len(grid.ranks)), [str(rank) for rank in grid.ranks])
+    axes[0].set_yticks(range(len(rates)), [f"{rate:g}" for rate in rates])
+    axes[0].set_ylabel(f"learning rate of {optimizer}")
+    figure.colorbar(image, ax=axes, label="held-out loss, nats a token")
+    figure.savefig(file, dpi=150)
+
+
+def draw_by_rank(folder: Path, grid: Grid, done: Done) -> list[Path]:
+    """Draw the held-out loss by rank, at one rate for all and at each rank's best, a panel for each optimiser."""
+    shown = [o for o in grid.optimizers if any(s.optimizer == o for s in done)]
+    figure = Figure(figsize=(4.2 * len(shown), 3.6), layout="constrained")
+    for axis, optimizer in zip(figure.subplots(1, len(shown), squeeze=False)[0], shown, strict=True):
+        for color, scaling in zip(("tab:blue", "tab:orange", "tab:green", "tab:gray"), grid.scalings, strict=False):
+            middle = dict.fromkeys(grid.ranks, grid.middle(optimizer))
+            best = {rank: grid.best(done, optimizer, rank, scaling) for rank in grid.ranks}
+            for style, label, rates in (("--", f"at {grid.middle(optimizer):g}", middle), ("-", "at the best", best)):
+                points = [(rank, *seeds_at(done, optimizer, rank, scaling, rate)) for rank, rate in rates.items()]
+                points = [point for point in points if math.isfinite(point[1])]
+                if points:
+                    ranks, means, errors = zip(*points, strict=True)
+                    bars = [0 if math.isnan(e) else e for e in errors]
+                    name = f"{NAMES.get(scaling, scaling)}, {label}"
+                    axis.errorbar(ranks, means, bars, fmt=f"o{style}", color=color, ms=4, capsize=3, label=name)
+        axis.set(title=optimizer, xlabel="rank", xscale="log", ylabel="held-out loss, nats a token")
+        axis.set_xticks(list(grid.ranks), [str(rank) for rank in grid.ranks], minor=False)
+        axis.minorticks_off()
+        axis.grid(alpha=0.3)
+        axis.legend(fontsize=7)
+    figure.savefig(folder / "loss-by-rank.png", dpi=150)
+    return [folder / "loss-by-rank.png"]
+
+
+def seeds_at(
+    done: Mapping[Spec, Mapping[str, Any]], optimizer: str, rank: int, scaling: str, rate: float | None
+) -> tuple[float, float]:
+    """Return the mean held-out loss over seeds and its standard error; NaN where there is none."""
+    values = [
+        trial["heldout_loss"]
+        for s, trial in done.items()
+        if (s.optimizer, s.rank, s.scaling, s.rate) == (optimizer, rank, scaling, rate) and trial["diverged"] is None
+    ]
+    return mean_and_error(values) if values else (math.nan, math.nan)
+
+
+def rate_table(grid: Grid, done: Done) -> str:
+    """Return each rank's best rate and its exponent beside what is expected, as Markdown."""
+    lines = [
+        "| optimiser | scaling | " + " | ".join(f"r = {rank}" for rank in grid.ranks) + " | exponent | expected |",
+        "|---|---|" + "---|" * (len(grid.ranks) + 2),
+    ]
+    for optimizer in grid.optimizers:
+        for scaling in grid.scalings:
+            best = best_rates(grid, done, optimizer, scaling)
+            if not best:
+                continue
+            cells = [f"{best[r].rate:.2g}{'*' * best[r].at_edge}" if r in best else "–" for r in grid.ranks]
+            fit = fitted(best)
+            said = "–" if fit is None else f"{fit.slope:.2f} ({fit.low:.2f}, {fit.high:.2f})"
+            expected = EXPECTED.get((optimizer, scaling))
+            lines.append(
+                f"| {optimizer} | {NAMES.get(scaling, scaling)} | {' | '.join(cells)} | {said} "
+                f"| {'–' if expected is None else f'{expected:g}'} |"
+            )
+    return "\n".join(lines) + "\n"

@@ -1,0 +1,81 @@
+"""The best learning rate by rank, from finished trials, and the exponent with which it goes."""
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from paper.plan import Spec
+
+# Two-sided 95 % points of Student's t, by degrees of freedom.
+STUDENT = {1: 12.71, 2: 4.30, 3: 3.18, 4: 2.78, 5: 2.57, 6: 2.45, 7: 2.36, 8: 2.31}
+
+
+class Best(NamedTuple):
+    """A best learning rate, between those tried, and whether it may lie beyond them."""
+
+    rate: float
+    at_edge: bool
+
+
+class Exponent(NamedTuple):
+    """rate ~ rank ** slope, with a 95 % interval; infinite where there are but two ranks."""
+
+    slope: float
+    low: float
+    high: float
+
+
+def losses_by_rate(
+    done: Mapping[Spec, Mapping[str, Any]], optimizer: str, rank: int, scaling: str
+) -> dict[float, float]:
+    """Return the first seed's held-out loss by rate; infinite where it diverged."""
+    found = {}
+    for spec, trial in sorted(done.items(), key=lambda item: item[0].rate):
+        if (spec.optimizer, spec.rank, spec.scaling, spec.seed) == (optimizer, rank, scaling, 0):
+            bad = trial["diverged"] is not None or not math.isfinite(trial["heldout_loss"])
+            found[spec.rate] = math.inf if bad else trial["heldout_loss"]
+    return found
+
+
+def best_rate(losses: Mapping[float, float]) -> Best | None:
+    """Return where the parabola through the least loss and its two neighbours, over log rate, has its least.
+
+    Where the least is at an edge, or a neighbour diverged, it is that rate itself. None for no finite loss.
+
+    >>> best_rate({1e-4: 3.0, 1e-3: 2.0, 1e-2: 3.0})
+    Best(rate=0.001, at_edge=False)
+    >>> best_rate({1e-4: 2.0, 1e-3: 3.0})
+    Best(rate=0.0001, at_edge=True)
+    """
+    rates = sorted(losses)
+    finite = [rate for rate in rates if math.isfinite(losses[rate])]
+    if not finite:
+        return None
+    n = rates.index(min(finite, key=losses.__getitem__))
+    if n in (0, len(rates) - 1):
+        return Best(rates[n], True)
+    around = rates[n - 1 : n + 2]
+    if not all(math.isfinite(losses[rate]) for rate in around):
+        return Best(rates[n], False)
+    square, slope, _ = np.polyfit([math.log(rate / rates[n]) for rate in around], [losses[r] for r in around], 2)
+    return Best(float(rates[n] * math.exp(-slope / (2 * square))) if square > 0 else rates[n], False)
+
+
+def exponent(ranks: Sequence[int], rates: Sequence[float]) -> Exponent | None:
+    """Fit log rate over log rank by least squares; None for less than two ranks.
+
+    >>> round(exponent([4, 16, 64], [1.0, 0.5, 0.25]).slope, 3)
+    -0.5
+    """
+    if len(ranks) < 2:
+        return None
+    x, y = np.log(ranks), np.log(rates)
+    slope, start = np.polyfit(x, y, 1)
+    free = len(ranks) - 2
+    if not free:
+        return Exponent(float(slope), -math.inf, math.inf)
+    error = math.sqrt(np.sum((y - start - slope * x) ** 2) / free / np.sum((x - x.mean()) ** 2))
+    reach = STUDENT[min(free, max(STUDENT))] * error
+    return Exponent(float(slope), float(slope - reach), float(slope + reach))
