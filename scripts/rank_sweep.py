@@ -13,7 +13,9 @@ the curves, perplexity-*.png and gradients-*.png for each optimiser, and table.m
 
 import argparse
 import collections
+import functools
 import hashlib
+import math
 import statistics
 import sys
 import time
@@ -22,15 +24,15 @@ from pathlib import Path
 from typing import Any
 
 import jax
-from paper import figures, store
-from paper.plan import Grid, Spec
+from paper import figures, maps, store
+from paper.plan import GAMMAS, INIT_ONLY, Grid, Spec
 
 import rslora_jax as rslora
 from rslora_jax import train
 from rslora_jax.commands.train import examples
-from rslora_jax.interop.gguf import find_smollm2, load_gguf
+from rslora_jax.init.random import uniform
+from rslora_jax.interop.load import load_model as load_file
 from rslora_jax.models.llama import Llama, LlamaConfig
-from rslora_jax.scaling import SCALINGS
 from rslora_jax.train.bytelevel import ByteTokenizer
 from rslora_jax.train.report import clock
 from rslora_jax.train.sweep import Outcome, Trial, sweep
@@ -62,7 +64,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
         "--data", type=Path, help="a .jsonl, .parquet or .txt file, every tenth example held out (docstrings of Python)"
     )
     add("--ranks", type=whole, default=[4, 8, 32, 128, 512], help="(4,8,32,128,512)")
-    add("--scalings", type=words, default=["rslora", "lora"], help=f"of {', '.join(SCALINGS)} (rslora,lora)")
+    add("--scalings", type=words, default=["rslora", "lora"], help=f"of {', '.join(GAMMAS)} (rslora,lora)")
     add("--optimizers", type=words, default=["adamw", "sgd", "adafactor"], help="(adamw,sgd,adafactor)")
     listed = "; ".join(f"{name}={','.join(f'{rate:g}' for rate in rates)}" for name, rates in RATES.items())
     add(
@@ -88,6 +90,9 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
         parser.error(f"--rates {' '.join(a.rates)} is not of the form adamw=1e-4,1e-3")
     if a.data and not a.data.is_file():
         parser.error(f"--data {a.data} is no file")
+    for name in a.scalings:
+        if name not in GAMMAS:
+            parser.error(f"--scalings {name} is not one of {', '.join(GAMMAS)}")
     for name in a.optimizers:
         if name not in rates:
             parser.error(f"there are no learning rates for {name}: give --rates {name}=1e-4,1e-3")
@@ -101,8 +106,7 @@ def load_model(a: argparse.Namespace) -> tuple[Llama, Any, Any]:
         model = Llama(TINY)
         shape = jax.numpy.zeros((1, 1), "int32")
         return model, jax.jit(model.init)(jax.random.key(0), shape), ByteTokenizer()
-    path = find_smollm2() if a.model == "smollm2" else Path(a.model)
-    config, variables, tokenizer = load_gguf(path, scan_layers=True, dtype=a.dtype, remat=a.remat)
+    config, variables, tokenizer = load_file(None if a.model == "smollm2" else a.model, dtype=a.dtype, remat=a.remat)
     return Llama(config), variables, tokenizer
 
 
@@ -135,13 +139,12 @@ def run(a: argparse.Namespace) -> int:
     print(f"held-out loss of the base: {before:.4f}", flush=True)
     # The functions are made once: a sweep with the same ones compiles nothing again.
     optimizers = {name: partial(make_optimizer, name) for name in a.optimizers}
-    wrapped: dict[int, rslora.Lora] = {}
 
-    def wrap(rank: int) -> rslora.Lora:
-        config = rslora.LoraConfig(rank=rank, alpha=a.alpha, targets=TARGETS[a.layers], allow_large_rank=True)
-        if rank not in wrapped:
-            wrapped[rank] = rslora.wrap(model.apply, variables, jax.ShapeDtypeStruct((1, 8), "int32"), config=config)
-        return wrapped[rank]
+    @functools.cache
+    def wrap(rank: int, init: Any = "uniform") -> rslora.Lora:
+        options = {"targets": TARGETS[a.layers], "allow_large_rank": True, "init": init}
+        config = rslora.LoraConfig(rank=rank, alpha=a.alpha, **options)
+        return rslora.wrap(model.apply, variables, jax.ShapeDtypeStruct((1, 8), "int32"), config=config)
 
     # What a step costs beside that of rank 0: 4 operations for a number of the base and a token, 6 for an adapter's.
     first = wrap(a.ranks[0])
@@ -160,7 +163,8 @@ def run(a: argparse.Namespace) -> int:
         told = Teller(unit, done, a.grid, due, deadline, pace, cost)
         started = time.monotonic()
         try:
-            outcomes = train_unit(a, wrap(unit[0].rank), variables, unit, rows, loss, optimizers, heldout, told)
+            lora = wrap(unit[0].rank, smaller_by_rank if unit[0].scaling == INIT_ONLY else "uniform")
+            outcomes = train_unit(a, lora, variables, unit, rows, loss, optimizers, heldout, told)
         except OutOfTime:
             cut = True
             break
@@ -170,6 +174,11 @@ def run(a: argparse.Namespace) -> int:
         store.write_csv(a.out, done)
         told.end(outcomes)
     return report(a, done, before, pace, cost, cut, time.monotonic() - begun)
+
+
+def smaller_by_rank(key: Any, shape: tuple[int, ...], dtype: Any, fan_in: int) -> Any:
+    """Draw A as usual, over the square root of its rank."""
+    return uniform(key, shape, dtype, fan_in) / math.sqrt(shape[-1])
 
 
 def make_optimizer(name: str, rate: Any) -> Any:
@@ -198,7 +207,7 @@ def train_unit(
     return sweep(
         lora,
         variables,
-        [Trial(spec.rate, spec.seed, spec.scaling) for spec in unit if spec.rate],
+        [Trial(spec.rate, spec.seed, GAMMAS[spec.scaling]) for spec in unit if spec.rate],
         batches=lambda seed: train.train_batches(rows, batch_size=a.batch_size, seed=seed),
         loss=loss,
         optimizer=optimizers[unit[0].optimizer],
@@ -253,7 +262,9 @@ def report(
     left = a.grid.left(done)
     if done:
         files = figures.draw(a.out, a.grid, done)
-        text = figures.table(a.grid, done) + f"\nHeld-out loss of the base, without adapters: {before:.4f}.\n"
+        files += maps.draw_maps(a.out, a.grid, done) + maps.draw_by_rank(a.out, a.grid, done)
+        text = figures.table(a.grid, done) + "\n" + maps.rate_table(a.grid, done)
+        text += f"\nHeld-out loss of the base, without adapters: {before:.4f}.\n"
         text += left_out(left)
         store.write(a.out / "table.md", text)
         print(f"\n{text}\nwrote {', '.join(str(f) for f in [a.out / 'results.csv', a.out / 'table.md', *files])}")

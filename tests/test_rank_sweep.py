@@ -3,6 +3,8 @@
 import csv
 import json
 import math
+import re
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -92,6 +94,89 @@ def test_what_is_done_when_time_is_over_is_kept(script):
     told(2, 2)
 
 
+def report(script, out, docs):
+    import paper_report
+
+    docs.mkdir()
+    shutil.copy(SCRIPTS.parent / "docs" / "paper" / "stability_fits.csv", docs)
+    assert paper_report.main(["--from", str(out), "--docs", str(docs)]) == 0
+    text = (docs / "README.md").read_text()
+    assert "60 of 60 exponents agree" in text and "## Attention only" in text and "not measured yet" in text
+    assert "B.5" in text and all((docs / name).is_file() for name in re.findall(r"\]\(([^)]+\.(?:png|csv))\)", text))
+    read = script.store.read_csv(docs / "sweep-attention.csv")
+    for spec, trial in script.store.load(out).items():
+        assert read[spec]["heldout_loss"] == pytest.approx(trial["heldout_loss"], rel=1e-12)
+        assert read[spec]["mean_factor_norm"] == pytest.approx(np.mean(trial["factor_norms"]), rel=1e-12)
+
+
+def measured(losses_by_rate_and_rank, scaling="rslora", **more):
+    """Make trials of AdamW and one seed from {rank: {rate: held-out loss}}."""
+    from paper.plan import Spec
+
+    trial = lambda loss: {"diverged": None, "heldout_loss": loss, "train_loss": loss, **more}
+    return {
+        Spec("adamw", rank, scaling, rate, 0): trial(loss)
+        for rank, losses in losses_by_rate_and_rank.items()
+        for rate, loss in losses.items()
+    }
+
+
+def test_the_exponent_of_best_rates_is_found_between_the_rates_tried(script):
+    rates, ranks = [1e-4, 1e-3, 1e-2, 1e-1], [2, 5, 17, 60]
+    bowl = lambda rank, rate: 3 + math.log(rate / (0.02 * rank**-0.4)) ** 2
+    done = measured({rank: {rate: bowl(rank, rate) for rate in rates} for rank in ranks})
+    asked = grid(script, ranks=ranks, optimizers=["adamw"], scalings=["rslora"], rates={"adamw": rates})
+    best = script.maps.best_rates(asked, done, "adamw", "rslora")
+    assert [best[rank].rate for rank in ranks] == pytest.approx([0.02 * rank**-0.4 for rank in ranks], rel=1e-9)
+    fit = script.maps.fitted(best)
+    assert fit.slope == pytest.approx(-0.4, abs=1e-9) and fit.high - fit.low < 1e-9
+    assert "| -0.40 (-0.40, -0.40) | -0.25 |" in script.maps.rate_table(asked, done)
+    spec = next(s for s in done if s.rank == 60 and s.rate == 1e-3)
+    done[spec] |= {"diverged": 3}  # the neighbour of the least: nothing is read off a parabola
+    assert script.maps.best_rates(asked, done, "adamw", "rslora")[60].rate == 1e-2
+    del done[spec]
+    assert 60 not in script.maps.best_rates(asked, done, "adamw", "rslora")
+
+
+def test_the_interval_of_an_exponent_is_students(script):
+    from paper.rates import exponent
+
+    ranks, rates = np.array([2.0, 4, 8, 16]), np.array([1.0, 2.2, 3.7, 8.4])
+    slope, covariance = np.polyfit(np.log(ranks), np.log(rates), 1, cov="unscaled")
+    left = np.log(rates) - np.polyval(slope, np.log(ranks))
+    error = math.sqrt(covariance[0, 0] * (left @ left) / 2)
+    fit = exponent(ranks, rates)
+    assert (fit.slope, fit.high - fit.slope) == pytest.approx((slope[0], 4.303 * error), rel=1e-3)
+
+
+def test_claims_are_judged_by_the_numbers(script):
+    from paper import claims
+
+    better, same = {2: {0.1: 2.0}, 8: {0.1: 1.5}}, {2: {0.1: 2.0}, 8: {0.1: 1.99}}
+    done = measured(better) | measured(same, "lora")
+    assert claims.improves(done, "adamw", "").verdict == "yes, of one seed"
+    assert claims.coincides(done, "adamw", "").verdict == "yes"
+    assert claims.best_of_all(done).verdict == "yes, of one seed"
+    done = measured(same) | measured(better, "lora")
+    assert claims.coincides(done, "adamw", "").verdict == claims.best_of_all(done).verdict == "no"
+    assert claims.improves({}, "adamw", "").measured == claims.UNMEASURED
+    for worse in (0.1, 10.0):
+        norms = measured({2: {0.1: 1.0}}, "lora", mean_factor_norm=1.0)
+        norms |= measured({8: {0.1: 1.0}}, "lora", mean_factor_norm=worse)
+        verdict = claims.norms(norms, "adamw", "lora", "", collapse=True).verdict
+        assert verdict == ("yes" if worse < 1 else "no")
+
+
+def test_a_smaller_start_is_the_usual_one_over_the_root_of_the_rank(script):
+    import jax
+
+    draw = lambda init: init(jax.random.key(3), (4, 7, 6), "float32", 7)
+    from rslora_jax.init.random import uniform
+
+    np.testing.assert_allclose(draw(script.smaller_by_rank), np.asarray(draw(uniform)) / math.sqrt(6), rtol=1e-6)
+    assert script.GAMMAS["quarter"](16) == 0.5 and script.GAMMAS["square"](4) == 1 / 16
+
+
 def test_a_tiny_sweep_goes_on_where_it_was_cut_and_leaves_figures(script, compile_fast, tmp_path, capsys):
     sums = [{"prompt": f"{a}+{b}=", "completion": f"{a + b}"} for a in range(9) for b in range(9)]
     data, out = tmp_path / "sums.jsonl", tmp_path / "out"
@@ -131,7 +216,8 @@ def test_a_tiny_sweep_goes_on_where_it_was_cut_and_leaves_figures(script, compil
     assert ratio == pytest.approx(math.sqrt(5), rel=1e-4)
     for name in ("perplexity-adamw.png", "gradients-adamw.png"):
         assert (out / name).read_bytes().startswith(b"\x89PNG")
-    assert (out / "table.md").read_text().count("| adamw |") == 2
+    assert (out / "table.md").read_text().count("| adamw |") == 4
+    report(script, out, tmp_path / "docs")
 
     assert script.main(argv) == 0
     assert {file: file.stat().st_mtime_ns for file in (out / "trials").iterdir()} == kept

@@ -14,7 +14,14 @@ from paper.plan import Grid, Spec
 from paper.store import mean_and_error
 from rslora_jax.train.report import running_mean
 
-NAMES = {"rslora": "rsLoRA", "lora": "LoRA", "constant": "constant scale"}
+NAMES = {
+    "rslora": "rsLoRA",
+    "lora": "LoRA",
+    "constant": "scale 1",
+    "quarter": "scale r^-1/4",
+    "square": "scale r^-2",
+    "init-only": "scale 1, A / sqrt(r)",
+}
 Done = Mapping[Spec, Mapping[str, Any]]
 
 

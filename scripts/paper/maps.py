@@ -91,9 +91,10 @@ def draw_by_rank(folder: Path, grid: Grid, done: Done) -> list[Path]:
     shown = [o for o in grid.optimizers if any(s.optimizer == o for s in done)]
     figure = Figure(figsize=(4.2 * len(shown), 3.6), layout="constrained")
     for axis, optimizer in zip(figure.subplots(1, len(shown), squeeze=False)[0], shown, strict=True):
-        for color, scaling in zip(("tab:blue", "tab:orange", "tab:green", "tab:gray"), grid.scalings, strict=False):
+        for color, scaling in (("tab:blue", "rslora"), ("tab:orange", "lora")):
             middle = dict.fromkeys(grid.ranks, grid.middle(optimizer))
-            best = {rank: grid.best(done, optimizer, rank, scaling) for rank in grid.ranks}
+            whole = best_rates(grid, done, optimizer, scaling)
+            best = {rank: grid.best(done, optimizer, rank, scaling) for rank in whole}
             for style, label, rates in (("--", f"at {grid.middle(optimizer):g}", middle), ("-", "at the best", best)):
                 points = [(rank, *seeds_at(done, optimizer, rank, scaling, rate)) for rank, rate in rates.items()]
                 points = [point for point in points if math.isfinite(point[1])]

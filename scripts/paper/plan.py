@@ -6,6 +6,18 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+# gamma as a function of the rank, over alpha. Beside those of the library: the other exponents of appendix B.6, and a
+# scale of one with A drawn smaller by 1/sqrt(r) in its place, of B.3.
+INIT_ONLY = "init-only"
+GAMMAS: Mapping[str, Any] = {
+    "rslora": "rslora",
+    "lora": "lora",
+    "constant": "constant",
+    "quarter": lambda rank: rank**-0.25,
+    "square": lambda rank: rank**-2.0,
+    INIT_ONLY: "constant",
+}
+
 
 @dataclasses.dataclass(frozen=True)
 class Spec:
@@ -96,7 +108,9 @@ class Grid:
         ready = [spec for spec in self.left(done) if spec.rate is not None]
         if not ready:
             return []
-        same = [spec for spec in ready if (spec.optimizer, spec.rank) == (ready[0].optimizer, ready[0].rank)]
+        # What starts otherwise is another program.
+        kind = lambda spec: (spec.optimizer, spec.rank, spec.scaling == INIT_ONLY)
+        same = [spec for spec in ready if kind(spec) == kind(ready[0])]
         # Another round of the same rank is not to overtake the first one of the others.
         run = list(itertools.takewhile(lambda spec: spec in same, ready))
         return run[:together]

@@ -23,6 +23,8 @@ COLUMNS = (
     "heldout_loss",
     "heldout_error",
     "diverged",
+    "first_factor_norm",
+    "mean_factor_norm",
     "seconds",
 )
 
@@ -70,6 +72,8 @@ def load(folder: Path) -> dict[Spec, dict[str, Any]]:
     found = {}
     for file in sorted((folder / "trials").glob("*.json")):
         trial = json.loads(file.read_text(encoding="utf-8"))
+        norms = trial["factor_norms"]
+        trial |= {"first_factor_norm": norms[0], "mean_factor_norm": float(np.mean(norms))}
         spec = Spec(trial["optimizer"], trial["rank"], trial["scaling"], trial["learning_rate"], trial["seed"])
         found[spec] = trial
     return found
@@ -85,6 +89,23 @@ def write_csv(folder: Path, done: Mapping[Spec, Mapping[str, Any]]) -> None:
             done[spec] for spec in sorted(done, key=lambda s: (s.optimizer, s.rank, s.scaling, s.rate, s.seed))
         )
     file.replace(folder / "results.csv")
+
+
+def read_csv(file: Path) -> dict[Spec, dict[str, Any]]:
+    """Read what `write_csv` wrote, without the curves; nothing where there is no file."""
+    if not file.is_file():
+        return {}
+    found = {}
+    with file.open(newline="", encoding="utf-8") as opened:
+        for line in csv.DictReader(opened):
+            names = {"optimizer", "scaling"}
+            trial = {name: text if name in names else float(text or "nan") for name, text in line.items()}
+            trial["diverged"] = int(line["diverged"]) if line["diverged"] else None
+            spec = Spec(
+                trial["optimizer"], int(line["rank"]), trial["scaling"], trial["learning_rate"], int(line["seed"])
+            )
+            found[spec] = trial
+    return found
 
 
 def write(file: Path, text: str) -> None:
