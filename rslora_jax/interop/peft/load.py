@@ -1,0 +1,211 @@
+"""Read a PEFT adapter's weights."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from rslora_jax.interop.names import LLAMA, Names, Place
+from rslora_jax.interop.peft.config import (
+    CONFIG_NAME,
+    HEAD,
+    PeftSettings,
+    adapted_modules,
+    modules_of,
+    read_settings,
+    tied_table,
+)
+from rslora_jax.interop.peft.files import PREFIX, WEIGHTS_NAME, read_tensors, shown
+from rslora_jax.interop.peft.layout import (
+    by_path,
+    factor_names,
+    factor_shapes,
+    fill_up,
+    from_peft,
+    is_table,
+    scaled,
+    site_modules,
+    sorted_layers,
+    weight_from_torch,
+)
+from rslora_jax.sites import Site, named_leaves, path_name
+from rslora_jax.wrap import Adapters, Lora
+
+
+class Loaded(NamedTuple):
+    """What `load_peft` reads: the adapters, and the weights that are to take the place of the base's, by path."""
+
+    adapters: Adapters
+    replaced: dict[str, np.ndarray]
+
+
+def check_files(folder: str | Path) -> None:
+    """Raise the ValueErrors of `read_config` and `load_peft` that need no model."""
+    read_settings(folder)
+    read_tensors(folder)
+
+
+def load_peft(folder: str | Path, lora: Lora, names: Names = LLAMA) -> Loaded:
+    """Read (adapters, replaced) from a PEFT adapter's folder.
+
+    Where the rank and scale of a weight's site are the file's, as with the config from `read_config`, the numbers are
+    the file's own. A smaller rank is filled up with zeros, exactly; where the scales differ, B is multiplied by their
+    ratio, in float64, and rounded once. A layer of a scanned weight that the adapter leaves out gets zeros.
+
+    Args:
+      folder: as PEFT saves it; the weights must be adapter_model.safetensors.
+      lora: the base with adapters, from `wrap`, best with the config that `read_config` gives.
+      names: the Hugging Face names of the base's parameters.
+
+    Returns:
+      adapters: numpy arrays of the config's dtype, for `lora.apply` and `lora.merge`.
+      replaced: whole weights that the adapter brings (`modules_to_save`, and the token table or the head where PEFT
+        saved them along), in the base's layout; `replace` puts them into the parameters. Mostly empty.
+
+    Raises:
+      ValueError: a file is damaged, or a tensor is unknown, missing or of the wrong shape; it is named.
+
+    >>> import tempfile, rslora_jax as rslora
+    >>> from rslora_jax.interop.peft import save_peft
+    >>> params, names = {"w": jnp.ones((6, 4))}, {"w": "up.weight"}
+    >>> lora = rslora.wrap(lambda p, x: x @ p["w"], params, jnp.ones((2, 6)), config=rslora.LoraConfig(rank=3))
+    >>> adapters = lora.init(jax.random.key(0))
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     save_peft(folder, lora, adapters, names, base_model="me/base")
+    ...     back, replaced = load_peft(folder, lora, names)
+    >>> bool((back["w"]["a"] == adapters["w"]["a"]).all()), replaced
+    (True, {})
+    """
+    settings, tensors = read_settings(folder), read_tensors(folder)
+    where = Path(folder) / WEIGHTS_NAME
+    for name in tensors:
+        if not name.startswith(PREFIX):
+            raise ValueError(f"{where} holds {shown(name)}, which does not begin with {PREFIX} as PEFT's names do")
+    left = {name.removeprefix(PREFIX): tensor for name, tensor in tensors.items()}
+    found, shapes, modules = site_modules(lora, names)
+    table = tied_table(names, found)
+    chosen = set(adapted_modules(settings, modules_of(found, shapes), table))
+    known = {module: place for of in modules.values() for place, module in of.items()}
+    if extra := chosen - set(known):
+        raise ValueError(f"{settings.where} adapts {min(extra)}, which this config does not: wrap with `read_config`'s")
+
+    def take(name: str, shape: tuple[int, ...]) -> np.ndarray:
+        if name not in left:
+            raise ValueError(f"{where} lacks {PREFIX}{name} of shape {shape}: save the adapter again")
+        tensor = left.pop(name)
+        if tensor.shape != shape:
+            raise ValueError(
+                f"{where}: {PREFIX}{name} has shape {tensor.shape}, where the model and {CONFIG_NAME} ask for {shape}"
+            )
+        return tensor
+
+    adapters: dict[str, Any] = {}
+    for path, site in lora.sites.items():
+        if not chosen & set(modules[path].values()):
+            raise ValueError(f"{settings.where} does not adapt {path}, as this config does: wrap with `read_config`'s")
+        layers = [_factors(settings, site, modules[path][n], chosen, take) for n in sorted_layers(modules[path])]
+        stack = np.stack if site.stack_axes else lambda factors: factors[0]
+        a, b = (np.asarray(stack(of), jnp.dtype(lora.config.dtype)) for of in zip(*layers, strict=True))
+        adapters[path] = {"a": a, "b": b}
+    if table is not None and table in chosen:
+        _check_tied_head(settings, left, table, adapters[found[f"{table}.weight"].path], where)
+    return Loaded(adapters, _replaced(settings, left, found, shapes, table, where))
+
+
+def _factors(
+    settings: PeftSettings, site: Site, module: str, chosen: set[str], take: Any
+) -> tuple[np.ndarray, np.ndarray]:
+    """Read one module's factors, with the site's rank and scale."""
+    ins, outs = site.sizes(site.in_axes), site.sizes(site.out_axes)
+    if module not in chosen:
+        return np.zeros((*ins, site.rank), np.float32), np.zeros((site.rank, *outs), np.float32)
+    rank, _ = settings.rank_and_alpha(module)
+    if rank > site.rank:
+        raise ValueError(f"{settings.where} has rank {rank} for {module}, and this config {site.rank}")
+    shapes = zip(factor_names(module, site), factor_shapes(site, rank), strict=True)
+    a, b = from_peft(site, *(take(name, shape) for name, shape in shapes))
+    b = scaled(b, settings.gamma(module) / site.gamma)
+    return fill_up(a, -1, site.rank), fill_up(b, 0, site.rank)
+
+
+def _check_tied_head(
+    settings: PeftSettings, left: dict[str, np.ndarray], table: str, factors: Mapping[str, np.ndarray], where: Path
+) -> None:
+    """Take the head's own factors out of the file; they must be the table's, which they are to share."""
+    head = HEAD.removesuffix(".weight")
+    found = [left.pop(f"{head}.lora_{one}.weight", None) for one in "AB"]
+    if all(one is None for one in found) and settings.tie:
+        return
+    if settings.gamma(head) == settings.gamma(table):
+        # x W^T with W + gamma A B: there lora_A is B, and lora_B is A.
+        wanted = (factors["b"], factors["a"])
+        if all(one is not None and np.array_equal(one, w) for one, w in zip(found, wanted, strict=True)):
+            return
+    raise ValueError(
+        f"{where} adapts {table} and {head} each in its own way, and they share one weight here: train the adapter "
+        "with ensure_weight_tying"
+    )
+
+
+def _replaced(
+    settings: PeftSettings,
+    left: dict[str, np.ndarray],
+    found: Mapping[str, Place],
+    shapes: Mapping[str, tuple[int, ...]],
+    table: str | None,
+    where: Path,
+) -> dict[str, np.ndarray]:
+    """Read the whole weights that are left in the file."""
+    weights: dict[str, np.ndarray] = {}
+    tied: list[np.ndarray] = []
+    for name, tensor in left.items():
+        # PEFT calls the weight of an adapted table base_layer, and saves a table that was resized under its own name.
+        plain = name.replace(".base_layer.", ".")
+        module = plain.rpartition(".")[0]
+        if plain == HEAD and table is not None:
+            tied.append(tensor)
+        elif plain in found and (
+            plain != name or settings.saves(module) or plain == HEAD or is_table(found[plain].path)
+        ):
+            weights[plain] = tensor
+        else:
+            raise ValueError(f"{where} holds {shown(PREFIX + name)}, for which the model or {CONFIG_NAME} has no place")
+    for tensor in tied:
+        if not np.array_equal(weights.setdefault(f"{table}.weight", tensor), tensor):
+            raise ValueError(f"{where} holds a head that is not the token table, and they share one weight here")
+    for name in found:
+        if settings.saves(name.rpartition(".")[0]) and name not in weights:
+            raise ValueError(f"{where} lacks {PREFIX}{name}, which modules_to_save names: save the adapter again")
+    replaced = {}
+    for path, layers in by_path({name: found[name] for name in weights}).items():
+        shape = shapes[path] if None in layers else shapes[path][1:]
+        if None not in layers and len(layers) != shapes[path][0]:
+            raise ValueError(f"{where} replaces some layers of {path} alone: load a base whose layers are not stacked")
+        parts = []
+        for n in sorted_layers(layers):
+            part = weight_from_torch(path, shape, weights[layers[n]])
+            if part is None:
+                raise ValueError(
+                    f"{where}: {PREFIX}{layers[n]} has shape {weights[layers[n]].shape}, which does not fit {path} of "
+                    f"shape {shape}"
+                )
+            parts.append(part)
+        replaced[path] = parts[0] if None in layers else np.stack(parts)
+    return replaced
+
+
+def replace(params: Any, replaced: Mapping[str, Any]) -> Any:
+    """Return the parameters with whole weights replaced, in the dtypes of `params`.
+
+    >>> replace({"w": jnp.ones(2), "b": jnp.ones(2)}, {"w": np.zeros(2)})["w"].tolist()
+    [0.0, 0.0]
+    """
+    if unknown := sorted(set(replaced) - set(named_leaves(params))):
+        raise ValueError(f"the parameters have no {unknown[0]}")
+    put = lambda path, leaf: jnp.asarray(replaced[path_name(path)], leaf.dtype) if path_name(path) in replaced else leaf
+    return jax.tree_util.tree_map_with_path(put, params)

@@ -1,0 +1,172 @@
+"""Write adapters as PEFT has them."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from rslora_jax.interop.names import LLAMA, Names, Place
+from rslora_jax.interop.peft import vllm
+from rslora_jax.interop.peft.config import CONFIG_NAME, HEAD, ends_with, modules_of, tied_table
+from rslora_jax.interop.peft.files import PREFIX, write_tensors
+from rslora_jax.interop.peft.layout import (
+    by_path,
+    factor_names,
+    fill_up,
+    scaled,
+    site_modules,
+    to_peft,
+    weight_to_torch,
+)
+from rslora_jax.interop.peft.scales import one_scale, own_scales
+from rslora_jax.interop.whole import written_whole
+from rslora_jax.wrap import Adapters, Lora
+
+# Fields that every version of PEFT has known for long.
+FIELDS: Mapping[str, Any] = {
+    "auto_mapping": None,
+    "bias": "none",
+    "fan_in_fan_out": False,
+    "inference_mode": True,
+    "init_lora_weights": True,
+    "layers_pattern": None,
+    "layers_to_transform": None,
+    "lora_dropout": 0.0,
+    "peft_type": "LORA",
+    "revision": None,
+    "use_dora": False,
+}
+
+
+def save_peft(
+    folder: str | Path,
+    lora: Lora,
+    adapters: Adapters,
+    names: Names = LLAMA,
+    *,
+    base_model: str | None = None,
+    task_type: str | None = "CAUSAL_LM",
+    for_vllm: bool = False,
+    dtype: str = "float32",
+    replaced: Mapping[str, Any] | None = None,
+) -> None:
+    """Write adapters as a folder that PEFT loads, whole or not at all.
+
+    The factors are written as they are. Where `scaling` is "constant" or a function, the same scale is written as
+    LoRA's alpha / r, with an alpha to suit. For vLLM, which knows one rank and one scale, smaller ranks are filled up
+    with zeros and what differs in scale is taken into B (multiplied in float64, rounded once to `dtype`).
+
+    Args:
+      folder: to be made; it must not hold anything.
+      lora: from `wrap`.
+      adapters: its adapters.
+      names: the Hugging Face names of the base's parameters.
+      base_model: what PEFT is to load as the base: a name on Hugging Face, or a folder.
+      task_type: PEFT's; None where the base is no language model of transformers.
+      for_vllm: keep to what vLLM serves; `vllm.check_vllm` says with which --max-lora-rank.
+      dtype: "float32", "bfloat16" or "float16".
+      replaced: weights by path that were replaced in the base, as from `load_peft`.
+
+    Raises:
+      ValueError: an adapter has no form in PEFT, or none in vLLM, or is not finite in `dtype`; it is named.
+    """
+    if dtype not in ("float32", "bfloat16", "float16"):
+        raise ValueError(f"dtype={dtype!r} is not known: use 'float32', 'bfloat16' or 'float16'")
+    shapes = {path: jax.ShapeDtypeStruct(shape, "float32") for path, shape in lora._shapes.items()}
+    lora.check(shapes, adapters)
+    found, _, modules = site_modules(lora, names)
+    table = tied_table(names, found)
+    if table is not None and found[f"{table}.weight"].path not in lora.sites:
+        table = None
+    if for_vllm:
+        vllm.check_sites(modules, table, replaced)
+    plan = one_scale(lora) if for_vllm else own_scales(lora)
+
+    tensors: dict[str, np.ndarray] = {}
+    for path, site in lora.sites.items():
+        rank, _, factor = plan.own[path]
+        a, b = (np.asarray(jax.device_get(adapters[path][one])) for one in "ab")
+        a, b = fill_up(a, -1, rank), fill_up(scaled(b, factor), int(bool(site.stack_axes)), rank)
+        for layer, module in modules[path].items():
+            of = to_peft(site, a, b) if layer is None else to_peft(site, a[layer], b[layer])
+            for name, tensor in zip(factor_names(module, site), of, strict=True):
+                tensors[name] = rounded(name, tensor, dtype)
+            if module == table:
+                head = HEAD.removesuffix(".weight")
+                tensors[f"{head}.lora_A.weight"] = tensors[f"{module}.lora_embedding_B"].T
+                tensors[f"{head}.lora_B.weight"] = tensors[f"{module}.lora_embedding_A"].T
+    saved: dict[str, set[str]] = {}
+    for path, whole in (replaced or {}).items():
+        if path not in by_path(found):
+            raise ValueError(f"the base has no {path}, which is to be replaced")
+        for layer, name in by_path(found)[path].items():
+            weight = np.asarray(jax.device_get(whole))
+            weight = weight_to_torch(path, weight if layer is None else weight[layer])
+            module, _, leaf = name.rpartition(".")
+            if path in lora.sites:
+                name = f"{module}.base_layer.{leaf}"
+            else:
+                saved.setdefault(module, set()).add(leaf)
+            tensors[name] = weight
+
+    for name in found:
+        module, _, leaf = name.rpartition(".")
+        if any(module.endswith(one) for one in saved) and leaf not in saved.get(module, ()):
+            raise ValueError(f"PEFT's modules_to_save would take {name} too: replace it as well")
+
+    everything = modules_of(found, dict(lora._shapes))
+    adapted = {module: path for path, of in modules.items() for module in of.values()}
+    config = {
+        **FIELDS,
+        "base_model_name_or_path": base_model,
+        "task_type": task_type,
+        "r": plan.rank,
+        "lora_alpha": number(plan.alpha),
+        "use_rslora": plan.scaling == "rslora",
+        "target_modules": target_names(adapted, everything),
+        "rank_pattern": patterns({m: plan.own[path][0] for m, path in adapted.items()}, plan.rank),
+        "alpha_pattern": patterns({m: number(plan.own[path][1]) for m, path in adapted.items()}, number(plan.alpha)),
+        "modules_to_save": sorted(saved) or None,
+    }
+    if table is not None:  # one adapter for both uses of the table; a version of PEFT without this field reads both
+        config["target_modules"] = sorted({*config["target_modules"], HEAD.removesuffix(".weight")})
+        config["ensure_weight_tying"] = True
+    with written_whole(Path(folder)) as out:
+        write_tensors(out, {f"{PREFIX}{name}": tensor for name, tensor in tensors.items()})
+        (out / CONFIG_NAME).write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+        if for_vllm:
+            vllm.check_vllm(out)
+
+
+def number(value: float) -> float | int:
+    """Write a whole number as one: PEFT means alpha to be an integer."""
+    return int(value) if float(value).is_integer() else float(value)
+
+
+def rounded(name: str, tensor: np.ndarray, dtype: str) -> np.ndarray:
+    with np.errstate(over="ignore"):
+        out = tensor.astype(jnp.dtype(dtype))
+    if not np.isfinite(out.astype(np.float32)).all():
+        raise ValueError(f"{name} has values that are not finite in {dtype}: check the run, or give another dtype")
+    return out
+
+
+def patterns(own: Mapping[str, Any], usual: Any) -> dict[str, Any]:
+    """Return the patterns, each for one module alone, of what is not as usual."""
+    # PEFT's pattern may begin after any dot; "^" is needed only where another module ends with this one's name.
+    exact = lambda m: ("^" if any(o.endswith(f".{m}") for o in own) else "") + re.escape(m)
+    return {exact(module): value for module, value in own.items() if value != usual}
+
+
+def target_names(adapted: Mapping[str, str], everything: Mapping[str, Place]) -> list[str]:
+    """Return PEFT's target_modules: last parts of names where they say it all, else whole names."""
+    last = sorted({module.rpartition(".")[2] for module in adapted})
+    alike = {module for module in everything if ends_with(module, last)}
+    return last if alike == set(adapted) else sorted(adapted)

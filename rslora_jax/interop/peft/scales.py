@@ -1,0 +1,43 @@
+"""How ranks and scales are written: PEFT's formula for each module, or vLLM's for all of them."""
+
+from __future__ import annotations
+
+import collections
+import dataclasses
+from collections.abc import Mapping
+
+from rslora_jax import scaling
+from rslora_jax.wrap import Lora
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """How ranks and scales are written: those of most modules, and each weight's own (rank, alpha, factor on B)."""
+
+    rank: int
+    alpha: float
+    scaling: str
+    own: Mapping[str, tuple[int, float, float]]
+
+
+def own_scales(lora: Lora) -> Plan:
+    """Give every weight its own rank and alpha, as PEFT can."""
+    named = lora.config.scaling in ("rslora", "lora")
+    own = {p: (s.rank, s.alpha if named else s.gamma * s.rank, 1.0) for p, s in lora.sites.items()}
+    (rank, alpha, _), _ = collections.Counter(own.values()).most_common(1)[0]
+    return Plan(rank, alpha, str(lora.config.scaling) if named else "lora", own)
+
+
+def one_scale(lora: Lora) -> Plan:
+    """Give all weights the largest rank and one scale, and what differs to B.
+
+    The scale is that of most of the modules of the largest rank, which so keep their numbers.
+    """
+    plan = own_scales(lora)
+    rank = max(site.rank for site in lora.sites.values())
+    alphas = collections.Counter(alpha for of, alpha, _ in plan.own.values() if of == rank)
+    alpha = alphas.most_common(1)[0][0]
+    gamma = scaling.gamma(rank, alpha, plan.scaling)
+    # By the same formula for the same rank and alpha, so that nothing changes where nothing needs to.
+    of = {path: scaling.gamma(own[0], own[1], plan.scaling) for path, own in plan.own.items()}
+    return Plan(rank, alpha, plan.scaling, {path: (rank, alpha, value / gamma) for path, value in of.items()})

@@ -1,0 +1,79 @@
+"""What vLLM serves of an adapter: one rank, one scale, and nothing beside the factors of modules that it knows."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from rslora_jax.interop.peft.config import CONFIG_NAME, read_settings
+from rslora_jax.interop.peft.files import FACTOR, PREFIX, WEIGHTS_NAME, read_json, read_tensors, shown
+
+# What --max-lora-rank takes.
+RANKS = (8, 16, 32, 64, 128, 256, 320, 512)
+# Modules of Llama-family models.
+MODULES = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj", "embed_tokens", "lm_head")
+
+
+def check_vllm(folder: str | Path) -> int:
+    """Return the --max-lora-rank that vLLM needs to serve an adapter's folder; its default is 16.
+
+    Raises:
+      ValueError: vLLM would refuse the adapter, or serve it at another scale than it was trained with; says why.
+    """
+    where = Path(folder) / CONFIG_NAME
+    fields, settings = read_json(where), read_settings(folder)
+    for name in ("modules_to_save", "use_dora", "rank_pattern", "alpha_pattern", "lora_bias"):
+        if fields.get(name):
+            raise ValueError(f"{where} has {name}, which vLLM does not serve: export it for vLLM")
+    if not isinstance(fields.get("use_rslora"), bool):
+        raise ValueError(f"{where} does not say use_rslora, and readers differ on what that means: export it again")
+    needed = max_lora_rank(settings.r)
+    path = Path(folder) / WEIGHTS_NAME
+    ranks: dict[str, dict[str, int]] = {}
+    for name, tensor in read_tensors(folder).items():
+        found = FACTOR.fullmatch(name.removeprefix(PREFIX)) if name.startswith(PREFIX) else None
+        if found is None:
+            raise ValueError(f"{path} holds {shown(name)}, which is no factor of an adapter: vLLM would refuse it")
+        check_module(found[1])
+        factor = found[2] or found[3]
+        if tensor.ndim != 2:
+            raise ValueError(f"{path}: {shown(name)} has shape {tensor.shape}, and vLLM serves matrices alone")
+        ranks.setdefault(found[1], {})[factor] = tensor.shape[0 if factor == "A" else 1]
+    for module, of in ranks.items():
+        if of != {"A": settings.r, "B": settings.r}:
+            raise ValueError(f"{path}: {shown(module)} has ranks {of}, where {CONFIG_NAME} says {settings.r}")
+    return needed
+
+
+def max_lora_rank(rank: int) -> int:
+    """Return the least --max-lora-rank for a rank.
+
+    >>> max_lora_rank(24)
+    32
+    """
+    for largest in RANKS:
+        if rank <= largest:
+            return largest
+    raise ValueError(f"rank {rank} is above {RANKS[-1]}, the largest that vLLM serves: merge the adapter into its base")
+
+
+def check_module(module: str) -> None:
+    if module.rpartition(".")[2] not in MODULES:
+        raise ValueError(f"vLLM has no adapter for {shown(module)}: exclude it, or merge the adapter into its base")
+
+
+def check_sites(modules: Mapping[str, Mapping[Any, str]], table: str | None, replaced: Any) -> None:
+    """Raise a ValueError where a model's adapters cannot be written for vLLM."""
+    if replaced:
+        raise ValueError(
+            f"vLLM serves no weights that were replaced ({min(replaced)}): merge the adapter into its base"
+        )
+    if table is not None:
+        raise ValueError(
+            f"{table} is also the head, and how vLLM would serve its adapter depends on its version: merge the "
+            "adapter into its base"
+        )
+    for of in modules.values():
+        for module in of.values():
+            check_module(module)

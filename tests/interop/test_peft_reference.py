@@ -1,0 +1,300 @@
+"""Adapters that PEFT made, here; and adapters made here, in PEFT: the same logits from the same base."""
+
+from __future__ import annotations
+
+import copy
+import os
+import warnings
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import linen as nn
+
+import rslora_jax as rslora
+from rslora_jax.interop.names import LLAMA, places
+from rslora_jax.interop.peft import check_vllm, load_peft, read_config, replace, save_peft
+from rslora_jax.models.llama import Llama, LlamaConfig
+from rslora_jax.sites import named_leaves, path_name
+
+os.environ["HF_HUB_OFFLINE"] = "1"
+torch = pytest.importorskip("torch")
+transformers = pytest.importorskip("transformers")
+peft = pytest.importorskip("peft")
+pytestmark = [
+    pytest.mark.reference,
+    pytest.mark.xdist_group("reference"),
+    pytest.mark.usefixtures("compile_fast"),
+]
+
+VOCABULARY, LAYERS = 37, 3
+TOKENS = np.array([[5, 1, 30, 36, 2], [7, 7, 0, 11, 12]], np.int32)
+
+
+@pytest.fixture(scope="module")
+def bases():
+    """Give transformers' models, with a head of their own and with the token table as head."""
+
+    def make(tied):
+        torch.manual_seed(0)
+        config = transformers.LlamaConfig(
+            vocab_size=VOCABULARY,
+            hidden_size=24,
+            intermediate_size=40,
+            num_hidden_layers=LAYERS,
+            num_attention_heads=4,
+            num_key_value_heads=2,
+            tie_word_embeddings=tied,
+            initializer_range=0.2,
+            attn_implementation="eager",
+        )
+        return transformers.LlamaForCausalLM(config).eval()
+
+    return {tied: make(tied) for tied in (False, True)}
+
+
+def ours(base, scan):
+    """Give (apply, variables) of our model with the weights of transformers'."""
+    c = base.config
+    config = LlamaConfig(
+        vocab_size=c.vocab_size,
+        width=c.hidden_size,
+        mlp_width=c.intermediate_size,
+        num_layers=c.num_hidden_layers,
+        num_heads=c.num_attention_heads,
+        num_kv_heads=c.num_key_value_heads,
+        rope_base=c.rope_theta,
+        norm_eps=c.rms_norm_eps,
+        tie_head=c.tie_word_embeddings,
+        scan_layers=scan,
+    )
+    model = Llama(config)
+    shapes = jax.eval_shape(model.init, jax.random.key(0), TOKENS)
+    flat = {path: np.zeros(leaf.shape, np.float32) for path, leaf in named_leaves(shapes).items()}
+    state = base.state_dict()
+    for name, place in places(LLAMA, {path: leaf.shape for path, leaf in flat.items()}).items():
+        weight = state[name].numpy()
+        weight = weight.T if place.path.endswith("kernel") else weight
+        flat[place.path][... if place.layer is None else place.layer] = weight
+    return model.apply, jax.tree_util.tree_map_with_path(lambda path, _: jnp.array(flat[path_name(path)]), shapes)
+
+
+def logits(model, tokens=TOKENS):
+    with torch.no_grad():
+        return model(torch.tensor(tokens, dtype=torch.long)).logits.numpy()
+
+
+def shake(model):
+    """Give every trained number a value; PEFT's fresh B is zero, which would hide it."""
+    generator = torch.Generator().manual_seed(1)
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            with torch.no_grad():
+                parameter += 0.3 * torch.randn(parameter.shape, generator=generator)
+
+
+def wrapped(apply, variables, config):
+    return rslora.wrap(apply, variables, TOKENS, config=config)
+
+
+def layouts(case):
+    """Stacked layers are where it is hard; where names are resolved one by one, looped ones too."""
+    return (True, False) if case in ("patterns", "saved", "tied") else (True,)
+
+
+def run(lora, *args):
+    return np.asarray(jax.jit(lora.apply)(*args, TOKENS))
+
+
+def random_adapters(lora, seed=0):
+    rng = np.random.default_rng(seed)
+    draw = lambda leaf: jnp.array(0.3 * rng.standard_normal(leaf.shape), leaf.dtype)
+    return jax.tree.map(draw, lora.init(jax.random.key(0)))
+
+
+def by_day(cases, *chosen):
+    """Leave the other cases to the night."""
+    return [case if case in chosen else pytest.param(case, marks=pytest.mark.nightly) for case in cases]
+
+
+REGEX = r"model\.layers\.[02]\.(self_attn\.[qv]_proj|mlp\.down_proj)"
+FROM_PEFT = {
+    "lora": dict(r=6, lora_alpha=16, target_modules=["q_proj", "v_proj"]),
+    "rslora": dict(r=6, lora_alpha=16, use_rslora=True, target_modules="all-linear"),
+    "patterns": dict(
+        r=6,
+        lora_alpha=16,
+        use_rslora=True,
+        target_modules=["q_proj", "k_proj", "up_proj"],
+        rank_pattern={"q_proj": 3, r"^model\.layers\.1\.mlp\.up_proj": 11, "layers.[12].mlp.up_proj": 2},
+        alpha_pattern={"layers.0.self_attn.q_proj": 5, "k_proj": 7.5},
+    ),
+    "patterns of lora": dict(
+        r=6,
+        lora_alpha=16,
+        target_modules=["q_proj", "o_proj"],
+        rank_pattern={"layers.2.self_attn.q_proj": 10},
+        alpha_pattern={"1.self_attn.[a-z]_proj": 3},
+    ),
+    "regex": dict(r=5, lora_alpha=12, use_rslora=True, target_modules=REGEX),
+    "layers": dict(
+        r=5, lora_alpha=12, target_modules=["q_proj", "gate_proj"], layers_to_transform=[1], layers_pattern="layers"
+    ),
+    "exclude": dict(
+        r=5, lora_alpha=12, target_modules=["q_proj", "gate_proj"], exclude_modules=["layers.0.mlp.gate_proj"]
+    ),
+    "embeddings": dict(r=5, lora_alpha=12, use_rslora=True, target_modules=["embed_tokens", "lm_head", "q_proj"]),
+    "tied": dict(r=5, lora_alpha=12, target_modules=["embed_tokens", "q_proj"], ensure_weight_tying=True),
+    "saved": dict(r=5, lora_alpha=12, target_modules=["q_proj"], modules_to_save=["lm_head", "norm", "up_proj"]),
+}
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning")
+@pytest.mark.parametrize("case", by_day(FROM_PEFT, "rslora", "patterns", "layers", "embeddings", "saved"))
+def test_an_adapter_from_peft_gives_its_logits(case, bases, tmp_path):
+    base = bases[case == "tied"]
+    theirs = peft.get_peft_model(copy.deepcopy(base), peft.LoraConfig(task_type="CAUSAL_LM", **FROM_PEFT[case]))
+    shake(theirs)
+    theirs.save_pretrained(tmp_path / "theirs")
+    want, plain = logits(theirs.eval()), logits(base)
+    assert np.abs(want - plain).max() > 0.1
+    for scan in layouts(case):
+        apply, variables = ours(base, scan)
+        config = read_config(tmp_path / "theirs", variables)
+        lora = wrapped(apply, variables, config)
+        adapters, replaced = load_peft(tmp_path / "theirs", lora)
+        assert bool(set(replaced) - {"params/embed/embedding", "params/lm_head/kernel"}) == (case == "saved")
+        changed = replace(variables, replaced)
+        np.testing.assert_allclose(run(lora, changed, adapters), want, rtol=0, atol=1e-4)
+
+        save_peft(tmp_path / f"again-{scan}", lora, adapters, replaced=replaced)
+        config_2 = read_config(tmp_path / f"again-{scan}", variables)
+        lora_2 = wrapped(apply, variables, config_2)
+        back, replaced_2 = load_peft(tmp_path / f"again-{scan}", lora_2)
+        assert lora.sites == lora_2.sites
+        jax.tree.map(np.testing.assert_array_equal, (back, replaced_2), (adapters, replaced))
+
+
+def loaded(base, folder):
+    """Load with PEFT; what it would only warn of is an error."""
+    base = copy.deepcopy(base)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        return peft.PeftModel.from_pretrained(base, folder).eval()
+
+
+ALL = "*/{q,k,v,o,gate,up,down}_proj/kernel"
+TO_PEFT = {
+    "rslora": dict(rank=6, alpha=16),
+    "lora": dict(rank=6, alpha=16, scaling="lora"),
+    "constant": dict(rank=6, alpha=1.5, scaling="constant", rank_pattern={"*/mlp/*": 3}),
+    "function": dict(rank=6, alpha=1.5, scaling=lambda rank: rank**-0.25),
+    "patterns": dict(
+        rank=6, alpha=16, rank_pattern={"*/mlp/*": 13, "*/q_proj/*": 2}, alpha_pattern={"*/{q,up}_proj/*": 5.5}
+    ),
+    "embeddings": dict(rank=5, alpha=12, targets=["*/embedding", "*lm_head*", "*/q_proj/*"], alpha_pattern={"*/e*": 3}),
+    "tied": dict(rank=5, alpha=12, targets=["*/embedding", "*/q_proj/*"]),
+}
+
+
+@pytest.mark.parametrize("case", by_day(TO_PEFT, "constant", "patterns", "tied"))
+def test_an_adapter_from_here_gives_its_logits_in_peft(case, bases, tmp_path):
+    base = bases[case == "tied"]
+    for scan in layouts(case):
+        apply, variables = ours(base, scan)
+        lora = wrapped(apply, variables, rslora.LoraConfig(**TO_PEFT[case]))
+        adapters = random_adapters(lora)
+        want = run(lora, variables, adapters)
+        assert np.abs(want - logits(base)).max() > 0.1
+        save_peft(tmp_path / f"peft-{scan}", lora, adapters)
+        np.testing.assert_allclose(logits(loaded(base, tmp_path / f"peft-{scan}")), want, rtol=0, atol=1e-4)
+        if case == "tied":
+            with pytest.raises(ValueError, match="is also the head"):
+                save_peft(tmp_path / f"vllm-{scan}", lora, adapters, for_vllm=True)
+            continue
+        save_peft(tmp_path / f"vllm-{scan}", lora, adapters, for_vllm=True)
+        assert check_vllm(tmp_path / f"vllm-{scan}") == (16 if case == "patterns" else 8)
+        np.testing.assert_allclose(logits(loaded(base, tmp_path / f"vllm-{scan}")), want, rtol=0, atol=1e-4)
+
+
+def test_some_layers_of_a_looped_model_are_named_one_by_one(bases, tmp_path):
+    apply, variables = ours(bases[False], False)
+    lora = wrapped(apply, variables, rslora.LoraConfig(rank=5, alpha=12, targets="*/layers_[02]/*/{q,up}_proj/kernel"))
+    adapters = random_adapters(lora)
+    save_peft(tmp_path / "out", lora, adapters)
+    want = run(lora, variables, adapters)
+    np.testing.assert_allclose(logits(loaded(bases[False], tmp_path / "out")), want, rtol=0, atol=1e-4)
+
+
+class Block(nn.Module):
+    """Kernels of three axes, a convolution and a position table."""
+
+    @nn.compact
+    def __call__(self, tokens_BxT):
+        x = nn.Embed(VOCABULARY, 12, name="tok")(tokens_BxT)
+        x = nn.Conv(12, (3,), padding="SAME", name="conv")(x)
+        return nn.MultiHeadDotProductAttention(4, qkv_features=20, out_features=9, name="mha")(x)
+
+
+class TorchBlock(torch.nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.tok = torch.nn.Embedding(VOCABULARY, 12)
+        self.conv = torch.nn.Conv1d(12, 12, 3, padding=1)
+        self.query, self.key, self.value = (torch.nn.Linear(12, 20) for _ in range(3))
+        self.out = torch.nn.Linear(20, 9)
+
+    def forward(self, tokens):
+        x = self.conv(self.tok(tokens).mT).mT
+        heads = lambda y: y.unflatten(-1, (4, 5)).transpose(1, 2)
+        q, k, v = (heads(one(x)) for one in (self.query, self.key, self.value))
+        return self.out(torch.nn.functional.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(-2))
+
+
+BLOCK = {
+    "params/tok/embedding": "tok.weight",
+    "params/conv/kernel": "conv.weight",
+    "params/conv/bias": "conv.bias",
+    "params/mha/{i}/kernel": "never.{i}.weight",
+    **{f"params/mha/{n}/{leaf}": f"{n}.{t}" for n in ("query", "key", "value", "out") for leaf, t in
+       (("kernel", "weight"), ("bias", "bias"))},
+}  # fmt: skip
+
+
+def test_a_model_with_its_own_table_of_names(tmp_path):
+    torch.manual_seed(0)
+    base, model = TorchBlock().eval(), Block()
+    shapes = jax.eval_shape(model.init, jax.random.key(0), TOKENS)
+    state = base.state_dict()
+
+    def weight(path, leaf):
+        tensor = state[BLOCK[path_name(path)]].numpy()
+        if path_name(path) == "params/conv/kernel":
+            tensor = tensor.transpose(2, 1, 0)
+        elif path_name(path).endswith("kernel"):
+            tensor = tensor.T
+        return jnp.array(tensor.reshape(leaf.shape))
+
+    variables = jax.tree_util.tree_map_with_path(weight, shapes)
+    with torch.no_grad():
+        plain = base(torch.tensor(TOKENS, dtype=torch.long)).numpy()
+    np.testing.assert_allclose(model.apply(variables, TOKENS), plain, rtol=0, atol=1e-5)
+
+    config = rslora.LoraConfig(rank=3, alpha=7, targets=["*/kernel", "*/embedding"], rank_pattern={"*/out/*": 2})
+    lora = wrapped(model.apply, variables, config)
+    adapters = random_adapters(lora)
+    want = run(lora, variables, adapters)
+    assert np.abs(want - plain).max() > 0.1
+    save_peft(tmp_path / "out", lora, adapters, BLOCK, task_type=None)
+    theirs = loaded(base, tmp_path / "out")
+    with torch.no_grad():
+        got = theirs(torch.tensor(TOKENS, dtype=torch.long)).numpy()
+    np.testing.assert_allclose(got, want, rtol=0, atol=1e-4)
+
+    theirs.save_pretrained(tmp_path / "theirs", save_embedding_layers=False)
+    lora_2 = wrapped(model.apply, variables, read_config(tmp_path / "theirs", variables, BLOCK))
+    back, replaced = load_peft(tmp_path / "theirs", lora_2, BLOCK)
+    jax.tree.map(np.testing.assert_array_equal, (back, replaced), (adapters, {}))
+    with pytest.raises(ValueError, match="vLLM has no adapter for"):
+        save_peft(tmp_path / "vllm", lora, adapters, BLOCK, for_vllm=True)
