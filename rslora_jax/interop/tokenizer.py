@@ -1,9 +1,11 @@
-"""The tokenizer that travels inside a GGUF file: byte-level pairs, special tokens, chat template."""
+"""A tokenizer with its special tokens and chat template, and how to build one from a GGUF file's metadata."""
 
 from __future__ import annotations
 
 import dataclasses
+import datetime
 import functools
+import json
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NoReturn
 
@@ -26,7 +28,8 @@ _CONTROL, _USER_DEFINED = 3, 4
 class Tokenizer:
     """Turn text into token ids and back, and messages into the text of a chat.
 
-    Build one with `tokenizer_from_metadata` or take the one `load_gguf` gives.
+    Take the one that a loader gives, or build one with `tokenizer_from_metadata` or `read_tokenizer`. `special` holds
+    further tokens by the names that chat templates call them by.
 
     >>> tokenizer = tokenizer_from_metadata(_EXAMPLE)
     >>> tokenizer.encode("hi hi<end>"), tokenizer.decode([3, 4, 3, 0])
@@ -42,19 +45,23 @@ class Tokenizer:
     vocab_size: int
     add_bos: bool = False
     chat_template: str | None = dataclasses.field(default=None, repr=False)
+    special: Mapping[str, str] = dataclasses.field(default_factory=dict, repr=False)
 
     def encode(self, text: str) -> list[int]:
         """Give the token ids of a text.
 
         Special tokens written out in the text become their one id. The file says whether the id that begins
-        a text is put in front (`add_bos`). A byte that the vocabulary lacks is left out, as by the published
-        tokenizer: SmolLM2 has no token for six control characters, such as U+0004.
+        a text is put in front (`add_bos`); where it is there already, as in many a chat, it is not put twice. A
+        byte that the vocabulary lacks is left out, as by the published tokenizer: SmolLM2 has no token for six
+        control characters, such as U+0004.
 
         >>> tokenizer_from_metadata(_EXAMPLE).encode("hih")
         [3, 1]
         """
         ids = self.backend.encode(text, add_special_tokens=False).ids
-        return [self.bos_id, *ids] if self.add_bos and self.bos_id is not None else ids
+        if not self.add_bos or self.bos_id is None or ids[:1] == [self.bos_id]:
+            return ids
+        return [self.bos_id, *ids]
 
     def decode(self, ids: Iterable[int], *, skip_special: bool = False) -> str:
         """Give the text of token ids (a list or an array of ints), with special tokens written out.
@@ -81,9 +88,9 @@ class Tokenizer:
             return _template(self.chat_template).render(
                 messages=messages,
                 add_generation_prompt=add_generation_prompt,
-                bos_token=self._token(self.bos_id),
-                eos_token=self._token(self.eos_id),
-                raise_exception=_refuse,
+                tools=None,
+                documents=None,
+                **{**self.special, "bos_token": self._token(self.bos_id), "eos_token": self._token(self.eos_id)},
             )
         except (jinja2.TemplateError, TypeError) as error:
             raise ValueError(f"the chat template does not take these messages: {error}") from error
@@ -147,11 +154,13 @@ def tokenizer_from_metadata(metadata: Mapping[str, Any]) -> Tokenizer:
 
 @functools.cache  # a data set renders one template thousands of times
 def _template(source: str) -> jinja2.Template:
-    # The two options here, and the names given when rendering, are what templates written for Hugging Face
+    # The options and names here, and the names given when rendering, are what templates written for Hugging Face
     # rely on.
     environment = ImmutableSandboxedEnvironment(
         trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"]
     )
+    environment.filters["tojson"] = _to_json  # jinja's own writes for HTML
+    environment.globals |= {"raise_exception": _refuse, "strftime_now": _now}
     return environment.from_string(source)
 
 
@@ -162,6 +171,14 @@ def _added(tokens: Sequence[str], types: Sequence[int], kind: int) -> list[Added
         for token, found in zip(tokens, types, strict=False)
         if found == kind
     ]
+
+
+def _to_json(value: Any, ensure_ascii: bool = False, **options: Any) -> str:
+    return json.dumps(value, ensure_ascii=ensure_ascii, **options)
+
+
+def _now(form: str) -> str:
+    return datetime.datetime.now().strftime(form)
 
 
 def _refuse(message: str) -> NoReturn:

@@ -5,6 +5,7 @@ Shapes in names are those of `rslora_jax.models.llama`.
 
 from __future__ import annotations
 
+import dataclasses
 from functools import partial
 from typing import Any
 
@@ -16,7 +17,27 @@ Array = jax.Array
 Cache = dict[str, Array]
 
 
-def rotary(positions_BxT: Array, head_dim: int, base: float) -> tuple[Array, Array]:
+@dataclasses.dataclass(frozen=True)
+class RopeScaling:
+    """Describe how Llama 3.1 stretches rotary embedding over more positions (arXiv 2407.21783, Hugging Face "llama3").
+
+    Frequencies that turn fewer than `low_freq_factor` times in `original_max_len` positions are divided by `factor`,
+    those that turn more than `high_freq_factor` times are kept, and those between are mixed.
+
+    Raises `ValueError` for factors that make no sense.
+    """
+
+    factor: float
+    low_freq_factor: float
+    high_freq_factor: float
+    original_max_len: int
+
+    def __post_init__(self) -> None:
+        if not (self.factor > 0 and 0 < self.low_freq_factor < self.high_freq_factor and self.original_max_len > 0):
+            raise ValueError(f"{self} needs factors above 0, low_freq_factor below high_freq_factor")
+
+
+def rotary(positions_BxT: Array, head_dim: int, base: float, scaling: RopeScaling | None = None) -> tuple[Array, Array]:
     """Give the cosines and sines of rotary embedding (RoFormer, arXiv 2104.09864, eq. 15).
 
     `positions_BxT` is int; both results are float32 of shape (B, T, head_dim / 2).
@@ -26,6 +47,11 @@ def rotary(positions_BxT: Array, head_dim: int, base: float) -> tuple[Array, Arr
     ((1, 3, 4), 1.0, 0.0)
     """
     frequencies = base ** (-jnp.arange(0, head_dim, 2, dtype=jnp.float32) / head_dim)
+    if scaling is not None:
+        turns = scaling.original_max_len * frequencies / (2 * jnp.pi)
+        kept = (turns - scaling.low_freq_factor) / (scaling.high_freq_factor - scaling.low_freq_factor)
+        kept = jnp.clip(kept, 0.0, 1.0)
+        frequencies = kept * frequencies + (1 - kept) * frequencies / scaling.factor
     angles = positions_BxT[..., None].astype(jnp.float32) * frequencies
     return jnp.cos(angles), jnp.sin(angles)
 
@@ -85,6 +111,15 @@ def visible(query_positions_BxT: Array, key_positions_BxS: Array) -> Array:
     """
     keys_Bx1xS = key_positions_BxS[:, None, :]
     return (keys_Bx1xS >= 0) & (keys_Bx1xS <= query_positions_BxT[:, :, None])
+
+
+def within(query_positions_BxT: Array, key_positions_BxS: Array, window: int) -> Array:
+    """Say which keys lie among the `window` positions that end with each query's, bool (B, T, S), or after it.
+
+    >>> within(jnp.array([[0, 3]]), jnp.array([[0, 1, 2, 3]]), window=2).tolist()
+    [[[True, True, True, True], [False, False, True, True]]]
+    """
+    return key_positions_BxS[:, None, :] > query_positions_BxT[:, :, None] - window
 
 
 def init_cache(config: Any, batch: int, length: int, dtype: Any = None) -> Cache:

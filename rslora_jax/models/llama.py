@@ -9,7 +9,6 @@ heads, G = N / K query heads for each of them, H size of a head, D width, V voca
 
 from __future__ import annotations
 
-import dataclasses
 from functools import partial
 from typing import Any
 
@@ -18,20 +17,10 @@ import jax.numpy as jnp
 from flax import linen as nn
 from jax import lax
 
-from rslora_jax.models.attention import Array, Cache, attend, extend, init_cache, rotary, rotate, visible
+from rslora_jax.models.attention import Array, Cache, attend, extend, init_cache, rotary, rotate, visible, within
+from rslora_jax.models.llama_config import REMAT_POLICIES, LlamaConfig
 
 __all__ = ["REMAT_POLICIES", "Llama", "LlamaConfig", "init_cache"]
-
-# Only the policies of jax.checkpoint_policies that take no argument: the others are factories, which a bare
-# name in a configuration file cannot call.
-REMAT_POLICIES = (
-    "everything_saveable",
-    "nothing_saveable",
-    "dots_saveable",
-    "dots_with_no_batch_dims_saveable",
-    "checkpoint_dots",
-    "checkpoint_dots_with_no_batch_dims",
-)
 
 # Where the weights lie on a mesh (`rslora_jax.sharding.param_shardings`): those that widen are split by column,
 # those that narrow by row, so that a layer needs one sum over "tensor" for each pair; the rest of each by "fsdp".
@@ -40,55 +29,6 @@ SHARDING_RULES = (
     ("*/{o,down}_proj/kernel", ("tensor", "fsdp")),
     ("*/embedding", ("tensor", "fsdp")),
 )
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class LlamaConfig:
-    """Describe a Llama-family decoder.
-
-    `param_dtype` is what weights are stored in, `dtype` what products are computed in; normalisation,
-    rotation, softmax and logits are float32 whatever `dtype` is. `remat` is None or "none" (keep all
-    activations), "full" (keep none inside a layer) or a name in `REMAT_POLICIES`. `scan_layers` stacks the
-    layers' weights on a leading axis and compiles one layer in place of `num_layers`.
-
-    Raises `ValueError` when the sizes do not fit together or `remat` is unknown.
-
-    >>> config = LlamaConfig(vocab_size=32, width=16, mlp_width=24, num_layers=2, num_heads=4, num_kv_heads=2)
-    >>> config.head_dim, config.dtype
-    (4, dtype('float32'))
-    """
-
-    vocab_size: int
-    width: int
-    mlp_width: int
-    num_layers: int
-    num_heads: int
-    num_kv_heads: int
-    head_dim: int = 0
-    rope_base: float = 10000.0
-    norm_eps: float = 1e-5
-    max_len: int = 2048
-    tie_head: bool = True
-    scan_layers: bool = False
-    remat: str | None = None
-    param_dtype: Any = jnp.float32
-    dtype: Any = jnp.float32
-
-    def __post_init__(self) -> None:
-        if self.num_heads % self.num_kv_heads:
-            raise ValueError(
-                f"num_heads={self.num_heads} is not a multiple of num_kv_heads={self.num_kv_heads}: "
-                "every key-value head serves the same number of query heads"
-            )
-        # Dtypes are normalised so that jnp.float32, "float32" and np.dtype("float32") make equal
-        # configurations, hence equal modules and no second compilation.
-        object.__setattr__(self, "param_dtype", jnp.dtype(self.param_dtype))
-        object.__setattr__(self, "dtype", jnp.dtype(self.dtype))
-        object.__setattr__(self, "head_dim", self.head_dim or self.width // self.num_heads)
-        if self.head_dim % 2:
-            raise ValueError(f"head_dim={self.head_dim} is odd: rotary embedding turns pairs of coordinates")
-        if self.remat not in (None, "none", "full", *REMAT_POLICIES):
-            raise ValueError(f"remat={self.remat!r} is unknown: use None, 'full' or one of {', '.join(REMAT_POLICIES)}")
 
 
 class RMSNorm(nn.Module):
@@ -104,8 +44,8 @@ class RMSNorm(nn.Module):
         return (wide * scale_D).astype(self.config.dtype)
 
 
-def _dense(config: LlamaConfig, features: int, name: str) -> nn.Dense:
-    return nn.Dense(features, use_bias=False, dtype=config.dtype, param_dtype=config.param_dtype, name=name)
+def _dense(config: LlamaConfig, features: int, name: str, bias: bool = False) -> nn.Dense:
+    return nn.Dense(features, use_bias=bias, dtype=config.dtype, param_dtype=config.param_dtype, name=name)
 
 
 class Attention(nn.Module):
@@ -116,15 +56,19 @@ class Attention(nn.Module):
     @nn.compact
     def __call__(self, x_BxTxD: Array, rope: Any, masks: Any, cached: Any) -> tuple[Array, Any]:
         c = self.config
-        heads = x_BxTxD.shape[:-1]
-        q = _dense(c, c.num_heads * c.head_dim, "q_proj")(x_BxTxD).reshape(*heads, c.num_heads, c.head_dim)
-        k = _dense(c, c.num_kv_heads * c.head_dim, "k_proj")(x_BxTxD).reshape(*heads, -1, c.head_dim)
-        v = _dense(c, c.num_kv_heads * c.head_dim, "v_proj")(x_BxTxD).reshape(*heads, -1, c.head_dim)
+
+        def heads(count: int, name: str) -> Array:
+            flat = _dense(c, count * c.head_dim, name, c.qkv_bias)(x_BxTxD)
+            return flat.reshape(*x_BxTxD.shape[:-1], count, c.head_dim)
+
+        q, k, v = heads(c.num_heads, "q_proj"), heads(c.num_kv_heads, "k_proj"), heads(c.num_kv_heads, "v_proj")
+        if c.qk_norm:
+            q, k = RMSNorm(c, name="q_norm")(q), RMSNorm(c, name="k_norm")(k)
         q, k = rotate(q, *rope), rotate(k, *rope)
         blocks = [(k, v, masks["new"])]
         if cached is not None:
             blocks.insert(0, (cached["k"], cached["v"], masks["cached"]))
-        out = attend(q, blocks).reshape(*heads, -1)
+        out = attend(q, blocks).reshape(*x_BxTxD.shape[:-1], -1)
         return _dense(c, c.width, "o_proj")(out), {"k": k, "v": v}
 
 
@@ -142,12 +86,17 @@ class MLP(nn.Module):
 
 
 class Layer(nn.Module):
-    """One residual layer. The stream is the carry of a scan, the new keys and values its stacked result."""
+    """One residual layer. The stream is the carry of a scan, the new keys and values its stacked result.
+
+    `has_window` (bool, a scalar) is given where layers differ in it: `masks["window"]` then narrows the others.
+    """
 
     config: LlamaConfig
 
     @nn.compact
-    def __call__(self, x_BxTxD: Array, rope: Any, masks: Any, cached: Any) -> tuple[Array, Any]:
+    def __call__(self, x_BxTxD: Array, rope: Any, masks: Any, cached: Any, has_window: Any = None) -> tuple[Array, Any]:
+        if has_window is not None:
+            masks = {name: masks[name] & (near | ~has_window) for name, near in masks["window"].items()}
         out, new = Attention(self.config, name="attn")(
             RMSNorm(self.config, name="attn_norm")(x_BxTxD), rope, masks, cached
         )
@@ -217,7 +166,7 @@ class Llama(nn.Module):
                 _layer_class(c),
                 variable_axes={"params": 0},
                 split_rngs={"params": True},
-                in_axes=(nn.broadcast, nn.broadcast, 0),
+                in_axes=(nn.broadcast, nn.broadcast, 0, 0),
                 length=c.num_layers,
             )(c)
         else:
@@ -264,7 +213,14 @@ class Llama(nn.Module):
         if positions_BxT is None:
             first_Bx1 = 0 if cache is None else cache["positions"].max(axis=1, keepdims=True) + 1
             positions_BxT = jnp.broadcast_to(first_Bx1 + jnp.arange(T, dtype=jnp.int32), (B, T))
-        masks = {"new": visible(positions_BxT, positions_BxT)}
+        keys = {"new": positions_BxT} | ({} if cache is None else {"cached": cache["positions"]})
+        masks: dict[str, Any] = {name: visible(positions_BxT, keys_BxS) for name, keys_BxS in keys.items()}
+        if c.window is not None:
+            near = {name: within(positions_BxT, keys_BxS, c.window) for name, keys_BxS in keys.items()}
+            if c.window_layers is None:
+                masks = jax.tree.map(jnp.logical_and, masks, near)
+            else:
+                masks["window"] = near
         if segments_BxT is not None:
             if cache is not None:
                 raise ValueError("segments cannot be used with a cache: decode packed documents apart")
@@ -275,10 +231,9 @@ class Llama(nn.Module):
             slots = cache["positions"].shape[1]
             if slots < T:
                 raise ValueError(f"{T} tokens do not fit a cache of {slots}: call init_cache with more")
-            masks["cached"] = visible(positions_BxT, cache["positions"])
             cached = {"k": cache["k"], "v": cache["v"]}
             x_BxTxD = jnp.where(cache["index"] + T <= slots, x_BxTxD, jnp.nan)
-        rope = rotary(positions_BxT, c.head_dim, c.rope_base)
+        rope = rotary(positions_BxT, c.head_dim, c.rope_base, c.rope_scaling)
         x_BxTxD, new = self._run_layers(x_BxTxD, rope, masks, cached)
         x_BxTxD = self.norm(x_BxTxD)
         return x_BxTxD if cache is None else (x_BxTxD, extend(cache, new, positions_BxT))
@@ -288,10 +243,11 @@ class Llama(nn.Module):
         return self.embed.attend(x) if self.config.tie_head else self.lm_head(x)
 
     def _run_layers(self, x_BxTxD: Array, rope: Any, masks: Any, cached: Any) -> tuple[Array, Any]:
+        windows_L = None if self.config.window_layers is None else jnp.array(self.config.window_layers)
         if self.config.scan_layers:
-            return self.layers(x_BxTxD, rope, masks, cached)
+            return self.layers(x_BxTxD, rope, masks, cached, windows_L)
         news = []
         for i, layer in enumerate(self.layers):
-            x_BxTxD, new = layer(x_BxTxD, rope, masks, jax.tree.map(lambda a, i=i: a[i], cached))
+            x_BxTxD, new = layer(x_BxTxD, rope, masks, *jax.tree.map(lambda a, i=i: a[i], (cached, windows_L)))
             news.append(new)
         return x_BxTxD, None if cached is None else jax.tree.map(lambda *a: jnp.stack(a), *news)

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from rslora_jax.models.attention import RopeScaling
 from rslora_jax.models.layout import stack_layers, unstack_layers
 from rslora_jax.models.llama import REMAT_POLICIES, Llama, LlamaConfig, init_cache
 
@@ -68,6 +69,70 @@ def test_layouts_convert_back_and_forth(variables):
         stack_layers({"params": {"layers_1": {"w": jnp.zeros(1)}}})
     with pytest.raises(ValueError, match="no stacked 'layers'"):
         unstack_layers(variables)
+
+
+# What other families add to Llama 2, all of it at once.
+ADDED = dict(
+    rope_scaling=RopeScaling(4.0, 1.0, 3.0, 16),
+    qkv_bias=True,
+    qk_norm=True,
+    window=3,
+    window_layers=(True, False, True),
+)
+
+
+def shaken(variables):
+    """Move all parameters: biases and norms do nothing at their start."""
+    leaves, tree = jax.tree.flatten(variables)
+    keys = jax.random.split(jax.random.key(5), len(leaves))
+    return jax.tree.unflatten(
+        tree, [x + 0.3 * jax.random.normal(k, x.shape) for x, k in zip(leaves, keys, strict=True)]
+    )
+
+
+@pytest.fixture(scope="module")
+def added_variables():
+    return shaken(Llama(dataclasses.replace(CONFIG, **ADDED)).init(jax.random.key(0), TOKENS))
+
+
+@pytest.mark.parametrize("scan_layers", [False, True], ids=["looped", "scanned"])
+@pytest.mark.parametrize("windows", [(True, False, True), None], ids=["some windows", "all windows"])
+def test_what_other_families_add_is_the_same_through_the_cache_and_padded(added_variables, scan_layers, windows):
+    config = dataclasses.replace(CONFIG, **ADDED | {"window_layers": windows}, scan_layers=scan_layers)
+    v = stack_layers(added_variables) if scan_layers else added_variables
+    apply, plain = jax.jit(Llama(config).apply), Llama(dataclasses.replace(config, scan_layers=False))
+    whole = plain.apply(added_variables, TOKENS)
+    _close(apply(v, TOKENS), whole, atol=1e-4)
+    cache, outs = init_cache(config, 2, 12), []
+    for start, stop in ((0, 4), (4, 8), (8, 9)):
+        logits, cache = apply(v, TOKENS[:, start:stop], cache=cache)
+        outs.append(logits)
+    _close(jnp.concatenate(outs, axis=1), whole, atol=1e-4)
+    padded = jnp.pad(TOKENS, ((0, 0), (3, 0)))
+    positions = jnp.broadcast_to(jnp.arange(-3, 9), (2, 12)).clip(-1)
+    _close(apply(v, padded, positions)[:, 3:], whole, atol=1e-4)
+
+
+def test_a_window_shuts_out_what_lies_before_it(added_variables):
+    def moved(windows, token):
+        """Say which logits of the last row change with a token."""
+        config = dataclasses.replace(CONFIG, **ADDED | {"window_layers": windows})
+        other = TOKENS.at[0, token].set((TOKENS[0, token] + 1) % CONFIG.vocab_size)
+        run = lambda tokens: Llama(config).apply(added_variables, tokens)[0]
+        return (jnp.abs(run(other) - run(TOKENS)).max(axis=-1) > 1e-5).tolist()
+
+    # A window of 3 hands a token on by 2 positions in each of the 3 layers, hence by 6, and without a window on and on.
+    assert moved((True, True, True), 1) == [False] + [True] * 7 + [False]
+    assert moved((True, False, True), 1) == [False] + [True] * 8
+
+
+def test_windows_that_cannot_be_are_refused_and_those_alike_are_one():
+    alike = dataclasses.replace(CONFIG, window=4, window_layers=(True,) * 3)
+    assert alike == dataclasses.replace(CONFIG, window=4)
+    assert dataclasses.replace(CONFIG, window=4, window_layers=(False,) * 3) == CONFIG
+    for changes in ({"window": 0}, {"window_layers": (True, False, True)}, {"window": 4, "window_layers": (True,)}):
+        with pytest.raises(ValueError, match="window"):
+            dataclasses.replace(CONFIG, **changes)
 
 
 @pytest.mark.parametrize("config", [CONFIG, SCANNED], ids=["looped", "scanned"])

@@ -1,0 +1,121 @@
+"""Read the tokenizer of a Hugging Face model's folder."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+from tokenizers import AddedToken
+from tokenizers import Tokenizer as Backend
+
+from rslora_jax.interop.tensors import read_json
+from rslora_jax.interop.tokenizer import Tokenizer
+
+_NAMED = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
+_FLAGS = ("lstrip", "rstrip", "normalized", "single_word", "special")
+# These classes of transformers have tokens by default, and put `bos_token` in front as `add_bos_token` says; the others
+# do as tokenizer.json says.
+_LLAMA = ("LlamaTokenizer", "LlamaTokenizerFast")
+_LLAMA_TOKENS = {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>", "add_bos_token": True}
+
+
+def read_tokenizer(folder: str | Path, *, eos_id: int | None = None) -> Tokenizer:
+    """Read `tokenizer.json`, with what `tokenizer_config.json` and `chat_template.jinja` say beside it.
+
+    Args:
+      folder: a model's folder.
+      eos_id: the token that ends a text, where the tokenizer's files name none.
+
+    Raises:
+      ValueError: a file is missing or damaged, no token ends a text, or one would be put behind every text.
+    """
+    folder = Path(folder)
+    path = folder / "tokenizer.json"
+    if not path.is_file():
+        raise ValueError(
+            f"{folder} has no tokenizer.json: save it with transformers' "
+            f'AutoTokenizer.from_pretrained("{folder}").save_pretrained("{folder}")'
+        )
+    try:
+        backend = Backend.from_file(str(path))
+    except Exception as error:  # the library raises nothing narrower
+        raise ValueError(f"{path} cannot be read as a tokenizer ({error}): download it again") from error
+    backend.no_truncation()
+    backend.no_padding()
+    about = _about(folder)
+    named = {name: token for name in _NAMED if (token := _text(about.get(name))) is not None}
+    _add(folder, backend, about, named.values())
+    ids = {name: backend.token_to_id(token) for name, token in named.items()}
+    eos_id, bos_id, size = ids.get("eos_token", eos_id), ids.get("bos_token"), backend.get_vocab_size()
+    if eos_id is None:
+        raise ValueError(f"{folder} names no token that ends a text: write eos_token into its tokenizer_config.json")
+    if backend.id_to_token(eos_id) is None:
+        raise ValueError(f"{folder}: eos_token_id is {eos_id}, which is not among the {size} tokens of tokenizer.json")
+    return Tokenizer(
+        backend=backend,
+        eos_id=eos_id,
+        bos_id=bos_id,
+        pad_id=ids.get("pad_token", eos_id),
+        vocab_size=size,
+        add_bos=_adds_bos(folder, backend, about, bos_id),
+        chat_template=_chat_template(folder, about),
+        special=named,
+    )
+
+
+def _about(folder: Path) -> dict[str, Any]:
+    found: dict[str, Any] = {}
+    for name in ("special_tokens_map.json", "tokenizer_config.json"):
+        if (folder / name).is_file():
+            found |= {key: value for key, value in read_json(folder / name).items() if value is not None}
+    return _LLAMA_TOKENS | found if found.get("tokenizer_class") in _LLAMA else found
+
+
+def _text(token: Any) -> str | None:
+    return token.get("content") if isinstance(token, dict) else token if isinstance(token, str) else None
+
+
+def _add(folder: Path, backend: Backend, about: Mapping[str, Any], named: Iterable[str]) -> None:
+    """Add the tokens that only the config knows, as transformers does; their ids must come out as it says."""
+    found = about.get("added_tokens_decoder")
+    found = found if isinstance(found, dict) else {}
+    wanted = {int(i): token for i, token in found.items() if i.isdigit() and isinstance(token, dict)}
+    known = backend.get_added_tokens_decoder()
+    for token_id, about_token in sorted(wanted.items()):
+        flags = {name: bool(about_token[name]) for name in _FLAGS if name in about_token}
+        token = AddedToken(str(_text(about_token)), **flags)
+        if repr(known.get(token_id)) != repr(token):
+            backend.add_tokens([token])
+        if backend.token_to_id(token.content) != token_id:
+            raise ValueError(
+                f"{folder}: token {token.content!r} has another id in tokenizer_config.json than in tokenizer.json"
+            )
+    known_texts = {token.content for token in backend.get_added_tokens_decoder().values()}
+    backend.add_special_tokens([AddedToken(text, special=True) for text in named if text not in known_texts])
+
+
+def _adds_bos(folder: Path, backend: Backend, about: Mapping[str, Any], bos_id: int | None) -> bool:
+    if about.get("tokenizer_class") in _LLAMA:
+        if about.get("add_eos_token", False):
+            raise ValueError(f"{folder} puts eos_token behind every text (add_eos_token): that is not done here")
+        return bool(about["add_bos_token"])
+    bare, whole = (backend.encode("a", add_special_tokens=special).ids for special in (False, True))
+    if whole not in (bare, [bos_id, *bare]):
+        tokens = [backend.id_to_token(i) for i in whole]
+        raise ValueError(f"{folder}: its tokenizer makes {tokens} of 'a': only bos_token in front is done here")
+    return whole != bare
+
+
+def _chat_template(folder: Path, about: Mapping[str, Any]) -> str | None:
+    path = folder / "chat_template.jinja"
+    if path.is_file():
+        try:
+            return path.read_text(encoding="utf-8")
+        except (OSError, UnicodeDecodeError) as error:
+            raise ValueError(f"{path} cannot be read: {error}") from error
+    found = about.get("chat_template")
+    if isinstance(found, list):  # several, by name
+        by_name = {one.get("name"): one.get("template") for one in found if isinstance(one, dict)}
+        found = by_name.get("default")
+    return found if isinstance(found, str) else None

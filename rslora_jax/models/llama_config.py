@@ -1,0 +1,91 @@
+"""What a decoder of the Llama family is made of: sizes, the parts that families differ in, and dtypes."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import jax.numpy as jnp
+
+from rslora_jax.models.attention import RopeScaling
+
+# Only the policies of jax.checkpoint_policies that take no argument: the others are factories, which a bare
+# name in a configuration file cannot call.
+REMAT_POLICIES = (
+    "everything_saveable",
+    "nothing_saveable",
+    "dots_saveable",
+    "dots_with_no_batch_dims_saveable",
+    "checkpoint_dots",
+    "checkpoint_dots_with_no_batch_dims",
+)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class LlamaConfig:
+    """Describe a Llama-family decoder.
+
+    What families add to Llama 2, all off by default: `rope_scaling` (Llama 3.1), `qkv_bias` (Qwen 2), `qk_norm`, a
+    norm of every query and key head (Qwen 3), and `window`, the number of positions, its own included, that a token
+    sees (Mistral); with `window_layers`, one bool a layer, only layers where it is true have the window.
+
+    `param_dtype` is what weights are stored in, `dtype` what products are computed in; normalisation,
+    rotation, softmax and logits are float32 whatever `dtype` is. `remat` is None or "none" (keep all
+    activations), "full" (keep none inside a layer) or a name in `REMAT_POLICIES`. `scan_layers` stacks the
+    layers' weights on a leading axis and compiles one layer in place of `num_layers`.
+
+    Raises `ValueError` when the sizes do not fit together or `remat` is unknown.
+
+    >>> config = LlamaConfig(vocab_size=32, width=16, mlp_width=24, num_layers=2, num_heads=4, num_kv_heads=2)
+    >>> config.head_dim, config.dtype
+    (4, dtype('float32'))
+    """
+
+    vocab_size: int
+    width: int
+    mlp_width: int
+    num_layers: int
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int = 0
+    rope_base: float = 10000.0
+    rope_scaling: RopeScaling | None = None
+    norm_eps: float = 1e-5
+    qkv_bias: bool = False
+    qk_norm: bool = False
+    window: int | None = None
+    window_layers: tuple[bool, ...] | None = None
+    max_len: int = 2048
+    tie_head: bool = True
+    scan_layers: bool = False
+    remat: str | None = None
+    param_dtype: Any = jnp.float32
+    dtype: Any = jnp.float32
+
+    def __post_init__(self) -> None:
+        if self.num_heads % self.num_kv_heads:
+            raise ValueError(
+                f"num_heads={self.num_heads} is not a multiple of num_kv_heads={self.num_kv_heads}: "
+                "every key-value head serves the same number of query heads"
+            )
+        # Dtypes are normalised so that jnp.float32, "float32" and np.dtype("float32") make equal
+        # configurations, hence equal modules and no second compilation.
+        object.__setattr__(self, "param_dtype", jnp.dtype(self.param_dtype))
+        object.__setattr__(self, "dtype", jnp.dtype(self.dtype))
+        object.__setattr__(self, "head_dim", self.head_dim or self.width // self.num_heads)
+        if self.head_dim % 2:
+            raise ValueError(f"head_dim={self.head_dim} is odd: rotary embedding turns pairs of coordinates")
+        if self.remat not in (None, "none", "full", *REMAT_POLICIES):
+            raise ValueError(f"remat={self.remat!r} is unknown: use None, 'full' or one of {', '.join(REMAT_POLICIES)}")
+        if self.window is not None and self.window < 1:
+            raise ValueError(f"window={self.window} is below 1: a token sees at least itself; use None for no window")
+        if self.window_layers is not None:
+            if self.window is None or len(self.window_layers) != self.num_layers:
+                raise ValueError(
+                    f"window_layers={self.window_layers} with window={self.window}: give one bool for each of the "
+                    f"{self.num_layers} layers, and the window"
+                )
+            # All layers alike are the simpler program, and equal configurations.
+            if len(set(self.window_layers)) == 1:
+                object.__setattr__(self, "window", self.window if self.window_layers[0] else None)
+                object.__setattr__(self, "window_layers", None)
