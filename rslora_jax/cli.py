@@ -7,7 +7,7 @@ import sys
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from rslora_jax.commands import export_peft, import_peft, train
+from rslora_jax.commands import export_peft, import_peft, inspect, merge, train
 
 
 def parser(settings: Mapping[str, Any] | None = None) -> argparse.ArgumentParser:
@@ -19,6 +19,8 @@ def parser(settings: Mapping[str, Any] | None = None) -> argparse.ArgumentParser
     train.add(commands, settings)
     import_peft.add(commands)
     export_peft.add(commands)
+    merge.add(commands)
+    inspect.add(commands)
     return top
 
 
