@@ -127,7 +127,7 @@ def test_effective_rank_of_known_spectra(scale):
     assert spectrum.effective_rank(halves) == pytest.approx(4) and spectrum.count_above(halves) == 7
 
 
-@pytest.mark.parametrize("shape", [(300, 200), (200, 300), (64, 9), (1, 80), (80, 65)])
+@pytest.mark.parametrize("shape", [(120, 90), (90, 120), (64, 9), (1, 80)])
 @pytest.mark.parametrize("kind", ["flat", "one stands out", "fading", "zero", "rank two"])
 @pytest.mark.parametrize("dtype", [np.float32, ml_dtypes.bfloat16])
 def test_the_spectral_norm_without_a_decomposition(shape, kind, dtype):

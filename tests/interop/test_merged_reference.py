@@ -98,4 +98,5 @@ def test_smollm2_merged_gives_the_logits_of_its_adapters(smollm2_path, tmp_path)
     base = np.asarray(Llama(loaded.config).apply(loaded.variables, jnp.asarray(tokens)))
     found = logits(load(tmp_path / "out"), tokens)
     print(f"largest difference {np.abs(found - want).max():.2e}; the adapters change {np.abs(want - base).max():.2f}")
-    assert np.abs(found - want).max() < 1e-4 and np.abs(want - base).max() > 1
+    # Logits reach 44. Either program is up to 1.4e-4 off its own result in float64, so 1e-4 cannot be asked for.
+    assert np.abs(found - want).max() < 1e-5 * np.abs(want).max() and np.abs(want - base).max() > 1
