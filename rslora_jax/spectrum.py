@@ -91,7 +91,9 @@ def measure(
     stacks = {path: _stack(path, factors, sites, shapes) for path, factors in adapters.items()}
     total = sum(math.prod(np.shape(factors["a"])[: stacks[path]]) for path, factors in adapters.items())
     found: list[Matrix] = []
-    for path in sites or adapters:  # sites come in the order in which the model uses them
+    for path in (
+        list(adapters) if sites is None else list(sites)
+    ):  # sites come in the order in which the model uses them
         factors, weight = adapters[path], None
         if sites is not None and weights is not None:
             site = sites[path]
