@@ -87,7 +87,7 @@ def draw(matrices: Sequence[Matrix], path: Path, title: str) -> None:
         bar = figure.colorbar(image, ax=axis, pad=0.015, fraction=0.05)
         bar.outline.set_visible(False)
         if wide_range:
-            ticks = np.geomspace(known.min(), known.max(), 5)
+            ticks = np.geomspace(known.min(), known.max(), 5).tolist()
             bar.set_ticks(ticks, labels=[f"{tick:.2g}" for tick in ticks])
             bar.minorticks_off()
         bar.ax.tick_params(labelsize=8)
