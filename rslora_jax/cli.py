@@ -7,7 +7,7 @@ import sys
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from rslora_jax.commands import export_peft, import_peft, inspect, merge, train
+from rslora_jax.commands import evaluate, export_peft, generate, import_peft, inspect, merge, train
 
 
 def parser(settings: Mapping[str, Any] | None = None) -> argparse.ArgumentParser:
@@ -21,6 +21,8 @@ def parser(settings: Mapping[str, Any] | None = None) -> argparse.ArgumentParser
     export_peft.add(commands)
     merge.add(commands)
     inspect.add(commands)
+    generate.add(commands)
+    evaluate.add(commands)
     return top
 
 

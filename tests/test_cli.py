@@ -14,7 +14,7 @@ import pytest
 
 from rslora_jax import checkpoint
 from rslora_jax.cli import main, parser
-from rslora_jax.commands.train import examples
+from rslora_jax.commands.data import examples
 
 SHORT = ["--max-len", "64", "--heldout", "2", "--rank", "3", "--alpha", "7", "--batch-size", "1"]
 

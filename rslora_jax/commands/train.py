@@ -195,6 +195,7 @@ def train(arguments: argparse.Namespace) -> int:
 
     import rslora_jax as rslora
     from rslora_jax import checkpoint, processes, sharding
+    from rslora_jax.commands.data import examples
     from rslora_jax.interop.load import load_model
     from rslora_jax.models.llama import SHARDING_RULES, Embed, Layer, Llama
     from rslora_jax.train import NonFiniteLoss, batches, fit, loss, optimizers, report, samples
@@ -310,20 +311,6 @@ def outcome(result: Any) -> str:
         text += ", where it had stopped falling"
     best = min(result.heldout, key=result.heldout.__getitem__)
     return text if best == step else f"{text}; the least was {result.heldout[best]:.2f}, at step {best}, which is kept"
-
-
-def examples(data: str | None, limit: int) -> tuple[list[Any], list[Any]]:
-    """Return (training examples, at most `limit` held-out ones, spread evenly over what is held out)."""
-    from rslora_jax.train import docstring_pairs, read_examples
-
-    if data is None:
-        training, held = list(docstring_pairs("train")), list(docstring_pairs("heldout"))
-    else:
-        everything = read_examples(data)
-        places = range(9, len(everything), 10) or range(1, len(everything))[-1:]
-        held = [everything[n] for n in places]
-        training = [example for n, example in enumerate(everything) if n not in places]
-    return training, held[:: max(1, -(-len(held) // max(limit, 1)))]
 
 
 def sizes(out: Path, adapters: Any, variables: Any) -> str:

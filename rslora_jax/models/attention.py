@@ -149,7 +149,8 @@ def init_cache(config: Any, batch: int, length: int, dtype: Any = None) -> Cache
 def extend(cache: Cache, new: dict[str, Array], positions_BxT: Array) -> Cache:
     """Write the keys and values of T tokens, each (L, B, T, K, H), into the next T slots of a cache.
 
-    The caller keeps within the cache's end: past it the write would slide back over older slots.
+    The caller keeps within the cache's end: past it the write would slide back over older slots. A cache of no
+    slots becomes one of T.
 
     >>> from rslora_jax.models.llama import LlamaConfig
     >>> config = LlamaConfig(vocab_size=32, width=16, mlp_width=24, num_layers=2, num_heads=4, num_kv_heads=2)
@@ -158,6 +159,9 @@ def extend(cache: Cache, new: dict[str, Array], positions_BxT: Array) -> Cache:
     >>> cache["positions"].tolist(), int(cache["index"])
     ([[-1, 0, 1, -1, -1]], 3)
     """
+    if not cache["positions"].shape[1]:
+        kept = {name: new[name].astype(cache[name].dtype) for name in ("k", "v")}
+        return {**kept, "positions": positions_BxT.astype(jnp.int32), "index": jnp.int32(positions_BxT.shape[1])}
     write = partial(lax.dynamic_update_slice_in_dim, start_index=cache["index"])
     return {
         "k": write(cache["k"], new["k"].astype(cache["k"].dtype), axis=2),
@@ -165,3 +169,20 @@ def extend(cache: Cache, new: dict[str, Array], positions_BxT: Array) -> Cache:
         "positions": write(cache["positions"], positions_BxT.astype(jnp.int32), axis=1),
         "index": cache["index"] + positions_BxT.shape[1],
     }
+
+
+def lengthen(cache: Cache, slots: int) -> Cache:
+    """Give a cache with so many more empty slots.
+
+    >>> from rslora_jax.models.llama import LlamaConfig
+    >>> config = LlamaConfig(vocab_size=32, width=16, mlp_width=24, num_layers=2, num_heads=4, num_kv_heads=2)
+    >>> longer = lengthen(init_cache(config, batch=1, length=2), 3)
+    >>> longer["k"].shape, longer["positions"].tolist()
+    ((2, 1, 5, 2, 4), [[-1, -1, -1, -1, -1]])
+    """
+
+    def more(leaf: Array, axis: int, empty: int) -> Array:
+        return jnp.pad(leaf, [(0, slots * (n == axis)) for n in range(leaf.ndim)], constant_values=empty)
+
+    wide = {"k": more(cache["k"], 2, 0), "v": more(cache["v"], 2, 0)}
+    return {**wide, "positions": more(cache["positions"], 1, -1), "index": cache["index"]}

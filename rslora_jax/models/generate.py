@@ -1,8 +1,12 @@
-"""Generate text: one compiled loop over a cache, for prompts of different lengths and any `apply`."""
+"""Generate text: one program reads the prompts into a cache, another adds tokens in a compiled loop.
+
+The loop's end is an argument. So a whole answer, and one shown piece by piece, come from one program and are the same.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import dataclasses
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from typing import Any
 
@@ -11,9 +15,10 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from rslora_jax.models.llama import LlamaConfig, init_cache
+from rslora_jax.models.llama import LlamaConfig, init_cache, lengthen
 
 Array = jax.Array
+State = dict[str, Any]
 
 
 def generate(
@@ -23,11 +28,7 @@ def generate(
     config: LlamaConfig,
     *,
     max_new: int,
-    eos_id: int | None = None,
-    temperature: float = 0.0,
-    top_p: float = 1.0,
-    key: Array | None = None,
-    bucket: int = 64,
+    **options: Any,
 ) -> list[list[int]]:
     """Continue a batch of prompts (token ids) by up to `max_new` tokens each, without the prompts.
 
@@ -37,8 +38,9 @@ def generate(
         run = lambda both, *args, **kwargs: lora.apply(*both, *args, **kwargs)
         generate(run, (variables, adapters), prompts, config, max_new=32)
 
-    Keep one `apply` between calls: it is part of what is compiled, once for each number of prompts, `max_new`
-    and prompt length rounded up to `bucket`. Temperature 0 takes the likeliest token; otherwise `key` draws
+    `options` are those of `start`: eos_id=None, temperature=0.0, top_p=1.0, key=None, bucket=64. Keep one
+    `apply` between calls: it is part of what is compiled, once for each number of prompts, `max_new` and
+    prompt length rounded up to `bucket`. Temperature 0 takes the likeliest token; otherwise `key` draws
     one from the smallest set of tokens that holds `top_p` of the probability (arXiv 1904.09751, section 3.1).
     A row ends with, and includes, `eos_id`. What a row gives does not depend on the other rows, except
     through rounding.
@@ -54,6 +56,75 @@ def generate(
     >>> [len(out) for out in outs]
     [5, 5]
     """
+    going = start(apply, variables, prompts, config, max_new=max_new, **options)
+    return tokens_of(going.advance(going.read(), max_new))
+
+
+def stream(
+    apply: Callable[..., Any],
+    variables: Any,
+    prompts: Sequence[Sequence[int]],
+    config: LlamaConfig,
+    *,
+    max_new: int,
+    chunk: int = 4,
+    **options: Any,
+) -> Iterator[list[list[int]]]:
+    """Give what `generate` gives, with the same arguments, piece by piece: each row's new tokens, `chunk` at a time.
+
+    The first token comes alone, as soon as the prompts are read.
+
+    >>> from rslora_jax.models.llama import Llama
+    >>> config = LlamaConfig(vocab_size=32, width=16, mlp_width=24, num_layers=2, num_heads=4, num_kv_heads=2)
+    >>> model = Llama(config)
+    >>> variables = model.init(jax.random.key(0), jnp.zeros((1, 1), jnp.int32))
+    >>> [len(new) for new, in stream(model.apply, variables, [[1, 2]], config, max_new=7, chunk=3, bucket=4)]
+    [1, 2, 3, 1]
+    """
+    going = start(apply, variables, prompts, config, max_new=max_new, **options)
+    yield from pieces(going, going.read(), chunk)
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Generation:
+    """Prompts on their way through the two programs, for who wants to time or show each part. `start` makes one."""
+
+    reading: tuple[Any, ...]
+    choosing: tuple[Any, ...]
+    config: LlamaConfig
+    max_new: int
+    nucleus: bool
+
+    def compile(self) -> None:
+        """Compile both programs, where that has not been done; otherwise the first calls do it."""
+        _read.lower(*self.reading, config=self.config, max_new=self.max_new).compile()
+        state = _read.eval_shape(*self.reading, config=self.config, max_new=self.max_new)
+        _advance.lower(*self.reading[:2], state, np.int32(0), *self.choosing, nucleus=self.nucleus).compile()
+
+    def read(self) -> State:
+        """Read the prompts; give the state before the first new token."""
+        return _read(*self.reading, config=self.config, max_new=self.max_new)
+
+    def advance(self, state: State, until: int) -> State:
+        """Add tokens until each row has `until`, or has ended. The state that is given is used up."""
+        end = np.int32(min(until, self.max_new))
+        return _advance(*self.reading[:2], state, end, *self.choosing, nucleus=self.nucleus)
+
+
+def start(
+    apply: Callable[..., Any],
+    variables: Any,
+    prompts: Sequence[Sequence[int]],
+    config: LlamaConfig,
+    *,
+    max_new: int,
+    eos_id: int | None = None,
+    temperature: float = 0.0,
+    top_p: float = 1.0,
+    key: Array | None = None,
+    bucket: int = 64,
+) -> Generation:
+    """Lay prompts out for `generate`, whose arguments these are; nothing is compiled or run yet."""
     _check(prompts, config, max_new, temperature, top_p, key)
     longest = max(len(prompt) for prompt in prompts)
     length = min(-(-longest // bucket) * bucket, config.max_len - max_new + 1)
@@ -63,22 +134,33 @@ def generate(
         # Padding goes to the left, so that every row's last token sits in the same column.
         tokens_BxP[row, length - len(prompt) :] = prompt
         positions_BxP[row, length - len(prompt) :] = np.arange(len(prompt))
-    new_BxM, lengths_B = _loop(
-        apply,
-        variables,
-        jnp.asarray(tokens_BxP),
-        jnp.asarray(positions_BxP),
-        # No token has id -1, so that without an end every row runs to max_new, by the same program.
-        jnp.asarray(-1 if eos_id is None else eos_id, jnp.int32),
-        jnp.asarray(temperature, jnp.float32),
-        jnp.asarray(top_p, jnp.float32),
-        key if temperature else None,
-        config=config,
-        max_new=max_new,
-        nucleus=top_p < 1,
+    # No token has id -1, so that without an end every row runs to max_new, by the same program.
+    end = np.int32(-1 if eos_id is None else eos_id)
+    return Generation(
+        (apply, variables, tokens_BxP, positions_BxP),
+        (end, np.float32(temperature), np.float32(top_p), key if temperature else None),
+        config,
+        max_new,
+        top_p < 1,
     )
-    lengths = np.asarray(lengths_B)
-    return [row[:n].tolist() for row, n in zip(np.asarray(new_BxM), lengths, strict=True)]
+
+
+def pieces(going: Generation, state: State, chunk: int) -> Iterator[list[list[int]]]:
+    """Give each row's new tokens after the prompts are read: the first alone, then `chunk` at a time."""
+    given = 0
+    while given < going.max_new:
+        until = chunk * (given // chunk + 1) if given else 1
+        state = going.advance(state, until)
+        yield [row[given:] for row in tokens_of(state)]
+        if np.all(state["done_B"]):
+            return
+        given = until
+
+
+def tokens_of(state: State) -> list[list[int]]:
+    """Give each row's new tokens so far."""
+    lengths = np.asarray(state["lengths_B"])
+    return [row[:n].tolist() for row, n in zip(np.asarray(state["new_BxM"]), lengths, strict=True)]
 
 
 def sample(key: Array, logits_V: Array, temperature: Array, top_p: Array | None = None) -> Array:
@@ -99,28 +181,48 @@ def sample(key: Array, logits_V: Array, temperature: Array, top_p: Array | None 
     return jax.random.categorical(key, logits_V)
 
 
-@partial(jax.jit, static_argnums=0, static_argnames=("config", "max_new", "nucleus"))
-def _loop(
+@partial(jax.jit, static_argnums=0, static_argnames=("config", "max_new"))
+def _read(
     apply: Callable[..., Any],
     variables: Any,
     tokens_BxP: Array,
     positions_BxP: Array,
+    *,
+    config: LlamaConfig,
+    max_new: int,
+) -> State:
+    B, P = tokens_BxP.shape
+    cache = init_cache(config, B, 0 if P > 1 else max_new)
+    if P > 1:
+        # All but the last prompt token. Nothing reads these logits, so the compiler drops their product
+        # with the vocabulary; the loop's first step gives the first ones that are wanted.
+        _, cache = apply(variables, tokens_BxP[:, :-1], positions_BxP[:, :-1], cache=cache)
+        cache = lengthen(cache, max_new)
+    return {
+        "step": jnp.zeros((), jnp.int32),
+        "last_Bx1": tokens_BxP[:, -1:],
+        "position_Bx1": positions_BxP[:, -1:],
+        "cache": cache,
+        "new_BxM": jnp.zeros((B, max_new), jnp.int32),
+        "lengths_B": jnp.zeros(B, jnp.int32),
+        "done_B": jnp.zeros(B, bool),
+    }
+
+
+@partial(jax.jit, static_argnums=0, static_argnames="nucleus", donate_argnums=2)
+def _advance(
+    apply: Callable[..., Any],
+    variables: Any,
+    state: State,
+    until: Array,
     eos_id: Array,
     temperature: Array,
     top_p: Array,
     key: Array | None,
     *,
-    config: LlamaConfig,
-    max_new: int,
     nucleus: bool,
-) -> tuple[Array, Array]:
-    B, P = tokens_BxP.shape
-    # The barrier hides that the cache is empty: XLA would spend seconds on folding attention to zeros.
-    cache = lax.optimization_barrier(init_cache(config, B, P - 1 + max_new))
-    if P > 1:
-        # All but the last prompt token. Nothing reads these logits, so the compiler drops their product
-        # with the vocabulary; the loop's first step gives the first ones that are wanted.
-        _, cache = apply(variables, tokens_BxP[:, :-1], positions_BxP[:, :-1], cache=cache)
+) -> State:
+    B = len(state["done_B"])
 
     def choose(step: Array, logits_BxV: Array) -> Array:
         if key is None:
@@ -130,36 +232,24 @@ def _loop(
         draw = partial(sample, temperature=temperature, top_p=top_p if nucleus else None)
         return jax.vmap(draw)(keys_B, logits_BxV)
 
-    def go_on(state: dict[str, Any]) -> Array:
-        return (state["step"] < max_new) & ~jnp.all(state["done_B"])
+    def go_on(state: State) -> Array:
+        return (state["step"] < until) & ~jnp.all(state["done_B"])
 
-    def advance(state: dict[str, Any]) -> dict[str, Any]:
+    def one(state: State) -> State:
         step, done_B = state["step"], state["done_B"]
-        position_Bx1 = positions_BxP[:, -1:] + step
-        logits_Bx1xV, cache = apply(variables, state["last_Bx1"], position_Bx1, cache=state["cache"])
+        logits_Bx1xV, cache = apply(variables, state["last_Bx1"], state["position_Bx1"], cache=state["cache"])
         token_B = choose(step, logits_Bx1xV[:, 0]).astype(jnp.int32)
         return {
             "step": step + 1,
             "last_Bx1": token_B[:, None],
+            "position_Bx1": state["position_Bx1"] + 1,
             "cache": cache,
             "new_BxM": lax.dynamic_update_slice(state["new_BxM"], token_B[:, None], (0, step)),
             "lengths_B": state["lengths_B"] + ~done_B,
             "done_B": done_B | (token_B == eos_id),
         }
 
-    end: dict[str, Any] = lax.while_loop(
-        go_on,
-        advance,
-        {
-            "step": jnp.zeros((), jnp.int32),
-            "last_Bx1": tokens_BxP[:, -1:],
-            "cache": cache,
-            "new_BxM": jnp.zeros((B, max_new), jnp.int32),
-            "lengths_B": jnp.zeros(B, jnp.int32),
-            "done_B": jnp.zeros(B, bool),
-        },
-    )
-    return end["new_BxM"], end["lengths_B"]
+    return lax.while_loop(go_on, one, state)
 
 
 def _check(

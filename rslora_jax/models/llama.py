@@ -17,10 +17,21 @@ import jax.numpy as jnp
 from flax import linen as nn
 from jax import lax
 
-from rslora_jax.models.attention import Array, Cache, attend, extend, init_cache, rotary, rotate, visible, within
+from rslora_jax.models.attention import (
+    Array,
+    Cache,
+    attend,
+    extend,
+    init_cache,
+    lengthen,
+    rotary,
+    rotate,
+    visible,
+    within,
+)
 from rslora_jax.models.llama_config import REMAT_POLICIES, LlamaConfig
 
-__all__ = ["REMAT_POLICIES", "Llama", "LlamaConfig", "init_cache"]
+__all__ = ["REMAT_POLICIES", "Llama", "LlamaConfig", "init_cache", "lengthen"]
 
 # Where the weights lie on a mesh (`rslora_jax.sharding.param_shardings`): those that widen are split by column,
 # those that narrow by row, so that a layer needs one sum over "tensor" for each pair; the rest of each by "fsdp".
@@ -205,13 +216,15 @@ class Llama(nn.Module):
         cache. `segments_BxT` (int) keeps packed documents apart: a token sees its own segment only.
 
         Raises `ValueError` for more tokens than `config.max_len` or than the cache holds, and for segments
-        with a cache. Writing past the cache's end over several calls gives NaN, as no shape shows it.
+        with a cache. Writing past the cache's end over several calls gives NaN, as no shape shows it. A cache
+        of no slots comes back with T: so a prompt is read without attention to empty slots.
         """
         (B, T), c = tokens_BxT.shape, self.config
         if c.max_len < T:
             raise ValueError(f"{T} tokens are more than max_len={c.max_len}: cut them or raise max_len")
+        slots = 0 if cache is None else cache["positions"].shape[1]
         if positions_BxT is None:
-            first_Bx1 = 0 if cache is None else cache["positions"].max(axis=1, keepdims=True) + 1
+            first_Bx1 = 0 if not slots else cache["positions"].max(axis=1, keepdims=True) + 1
             positions_BxT = jnp.broadcast_to(first_Bx1 + jnp.arange(T, dtype=jnp.int32), (B, T))
         keys = {"new": positions_BxT} | ({} if cache is None else {"cached": cache["positions"]})
         masks: dict[str, Any] = {name: visible(positions_BxT, keys_BxS) for name, keys_BxS in keys.items()}
@@ -228,11 +241,11 @@ class Llama(nn.Module):
         cached = None
         x_BxTxD = self.embed(tokens_BxT)
         if cache is not None:
-            slots = cache["positions"].shape[1]
-            if slots < T:
+            if 0 < slots < T:
                 raise ValueError(f"{T} tokens do not fit a cache of {slots}: call init_cache with more")
             cached = {"k": cache["k"], "v": cache["v"]}
-            x_BxTxD = jnp.where(cache["index"] + T <= slots, x_BxTxD, jnp.nan)
+            if slots:
+                x_BxTxD = jnp.where(cache["index"] + T <= slots, x_BxTxD, jnp.nan)
         rope = rotary(positions_BxT, c.head_dim, c.rope_base, c.rope_scaling)
         x_BxTxD, new = self._run_layers(x_BxTxD, rope, masks, cached)
         x_BxTxD = self.norm(x_BxTxD)

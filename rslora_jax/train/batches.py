@@ -74,9 +74,13 @@ class Statistics:
 
 @dataclass(frozen=True, eq=False)
 class Rows:
-    """Hold encoded examples and which of them share each row, ready to be batched. See `prepare`."""
+    """Hold encoded examples and which of them share each row, ready to be batched. See `prepare`.
+
+    `owners` says of which example, by number, each sequence is.
+    """
 
     sequences: tuple[Encoded, ...]
+    owners: tuple[int, ...]
     rows: tuple[tuple[int, ...], ...]
     max_len: int
     pad_id: int
@@ -123,12 +127,13 @@ def prepare(
     if not examples:
         raise ValueError("there are no examples to prepare; give at least one")
     tokens = tokenise(tokenizer, examples, workers=workers, cache=cache, progress=progress)
-    sequences = tuple(
-        short
-        for example, found in zip(examples, tokens.by_example(), strict=True)
+    owned = [
+        (owner, short)
+        for owner, (example, found) in enumerate(zip(examples, tokens.by_example(), strict=True))
         for whole in found
         for short in (windows(whole, max_len + 1) if example.prompt == "" else [cut(whole, max_len + 1)])
-    )
+    ]
+    owners, sequences = zip(*owned, strict=True)
     lengths = [len(encoded.ids_N) - 1 for encoded in sequences]
     rows = tuple(pack(lengths, max_len, seed=seed)) if packed else tuple((i,) for i in range(len(sequences)))
     statistics = Statistics(
@@ -143,7 +148,7 @@ def prepare(
         completions_cut=sum(encoded.cut[1] > 0 for encoded in sequences),
         tokens_cut=sum(sum(encoded.cut) for encoded in sequences),
     )
-    return Rows(sequences, rows, max_len, tokenizer.pad_id, statistics)
+    return Rows(sequences, owners, rows, max_len, tokenizer.pad_id, statistics)
 
 
 def train_batches(rows: Rows, *, batch_size: int, seed: int = 0, share: slice | None = None) -> grain.MapDataset[Batch]:

@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from rslora_jax.models.generate import _loop, generate
+from rslora_jax.models.generate import _read, generate, start, stream, tokens_of
 from rslora_jax.models.layout import stack_layers
 from rslora_jax.models.llama import Llama, LlamaConfig
 
@@ -98,17 +98,59 @@ def test_other_prompts_weights_and_temperatures_share_one_program(variables):
 
 
 def test_the_prompt_is_read_without_a_product_with_the_vocabulary(variables):
-    P = 16
-    args = (
-        MODEL.apply,
-        variables,
-        jnp.zeros((2, P), jnp.int32),
-        jnp.zeros((2, P), jnp.int32),
-        *(jnp.int32(-1), jnp.float32(0), jnp.float32(1), None),
+    going = start(MODEL.apply, variables, [[1] * 16, [2]], CONFIG, max_new=3, bucket=16)
+    reading = _read.lower(*going.reading, config=CONFIG, max_new=3).compile().as_text()
+    assert "f32[2,15,24]" in reading or "f32[30,24]" in reading  # the layers' own products are there
+    assert not any(f"f32[{shape},97]" in reading for shape in ("2,15", "30", "2,1", "2"))
+
+
+@pytest.mark.parametrize("options", [{}, {"temperature": 2.0, "key": jax.random.key(3), "top_p": 0.9}])
+def test_a_stream_gives_the_same_tokens_by_the_same_program(variables, options):
+    traces = []
+
+    def apply(*args, **kwargs):
+        traces.append(1)
+        return MODEL.apply(*args, **kwargs)
+
+    eos_id = generate(apply, variables, PROMPTS, CONFIG, max_new=11, bucket=16, **options)[0][6]
+    whole = generate(apply, variables, PROMPTS, CONFIG, max_new=11, bucket=16, eos_id=eos_id, **options)
+    assert len(whole[0]) <= 7 < max(map(len, whole))
+    seen = len(traces)
+    for chunk in (1, 3, 4, 11, 99):
+        rows, sizes = [[] for _ in PROMPTS], []
+        for piece in stream(
+            apply, variables, PROMPTS, CONFIG, max_new=11, bucket=16, chunk=chunk, eos_id=eos_id, **options
+        ):
+            sizes.append(max(map(len, piece)))
+            rows = [row + new for row, new in zip(rows, piece, strict=True)]
+        assert rows == whole
+        assert sizes[0] == 1 and max(sizes) <= chunk
+    assert len(traces) == seen
+
+
+def test_a_stream_stops_when_all_rows_have_ended(variables):
+    eos_id = generate(MODEL.apply, variables, PROMPTS[:1], CONFIG, max_new=11, bucket=16)[0][0]
+    pieces = list(stream(MODEL.apply, variables, PROMPTS[:1], CONFIG, max_new=11, bucket=16, chunk=2, eos_id=eos_id))
+    assert pieces == [[[eos_id]]]
+
+
+def test_compiling_ahead_leaves_nothing_to_compile(variables):
+    traces, compiled = [], []
+
+    def apply(*args, **kwargs):
+        traces.append(1)
+        return MODEL.apply(*args, **kwargs)
+
+    going = start(apply, variables, PROMPTS, CONFIG, max_new=5, bucket=16)
+    going.compile()
+    seen = len(traces)
+    jax.monitoring.register_event_duration_secs_listener(
+        lambda event, seconds, **_: compiled.append(event) if "backend_compile" in event else None
     )
-    program = _loop.lower(*args, config=CONFIG, max_new=3, nucleus=False).compile().as_text()
-    assert "f32[2,1,97]" in program or "f32[2,97]" in program
-    assert f"f32[2,{P - 1},97]" not in program and f"f32[{2 * (P - 1)},97]" not in program
+    state = going.advance(going.read(), 5)
+    assert not compiled and len(traces) == seen
+    assert tokens_of(state) == generate(MODEL.apply, variables, PROMPTS, CONFIG, max_new=5, bucket=16)
+    assert compiled  # of another `apply`, so that the listener is known to listen
 
 
 def test_mistakes_are_named(variables):

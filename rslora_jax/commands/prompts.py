@@ -1,0 +1,112 @@
+"""The prompts of `rslora generate`: where they come from, and their tokens."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from rslora_jax.train.examples import ROLES
+
+Prompt = str | tuple[Mapping[str, str], ...]  # text, or the turns of a chat
+
+
+def read_prompts(path: str) -> list[Prompt]:
+    """Read prompts from a file: of JSON objects (.jsonl, .json), one a line, or of lines of text.
+
+    An object has "prompt", "question" or "messages"; its other keys are not read. A chat that ends with the
+    assistant is asked again: that last turn is not part of the prompt. So a file to train on is one of prompts too.
+
+    Raises:
+      ValueError: the file cannot be read, has no prompt, or a line that is none.
+
+    >>> import tempfile
+    >>> file = Path(tempfile.mkdtemp(), "two.jsonl")
+    >>> _ = file.write_text('{"prompt": "2 + 2 ="}\\n{"messages": [{"role": "user", "content": "Hi"}]}\\n')
+    >>> read_prompts(str(file))
+    ['2 + 2 =', ({'role': 'user', 'content': 'Hi'},)]
+    """
+    try:
+        lines = Path(path).read_bytes().removeprefix(b"\xef\xbb\xbf").decode("utf-8").split("\n")
+    except OSError as error:
+        raise ValueError(f"{path} cannot be read ({(error.strerror or str(error)).lower()})") from error
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path} is not UTF-8 at byte {error.start + 1}: save the file as UTF-8") from error
+    filled = [(n, line.removesuffix("\r")) for n, line in enumerate(lines, start=1) if line.strip()]
+    if not filled:
+        raise ValueError(f"{path} holds no prompt: write one a line")
+    if Path(path).suffix.lower() not in (".jsonl", ".json"):
+        return [line for _, line in filled]
+    return [parse(line, f"{path}:{n}") for n, line in filled]
+
+
+def parse(line: str, where: str) -> Prompt:
+    """Read one line of JSON."""
+    try:
+        record = json.loads(line)
+    except (json.JSONDecodeError, RecursionError) as error:
+        raise ValueError(f"{where} is not JSON: write one whole JSON object on each line") from error
+    found = [key for key in ("prompt", "question", "messages") if isinstance(record, dict) and key in record]
+    if len(found) != 1:
+        raise ValueError(f'{where} is not {{"prompt": ...}}, {{"question": ...}} or {{"messages": [...]}}: write one')
+    value = record[found[0]]
+    if found == ["messages"]:
+        return chat(value, where)
+    if not isinstance(value, str) or not value.strip():
+        raise ValueError(f'{where} has "{found[0]}" that is no text: fill it in')
+    return value
+
+
+def chat(value: Any, where: str) -> tuple[Mapping[str, str], ...]:
+    """Check the turns of a chat."""
+    turns = value if isinstance(value, list) else []
+    fine = lambda turn: (
+        isinstance(turn, dict)
+        and set(turn) == {"role", "content"}
+        and turn["role"] in ROLES
+        and isinstance(turn["content"], str)
+    )
+    if not all(map(fine, turns)):
+        raise ValueError(f'{where} has a message that is not {{"role", "content"}} with a role of {", ".join(ROLES)}')
+    if turns and turns[-1]["role"] == "assistant":
+        turns = turns[:-1]
+    if not turns:
+        raise ValueError(f'{where} has "messages" without one to answer: write a list of {{role, content}}')
+    return tuple(turns)
+
+
+def prompt_ids(tokenizer: Any, prompt: Prompt, *, plain: bool) -> list[int]:
+    """Give a prompt's tokens, by the chat template where there is one and `plain` is not asked for.
+
+    Without one, text stands as it is, and a chat of one question gets a newline after it, as in training.
+
+    Raises:
+      ValueError: the prompt is empty, or a chat of several turns that no template writes out.
+
+    >>> from rslora_jax.train.bytelevel import ByteTokenizer
+    >>> prompt_ids(ByteTokenizer(), "ab", plain=False)
+    [97, 98]
+    """
+    if not prompt or (isinstance(prompt, str) and not prompt.strip()):
+        raise ValueError("a prompt is empty: give at least a word")
+    if not plain and tokenizer.chat_template is not None:
+        turns = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else [dict(turn) for turn in prompt]
+        return tokenizer.encode(tokenizer.chat(turns, add_generation_prompt=True))
+    if isinstance(prompt, str):
+        return tokenizer.encode(prompt)
+    if [turn["role"] for turn in prompt] != ["user"]:
+        raise ValueError("a chat of several turns needs a chat template: leave out --plain, or take a model with one")
+    return tokenizer.encode(prompt[0]["content"] + "\n")
+
+
+def batches(prompts: Sequence[list[int]], size: int) -> Iterator[tuple[list[list[int]], int]]:
+    """Give batches of `size` prompts and how many are real: the last is filled up, so that all are of one shape.
+
+    >>> list(batches([[1], [2], [3]], 2))
+    [([[1], [2]], 2), ([[3], [3]], 1)]
+    """
+    size = min(size, len(prompts))
+    for first in range(0, len(prompts), size):
+        real = list(prompts[first : first + size])
+        yield real + real[-1:] * (size - len(real)), len(real)

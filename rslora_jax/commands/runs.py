@@ -1,0 +1,129 @@
+"""A base model and the adapters of runs that were trained on it, as the commands take them."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+
+from rslora_jax import checkpoint
+from rslora_jax.config import LoraConfig
+from rslora_jax.interop.load import load_model
+from rslora_jax.models.llama import Llama, LlamaConfig
+from rslora_jax.wrap import Adapters, Lora, wrap
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Run:
+    """The adapters of one run, and the function that takes them."""
+
+    name: str
+    step: int
+    config: LoraConfig
+    lora: Lora
+    adapters: Adapters
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Loaded:
+    """A base, and runs on it. Runs whose adapters have the same shapes share one `Lora`, hence what is compiled."""
+
+    config: LlamaConfig
+    variables: dict[str, Any]
+    tokenizer: Any
+    runs: tuple[Run, ...]
+    settings: Mapping[str, Any]  # what the first run was started with
+
+
+def load(runs: Sequence[str], *, model: str | None = None, step: str = "last", dtype: str | None = None) -> Loaded:
+    """Load the base of some runs, and their adapters.
+
+    Args:
+      runs: their folders; none for the base alone.
+      model: where the base is; by default where the runs say they found it, SmolLM2 where there are none.
+      step: "last", "best" or a number.
+      dtype: what to compute in; by default what the first run was trained in.
+
+    Raises:
+      ValueError: a folder has no such checkpoint, it is damaged or another base's, or there is no such model.
+    """
+    settings = [checkpoint.load_about(folder).get("settings", {}) for folder in runs]
+    first = settings[0] if settings else {}
+    others = [folder for folder, its in zip(runs, settings, strict=True) if its.get("model") != first.get("model")]
+    if model is None and others:
+        raise ValueError(f"{others[0]} was trained on another model than {runs[0]}: say with --model where theirs is")
+    # The adapters' base is checked bit for bit, so it is held in the dtype it was trained in.
+    config, variables, tokenizer = load_model(
+        model or first.get("model"),
+        param_dtype=first.get("param_dtype", "float32") if runs else dtype or "float32",
+        dtype=dtype or first.get("dtype", "float32"),
+    )
+    apply, loras, loaded = Llama(config).apply, list[Lora](), []
+    for folder in runs:
+        lora_config, adapters = checkpoint.load_adapters(folder, params=variables, step=numbered(step))
+        lora = wrap(apply, variables, jax.ShapeDtypeStruct((1, 8), "int32"), config=lora_config)
+        lora.check(variables, adapters)
+        known = next((other for other in loras if same_shapes(other, lora)), lora)
+        loras.append(known)
+        at = int(checkpoint.find(Path(folder).absolute(), numbered(step)).name)
+        loaded.append(Run(folder, at, lora_config, known, rescaled(adapters, lora, known)))
+    return Loaded(config, variables, tokenizer, tuple(loaded), first)
+
+
+def program(loaded: Loaded, run: Run | None, *, merged: bool = False) -> tuple[Callable[..., Any], Any]:
+    """Give (apply, variables) of a run, or of the base: `apply(variables, tokens, ...)` is the model.
+
+    With adapters the variables are (base, adapters). The base beside runs goes by the first one's program, with
+    adapters of zeros: it is the base to the bit, and nothing more is compiled.
+    """
+    if merged and run:
+        return Llama(loaded.config).apply, run.lora.merge(loaded.variables, run.adapters)
+    if run:
+        return adapted(run.lora), (loaded.variables, run.adapters)
+    if loaded.runs:
+        first = loaded.runs[0]
+        return adapted(first.lora), (loaded.variables, jax.tree.map(np.zeros_like, first.adapters))
+    return Llama(loaded.config).apply, loaded.variables
+
+
+@functools.lru_cache(maxsize=8)
+def adapted(lora: Lora) -> Callable[..., Any]:
+    """Give `lora.apply` as a function of ((base, adapters), ...), the same one for the same `Lora`."""
+    return lambda both, *args, **kwargs: lora.apply(*both, *args, **kwargs)
+
+
+def numbered(step: str) -> Any:
+    """Read the flag --step."""
+    if step in ("last", "best"):
+        return step
+    if not step.isdecimal():
+        raise ValueError(f"--step {step} is neither last, best nor a number")
+    return int(step)
+
+
+def same_shapes(one: Lora, other: Lora) -> bool:
+    """Say whether two have the same adapters, but for what their factors are."""
+    plain = lambda lora: [dataclasses.replace(site, alpha=1.0, gamma=1.0) for site in lora.sites.values()]
+    return plain(one) == plain(other) and one.config.dtype == other.config.dtype
+
+
+def rescaled(adapters: Mapping[str, Any], lora: Lora, other: Lora) -> Adapters:
+    """Give adapters that do in another `Lora` what these do in theirs: gamma is in the program, B is an array.
+
+    The same numbers where the gammas are the same.
+    """
+    ratio = {path: site.gamma / other.sites[path].gamma for path, site in lora.sites.items()}
+    return {
+        path: {"a": factors["a"], "b": factors["b"] if ratio[path] == 1 else scale(factors["b"], ratio[path])}
+        for path, factors in adapters.items()
+    }
+
+
+def scale(b: Any, ratio: float) -> np.ndarray:
+    """Multiply once, in float32, and round to the dtype of `b`."""
+    return (np.asarray(b, np.float32) * np.float32(ratio)).astype(b.dtype)
