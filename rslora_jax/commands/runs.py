@@ -118,10 +118,11 @@ def rescaled(adapters: Mapping[str, Any], lora: Lora, other: Lora) -> Adapters:
     The same numbers where the gammas are the same.
     """
     ratio = {path: site.gamma / other.sites[path].gamma for path, site in lora.sites.items()}
-    return {
+    scaled: dict[str, Any] = {
         path: {"a": factors["a"], "b": factors["b"] if ratio[path] == 1 else scale(factors["b"], ratio[path])}
         for path, factors in adapters.items()
     }
+    return scaled
 
 
 def scale(b: Any, ratio: float) -> np.ndarray:

@@ -224,7 +224,7 @@ class Llama(nn.Module):
             raise ValueError(f"{T} tokens are more than max_len={c.max_len}: cut them or raise max_len")
         slots = 0 if cache is None else cache["positions"].shape[1]
         if positions_BxT is None:
-            first_Bx1 = 0 if not slots else cache["positions"].max(axis=1, keepdims=True) + 1
+            first_Bx1 = 0 if cache is None or not slots else cache["positions"].max(axis=1, keepdims=True) + 1
             positions_BxT = jnp.broadcast_to(first_Bx1 + jnp.arange(T, dtype=jnp.int32), (B, T))
         keys = {"new": positions_BxT} | ({} if cache is None else {"cached": cache["positions"]})
         masks: dict[str, Any] = {name: visible(positions_BxT, keys_BxS) for name, keys_BxS in keys.items()}

@@ -15,7 +15,7 @@ from rslora_jax.models.llama import Llama
 from rslora_jax.train import score
 from rslora_jax.train.encode import encode_example
 
-pytestmark = pytest.mark.usefixtures("compile_fast")
+pytestmark = [pytest.mark.usefixtures("compile_fast"), pytest.mark.by_day_on("oldest")]
 
 
 def by_hand(place, variables, chosen, max_len):

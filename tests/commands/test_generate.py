@@ -16,7 +16,7 @@ from rslora_jax.train.bytelevel import ByteTokenizer
 
 from .conftest import tiny_model
 
-pytestmark = pytest.mark.usefixtures("compile_fast")
+pytestmark = [pytest.mark.usefixtures("compile_fast"), pytest.mark.by_day_on("newest")]
 NEW = ["--max-new", "9"]
 
 
@@ -75,7 +75,7 @@ def test_draws_follow_the_seed_and_top_p(place, capsys):
         return answered(place, capsys, place.folder / "one", "--prompt", "hi", "--temperature", "2", *flags).out.strip()
 
     first = draw()
-    assert first == draw("--seed", "0") != draw("--seed", "1")
+    assert first != draw("--seed", "1")
     key = jax.random.fold_in(jax.random.key(0), 0)
     assert first == by_hand(place, "<u>hi<a>", "one", temperature=2.0, key=key)
     greedy = by_hand(place, "<u>hi<a>", "one")
