@@ -1,6 +1,6 @@
 """Measure generation beside transformers on torch: SmolLM2-135M, float32, the same file, prompts and greedy tokens.
 
-    python scripts/generate_speed.py [--batches 1,8] [--prompt 128] [--new 64] [--repeats 5] [--rank 32] [--no-torch] [--looped]
+    python scripts/generate_speed.py [--batches 1,8] [--prompt 128] [--new 64] [--repeats 5] [--no-torch] [--looped]
 
 Each way to generate takes its turn in every repeat, so that a slow minute meets all alike; medians with the least and
 the most. "Read" is the time to the first new token: the prompt, and one step. "Write" is the time for the others. torch
