@@ -36,10 +36,12 @@ def add(commands: Any) -> None:
         shown = f" (default {default})" if kind else ""
         group.add_argument(flag, default=default, help=text + shown, **{**kind, **options})
 
-    evaluate.add_argument("folders", nargs="*", metavar="RUN", help="folders of runs (default: the base model alone)")
+    evaluate.add_argument(
+        "folders", nargs="*", metavar="FOLDER", help="folders of runs or of PEFT (default: the base model alone)"
+    )
     what = evaluate.add_argument_group("models")
     add(what, "--model", None, "the base, where it is not where the first run found it", metavar="FILE")
-    add(what, "--step", "last", "checkpoint of each run: last, best or the number of a step", metavar="STEP")
+    add(what, "--step", None, "checkpoint of each run (default: the last)", metavar="last|best|N")
     dtype = "dtype to compute in (default: the first run's, or float32)"
     add(what, "--dtype", None, dtype, choices=("float32", "bfloat16"))
     data = evaluate.add_argument_group("data")
@@ -193,7 +195,7 @@ def show(found: Sequence[Mapping[str, Any]]) -> None:
         based = "step" not in record
         cells = [
             record["model"],
-            "" if based else str(record["step"]),
+            "" if based or record["step"] is None else str(record["step"]),
             "" if based else str(record["rank"]),
             with_error(record["perplexity"], record["perplexity_error"], 2),
             with_error(record["loss"], record["loss_error"], 4),

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import re
 import shlex
 from collections.abc import Sequence
 from pathlib import Path
@@ -27,11 +26,11 @@ def add(commands: Any) -> None:
         epilog=EXAMPLES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    command.add_argument("folder", metavar="RUN", help="folder of a run, as `rslora train --out` made it")
+    command.add_argument("folder", metavar="FOLDER", help="of a run, of one of its checkpoints, or of PEFT")
     command.add_argument("--out", required=True, help="folder to make", metavar="FOLDER")
     target = "who is to read it: vllm gets one rank and one scale (default peft)"
     command.add_argument("--for", dest="target", default="peft", choices=("peft", "vllm"), help=target)
-    command.add_argument("--step", default="last", help="checkpoint: last, best or a number (default last)")
+    command.add_argument("--step", metavar="last|best|N", help="which checkpoint (default: the last)")
     dtypes = ("float32", "bfloat16", "float16")
     command.add_argument("--dtype", default="float32", choices=dtypes, help="dtype to write (default float32)")
     command.add_argument("--model", help="where the base is now (default: where the run had it)", metavar="MODEL")
@@ -42,36 +41,22 @@ def add(commands: Any) -> None:
 
 def run(arguments: argparse.Namespace, argv: Sequence[str] | None) -> int:
     """Run `rslora export`."""
-    import jax
     from absl import logging
 
-    import rslora_jax as rslora
-    from rslora_jax import checkpoint
     from rslora_jax.interop import peft
-    from rslora_jax.interop.load import load_model
+    from rslora_jax.interop.opened import attach, load_base, open_adapters, parse_step
     from rslora_jax.interop.whole import check_free
-    from rslora_jax.models.llama import Llama
 
     logging.set_verbosity(logging.ERROR)
     a = arguments
     check_free(a.out)
-    if a.step not in ("last", "best") and not a.step.isdecimal():
-        raise ValueError(f"--step {a.step} is neither last, best nor a number")
-    step = int(a.step) if a.step.isdecimal() else a.step
-    config, adapters = checkpoint.load_adapters(a.folder, step=step)
-    settings = checkpoint.load_about(a.folder)["settings"]
-    where = a.model or settings.get("model")
+    opened = open_adapters(a.folder, step=parse_step(a.step))
+    where = a.model or opened.settings.get("model")
     print(f"reading {where or 'SmolLM2'}", flush=True)
-    model_config, variables, _ = load_model(
-        where,
-        scan_layers=not any(re.search(r"(^|/)layers_\d+/", path) for path in adapters),
-        param_dtype=settings.get("param_dtype", "float32"),
-    )
-    checkpoint.load_adapters(a.folder, params=variables, step=step)  # it must be the base they were trained on
-    shapes = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), variables)
-    lora = rslora.wrap(Llama(model_config).apply, shapes, jax.ShapeDtypeStruct((1, 8), "int32"), config=config)
+    lora, _, adapters, replaced = attach(opened, load_base(opened, a.model))
     base = a.base_model or base_name(where)
-    peft.save_peft(a.out, lora, adapters, base_model=base, for_vllm=a.target == "vllm", dtype=a.dtype)
+    options = {"base_model": base, "for_vllm": a.target == "vllm", "dtype": a.dtype, "replaced": replaced}
+    peft.save_peft(a.out, lora, adapters, **options)
     print(f"wrote {a.out}: {lora.num_parameters:,} numbers in {len(lora.sites)} adapters, for {base or 'its base'}")
     if a.target == "vllm":
         rank, out = peft.check_vllm(a.out), shlex.quote(f"{Path(a.out).name}={Path(a.out).absolute()}")
@@ -83,9 +68,9 @@ def run(arguments: argparse.Namespace, argv: Sequence[str] | None) -> int:
 def base_name(model: str | None) -> str | None:
     """Say what PEFT calls a model; a GGUF file is nothing that it loads.
 
-    >>> base_name(None), base_name("my.gguf")
+    >>> base_name("smollm2"), base_name("my.gguf")
     ('HuggingFaceTB/SmolLM2-135M-Instruct', None)
     """
-    if model is None:
+    if model in (None, "smollm2"):
         return "HuggingFaceTB/SmolLM2-135M-Instruct"
     return None if model.endswith(".gguf") else model

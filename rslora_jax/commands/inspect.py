@@ -33,7 +33,7 @@ def add(commands: Any) -> None:
         epilog=EXAMPLES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    inspect.add_argument("folder", metavar="FOLDER", help="folder of a run, or of one of its checkpoints")
+    inspect.add_argument("folder", metavar="FOLDER", help="of a run, of one of its checkpoints, or of PEFT")
     inspect.add_argument("--step", metavar="last|best|N", help="which checkpoint (default: the last)")
     base = "the base (default: what the run was started with)"
     inspect.add_argument("--model", metavar="MODEL", help=base)
@@ -54,7 +54,7 @@ def run(arguments: argparse.Namespace, argv: Sequence[str] | None) -> int:
 
 def inspect(a: argparse.Namespace) -> int:
     """Run `rslora inspect`."""
-    from rslora_jax.interop.opened import load_base, open_adapters, parse_step
+    from rslora_jax.interop.opened import attach, load_base, open_adapters, parse_step
 
     step = parse_step(a.step)
     if a.no_base and a.model:
@@ -72,11 +72,14 @@ def inspect(a: argparse.Namespace) -> int:
     known = not a.no_base and (a.model is not None or "model" in opened.settings)
     print(f"reading {opened.source}{f' and {base_name(a.model, opened.settings)}' if known else ''}", flush=True)
     found: dict[str, Any] = {"shapes": {path: s for path in opened.adapters if (s := opened.shape(path)) is not None}}
+    config, adapters = opened.config, opened.adapters
     if known:
-        model = load_base(opened, a.model)
-        found = {"sites": sites_of(model, opened), "weights": named_leaves(model[1])}
-    matrices = spectrum.measure(opened.config, opened.adapters, progress=progress_line("measuring"), **found)
-    about = describe(opened.config)
+        lora, variables, adapters, _ = attach(opened, load_base(opened, a.model))
+        config, found = lora.config, {"sites": lora.sites, "weights": named_leaves(variables)}
+    if config is None:
+        raise ValueError(f"{opened.source} is of PEFT, and is read beside its base: say with --model where that is")
+    matrices = spectrum.measure(config, adapters, progress=progress_line("measuring"), **found)
+    about = describe(config)
     print(about)
     show(*heatmap.summarise(matrices, every=a.all))
     print(total(matrices))
@@ -108,19 +111,6 @@ def home(source: Path) -> Path:
 def named(source: Path) -> str:
     """Say which checkpoint it is."""
     return f"step {source.name}: " if source.parent.name == "checkpoints" else ""
-
-
-def sites_of(model: Any, opened: Any) -> Any:
-    """Return the sites of adapters on a base that was loaded."""
-    import jax
-
-    import rslora_jax as rslora
-    from rslora_jax.models.llama import Llama
-
-    config, variables, _ = model
-    lora = rslora.wrap(Llama(config).apply, variables, jax.ShapeDtypeStruct((1, 8), "int32"), config=opened.config)
-    lora.check(variables, opened.adapters)
-    return lora.sites
 
 
 def describe(config: Any) -> str:

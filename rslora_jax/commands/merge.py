@@ -29,7 +29,7 @@ def add(commands: Any) -> None:
         epilog=EXAMPLES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    merge.add_argument("folder", metavar="RUN", help="folder of a run, or of one of its checkpoints")
+    merge.add_argument("folder", metavar="FOLDER", help="of a run, of one of its checkpoints, or of PEFT")
     merge.add_argument("--out", required=True, metavar="FOLDER", help="new folder to write")
     dtypes = ("bfloat16", "float16", "float32")
     merge.add_argument("--dtype", default="bfloat16", choices=dtypes, help="dtype to write (default bfloat16)")
@@ -51,39 +51,36 @@ def run(arguments: argparse.Namespace, argv: Sequence[str] | None) -> int:
 
 def merge(a: argparse.Namespace) -> int:
     """Run `rslora merge`."""
-    from rslora_jax.interop.opened import load_base, open_adapters, parse_step
+    from rslora_jax.interop.opened import attach, load_base, open_adapters, parse_step
     from rslora_jax.interop.safetensors import parse_size
     from rslora_jax.interop.whole import check_free
 
     step, size, out = parse_step(a.step), parse_size(a.max_shard_size), Path(a.out)
     check_free(out)
 
-    import jax
     from absl import logging
 
     logging.set_verbosity(logging.ERROR)  # grain and orbax warn through it of what no user here can act on
-    import rslora_jax as rslora
     from rslora_jax.checkpoint import size_of
+    from rslora_jax.interop.load import folder_of
     from rslora_jax.interop.merged import by_kind, meaning, together, write_merged
-    from rslora_jax.models.llama import Llama
     from rslora_jax.train.report import progress_line
 
     opened = open_adapters(a.folder, step=step)
     model = a.model or opened.settings.get("model")
     print(f"reading {opened.source} and {model or 'SmolLM2'}", flush=True)
-    config, variables, tokenizer = load_base(opened, a.model)
-    tokens = jax.ShapeDtypeStruct((1, 8), "int32")
-    lora = rslora.wrap(Llama(config).apply, variables, tokens, config=opened.config)
+    base = load_base(opened, a.model)
+    lora, variables, adapters, _ = attach(opened, base)
     try:
         roundings = write_merged(
             out,
             lora,
             variables,
-            opened.adapters,
-            config=config,
-            tokenizer=tokenizer,
+            adapters,
+            config=base.config,
+            tokenizer=base.tokenizer,
             dtype=a.dtype,
-            base=hf_folder(model),
+            base=folder_of(model),
             max_shard_size=size,
             progress=progress_line("merging"),
         )
@@ -95,11 +92,6 @@ def merge(a: argparse.Namespace) -> int:
     files = len(list(out.glob("*.safetensors")))
     print(f"wrote {out}: {a.dtype}, {files} file{'s' * (files > 1)} of weights, {size_of(out) / 1e6:,.1f} MB in all")
     return 0
-
-
-def hf_folder(model: str | None) -> Path | None:
-    """Return where a base's Hugging Face folder is, if it is one."""
-    return Path(model) if model and (Path(model) / "config.json").is_file() else None
 
 
 def show(roundings: Sequence[Any]) -> None:

@@ -5,17 +5,16 @@ from __future__ import annotations
 import dataclasses
 import functools
 from collections.abc import Callable, Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import jax
 import numpy as np
 
-from rslora_jax import checkpoint
 from rslora_jax.config import LoraConfig
 from rslora_jax.interop.load import load_model
+from rslora_jax.interop.opened import attach, load_base, open_adapters, parse_step
 from rslora_jax.models.llama import Llama, LlamaConfig
-from rslora_jax.wrap import Adapters, Lora, wrap
+from rslora_jax.wrap import Adapters, Lora
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -23,9 +22,10 @@ class Run:
     """The adapters of one run, and the function that takes them."""
 
     name: str
-    step: int
+    step: int | None  # of PEFT's folders there is none
     config: LoraConfig
     lora: Lora
+    variables: Any  # the base, with what the folder has in place of some of its weights
     adapters: Adapters
 
 
@@ -40,39 +40,35 @@ class Loaded:
     settings: Mapping[str, Any]  # what the first run was started with
 
 
-def load(runs: Sequence[str], *, model: str | None = None, step: str = "last", dtype: str | None = None) -> Loaded:
+def load(runs: Sequence[str], *, model: str | None = None, step: str | None = None, dtype: str | None = None) -> Loaded:
     """Load the base of some runs, and their adapters.
 
     Args:
-      runs: their folders; none for the base alone.
+      runs: their folders, of ours or of PEFT; none for the base alone.
       model: where the base is; by default where the runs say they found it, SmolLM2 where there are none.
-      step: "last", "best" or a number.
+      step: "last", "best" or a number; by default the last.
       dtype: what to compute in; by default what the first run was trained in.
 
     Raises:
       ValueError: a folder has no such checkpoint, it is damaged or another base's, or there is no such model.
     """
-    settings = [checkpoint.load_about(folder).get("settings", {}) for folder in runs]
-    first = settings[0] if settings else {}
-    others = [folder for folder, its in zip(runs, settings, strict=True) if its.get("model") != first.get("model")]
-    if model is None and others:
+    opened = [open_adapters(folder, step=parse_step(step)) for folder in runs]
+    first = opened[0].settings if opened else {}
+    others = [one.source for one in opened if model is None and one.settings.get("model") != first.get("model")]
+    if others:
         raise ValueError(f"{others[0]} was trained on another model than {runs[0]}: say with --model where theirs is")
-    # The adapters' base is checked bit for bit, so it is held in the dtype it was trained in.
-    config, variables, tokenizer = load_model(
-        model or first.get("model"),
-        param_dtype=first.get("param_dtype", "float32") if runs else dtype or "float32",
-        dtype=dtype or first.get("dtype", "float32"),
-    )
-    apply, loras, loaded = Llama(config).apply, list[Lora](), []
-    for folder in runs:
-        lora_config, adapters = checkpoint.load_adapters(folder, params=variables, step=numbered(step))
-        lora = wrap(apply, variables, jax.ShapeDtypeStruct((1, 8), "int32"), config=lora_config)
-        lora.check(variables, adapters)
+    if opened:
+        base = load_base(opened[0], model, dtype=dtype or first.get("dtype", "float32"))
+    else:
+        base = load_model(model, param_dtype=dtype or "float32", dtype=dtype or "float32")
+    loras, loaded = list[Lora](), []
+    for folder, one in zip(runs, opened, strict=True):
+        lora, variables, adapters, _ = attach(one, base)
         known = next((other for other in loras if same_shapes(other, lora)), lora)
         loras.append(known)
-        at = int(checkpoint.find(Path(folder).absolute(), numbered(step)).name)
-        loaded.append(Run(folder, at, lora_config, known, rescaled(adapters, lora, known)))
-    return Loaded(config, variables, tokenizer, tuple(loaded), first)
+        at = int(one.source.name) if one.source.parent.name == "checkpoints" else None
+        loaded.append(Run(folder, at, lora.config, known, variables, rescaled(adapters, lora, known)))
+    return Loaded(base.config, base.variables, base.tokenizer, tuple(loaded), first)
 
 
 def program(loaded: Loaded, run: Run | None, *, merged: bool = False) -> tuple[Callable[..., Any], Any]:
@@ -82,9 +78,9 @@ def program(loaded: Loaded, run: Run | None, *, merged: bool = False) -> tuple[C
     adapters of zeros: it is the base to the bit, and nothing more is compiled.
     """
     if merged and run:
-        return Llama(loaded.config).apply, run.lora.merge(loaded.variables, run.adapters)
+        return Llama(loaded.config).apply, run.lora.merge(run.variables, run.adapters)
     if run:
-        return adapted(run.lora), (loaded.variables, run.adapters)
+        return adapted(run.lora), (run.variables, run.adapters)
     if loaded.runs:
         first = loaded.runs[0]
         return adapted(first.lora), (loaded.variables, jax.tree.map(np.zeros_like, first.adapters))
@@ -95,15 +91,6 @@ def program(loaded: Loaded, run: Run | None, *, merged: bool = False) -> tuple[C
 def adapted(lora: Lora) -> Callable[..., Any]:
     """Give `lora.apply` as a function of ((base, adapters), ...), the same one for the same `Lora`."""
     return lambda both, *args, **kwargs: lora.apply(*both, *args, **kwargs)
-
-
-def numbered(step: str) -> Any:
-    """Read the flag --step."""
-    if step in ("last", "best"):
-        return step
-    if not step.isdecimal():
-        raise ValueError(f"--step {step} is neither last, best nor a number")
-    return int(step)
 
 
 def same_shapes(one: Lora, other: Lora) -> bool:

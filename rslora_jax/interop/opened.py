@@ -1,4 +1,4 @@
-"""Open a folder of adapters, and load the base that they belong to."""
+"""Open a folder of adapters, a run's or PEFT's, and put them on the base that they belong to."""
 
 from __future__ import annotations
 
@@ -6,12 +6,17 @@ import dataclasses
 import re
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
+
+import jax
 
 from rslora_jax import checkpoint
 from rslora_jax.checksum import checksums
 from rslora_jax.config import LoraConfig
-from rslora_jax.wrap import Adapters
+from rslora_jax.interop.load import load_model
+from rslora_jax.interop.model import Model
+from rslora_jax.models.llama import Llama
+from rslora_jax.wrap import Adapters, Lora, wrap
 
 Step = int | Literal["last", "best"]
 
@@ -22,14 +27,14 @@ class Opened:
 
     Attributes:
       source: the folder that was read.
-      config: their config.
-      adapters: the adapters, as numpy arrays.
+      config: their config; None for a PEFT folder, which gives modules and not weights before it has a base.
+      adapters: the adapters, as numpy arrays; empty for a PEFT folder.
       base: dtype, shape and checksum of each of the base's arrays (`checksum.checksums`); empty where unknown.
-      settings: what the run was started with; empty where unknown.
+      settings: what the run was started with; of a PEFT folder, "model" alone.
     """
 
     source: Path
-    config: LoraConfig
+    config: LoraConfig | None
     adapters: Adapters
     base: Mapping[str, str] = dataclasses.field(default_factory=dict)
     settings: Mapping[str, Any] = dataclasses.field(default_factory=dict)
@@ -40,8 +45,21 @@ class Opened:
         return tuple(int(n) for n in found[1].split(",") if n) if found else None
 
 
+class Attached(NamedTuple):
+    """Adapters on their base: `lora.apply(variables, adapters, tokens)` is the model.
+
+    `replaced` holds what a PEFT folder has in place of weights of the base (`modules_to_save`), by path; the variables
+    have it already.
+    """
+
+    lora: Lora
+    variables: Any
+    adapters: Adapters
+    replaced: Mapping[str, Any] = {}
+
+
 def open_adapters(folder: str | Path, *, step: Step | None = None) -> Opened:
-    """Open the folder of a run, or of one of its checkpoints (`run/checkpoints/<step>`).
+    """Open the folder of a run, of one of its checkpoints (`run/checkpoints/<step>`), or one that PEFT saved.
 
     Args:
       folder: where the adapters are.
@@ -51,46 +69,70 @@ def open_adapters(folder: str | Path, *, step: Step | None = None) -> Opened:
       ValueError: the folder holds no adapters, not that checkpoint, or a damaged one.
     """
     folder = Path(folder).absolute()
-    if folder.parent.name == "checkpoints" and folder.name.isdigit():
-        if step is not None:
-            raise ValueError(f"{folder} is one checkpoint: ask for a step of its run, {folder.parent.parent}")
-        folder, step = folder.parent.parent, int(folder.name)
+    single = (folder.parent.name == "checkpoints" and folder.name.isdigit()) or (folder / PEFT).is_file()
+    if single and step is not None:
+        raise ValueError(f"{folder} holds one state of adapters and no steps: leave --step out, or give the run")
     if not folder.is_dir():
-        raise ValueError(f"{folder} is not a folder: give that of a run, or of one of its checkpoints")
+        raise ValueError(f"{folder} is not a folder: give that of a run, of one of its checkpoints, or of PEFT")
+    if (folder / PEFT).is_file():
+        from rslora_jax.interop import peft
+
+        peft.check_files(folder)
+        model = peft.base_of(folder)
+        return Opened(folder, None, {}, settings={"model": model} if model else {})
+    if single:
+        folder, step = folder.parent.parent, int(folder.name)
     where = checkpoint.find(folder, step or "last")
     about = checkpoint.read_about(where)
     config, adapters = checkpoint.load_adapters(folder, step=int(where.name))
     return Opened(where, config, adapters, about["base"], about["settings"])
 
 
-def load_base(opened: Opened, model: str | Path | None = None) -> Any:
-    """Load the base in the layout and the dtype in which the adapters were trained on it, and check that it is it.
+PEFT = "adapter_config.json"
+
+
+def load_base(opened: Opened, model: str | Path | None = None, *, dtype: str = "float32") -> Model:
+    """Load the base in the layout and the dtype in which the adapters were trained on it.
 
     Args:
       opened: from `open_adapters`.
-      model: what `load_model` takes; by default what the run was started with.
-
-    Returns:
-      (config, variables, tokenizer), as `load_model` does.
+      model: what `load_model` takes; by default what the folder names.
+      dtype: what to compute in.
 
     Raises:
-      ValueError: the folder does not tell its base and `model` is not given, or the base is another one.
+      ValueError: the folder does not tell its base and `model` is not given.
     """
-    from rslora_jax.interop.load import load_model
-
     if model is None and "model" not in opened.settings:
         raise ValueError(f"{opened.source} does not tell on which model it was trained: say so with --model")
     # Looped layers have a path each, stacked ones share it.
     looped = any(re.search(r"(^|/)layers_\d+/", path) for path in opened.adapters)
     dtypes = {opened.base[path].partition("[")[0] for path in opened.adapters if path in opened.base}
-    loaded = load_model(
+    return load_model(
         opened.settings["model"] if model is None else model,
         scan_layers=not looped,
         param_dtype=dtypes.pop() if len(dtypes) == 1 else "float32",
+        dtype=dtype,
     )
+
+
+def attach(opened: Opened, model: Model) -> Attached:
+    """Put adapters on their base, and check that it is it.
+
+    Raises:
+      ValueError: the base is another one than that of the run, or a PEFT folder does not fit it.
+    """
+    apply, tokens, variables = Llama(model.config).apply, jax.ShapeDtypeStruct((1, 8), "int32"), model.variables
+    if opened.config is None:
+        from rslora_jax.interop import peft
+
+        lora = wrap(apply, variables, tokens, config=peft.read_config(opened.source, variables))
+        adapters, replaced = peft.load_peft(opened.source, lora)
+        return Attached(lora, peft.replace(variables, replaced), adapters, replaced)
     if opened.base:
-        checkpoint.check_same(opened.source, {"base": opened.base}, {"base": checksums(loaded.variables)})
-    return loaded
+        checkpoint.check_same(opened.source, {"base": opened.base}, {"base": checksums(variables)})
+    lora = wrap(apply, variables, tokens, config=opened.config)
+    lora.check(variables, opened.adapters)
+    return Attached(lora, variables, opened.adapters)
 
 
 def parse_step(text: str | None) -> Step | None:

@@ -224,6 +224,12 @@ def read_settings(folder: str | Path) -> PeftSettings:
     return settings
 
 
+def base_of(folder: str | Path) -> str | None:
+    """Return what an adapter's configuration calls its base: a folder or a name on the hub; None where it does not."""
+    name = read_json(Path(folder) / CONFIG_NAME).get("base_model_name_or_path")
+    return name if isinstance(name, str) and name else None
+
+
 def modules_of(found: Mapping[str, Place], shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Place]:
     """Return the places of modules that could have adapters, by their Hugging Face names: matrices and kernels."""
     matrices = {n: p for n, p in found.items() if len(shapes[p.path]) - (p.layer is not None) >= 2}
