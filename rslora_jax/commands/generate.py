@@ -41,7 +41,9 @@ def add(commands: Any) -> None:
         shown = f" (default {default})" if kind else ""
         group.add_argument(flag, default=default, help=text + shown, **{**kind, **options})
 
-    generate.add_argument("folder", nargs="?", metavar="FOLDER", help="of a run or of PEFT (default: the base model alone)")
+    generate.add_argument(
+        "folder", nargs="?", metavar="FOLDER", help="of a run or of PEFT (default: the base model alone)"
+    )
     what = generate.add_argument_group("model")
     add(what, "--model", None, "the base, where it is not where the run found it", metavar="FILE")
     add(what, "--step", None, "which checkpoint (default: the last)", metavar="last|best|N")

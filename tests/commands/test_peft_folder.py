@@ -1,0 +1,74 @@
+"""A folder that PEFT would load is as good to every command as the run it was exported from."""
+
+import json
+import os
+
+import numpy as np
+import pytest
+from safetensors.numpy import load_file, save_file
+
+from rslora_jax.cli import main
+from rslora_jax.interop.opened import attach, load_base, open_adapters
+
+pytestmark = [pytest.mark.usefixtures("compile_fast"), pytest.mark.by_day_on("newest")]
+
+
+@pytest.fixture(scope="module")
+def exported(place, tmp_path_factory):
+    out = tmp_path_factory.mktemp("exported") / "peft"
+    assert main(["export", str(place.folder / "one"), "--out", str(out)]) == 0
+    return out
+
+
+def test_every_command_takes_it(place, exported, capsys, tmp_path):
+    run, model = str(place.folder / "one"), ["--model", str(place.folder / "model.gguf")]
+
+    def both(command, *flags):
+        said = []
+        for folder, more in ((run, []), (str(exported), model)):
+            assert main([command, folder, *more, *flags]) == 0
+            said.append(capsys.readouterr().out)
+        return said
+
+    ours, theirs = both("generate", "--prompt", "hi 1+1=", "--max-new", "9")
+    assert ours == theirs and ours.strip()
+    scores = tmp_path / "scores.json"
+    flags = ["--data", str(place.folder / "sums.jsonl"), "--max-len", "48", "--json", str(scores)]
+    assert main(["eval", run, str(exported), *model, *flags]) == 0
+    base, one, other = json.loads(scores.read_text())["models"]
+    assert one["loss"] == other["loss"] != base["loss"] and (one["step"], other["step"]) == (5, None)
+    for folder, more, out in ((run, [], "a"), (str(exported), model, "b")):
+        assert main(["merge", folder, *more, "--out", str(tmp_path / out), "--dtype", "float32"]) == 0
+        assert main(["inspect", folder, *more, "--out", str(tmp_path / out / "seen")]) == 0
+    for file in ("model.safetensors", "config.json", "tokenizer.json", "seen/spectrum.csv"):
+        assert (tmp_path / "a" / file).read_bytes() == (tmp_path / "b" / file).read_bytes(), file
+    assert main(["export", str(exported), *model, "--out", str(tmp_path / "again")]) == 0
+    again, before = (load_file(folder / "adapter_model.safetensors") for folder in (tmp_path / "again", exported))
+    assert again.keys() == before.keys() and all((again[name] == before[name]).all() for name in before)
+
+
+def test_weights_that_it_replaces_are_used_and_exported(place, exported, tmp_path):
+    folder, model = tmp_path / "saved", str(place.folder / "model.gguf")
+    folder.mkdir()
+    config = json.loads((exported / "adapter_config.json").read_text()) | {"modules_to_save": ["model.norm"]}
+    (folder / "adapter_config.json").write_text(json.dumps(config))
+    tensors = load_file(exported / "adapter_model.safetensors")
+    norm = 1 + np.asarray(place.base.variables["params"]["norm"]["scale"])
+    save_file(tensors | {"base_model.model.model.norm.weight": norm}, folder / "adapter_model.safetensors")
+    opened = open_adapters(folder)
+    found = attach(opened, load_base(opened, model))
+    assert (found.variables["params"]["norm"]["scale"] == norm).all()
+    assert main(["export", str(folder), "--model", model, "--out", str(tmp_path / "again")]) == 0
+    assert (
+        load_file(tmp_path / "again" / "adapter_model.safetensors")["base_model.model.model.norm.weight"] == norm
+    ).all()
+
+
+def test_what_a_peft_folder_cannot_tell_is_asked_for(exported, capsys):
+    for arguments, said in (
+        (["inspect", exported], "is read beside its base: say with --model where that is"),
+        (["generate", exported, "--prompt", "hi"], "does not tell on which model it was trained: say so with --model"),
+        (["merge", exported, "--step", "3", "--out", os.devnull + "-"], "holds one state of adapters and no steps"),
+    ):
+        assert main([*map(str, arguments)]) == 2
+        assert said in capsys.readouterr().err
