@@ -1,6 +1,6 @@
 """Measure generation beside transformers on torch: SmolLM2-135M, float32, the same file, prompts and greedy tokens.
 
-    python scripts/generate_speed.py [--batches 1,8] [--prompt 128] [--new 64] [--repeats 5] [--no-torch] [--looped]
+    python scripts/generate_speed.py [--batches 1,8] [--prompt 128] [--new 64] [--repeats 5] [--no-torch] [--scanned]
 
 Each way to generate takes its turn in every repeat, so that a slow minute meets all alike; medians with the least and
 the most. "Read" is the time to the first new token: the prompt, and one step. "Write" is the time for the others. torch
@@ -10,7 +10,6 @@ they say how near a step is to the memory's speed. Needs the extra `reference` f
 """
 
 import argparse
-import dataclasses
 import os
 import statistics
 import time
@@ -22,11 +21,10 @@ import jax.numpy as jnp
 import numpy as np
 
 import rslora_jax as rslora
-from rslora_jax.commands.runs import Loaded, Run, program
+from rslora_jax.commands.runs import Loaded, Run, program, unrolled
 from rslora_jax.interop.gguf import find_smollm2
 from rslora_jax.interop.load import load_model
 from rslora_jax.models import generate
-from rslora_jax.models.layout import unstack_layers
 from rslora_jax.models.llama import Llama
 from rslora_jax.train import docstring_pairs
 
@@ -95,8 +93,8 @@ def main() -> None:
     for name, default in (("prompt", 128), ("new", 64), ("repeats", 5), ("rank", 32)):
         parser.add_argument(f"--{name}", type=int, default=default, help=f"({default})")
     parser.add_argument("--no-torch", action="store_true")
-    copies = "the base with a program for each layer too: a scan copies each layer's weights at each step"
-    parser.add_argument("--looped", action="store_true", help=copies)
+    copies = "the base with scanned layers too: a scan copies each layer's weights at each step"
+    parser.add_argument("--scanned", action="store_true", help=copies)
     a = parser.parse_args()
 
     config, variables, tokenizer = load_model()
@@ -108,10 +106,9 @@ def main() -> None:
     adapters = {
         path: {"a": of["a"], "b": 1e-3 * jax.random.normal(keys[path], of["b"].shape)} for path, of in adapters.items()
     }
-    run = Run("run", 0, lora.config, lora, adapters)
-    loaded = Loaded(config, variables, tokenizer, (), {})
-    looped = dataclasses.replace(config, scan_layers=False)
-    unstacked = unstack_layers(variables) if a.looped else None
+    run = Run("run", 0, lora.config, lora, variables, adapters)
+    scanned = Loaded(config, variables, tokenizer, (run,), {})
+    looped = unrolled(scanned)
     size = sum(leaf.nbytes for leaf in jax.tree.leaves(variables))
     print(f"{size / 1e6:.0f} MB of weights, {a.prompt} tokens of prompt, {a.new} new, load {os.getloadavg()[0]:.2f}")
 
@@ -121,13 +118,14 @@ def main() -> None:
         ways: dict[str, Way] = {}
         if not a.no_torch:
             ways["transformers"] = theirs(prompts, a.new)
+        (run,) = looped.runs
         for name, its, merged in (("base", None, False), ("adapters", run, False), ("merged", run, True)):
-            apply, held = program(loaded, its, merged=merged)
-            ways[name] = ours(apply, held, prompts, config, a.new)
-        if a.looped:
-            ways["base, looped"] = ours(Llama(looped).apply, unstacked, prompts, looped, a.new)
+            apply, held = program(looped, its, merged=merged) if its else (Llama(looped.config).apply, looped.variables)
+            ways[name] = ours(apply, held, prompts, looped.config, a.new)
+        if a.scanned:
+            ways["base, scanned"] = ours(Llama(config).apply, variables, prompts, config, a.new)
         tokens = {name: way()[2] for name, way in ways.items()}
-        for one, other in (("transformers", "base"), ("adapters", "merged"), ("base, looped", "base")):
+        for one, other in (("transformers", "base"), ("adapters", "merged"), ("base, scanned", "base")):
             if one in tokens and tokens[one] != tokens[other]:
                 pairs = zip(tokens[one], tokens[other], strict=True)
                 parted = [int(np.argmin(np.equal(x, y))) for x, y in pairs if x != y]

@@ -16,6 +16,8 @@ from rslora_jax import heatmap, spectrum
 from rslora_jax.models.llama import Llama, LlamaConfig
 from rslora_jax.sites import named_leaves
 
+pytestmark = [pytest.mark.by_day_on("newest"), pytest.mark.usefixtures("compile_fast")]
+
 RNG = np.random.default_rng(0)
 CONFIG = LlamaConfig(vocab_size=40, width=32, mlp_width=48, num_layers=3, num_heads=4, num_kv_heads=2)
 

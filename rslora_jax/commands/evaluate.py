@@ -84,7 +84,8 @@ def evaluate(a: argparse.Namespace) -> int:
     # Before the model, which takes seconds to read: the data may be wrong.
     given = chosen(a, {}) if a.data else None
     tell("reading the model")
-    loaded = runs.load(a.folders, model=a.model, step=a.step, dtype=a.dtype)
+    options = {"model": a.model, "step": a.step, "dtype": a.dtype, "to_write": a.exact_match}
+    loaded = runs.load(a.folders, **options)
     source = a.data or loaded.settings.get("data")
     examples = given or chosen(a, loaded.settings)
     max_len = min(a.max_len or loaded.settings.get("max_len", 256), loaded.config.max_len)

@@ -90,7 +90,7 @@ def generate(a: argparse.Namespace) -> int:
         raise ValueError(f"{Path(a.out).parent} is no folder: make it before --out {a.out}")
     prompts = [*a.prompt, *(read_prompts(a.prompts) if a.prompts else [])]
     tell("reading the model")
-    loaded = runs.load([a.folder] if a.folder else [], model=a.model, step=a.step, dtype=a.dtype)
+    loaded = runs.load([a.folder] if a.folder else [], model=a.model, step=a.step, dtype=a.dtype, to_write=True)
     ids = lambda prompt: prompt_ids(loaded.tokenizer, prompt, plain=a.plain)
     writer = Writer.of(loaded, a)
     # All are encoded first: a mistake in the last shows before the first is answered.

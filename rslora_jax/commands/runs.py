@@ -13,8 +13,9 @@ import numpy as np
 from rslora_jax.config import LoraConfig
 from rslora_jax.interop.load import load_model
 from rslora_jax.interop.opened import attach, load_base, open_adapters, parse_step
+from rslora_jax.models.layout import unstack_adapters, unstack_layers
 from rslora_jax.models.llama import Llama, LlamaConfig
-from rslora_jax.wrap import Adapters, Lora
+from rslora_jax.wrap import Adapters, Lora, wrap
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -40,7 +41,14 @@ class Loaded:
     settings: Mapping[str, Any]  # what the first run was started with
 
 
-def load(runs: Sequence[str], *, model: str | None = None, step: str | None = None, dtype: str | None = None) -> Loaded:
+def load(
+    runs: Sequence[str],
+    *,
+    model: str | None = None,
+    step: str | None = None,
+    dtype: str | None = None,
+    to_write: bool = False,
+) -> Loaded:
     """Load the base of some runs, and their adapters.
 
     Args:
@@ -48,10 +56,12 @@ def load(runs: Sequence[str], *, model: str | None = None, step: str | None = No
       model: where the base is; by default where the runs say they found it, SmolLM2 where there are none.
       step: "last", "best" or a number; by default the last.
       dtype: what to compute in; by default what the first run was trained in.
+      to_write: the model is to write text, for which a looped one is faster on a CPU.
 
     Raises:
       ValueError: a folder has no such checkpoint, it is damaged or another base's, or there is no such model.
     """
+    looped = to_write and jax.default_backend() == "cpu"
     opened = [open_adapters(folder, step=parse_step(step)) for folder in runs]
     first = opened[0].settings if opened else {}
     others = [one.source for one in opened if model is None and one.settings.get("model") != first.get("model")]
@@ -60,7 +70,8 @@ def load(runs: Sequence[str], *, model: str | None = None, step: str | None = No
     if opened:
         base = load_base(opened[0], model, dtype=dtype or first.get("dtype", "float32"))
     else:
-        base = load_model(model, param_dtype=dtype or "float32", dtype=dtype or "float32")
+        its = dtype or "float32"
+        base = load_model(model, scan_layers=not looped, param_dtype=its, dtype=its)
     loras, loaded = list[Lora](), []
     for folder, one in zip(runs, opened, strict=True):
         lora, variables, adapters, _ = attach(one, base)
@@ -68,7 +79,26 @@ def load(runs: Sequence[str], *, model: str | None = None, step: str | None = No
         loras.append(known)
         at = int(one.source.name) if one.source.parent.name == "checkpoints" else None
         loaded.append(Run(folder, at, lora.config, known, variables, rescaled(adapters, lora, known)))
-    return Loaded(base.config, base.variables, base.tokenizer, tuple(loaded), first)
+    found = Loaded(base.config, base.variables, base.tokenizer, tuple(loaded), first)
+    return unrolled(found) if looped and base.config.scan_layers else found
+
+
+def unrolled(loaded: Loaded) -> Loaded:
+    """Give the same with a program for each layer in place of a scan."""
+    config = dataclasses.replace(loaded.config, scan_layers=False)
+    apply, tokens = Llama(config).apply, jax.ShapeDtypeStruct((1, 8), "int32")
+    variables = unstack_layers(loaded.variables)
+    loras: dict[int, Lora] = {}
+
+    def one(run: Run) -> Run:
+        its, adapters = unstack_adapters(run.lora, run.adapters)
+        own = variables if run.variables is loaded.variables else unstack_layers(run.variables)
+        if id(run.lora) not in loras:
+            loras[id(run.lora)] = wrap(apply, own, tokens, config=its)
+        return dataclasses.replace(run, lora=loras[id(run.lora)], variables=own, adapters=adapters)
+
+    runs = tuple(map(one, loaded.runs))
+    return dataclasses.replace(loaded, config=config, variables=variables, runs=runs)
 
 
 def program(loaded: Loaded, run: Run | None, *, merged: bool = False) -> tuple[Callable[..., Any], Any]:

@@ -6,11 +6,15 @@ axis of layers. The numbers are the same, so a checkpoint of one serves the othe
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+
+from rslora_jax.config import LoraConfig
+from rslora_jax.wrap import Adapters, Lora
 
 _PREFIX = "layers_"
 
@@ -38,6 +42,35 @@ def unstack_layers(variables: Mapping[str, Any]) -> dict[str, Any]:
     {'params': {'layers_0': {'w': (3,)}, 'layers_1': {'w': (3,)}}}
     """
     return {name: _unstack(name, collection) for name, collection in variables.items()}
+
+
+def unstack_adapters(lora: Lora, adapters: Adapters) -> tuple[LoraConfig, Adapters]:
+    """Turn the adapters of a scanned model into those of the looped one: (its config, its adapters).
+
+    A scan copies each layer's weights before it uses them, so that on a CPU a looped model writes a token in a third of
+    the time; it takes longer to compile.
+
+    >>> from rslora_jax import wrap
+    >>> params = {"params": {"layers": {"w": jnp.ones((2, 4, 4))}}}
+    >>> scanned = lambda p, x: jax.lax.scan(lambda x, w: (x @ w, None), x, p["params"]["layers"]["w"])[0]
+    >>> lora = wrap(scanned, params, jnp.ones((1, 4)), config=LoraConfig(rank=3, alpha=5))
+    >>> config, adapters = unstack_adapters(lora, lora.init(jax.random.key(0)))
+    >>> config.targets, adapters["params/layers_1/w"]["a"].shape
+    (('params/layers_0/w', 'params/layers_1/w'), (4, 3))
+    """
+    found: Adapters = {}
+    ranks, alphas = dict[str, int](), dict[str, float]()
+    for path, site in lora.sites.items():
+        whole, key, rest = path.partition("/layers/")
+        layers = range(site.shape[0]) if key and site.stack_axes[:1] == (0,) else [None]
+        for i in layers:
+            one = path if i is None else f"{whole}/{_PREFIX}{i}/{rest}"
+            found[one] = {name: factor if i is None else factor[i] for name, factor in adapters[path].items()}
+            ranks[one], alphas[one] = site.rank, site.alpha
+    config = dataclasses.replace(
+        lora.config, targets=tuple(found), exclude=(), rank_pattern=ranks, alpha_pattern=alphas
+    )
+    return config, found
 
 
 def _stack(name: str, collection: Mapping[str, Any]) -> dict[str, Any]:

@@ -21,6 +21,8 @@ from .conftest import HEADS, KV_HEADS, LAYERS, MLP, TOKENS, WIDTH
 from .runs import make_run
 
 safetensors = pytest.importorskip("safetensors")
+pytestmark = [pytest.mark.by_day_on("newest"), pytest.mark.usefixtures("compile_fast")]
+
 DTYPES = {"float32": np.float32, "float16": np.float16, "bfloat16": ml_dtypes.bfloat16}
 FLAX = {theirs: ours for ours, theirs in LLAMA.items() if ours.startswith("params/layers/") or "{i}" not in theirs}
 

@@ -21,6 +21,8 @@ from rslora_jax.models.llama import Llama
 
 from . import folders
 
+pytestmark = [pytest.mark.by_day_on("newest"), pytest.mark.usefixtures("compile_fast")]
+
 FAMILIES = {
     "llama": {},
     "llama tied": {"tie_word_embeddings": True},

@@ -21,7 +21,7 @@ from rslora_jax.interop.whole import written_whole
 from rslora_jax.models.llama import Llama, LlamaConfig
 from rslora_jax.sites import named_leaves
 
-pytestmark = pytest.mark.usefixtures("compile_fast")
+pytestmark = [pytest.mark.by_day_on("newest"), pytest.mark.usefixtures("compile_fast")]
 
 TOKENS = np.array([[3, 1, 4]], np.int32)
 Q0 = "base_model.model.model.layers.0.self_attn.q_proj"
