@@ -174,7 +174,7 @@ def test_the_base_alone_can_be_scored(place, capsys, tmp_path):
 @pytest.mark.parametrize(
     ("flags", "said"),
     [
-        (["nowhere"], "nowhere has no checkpoint"),
+        (["nowhere"], "nowhere is not a folder: give that of a run"),
         (["one", "--data", "nowhere.jsonl"], "nowhere.jsonl cannot be read"),
         (["one", "--data", "one.jsonl"], "score it with --all"),
         (["one", "--data", "text.txt", "--all", "--exact-match"], "these examples are plain text"),

@@ -103,7 +103,7 @@ def test_half_characters_wait_for_their_other_half_and_nothing_is_lost():
         (["one", "--prompts", "bad.jsonl"], "bad.jsonl:2 is not JSON"),
         (["one", "--prompts", "other.jsonl"], "other.jsonl:1 is not {"),
         (["one", "--prompts", "turns.jsonl"], "turns.jsonl:1 has a message that is not"),
-        (["nowhere", "--prompt", "hi"], "nowhere has no checkpoint"),
+        (["nowhere", "--prompt", "hi"], "nowhere is not a folder: give that of a run"),
         (["one", "--prompt", "hi", "--step", "7"], "no checkpoint of step 7: it has steps 5"),
         (["one", "--prompt", "hi", "--step", "first"], "--step first is neither"),
         (["one", "--prompt", "hi", "--max-new", "0"], "--max-new 0 is not above 0"),

@@ -220,7 +220,7 @@ def test_the_command_merges_the_step_asked_for_into_files_of_the_size_asked_for(
         (["run", "--step", "first"], "--step first is neither"),
         (["run", "--max-shard-size", "5X"], "'5X' is not a size"),
         (["run", "--model", "other.gguf"], "was trained with another base"),
-        (["run/checkpoints/4", "--step", "last"], "is one checkpoint"),
+        (["run/checkpoints/4", "--step", "last"], "holds one state of adapters and no steps"),
         (["silent"], "does not tell on which model it was trained"),
     ],
 )

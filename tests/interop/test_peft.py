@@ -463,7 +463,7 @@ def test_a_run_goes_to_peft_and_back(tiny, tmp_path, capsys):
     out = ["--out", str(tmp_path / "out")]
     for extra, said in (
         (["--step", "4"], "no checkpoint of step 4"),
-        (["--step", "first"], "neither last, best nor a number"),
+        (["--step", "first"], "neither last, best nor the number of a step"),
         (["--model", "missing.gguf"], "missing.gguf"),
     ):
         assert main(["export", str(tmp_path / "run"), *out, *extra]) == 2
