@@ -186,9 +186,12 @@ class Display:
 
 def progress_line(what: str, after: float = 2.0) -> Callable[[int, int], None]:
     """Return `progress(done, total)`, which shows a bar with the time left for what takes more than some seconds."""
+    from rich.console import Console
     from rich.progress import Progress
 
-    begun, bar = time.monotonic(), Progress(transient=True)
+    console = Console()
+    # Elsewhere than on a terminal, a bar that goes away leaves an empty line.
+    begun, bar = time.monotonic(), Progress(console=console, transient=True, disable=not console.is_terminal)
     task = bar.add_task(what, total=None)
 
     def progress(done: int, total: int) -> None:
