@@ -77,7 +77,8 @@ def section(docs: Path, name: str, done: Any) -> list[str]:
     grid = grid_of(done)
     about = (
         f"{settings['steps']} steps of {settings['batch_size']} rows of at most {settings['max_len']} tokens, constant "
-        f"learning rate, alpha {settings['alpha']:g}, {settings['heldout']} held-out examples, {len(done)} trials."
+        f"learning rate, alpha {settings['alpha']:g}, {settings['heldout']} held-out examples, {len(done)} trials "
+        "so far."
     )
     title = {"all": "All linear layers", "attention": "Attention only"}[name]
     pictures = sorted(docs.glob(f"sweep-{name}-*.png"))
@@ -87,11 +88,17 @@ def section(docs: Path, name: str, done: Any) -> list[str]:
         about,
         "",
         figures.table(grid, done),
-        "Best rate by rank, between the rates tried (*: at an edge of them), and its exponent with a 95 % interval:",
-        "",
-        maps.rate_table(grid, done),
+        *best_rates(grid, done),
         *(f"![{picture.stem}]({picture.name})\n" for picture in pictures),
     ]
+
+
+def best_rates(grid: Grid, done: Any) -> list[str]:
+    """Return the table of best rates, where more than two were tried."""
+    if all(len(rates) < 3 for rates in grid.rates.values()):
+        return []
+    said = "Best rate by rank, between the rates tried (*: at an edge of them), and its exponent with a 95 % interval:"
+    return [said, "", maps.rate_table(grid, done)]
 
 
 def grid_of(done: Any) -> Grid:

@@ -152,7 +152,8 @@ def test_the_interval_of_an_exponent_is_students(script):
 def test_claims_are_judged_by_the_numbers(script):
     from paper import claims
 
-    better, same = {2: {0.1: 2.0}, 8: {0.1: 1.5}}, {2: {0.1: 2.0}, 8: {0.1: 1.99}}
+    rates = lambda loss: {0.01: 3.0, 0.1: loss, 1.0: 3.0}
+    better, same = {2: rates(2.0), 8: rates(1.5)}, {2: rates(2.0), 8: rates(1.99)}
     done = measured(better) | measured(same, "lora")
     assert claims.improves(done, "adamw", "").verdict == "yes, of one seed"
     assert claims.coincides(done, "adamw", "").verdict == "yes"
@@ -160,6 +161,8 @@ def test_claims_are_judged_by_the_numbers(script):
     done = measured(same) | measured(better, "lora")
     assert claims.coincides(done, "adamw", "").verdict == claims.best_of_all(done).verdict == "no"
     assert claims.improves({}, "adamw", "").measured == claims.UNMEASURED
+    one_rate = measured({2: {0.1: 2.0}, 8: {0.1: 1.5}}) | measured({2: {0.1: 2.0}, 8: {0.1: 1.9}}, "lora")
+    assert claims.best_of_all(one_rate).measured == claims.at_own_best(one_rate).measured == claims.UNMEASURED
     for worse in (0.1, 10.0):
         norms = measured({2: {0.1: 1.0}}, "lora", mean_factor_norm=1.0)
         norms |= measured({8: {0.1: 1.0}}, "lora", mean_factor_norm=worse)

@@ -48,6 +48,15 @@ def middle(done: Done, optimizer: str) -> float | None:
     return rates[(len(rates) - 1) // 2] if rates else None
 
 
+def several_rates(done: Done, optimizer: str) -> bool:
+    """Say whether each rank and scaling has a least loss between rates: three of them, at least."""
+    rates: dict[tuple[int, str], set[float | None]] = {}
+    for spec in done:
+        if spec.optimizer == optimizer and spec.seed == 0 and spec.scaling in ("rslora", "lora"):
+            rates.setdefault((spec.rank, spec.scaling), set()).add(spec.rate)
+    return bool(rates) and all(len(tried) >= 3 for tried in rates.values())
+
+
 def by_rank(done: Done, optimizer: str, scaling: str, rate: float | None, key: str) -> dict[int, dict[int, float]]:
     """Return a number of the trials at one rate, by rank and seed; infinite where a trial diverged."""
     found: dict[int, dict[int, float]] = {}
@@ -127,6 +136,8 @@ def norms(done: Done, optimizer: str, scaling: str, claim: str, *, collapse: boo
 def best_of_all(done: Done) -> Row:
     """rsLoRA at its best rank and rate against LoRA at its own."""
     claim = "B.4: the best rsLoRA of a high rank is better than the best LoRA of any rank and rate (AdamW)"
+    if not several_rates(done, "adamw"):
+        return Row(claim, UNMEASURED, "–")
     least: dict[str, tuple[float, Spec]] = {}
     for spec, trial in done.items():
         if spec.optimizer == "adamw" and spec.seed == 0 and trial["diverged"] is None:
@@ -182,7 +193,7 @@ def at_own_best(done: Done) -> Row:
     for spec, trial in done.items():
         if (spec.optimizer, spec.scaling, spec.seed) == ("adamw", "rslora", 0) and trial["diverged"] is None:
             found[spec.rank] = min(found.get(spec.rank, math.inf), trial["heldout_loss"])
-    if len(found) < 2:
+    if len(found) < 2 or not several_rates(done, "adamw"):
         return Row(claim, UNMEASURED, "–")
     listed = ", ".join(f"{found[rank]:.4f} at r = {rank}" for rank in sorted(found))
     better = found[max(found)] < found[min(found)]
