@@ -10,6 +10,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from rslora_jax.commands.flags import add_flag
+
 EXAMPLES = """\
 examples:
   rslora eval my-run
@@ -31,33 +33,28 @@ def add(commands: Any) -> None:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
 
-    def add(group: Any, flag: str, default: Any, text: str, **options: Any) -> None:
-        kind = {"type": type(default)} if isinstance(default, (str, int, float)) else {}
-        shown = f" (default {default})" if kind else ""
-        group.add_argument(flag, default=default, help=text + shown, **{**kind, **options})
-
     evaluate.add_argument(
         "folders", nargs="*", metavar="FOLDER", help="folders of runs or of PEFT (default: the base model alone)"
     )
     what = evaluate.add_argument_group("models")
-    add(what, "--model", None, "the base, where it is not where the first run found it", metavar="FILE")
-    add(what, "--step", None, "checkpoint of each run (default: the last)", metavar="last|best|N")
+    add_flag(what, "--model", None, "the base, where it is not where the first run found it", metavar="FILE")
+    add_flag(what, "--step", None, "checkpoint of each run (default: the last)", metavar="last|best|N")
     dtype = "dtype to compute in (default: the first run's, or float32)"
-    add(what, "--dtype", None, dtype, choices=("float32", "bfloat16"))
+    add_flag(what, "--dtype", None, dtype, choices=("float32", "bfloat16"))
     data = evaluate.add_argument_group("data")
     source = "a .jsonl, .parquet or .txt file (default: the first run's, or docstrings of Python)"
-    add(data, "--data", None, source, metavar="FILE")
+    add_flag(data, "--data", None, source, metavar="FILE")
     data.add_argument("--all", action="store_true", help="all of the file, not only what `rslora train` holds out")
     most = "at most so many examples, spread evenly (default 32; with --all, all)"
-    add(data, "--heldout", None, most, metavar="N", type=int)
+    add_flag(data, "--heldout", None, most, metavar="N", type=int)
     longest = "tokens in a row, as in training (default: the first run's, or 256)"
-    add(data, "--max-len", None, longest, metavar="N", type=int)
-    add(data, "--batch-size", 8, "rows or prompts that are taken together", metavar="N")
+    add_flag(data, "--max-len", None, longest, metavar="N", type=int)
+    add_flag(data, "--batch-size", 8, "rows or prompts that are taken together", metavar="N")
     answers = evaluate.add_argument_group("answers")
     exact = "let each model answer, and count the right answers: the number after ####, or the whole text"
     answers.add_argument("--exact-match", action="store_true", help=exact)
-    add(answers, "--max-new", 256, "most tokens of an answer", metavar="N")
-    add(evaluate.add_argument_group("output"), "--json", None, "write the scores as JSON too", metavar="FILE")
+    add_flag(answers, "--max-new", 256, "most tokens of an answer", metavar="N")
+    add_flag(evaluate.add_argument_group("output"), "--json", None, "write the scores as JSON too", metavar="FILE")
     evaluate.set_defaults(run=run)
 
 

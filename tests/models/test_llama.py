@@ -7,8 +7,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+import rslora_jax as rslora
 from rslora_jax.models.attention import RopeScaling
-from rslora_jax.models.layout import stack_layers, unstack_layers
+from rslora_jax.models.layout import stack_layers, unstack_adapters, unstack_layers
 from rslora_jax.models.llama import REMAT_POLICIES, Llama, LlamaConfig, init_cache
 
 CONFIG = LlamaConfig(
@@ -69,6 +70,26 @@ def test_layouts_convert_back_and_forth(variables):
         stack_layers({"params": {"layers_1": {"w": jnp.zeros(1)}}})
     with pytest.raises(ValueError, match="no stacked 'layers'"):
         unstack_layers(variables)
+
+
+def test_adapters_of_a_scan_serve_the_looped_model_with_ranks_and_scales_of_their_own():
+    """Every layer has other numbers, so that one taken for another would show."""
+    patterns = {"rank_pattern": {"*/layers/attn/v_proj/*": 5}, "alpha_pattern": {"*/layers/mlp/down_proj/*": 2.0}}
+    config = rslora.LoraConfig(rank=3, alpha=7, exclude="*/gate_proj/*", **patterns)
+    tokens = jnp.array([[1, 2, 3, 4]])
+    scanned, looped = (Llama(dataclasses.replace(CONFIG, scan_layers=scan)) for scan in (True, False))
+    variables = scanned.init(jax.random.key(0), tokens)
+    lora = rslora.wrap(scanned.apply, variables, tokens, config=config)
+    rng = np.random.default_rng(0)
+    adapters = jax.tree.map(lambda leaf: rng.normal(size=leaf.shape).astype("f4"), lora.init(jax.random.key(1)))
+    its, apart = unstack_adapters(lora, adapters)
+    other = rslora.wrap(looped.apply, unstack_layers(variables), tokens, config=its)
+    assert len(other.sites) == len(lora.sites) * CONFIG.num_layers
+    assert {(site.rank, site.alpha) for site in other.sites.values()} == {(3, 7), (5, 7), (3, 2)}
+    want = lora.apply(variables, adapters, tokens)
+    got = other.apply(unstack_layers(variables), apart, tokens)
+    np.testing.assert_allclose(got, want, rtol=0, atol=2e-5 * float(jnp.abs(want).max()))
+    assert float(jnp.abs(want - scanned.apply(variables, tokens)).max()) > 0.1 * float(jnp.abs(want).max())
 
 
 # What other families add to Llama 2, all of it at once.
