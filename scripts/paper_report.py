@@ -1,22 +1,21 @@
 """Write docs/paper/README.md from the measured numbers: each claim of the rsLoRA paper, and whether it holds here.
 
-    python scripts/paper_report.py                          # from docs/paper/*.csv
-    python scripts/paper_report.py --from runs/gsm8k        # take a sweep's results and pictures into docs/paper first
+    python scripts/paper_report.py                          # from what is in docs/paper
+    python scripts/paper_report.py --from runs/gsm8k        # take a sweep's trials into docs/paper first
 
-The CSVs are written by scripts/stability.py and scripts/rank_sweep.py. What has no numbers is said to be unmeasured.
+The numbers are those of scripts/stability.py (stability_fits.csv) and scripts/rank_sweep.py (sweep-*.jsonl, from which
+the sweep's CSVs and pictures are made here). What has no numbers is said to be unmeasured.
 """
 
 import argparse
 import csv
-import json
 import shutil
 import sys
 from pathlib import Path
 from typing import Any
 
-from paper import claims, figures, maps
+from paper import claims, figures, maps, store
 from paper.plan import Grid
-from paper.store import read_csv
 
 DOCS = Path(__file__).parent.parent / "docs" / "paper"
 ORDER = ("rslora", "lora", "quarter", "square", "constant", "init-only")
@@ -27,36 +26,36 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--from", dest="taken", type=Path, action="append", default=[], help="a sweep's --out folder")
     parser.add_argument("--docs", type=Path, default=DOCS, help="the folder of CSVs, pictures and README.md")
     a = parser.parse_args(argv)
-    for folder in a.taken:
-        if not (folder / "results.csv").is_file():
-            print(f"paper_report: error: {folder} has no results.csv: run scripts/rank_sweep.py there", file=sys.stderr)
-            return 1
-        take(folder, a.docs)
-    text = report(a.docs)
+    try:
+        for folder in a.taken:
+            take(folder / "trials.jsonl", a.docs)
+        text = report(a.docs)
+    except (OSError, ValueError) as error:
+        print(f"paper_report: error: {error}", file=sys.stderr)
+        return 1
     (a.docs / "README.md").write_text(text, encoding="utf-8")
     print(text)
     return 0
 
 
-def take(folder: Path, docs: Path) -> None:
-    """Copy a sweep's settings, results and pictures, named after what has adapters in it."""
-    settings = json.loads((folder / "settings.json").read_text(encoding="utf-8"))
-    name = f"sweep-{settings['layers']}"
-    for source, target in (("results.csv", f"{name}.csv"), ("settings.json", f"{name}.json")):
-        shutil.copyfile(folder / source, docs / target)
-    for picture in folder.glob("*.png"):
-        shutil.copyfile(picture, docs / f"{name}-{picture.name}")
+def take(file: Path, docs: Path) -> None:
+    """Copy a sweep's trials, named after what has adapters in it, and make their CSV and pictures."""
+    if not file.is_file():
+        raise ValueError(f"{file} is no file: run scripts/rank_sweep.py --out {file.parent}")
+    name = f"sweep-{store.read_settings(file)['layers']}"
+    shutil.copyfile(file, docs / f"{name}.jsonl")
 
 
 def report(docs: Path) -> str:
-    """Return the report on what a folder of CSVs holds."""
+    """Return the report on what a folder holds; make the CSVs and pictures that it refers to."""
     fits = list(csv.DictReader((docs / "stability_fits.csv").open(encoding="utf-8")))
-    sweeps = {name: read_csv(docs / f"sweep-{name}.csv") for name in ("all", "attention")}
+    files = {name: docs / f"sweep-{name}.jsonl" for name in ("all", "attention")}
+    sweeps = {name: store.load(file) if file.is_file() else {} for name, file in files.items()}
     rows = claims.all_claims(fits, sweeps)
     lines = [
         "# The paper, measured here",
         "",
-        "Made by `python scripts/paper_report.py` from the CSVs beside it. The claims are those of arXiv 2312.03732.",
+        "Made by `python scripts/paper_report.py` from the numbers beside it. Claims: those of arXiv 2312.03732.",
         "The model here is small (SmolLM2-135M) and the runs are short: a claim may hold there and not here.",
         "",
         "| claim | measured here | holds here |",
@@ -72,16 +71,17 @@ def report(docs: Path) -> str:
 
 
 def section(docs: Path, name: str, done: Any) -> list[str]:
-    """Return the part on one sweep: its settings, tables and pictures."""
-    settings = json.loads((docs / f"sweep-{name}.json").read_text(encoding="utf-8"))
+    """Return the part on one sweep: its settings, tables and pictures, which are drawn."""
+    settings = store.read_settings(docs / f"sweep-{name}.jsonl")
     grid = grid_of(done)
+    store.write_csv(docs / f"sweep-{name}.csv", done)
+    pictures = maps.draw_all(f"{docs}/sweep-{name}-", grid, done)
     about = (
         f"{settings['steps']} steps of {settings['batch_size']} rows of at most {settings['max_len']} tokens, constant "
         f"learning rate, alpha {settings['alpha']:g}, {settings['heldout']} held-out examples, {len(done)} trials "
-        "so far."
+        f"so far: [numbers](sweep-{name}.csv), [with curves](sweep-{name}.jsonl)."
     )
     title = {"all": "All linear layers", "attention": "Attention only"}[name]
-    pictures = sorted(docs.glob(f"sweep-{name}-*.png"))
     return [
         f"## {title}",
         "",

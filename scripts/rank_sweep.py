@@ -7,8 +7,9 @@ SmolLM2-135M, adapters on all linear layers, constant learning rate, no clipping
 trained together (`rslora_jax.train.sweep`). A finished trial is kept in --out, and a rerun does only what is not there:
 a sweep of hours can be done in parts of --budget minutes. Trials that would not end in time are not begun, or given up,
 and what is left out is said at the end. The order is that of use: one seed of every rank and scaling at the middle
-rate, the other rates, the other seeds at the middle rate and at the best. In --out are results.csv, trials/*.json with
-the curves, perplexity-*.png and gradients-*.png for each optimiser, and table.md.
+rate, the other rates, the other seeds at the middle rate and at the best. In --out are trials.jsonl with the curves,
+results.csv, perplexity-*.png and gradients-*.png for each optimiser, and table.md. --start docs/paper/sweep-all.jsonl
+goes on from the trials that are kept there.
 """
 
 import argparse
@@ -82,6 +83,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     add("--remat", default="none", help="none, full or a policy of jax.checkpoint_policies: less memory (none)")
     add("--budget", type=float, help="minutes after which to stop (until all is done)")
     add("--out", type=Path, default=Path("runs/rank_sweep"), help="folder of the results (runs/rank_sweep)")
+    add("--start", type=Path, metavar="FILE", help="go on from this trials.jsonl, where --out has none yet")
     a = parser.parse_args(argv)
     rates = dict(RATES)
     try:
@@ -90,6 +92,8 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
         parser.error(f"--rates {' '.join(a.rates)} is not of the form adamw=1e-4,1e-3")
     if a.data and not a.data.is_file():
         parser.error(f"--data {a.data} is no file")
+    if a.start and not a.start.is_file():
+        parser.error(f"--start {a.start} is no file")
     for name in a.scalings:
         if name not in GAMMAS:
             parser.error(f"--scalings {name} is not one of {', '.join(GAMMAS)}")
@@ -127,7 +131,8 @@ def run(a: argparse.Namespace) -> int:
     deadline = float("inf") if a.budget is None else begun + 60 * a.budget
     digest = hashlib.sha256(a.data.read_bytes()).hexdigest()[:16] if a.data else "docstrings"
     names = ("model", "alpha", "steps", "batch_size", "max_len", "heldout", "layers", "dtype")
-    store.check_settings(a.out, {name: getattr(a, name) for name in names} | {"data": digest})
+    trials = a.out / "trials.jsonl"
+    store.begin(trials, {name: getattr(a, name) for name in names} | {"data": digest}, a.start)
 
     model, variables, tokenizer = load_model(a)
     training, held = examples(a.data, a.heldout)
@@ -152,7 +157,7 @@ def run(a: argparse.Namespace) -> int:
     cost = lambda spec: 1 + 1.5 * first.num_parameters / a.ranks[0] * spec.rank / base
     pace = lambda done: statistics.median(t["seconds"] / cost(spec) for spec, t in done.items()) if done else None
 
-    done, cut = store.load(a.out), False
+    done, cut = store.load(trials), False
     while unit := a.grid.next_unit(done, a.together):
         seconds = pace(done)
         due = seconds and sum(seconds * cost(spec) for spec in unit)
@@ -169,9 +174,9 @@ def run(a: argparse.Namespace) -> int:
             cut = True
             break
         for spec, outcome in zip(unit, outcomes, strict=True):
-            store.save(a.out, spec, outcome, (time.monotonic() - started) / len(unit))
-        done = store.load(a.out)
-        store.write_csv(a.out, done)
+            store.save(trials, spec, outcome, (time.monotonic() - started) / len(unit))
+        done = store.load(trials)
+        store.write_csv(a.out / "results.csv", done)
         told.end(outcomes)
     return report(a, done, before, pace, cost, cut, time.monotonic() - begun)
 
@@ -261,8 +266,7 @@ def report(
     """Draw the figures, write the table, and say what is left out."""
     left = a.grid.left(done)
     if done:
-        files = figures.draw(a.out, a.grid, done)
-        files += maps.draw_maps(a.out, a.grid, done) + maps.draw_by_rank(a.out, a.grid, done)
+        files = maps.draw_all(f"{a.out}/", a.grid, done)
         text = figures.table(a.grid, done) + "\n" + maps.rate_table(a.grid, done)
         text += f"\nHeld-out loss of the base, without adapters: {before:.4f}.\n"
         text += left_out(left)

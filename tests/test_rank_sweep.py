@@ -103,10 +103,16 @@ def report(script, out, docs):
     text = (docs / "README.md").read_text()
     assert "60 of 60 exponents agree" in text and "## Attention only" in text and "not measured yet" in text
     assert "B.5" in text and all((docs / name).is_file() for name in re.findall(r"\]\(([^)]+\.(?:png|csv))\)", text))
-    read = script.store.read_csv(docs / "sweep-attention.csv")
-    for spec, trial in script.store.load(out).items():
-        assert read[spec]["heldout_loss"] == pytest.approx(trial["heldout_loss"], rel=1e-12)
-        assert read[spec]["mean_factor_norm"] == pytest.approx(np.mean(trial["factor_norms"]), rel=1e-12)
+    rows = list(csv.DictReader((docs / "sweep-attention.csv").open()))
+    trials = script.store.load(out / "trials.jsonl")
+    assert len(rows) == len(trials) and (docs / "sweep-attention-rates-adamw.png").is_file()
+    for row in rows:
+        trial = trials[script.Spec("adamw", int(row["rank"]), row["scaling"], float(row["learning_rate"]), 0)]
+        assert float(row["heldout_loss"]) == pytest.approx(trial["heldout_loss"], rel=1e-12)
+        assert float(row["mean_factor_norm"]) == pytest.approx(np.mean(trial["factor_norms"]), rel=1e-12)
+    shutil.rmtree(out)
+    assert paper_report.main(["--docs", str(docs)]) == 0 and (docs / "README.md").read_text() == text
+    assert paper_report.main(["--from", str(out), "--docs", str(docs)]) == 1
 
 
 def measured(losses_by_rate_and_rank, scaling="rslora", **more):
@@ -209,20 +215,26 @@ def test_a_tiny_sweep_goes_on_where_it_was_cut_and_leaves_figures(script, compil
     assert {(r["rank"], r["scaling"], r["learning_rate"]) for r in rows} == {
         ("5", scaling, rate) for scaling in ("rslora", "lora") for rate in ("0.001", "0.01")
     }
-    kept = {file: file.stat().st_mtime_ns for file in (out / "trials").iterdir()}
-    for file in kept:
-        one = json.loads(file.read_text())
-        assert len(one["losses"]) == len(one["factor_norms"]) == 5
+    kept = (out / "trials.jsonl").read_bytes()
+    trials = script.store.load(out / "trials.jsonl")
+    assert all(len(t["losses"]) == len(t["factor_norms"]) == 5 for t in trials.values()) and len(trials) == 4
     # At first B is zero, and its gradient is in proportion to gamma: sqrt(5) between the scalings at rank 5.
-    norms = {s: json.loads((out / f"trials/adamw-r5-{s}-lr0.001-seed0.json").read_text()) for s in ("rslora", "lora")}
-    ratio = norms["rslora"]["factor_norms"][0] / norms["lora"]["factor_norms"][0]
-    assert ratio == pytest.approx(math.sqrt(5), rel=1e-4)
+    first = lambda scaling: trials[script.Spec("adamw", 5, scaling, 1e-3, 0)]["factor_norms"][0]
+    assert first("rslora") / first("lora") == pytest.approx(math.sqrt(5), rel=1e-4)
     for name in ("perplexity-adamw.png", "gradients-adamw.png"):
         assert (out / name).read_bytes().startswith(b"\x89PNG")
     assert (out / "table.md").read_text().count("| adamw |") == 4
-    report(script, out, tmp_path / "docs")
+    assert script.main(argv) == 0 and (out / "trials.jsonl").read_bytes() == kept
 
-    assert script.main(argv) == 0
-    assert {file: file.stat().st_mtime_ns for file in (out / "trials").iterdir()} == kept
+    elsewhere = tmp_path / "elsewhere"
+    start = tmp_path / "start.jsonl"
+    start.write_bytes(b"".join(kept.splitlines(keepends=True)[:-1]))
+    assert script.main([*argv, "--out", str(elsewhere), "--start", str(start), "--budget", "0"]) == 0
+    assert "Left out so far: 1 trials" in capsys.readouterr().out
+    assert (elsewhere / "trials.jsonl").read_bytes() == start.read_bytes()
+    assert script.main([*argv, "--out", str(tmp_path / "other"), "--start", str(data)]) == 1
+    assert "sums.jsonl is not the trials.jsonl of a sweep" in capsys.readouterr().err
+
     assert script.main([*argv, "--steps", "6"]) == 1
     assert "has trials of steps 5, and now it is 6" in capsys.readouterr().err
+    report(script, out, tmp_path / "docs")

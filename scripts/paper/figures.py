@@ -25,8 +25,8 @@ NAMES = {
 Done = Mapping[Spec, Mapping[str, Any]]
 
 
-def draw(folder: Path, grid: Grid, done: Done) -> list[Path]:
-    """Draw both figures for each optimiser, at its middle rate, as PNG; return the files."""
+def draw(prefix: str, grid: Grid, done: Done) -> list[Path]:
+    """Draw both figures for each optimiser, at its middle rate, as PNG files `{prefix}...`; return them."""
     files = []
     for optimizer in grid.optimizers:
         curves = {
@@ -42,7 +42,7 @@ def draw(folder: Path, grid: Grid, done: Done) -> list[Path]:
             ("perplexity", "losses", smooth, "training perplexity (running mean)"),
             ("gradients", "factor_norms", running_mean, "average parameter gradient norm"),
         ):
-            files.append(folder / f"{name}-{optimizer}.png")
+            files.append(Path(f"{prefix}{name}-{optimizer}.png"))
             panels(files[-1], grid, curves, key, change, label, rate)
     return files
 

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 from matplotlib.figure import Figure
 
-from paper.figures import NAMES, Done
+from paper.figures import NAMES, Done, draw
 from paper.plan import Grid, Spec
 from paper.rates import Best, Exponent, best_rate, exponent, losses_by_rate
 from paper.store import mean_and_error
@@ -40,14 +40,19 @@ def fitted(best: Mapping[int, Best]) -> Exponent | None:
     return exponent(list(inner), list(inner.values()))
 
 
-def draw_maps(folder: Path, grid: Grid, done: Done) -> list[Path]:
+def draw_all(prefix: str, grid: Grid, done: Done) -> list[Path]:
+    """Draw the paper's two figures and those of this file, as PNG files `{prefix}...`; return them."""
+    return draw(prefix, grid, done) + draw_maps(prefix, grid, done) + draw_by_rank(prefix, grid, done)
+
+
+def draw_maps(prefix: str, grid: Grid, done: Done) -> list[Path]:
     """Draw the map of each optimiser that has several rates; return the files."""
     files = []
     for optimizer in grid.optimizers:
         tried = {s.rate for s in done if s.optimizer == optimizer and s.seed == 0}
         rates = [rate for rate in grid.rates[optimizer] if rate in tried]
         if len(rates) > 1:
-            files.append(folder / f"rates-{optimizer}.png")
+            files.append(Path(f"{prefix}rates-{optimizer}.png"))
             draw_map(files[-1], grid, done, optimizer, rates)
     return files
 
@@ -86,7 +91,7 @@ def draw_map(file: Path, grid: Grid, done: Done, optimizer: str, rates: list[flo
     figure.savefig(file, dpi=150)
 
 
-def draw_by_rank(folder: Path, grid: Grid, done: Done) -> list[Path]:
+def draw_by_rank(prefix: str, grid: Grid, done: Done) -> list[Path]:
     """Draw the held-out loss by rank, at one rate for all and at each rank's best, a panel for each optimiser."""
     shown = [o for o in grid.optimizers if any(s.optimizer == o for s in done)]
     figure = Figure(figsize=(4.2 * len(shown), 3.6), layout="constrained")
@@ -108,8 +113,9 @@ def draw_by_rank(folder: Path, grid: Grid, done: Done) -> list[Path]:
         axis.minorticks_off()
         axis.grid(alpha=0.3)
         axis.legend(fontsize=7)
-    figure.savefig(folder / "loss-by-rank.png", dpi=150)
-    return [folder / "loss-by-rank.png"]
+    file = Path(f"{prefix}loss-by-rank.png")
+    figure.savefig(file, dpi=150)
+    return [file]
 
 
 def seeds_at(

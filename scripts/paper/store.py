@@ -1,6 +1,7 @@
-"""A folder of finished trials: one JSON file each, and all of them as a CSV."""
+"""Finished trials: a JSON lines file with their curves, which a sweep can go on from, and a CSV without."""
 
 import csv
+import io
 import json
 import math
 from collections.abc import Mapping
@@ -29,24 +30,40 @@ COLUMNS = (
 )
 
 
-def check_settings(folder: Path, settings: Mapping[str, Any]) -> None:
-    """Write what all trials of a folder have in common, or see that it is the same as before."""
-    folder.mkdir(parents=True, exist_ok=True)
-    file = folder / "settings.json"
-    if not file.exists():
-        return write(file, json.dumps(settings, indent=1) + "\n")
-    before = json.loads(file.read_text(encoding="utf-8"))
+def begin(file: Path, settings: Mapping[str, Any], start: Path | None = None) -> None:
+    """Begin a file of trials with what they all have in common, or see that it is the same as in the file.
+
+    Where there is no file yet, its trials are those of `start`.
+    """
+    file.parent.mkdir(parents=True, exist_ok=True)
+    source = file if file.exists() else start
+    if source is None:
+        return write(file, json.dumps({"settings": dict(settings)}) + "\n")
+    before = read_settings(source)
     for name in settings:
         if before.get(name) != settings[name]:
             raise ValueError(
-                f"{folder} has trials of {name} {before.get(name)}, and now it is {settings[name]}: give another --out"
+                f"{source} has trials of {name} {before.get(name)}, and now it is {settings[name]}: give another --out"
             )
+    if source is not file:
+        write(file, source.read_text(encoding="utf-8"))
 
 
-def save(folder: Path, spec: Spec, outcome: Outcome, seconds: float) -> None:
-    """Keep a finished trial."""
+def read_settings(file: Path) -> dict[str, Any]:
+    """Read what all trials of a file have in common: its first line."""
+    with file.open(encoding="utf-8") as opened:
+        try:
+            settings = json.loads(opened.readline())["settings"]
+        except (ValueError, KeyError, TypeError):
+            raise ValueError(f"{file} is not the trials.jsonl of a sweep: its first line has no settings") from None
+    return dict(settings)
+
+
+def save(file: Path, spec: Spec, outcome: Outcome, seconds: float) -> None:
+    """Keep a finished trial. Curves have five digits: the file is to be small enough to be kept in a repository."""
     steps = len(outcome.losses)
     held = outcome.heldout[steps]
+    rounded = lambda curve: [float(f"{value:.5g}") for value in curve]
     trial = {
         "optimizer": spec.optimizer,
         "rank": spec.rank,
@@ -59,19 +76,18 @@ def save(folder: Path, spec: Spec, outcome: Outcome, seconds: float) -> None:
         "heldout_error": held.error,
         "diverged": outcome.diverged,
         "seconds": round(seconds, 2),
-        "losses": outcome.losses.tolist(),
-        "grad_norms": outcome.grad_norms.tolist(),
-        "factor_norms": outcome.factor_norms.tolist(),
+        "losses": rounded(outcome.losses),
+        "grad_norms": rounded(outcome.grad_norms),
+        "factor_norms": rounded(outcome.factor_norms),
     }
-    (folder / "trials").mkdir(exist_ok=True)
-    write(folder / "trials" / f"{spec.name}.json", json.dumps(trial))
+    write(file, file.read_text(encoding="utf-8") + json.dumps(trial) + "\n")
 
 
-def load(folder: Path) -> dict[Spec, dict[str, Any]]:
+def load(file: Path) -> dict[Spec, dict[str, Any]]:
     """Read the finished trials."""
     found = {}
-    for file in sorted((folder / "trials").glob("*.json")):
-        trial = json.loads(file.read_text(encoding="utf-8"))
+    for line in file.read_text(encoding="utf-8").splitlines()[1:]:
+        trial = json.loads(line)
         norms = trial["factor_norms"]
         trial |= {"first_factor_norm": norms[0], "mean_factor_norm": float(np.mean(norms))}
         spec = Spec(trial["optimizer"], trial["rank"], trial["scaling"], trial["learning_rate"], trial["seed"])
@@ -79,33 +95,13 @@ def load(folder: Path) -> dict[Spec, dict[str, Any]]:
     return found
 
 
-def write_csv(folder: Path, done: Mapping[Spec, Mapping[str, Any]]) -> None:
-    """Write `results.csv`, a line for each trial, without the curves."""
-    file = folder / "results.csv.tmp"
-    with file.open("w", newline="", encoding="utf-8") as opened:
-        table = csv.DictWriter(opened, COLUMNS, extrasaction="ignore", lineterminator="\n")
-        table.writeheader()
-        table.writerows(
-            done[spec] for spec in sorted(done, key=lambda s: (s.optimizer, s.rank, s.scaling, s.rate, s.seed))
-        )
-    file.replace(folder / "results.csv")
-
-
-def read_csv(file: Path) -> dict[Spec, dict[str, Any]]:
-    """Read what `write_csv` wrote, without the curves; nothing where there is no file."""
-    if not file.is_file():
-        return {}
-    found = {}
-    with file.open(newline="", encoding="utf-8") as opened:
-        for line in csv.DictReader(opened):
-            names = {"optimizer", "scaling"}
-            trial = {name: text if name in names else float(text or "nan") for name, text in line.items()}
-            trial["diverged"] = int(line["diverged"]) if line["diverged"] else None
-            spec = Spec(
-                trial["optimizer"], int(line["rank"]), trial["scaling"], trial["learning_rate"], int(line["seed"])
-            )
-            found[spec] = trial
-    return found
+def write_csv(file: Path, done: Mapping[Spec, Mapping[str, Any]]) -> None:
+    """Write a line for each trial, without the curves."""
+    text = io.StringIO()
+    table = csv.DictWriter(text, COLUMNS, extrasaction="ignore", lineterminator="\n")
+    table.writeheader()
+    table.writerows(done[spec] for spec in sorted(done, key=lambda s: (s.optimizer, s.rank, s.scaling, s.rate, s.seed)))
+    write(file, text.getvalue())
 
 
 def write(file: Path, text: str) -> None:
