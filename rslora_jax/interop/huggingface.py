@@ -16,15 +16,24 @@ from rslora_jax.interop.weights import load_weights
 from rslora_jax.models.attention import RopeScaling
 from rslora_jax.models.llama import LlamaConfig
 
+# What Gemma's configurations leave out.
+_GEMMA = {"head_dim": 256, "max_position_embeddings": 8192, "tie_word_embeddings": True}
+_SOFTCAPS = ("attn_logit_softcapping", "final_logit_softcapping")
+
 # What the families' configurations leave out, by model_type; Llama 2 and 3, TinyLlama and SmolLM2 are all "llama".
 _FAMILIES: dict[str, dict[str, Any]] = {
     "llama": {"architecture": "LlamaForCausalLM", "max_position_embeddings": 2048, "num_key_value_heads": None},
     "mistral": {"architecture": "MistralForCausalLM", "max_position_embeddings": 131072, "sliding_window": 4096},
     "qwen2": {"architecture": "Qwen2ForCausalLM", "max_position_embeddings": 32768},
     "qwen3": {"architecture": "Qwen3ForCausalLM", "max_position_embeddings": 32768, "head_dim": 128},
+    "gemma": {"architecture": "GemmaForCausalLM", **_GEMMA},
+    "gemma2": {"architecture": "Gemma2ForCausalLM", **_GEMMA, "query_pre_attn_scalar": 256, "sliding_window": 4096}
+    | dict(zip(_SOFTCAPS, (50.0, 30.0), strict=True)),
+    "gemma3_text": {"architecture": "Gemma3ForCausalLM", **_GEMMA, "query_pre_attn_scalar": 256, "sliding_window": 4096}
+    | {"max_position_embeddings": 131072, "rope_theta": 1e6, "rope_local_base_freq": 10000.0},
 }
 
-# Fields that would change what is computed, and the values with which they do not.
+# Fields that would change what is computed, and the values with which they do not; `_plain` has what families allow.
 _PLAIN: dict[str, tuple[Any, ...]] = {
     "hidden_act": ("silu", "swish"),
     "attention_bias": (False,),
@@ -60,7 +69,7 @@ def load_huggingface(
     names: Names = LLAMA,
     progress: Progress | None = None,
 ) -> Model:
-    """Load (config, variables, tokenizer) from a folder of the families Llama, Mistral, Qwen 2 and Qwen 3.
+    """Load (config, variables, tokenizer) from a folder of the families Llama, Mistral, Qwen 2 and 3, and Gemma 1 to 3.
 
     Args:
       folder: has `config.json`, `tokenizer.json` and `model.safetensors`, or an index and its shards.
@@ -118,7 +127,7 @@ def read_config(
     architectures = found.get("architectures") or [family["architecture"]]
     if architectures != [family["architecture"]]:
         raise ValueError(f"{path} has architectures {architectures}: only {family['architecture']} is read")
-    for name, plain in _PLAIN.items():
+    for name, plain in _plain(kind).items():
         if (value := found.get(name)) is not None and value not in plain:
             raise ValueError(f"{path} has {name}={value!r}: only {(plain or (None,))[0]!r} is computed here")
 
@@ -132,11 +141,12 @@ def read_config(
         return value
 
     heads, layers = get("num_attention_heads", int), get("num_hidden_layers", int)
-    rope_base, rope_scaling = _rope(path, found)
+    rope_base, rope_scaling = _rope(path, found, family.get("rope_theta", 10000.0))
     window, window_layers = _window(path, found, kind, layers, get)
+    width = get("hidden_size", int)
     figures: dict[str, Any] = dict(
         vocab_size=get("vocab_size", int),
-        width=get("hidden_size", int),
+        width=width,
         mlp_width=get("intermediate_size", int),
         num_layers=layers,
         num_heads=heads,
@@ -146,26 +156,45 @@ def read_config(
         rope_scaling=rope_scaling,
         norm_eps=get("rms_norm_eps", float, 1e-6),
         qkv_bias=kind == "qwen2",
-        qk_norm=kind == "qwen3",
+        qk_norm=kind in ("qwen3", "gemma3_text"),
         window=window,
         window_layers=window_layers,
         max_len=get("max_position_embeddings", int),
         tie_head=get("tie_word_embeddings", bool, False),
     )
+    if kind.startswith("gemma"):
+        figures |= dict(activation="gelu_tanh", norm_offset=1.0, embed_scale=width**0.5)
+    if kind in ("gemma2", "gemma3_text"):
+        figures |= dict(post_norms=True, score_size=get("query_pre_attn_scalar", float))
+    if kind == "gemma2":
+        caps = (get(name, float, optional=True) for name in _SOFTCAPS)
+        figures |= dict(zip(("score_cap", "logit_cap"), caps, strict=True))
+    if kind == "gemma3_text":
+        figures["window_rope_base"] = get("rope_local_base_freq", float)
     try:
         return LlamaConfig(**figures, scan_layers=scan_layers, remat=remat, param_dtype=param_dtype, dtype=dtype)
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from error
 
 
-def _rope(path: Path, found: Mapping[str, Any]) -> tuple[float, RopeScaling | None]:
+def _plain(kind: str) -> dict[str, tuple[Any, ...]]:
+    """Give the fields that are to have one of these values, or not to be there, in a family's configuration."""
+    if not kind.startswith("gemma"):
+        return _PLAIN
+    gelu = ("gelu_pytorch_tanh",)
+    computed = {"gemma": (), "gemma2": ("query_pre_attn_scalar", *_SOFTCAPS), "gemma3_text": ("query_pre_attn_scalar",)}
+    rest = {name: values for name, values in _PLAIN.items() if name not in computed[kind]}
+    return rest | {"hidden_act": gelu, "hidden_activation": gelu}
+
+
+def _rope(path: Path, found: Mapping[str, Any], default: float) -> tuple[float, RopeScaling | None]:
     # transformers 5 has all in `rope_parameters`.
     about = found.get("rope_parameters") or found.get("rope_scaling") or {}
     names = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
     known = {"rope_theta", "rope_type", "type", "partial_rotary_factor", *names}
     if not isinstance(about, dict) or not set(about) <= known:
         raise ValueError(f"{path} has rope parameters {about!r}: only {', '.join(sorted(known))} are known")
-    base = about.get("rope_theta", found.get("rope_theta", 10000.0))
+    base = about.get("rope_theta", found.get("rope_theta", default))
     kind = about.get("rope_type", about.get("type", "default"))
     if kind not in ("default", "llama3"):
         raise ValueError(f"{path} has rope_type {kind!r}: only 'default' and 'llama3' are computed here")
@@ -196,8 +225,14 @@ def _window(path: Path, found: Mapping[str, Any], kind: str, layers: int, get: A
         if types is not None and set(types) != {"full_attention" if window is None else windowed}:
             raise ValueError(f"{path} has layer_types {types!r} with sliding_window={window!r}: they contradict")
         return window, None
-    if kind == "llama" or not get("use_sliding_window", bool, False):
-        window = found.get("sliding_window") if kind == "llama" else None
+    if kind in ("gemma2", "gemma3_text"):
+        # Every so many layers one sees all; Gemma 2's files say nothing of it.
+        every = get("sliding_window_pattern", int, 6) if kind == "gemma3_text" else 2
+        has_window = tuple(bool(n % every) for n in range(1, layers + 1))
+        has_window = has_window if types is None else tuple(t == windowed for t in types)
+        return get("sliding_window", int), has_window
+    if kind in ("llama", "gemma") or not get("use_sliding_window", bool, False):
+        window = found.get("sliding_window") if kind in ("llama", "gemma") else None
         if window is not None or windowed in (types or []):
             raise ValueError(f"{path} has sliding_window or layer_types with it, and {kind!r} computes without")
         return None, None

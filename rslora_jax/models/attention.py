@@ -71,11 +71,14 @@ def rotate(x_BxTxNxH: Array, cos: Array, sin: Array) -> Array:
     return jnp.concatenate([first * cos - second * sin, second * cos + first * sin], -1).astype(x_BxTxNxH.dtype)
 
 
-def attend(q_BxTxNxH: Array, blocks: list[tuple[Array, Array, Array]]) -> Array:
+def attend(
+    q_BxTxNxH: Array, blocks: list[tuple[Array, Array, Array]], size: float | None = None, cap: float | None = None
+) -> Array:
     """Attend to several blocks of keys as if they were one.
 
     `blocks` holds (keys_BxSxKxH, values_BxSxKxH, mask_BxTxS), with N a multiple of K. Returns (B, T, N, H) in
     the queries' dtype; scores and softmax are float32. A query whose mask is empty gets a finite average.
+    Scores are divided by the root of `size` (H), and with a `cap` become cap * tanh(scores / cap).
 
     Blocks stay apart because joining a cache with the new keys would copy the cache at every token.
 
@@ -89,9 +92,10 @@ def attend(q_BxTxNxH: Array, blocks: list[tuple[Array, Array, Array]]) -> Array:
     einsum = partial(jnp.einsum, preferred_element_type=jnp.float32)
     # A finite floor and not -inf: padding rows see no key at all, and -inf would make them (and, through
     # the backward pass, everything) NaN.
+    scores = [einsum("btkgh,bskh->bkgts", q_BxTxKxGxH, k) * (size or H) ** -0.5 for k, _, _ in blocks]
     scores = [
-        jnp.where(mask[:, None, None], einsum("btkgh,bskh->bkgts", q_BxTxKxGxH, k) * H**-0.5, -1e30)
-        for k, _, mask in blocks
+        jnp.where(mask[:, None, None], level_off(block, cap), -1e30)
+        for block, (_, _, mask) in zip(scores, blocks, strict=True)
     ]
     weights_BxKxGxTxS = jax.nn.softmax(jnp.concatenate(scores, axis=-1), axis=-1).astype(q_BxTxNxH.dtype)
     out_BxTxKxGxH = jnp.zeros((), jnp.float32)
@@ -101,6 +105,15 @@ def attend(q_BxTxNxH: Array, blocks: list[tuple[Array, Array, Array]]) -> Array:
         out_BxTxKxGxH += einsum("bkgts,bskh->btkgh", part, v_BxSxKxH)
         start += mask.shape[-1]
     return out_BxTxKxGxH.reshape(B, T, N, H).astype(q_BxTxNxH.dtype)
+
+
+def level_off(x: Array, cap: float | None) -> Array:
+    """Give cap * tanh(x / cap), of which no entry is beyond the cap; x where there is none.
+
+    >>> level_off(jnp.array([0.01, 1000.0]), 5.0).round(3).tolist()
+    [0.009999999776482582, 5.0]
+    """
+    return x if cap is None else cap * jnp.tanh(x / cap)
 
 
 def visible(query_positions_BxT: Array, key_positions_BxS: Array) -> Array:

@@ -24,6 +24,7 @@ from rslora_jax.models.attention import (
     extend,
     init_cache,
     lengthen,
+    level_off,
     rotary,
     rotate,
     visible,
@@ -49,9 +50,13 @@ class RMSNorm(nn.Module):
 
     @nn.compact
     def __call__(self, x_BxTxD: Array) -> Array:
-        scale_D = self.param("scale", nn.initializers.ones, (x_BxTxD.shape[-1],), self.config.param_dtype)
+        offset = self.config.norm_offset
+        init = nn.initializers.constant(1 - offset)
+        scale_D = self.param("scale", init, (x_BxTxD.shape[-1],), self.config.param_dtype)
         wide = x_BxTxD.astype(jnp.float32)
         wide = wide * lax.rsqrt(jnp.mean(wide**2, axis=-1, keepdims=True) + self.config.norm_eps)
+        # In float32 the sum too: a bfloat16 has no room for a small weight beside 1.
+        scale_D = scale_D.astype(jnp.float32) + offset if offset else scale_D
         return (wide * scale_D).astype(self.config.dtype)
 
 
@@ -79,12 +84,12 @@ class Attention(nn.Module):
         blocks = [(k, v, masks["new"])]
         if cached is not None:
             blocks.insert(0, (cached["k"], cached["v"], masks["cached"]))
-        out = attend(q, blocks).reshape(*x_BxTxD.shape[:-1], -1)
+        out = attend(q, blocks, c.score_size, c.score_cap).reshape(*x_BxTxD.shape[:-1], -1)
         return _dense(c, c.width, "o_proj")(out), {"k": k, "v": v}
 
 
 class MLP(nn.Module):
-    """The gated feed-forward part, SwiGLU (arXiv 2002.05202, eq. 6)."""
+    """The gated feed-forward part, SwiGLU or GEGLU (arXiv 2002.05202, eq. 6)."""
 
     config: LlamaConfig
 
@@ -93,26 +98,32 @@ class MLP(nn.Module):
         c = self.config
         gate = _dense(c, c.mlp_width, "gate_proj")(x_BxTxD)
         up = _dense(c, c.mlp_width, "up_proj")(x_BxTxD)
-        return _dense(c, c.width, "down_proj")(nn.silu(gate) * up)
+        gate = nn.silu(gate) if c.activation == "silu" else nn.gelu(gate, approximate=True)
+        return _dense(c, c.width, "down_proj")(gate * up)
 
 
 class Layer(nn.Module):
     """One residual layer. The stream is the carry of a scan, the new keys and values its stacked result.
 
-    `has_window` (bool, a scalar) is given where layers differ in it: `masks["window"]` then narrows the others.
+    `has_window` (bool, a scalar) is given where layers differ in it: `masks["window"]` then narrows the others. `rope`
+    is a list of one, or of two where the second is for layers with a window.
     """
 
     config: LlamaConfig
 
     @nn.compact
     def __call__(self, x_BxTxD: Array, rope: Any, masks: Any, cached: Any, has_window: Any = None) -> tuple[Array, Any]:
+        c = self.config
         if has_window is not None:
             masks = {name: masks[name] & (near | ~has_window) for name, near in masks["window"].items()}
-        out, new = Attention(self.config, name="attn")(
-            RMSNorm(self.config, name="attn_norm")(x_BxTxD), rope, masks, cached
-        )
-        x_BxTxD = x_BxTxD + out
-        x_BxTxD = x_BxTxD + MLP(self.config, name="mlp")(RMSNorm(self.config, name="mlp_norm")(x_BxTxD))
+            if len(rope) > 1:
+                rope = [jax.tree.map(partial(jnp.where, has_window), rope[1], rope[0])]
+        norm = lambda name: RMSNorm(c, name=name)
+        after = norm if c.post_norms else lambda name: lambda out: out
+        out, new = Attention(c, name="attn")(norm("attn_norm")(x_BxTxD), rope[0], masks, cached)
+        x_BxTxD = x_BxTxD + after("attn_post_norm")(out)
+        out = MLP(c, name="mlp")(norm("mlp_pre_norm" if c.post_norms else "mlp_norm")(x_BxTxD))
+        x_BxTxD = x_BxTxD + after("mlp_post_norm")(out)
         # Without a cache nobody wants the keys, and a scan would stack and keep them.
         return x_BxTxD, None if cached is None else new
 
@@ -245,20 +256,25 @@ class Llama(nn.Module):
             masks["new"] &= segments_BxT[:, :, None] == segments_BxT[:, None, :]
         cached = None
         x_BxTxD = self.embed(tokens_BxT)
+        if c.embed_scale != 1:
+            x_BxTxD = x_BxTxD * jnp.asarray(c.embed_scale, c.dtype)
         if cache is not None:
             if 0 < slots < T:
                 raise ValueError(f"{T} tokens do not fit a cache of {slots}: call init_cache with more")
             cached = {"k": cache["k"], "v": cache["v"]}
             if slots:
                 x_BxTxD = jnp.where(cache["index"] + T <= slots, x_BxTxD, jnp.nan)
-        rope = rotary(positions_BxT, c.head_dim, c.rope_base, c.rope_scaling)
+        rope = [rotary(positions_BxT, c.head_dim, c.rope_base, c.rope_scaling)]
+        if c.window_rope_base is not None:
+            rope.append(rotary(positions_BxT, c.head_dim, c.window_rope_base))
         x_BxTxD, new = self._run_layers(x_BxTxD, rope, masks, cached)
         x_BxTxD = self.norm(x_BxTxD)
         return x_BxTxD if cache is None else (x_BxTxD, extend(cache, new, positions_BxT))
 
     def head(self, x: Array) -> Array:
         """Give logits (..., V) in float32 for states (..., D), such as some rows of `hidden`."""
-        return self.embed.attend(x) if self.config.tie_head else self.lm_head(x)
+        logits = self.embed.attend(x) if self.config.tie_head else self.lm_head(x)
+        return level_off(logits, self.config.logit_cap)
 
     def _run_layers(self, x_BxTxD: Array, rope: Any, masks: Any, cached: Any) -> tuple[Array, Any]:
         windows_L = None if self.config.window_layers is None else jnp.array(self.config.window_layers)

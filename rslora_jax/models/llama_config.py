@@ -29,6 +29,12 @@ class LlamaConfig:
     norm of every query and key head (Qwen 3), and `window`, the number of positions, its own included, that a token
     sees (Mistral); with `window_layers`, one bool a layer, only layers where it is true have the window.
 
+    What Gemma adds: `activation` "gelu_tanh" in place of "silu", norms whose weights are stored less `norm_offset`, a
+    factor `embed_scale` on the embedding; `post_norms` behind attention and feed-forward part, scores over the root of
+    `score_size` in place of that of `head_dim`, and `score_cap` and `logit_cap`, beyond which scores and logits level
+    off as cap * tanh(x / cap) (Gemma 2, arXiv 2408.00118); and `window_rope_base`, the base of rotary embedding where
+    there is a window, without scaling (Gemma 3, arXiv 2503.19786).
+
     `param_dtype` is what weights are stored in, `dtype` what products are computed in; normalisation,
     rotation, softmax and logits are float32 whatever `dtype` is. `remat` is None or "none" (keep all
     activations), "full" (keep none inside a layer) or a name in `REMAT_POLICIES`. `scan_layers` stacks the
@@ -55,6 +61,14 @@ class LlamaConfig:
     qk_norm: bool = False
     window: int | None = None
     window_layers: tuple[bool, ...] | None = None
+    activation: str = "silu"
+    norm_offset: float = 0.0
+    embed_scale: float = 1.0
+    post_norms: bool = False
+    score_size: float | None = None
+    score_cap: float | None = None
+    logit_cap: float | None = None
+    window_rope_base: float | None = None
     max_len: int = 2048
     tie_head: bool = True
     scan_layers: bool = False
@@ -77,6 +91,8 @@ class LlamaConfig:
             raise ValueError(f"head_dim={self.head_dim} is odd: rotary embedding turns pairs of coordinates")
         if self.remat not in (None, "none", "full", *REMAT_POLICIES):
             raise ValueError(f"remat={self.remat!r} is unknown: use None, 'full' or one of {', '.join(REMAT_POLICIES)}")
+        if self.activation not in ("silu", "gelu_tanh"):
+            raise ValueError(f"activation={self.activation!r} is unknown: use 'silu' or 'gelu_tanh'")
         if self.window is not None and self.window < 1:
             raise ValueError(f"window={self.window} is below 1: a token sees at least itself; use None for no window")
         if self.window_layers is not None:
@@ -89,3 +105,8 @@ class LlamaConfig:
             if len(set(self.window_layers)) == 1:
                 object.__setattr__(self, "window", self.window if self.window_layers[0] else None)
                 object.__setattr__(self, "window_layers", None)
+        if self.window_rope_base is not None and self.window_layers is None:
+            if self.window is not None:
+                object.__setattr__(self, "rope_base", self.window_rope_base)
+                object.__setattr__(self, "rope_scaling", None)
+            object.__setattr__(self, "window_rope_base", None)

@@ -53,6 +53,15 @@ FAMILIES = {
     "qwen 2.5": ("Qwen2", dict(tie_word_embeddings=True, rms_norm_eps=1e-6)),
     "qwen 3": ("Qwen3", dict(head_dim=16, tie_word_embeddings=True)),
     "qwen 3 windows": ("Qwen3", dict(head_dim=8) | SOME_WINDOWS | dict(layer_types=ALTERNATING)),
+    "gemma": ("Gemma", dict(head_dim=16)),
+    # Caps and windows small enough to be felt; a query is scaled by neither the head's size nor the width.
+    "gemma 2": (
+        "Gemma2",
+        dict(head_dim=8, query_pre_attn_scalar=5, sliding_window=5, attn_logit_softcapping=1.5)
+        | dict(final_logit_softcapping=2.5),
+    ),
+    "gemma 3": ("Gemma3", dict(head_dim=16, query_pre_attn_scalar=5, sliding_window=5, layer_types=ALTERNATING)),
+    "gemma 3 of windows": ("Gemma3", dict(head_dim=8, query_pre_attn_scalar=9, sliding_window=5)),
 }
 BY_DAY = {
     ("llama 2", "looped"),
@@ -61,6 +70,8 @@ BY_DAY = {
     ("qwen 2", "scanned"),
     ("qwen 2.5", "looped"),
     ("qwen 3 windows", "looped"),
+    ("gemma 2", "looped"),
+    ("gemma 3", "scanned"),
 }
 CASES = [
     pytest.param(*case, marks=() if case in BY_DAY else pytest.mark.nightly)
@@ -86,7 +97,9 @@ def folder_of(tmp_path_factory):
     @functools.cache
     def make(family):
         name, changes = FAMILIES[family]
-        config = getattr(transformers, f"{name}Config")(**SIZES | changes)
+        # Gemma 3's other class has pictures too. Only "eager" knows Gemma 2's caps.
+        named = {"Gemma3": "Gemma3TextConfig"}.get(name, f"{name}Config")
+        config = getattr(transformers, named)(**SIZES | changes, attn_implementation="eager")
         model = getattr(transformers, f"{name}ForCausalLM")(config).eval()
         torch.manual_seed(0)
         with torch.no_grad():
