@@ -163,7 +163,7 @@ def exact_match(
     bucket, answers = -(-max(map(len, prompts)) // 64) * 64, list[str]()
     progress = report.progress_line(f"answers of {name}")
     for batch, real in batches(prompts, a.batch_size):
-        options = {"max_new": a.max_new, "eos_id": tokenizer.eos_id, "bucket": bucket}
+        options = {"max_new": a.max_new, "eos_id": tokenizer.stop_ids, "bucket": bucket}
         outs = generate(apply, variables, batch, config, **options)
         answers += [tokenizer.decode(out, skip_special=True) for out in outs[:real]]
         progress(len(answers), len(asked))

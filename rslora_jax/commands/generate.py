@@ -135,7 +135,7 @@ class Writer:
             self.variables,
             prompts,
             self.loaded.config,
-            eos_id=self.loaded.tokenizer.eos_id,
+            eos_id=self.loaded.tokenizer.stop_ids,
             key=key,
             bucket=bucket,
             **self.options,

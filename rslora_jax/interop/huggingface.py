@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -87,10 +88,14 @@ def load_huggingface(
     """
     folder = Path(folder)
     config = read_config(folder, scan_layers=scan_layers, remat=remat, param_dtype=param_dtype, dtype=dtype)
-    tokenizer = read_tokenizer(folder, eos_id=_eos_id(folder))
-    if tokenizer.vocab_size > config.vocab_size:
+    ends = _eos_ids(folder)
+    tokenizer = dataclasses.replace(read_tokenizer(folder, eos_id=ends[0] if ends else None), ends=ends)
+    # Gemma 3 has an added token for pictures that the text model has no row for.
+    tokens = tokenizer.backend.get_vocab_size(with_added_tokens=False)
+    tokens = max(tokens, *(1 + i for i in (*tokenizer.stop_ids, tokenizer.bos_id, tokenizer.pad_id) if i is not None))
+    if tokens > config.vocab_size:
         raise ValueError(
-            f"{folder} has {tokenizer.vocab_size} tokens in tokenizer.json and vocab_size {config.vocab_size} in "
+            f"{folder} has {tokens} tokens in tokenizer.json and vocab_size {config.vocab_size} in "
             "config.json: they do not belong together"
         )
     shapes = shapes_of(config)
@@ -243,11 +248,11 @@ def _window(path: Path, found: Mapping[str, Any], kind: str, layers: int, get: A
     return get("sliding_window", int, 4096), has_window
 
 
-def _eos_id(folder: Path) -> int | None:
+def _eos_ids(folder: Path) -> tuple[int, ...]:
     for name in ("generation_config.json", "config.json"):
         if (folder / name).is_file():
             found = read_json(folder / name).get("eos_token_id")
-            found = found[0] if isinstance(found, list) and found else found
-            if type(found) is int and found >= 0:
-                return found
-    return None
+            ids = tuple(i for i in (found if isinstance(found, list) else [found]) if type(i) is int and i >= 0)
+            if ids:
+                return ids
+    return ()

@@ -29,7 +29,8 @@ class Tokenizer:
     """Turn text into token ids and back, and messages into the text of a chat.
 
     Take the one that a loader gives, or build one with `tokenizer_from_metadata` or `read_tokenizer`. `special` holds
-    further tokens by the names that chat templates call them by.
+    further tokens by the names that chat templates call them by, and `ends` those that end an answer beside `eos_id`,
+    such as the end of a turn.
 
     >>> tokenizer = tokenizer_from_metadata(_EXAMPLE)
     >>> tokenizer.encode("hi hi<end>"), tokenizer.decode([3, 4, 3, 0])
@@ -46,6 +47,12 @@ class Tokenizer:
     add_bos: bool = False
     chat_template: str | None = dataclasses.field(default=None, repr=False)
     special: Mapping[str, str] = dataclasses.field(default_factory=dict, repr=False)
+    ends: tuple[int, ...] = ()
+
+    @property
+    def stop_ids(self) -> tuple[int, ...]:
+        """The tokens at which to stop writing."""
+        return tuple(dict.fromkeys((self.eos_id, *self.ends)))
 
     def encode(self, text: str) -> list[int]:
         """Give the token ids of a text.

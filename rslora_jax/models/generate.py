@@ -42,8 +42,8 @@ def generate(
     `apply` between calls: it is part of what is compiled, once for each number of prompts, `max_new` and
     prompt length rounded up to `bucket`. Temperature 0 takes the likeliest token; otherwise `key` draws
     one from the smallest set of tokens that holds `top_p` of the probability (arXiv 1904.09751, section 3.1).
-    A row ends with, and includes, `eos_id`. What a row gives does not depend on the other rows, except
-    through rounding.
+    A row ends with, and includes, `eos_id`, or the first of several. What a row gives does not depend on the other
+    rows, except through rounding.
 
     Raises `ValueError` for no prompts, an empty prompt, `max_new` below 1, `top_p` outside (0, 1], a
     negative temperature, a missing key, and for prompts that leave no room within `config.max_len`.
@@ -118,7 +118,7 @@ def start(
     config: LlamaConfig,
     *,
     max_new: int,
-    eos_id: int | None = None,
+    eos_id: int | Sequence[int] | None = None,
     temperature: float = 0.0,
     top_p: float = 1.0,
     key: Array | None = None,
@@ -135,10 +135,10 @@ def start(
         tokens_BxP[row, length - len(prompt) :] = prompt
         positions_BxP[row, length - len(prompt) :] = np.arange(len(prompt))
     # No token has id -1, so that without an end every row runs to max_new, by the same program.
-    end = np.int32(-1 if eos_id is None else eos_id)
+    ends_E = np.atleast_1d(np.asarray(-1 if eos_id is None else eos_id, np.int32))
     return Generation(
         (apply, variables, tokens_BxP, positions_BxP),
-        (end, np.float32(temperature), np.float32(top_p), key if temperature else None),
+        (ends_E, np.float32(temperature), np.float32(top_p), key if temperature else None),
         config,
         max_new,
         top_p < 1,
@@ -215,7 +215,7 @@ def _advance(
     variables: Any,
     state: State,
     until: Array,
-    eos_id: Array,
+    ends_E: Array,
     temperature: Array,
     top_p: Array,
     key: Array | None,
@@ -246,7 +246,7 @@ def _advance(
             "cache": cache,
             "new_BxM": lax.dynamic_update_slice(state["new_BxM"], token_B[:, None], (0, step)),
             "lengths_B": state["lengths_B"] + ~done_B,
-            "done_B": done_B | (token_B == eos_id),
+            "done_B": done_B | jnp.isin(token_B, ends_E),
         }
 
     return lax.while_loop(go_on, one, state)

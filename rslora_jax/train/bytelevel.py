@@ -17,6 +17,7 @@ class ByteTokenizer:
 
     vocab_size = 258
     eos_id = 256
+    stop_ids = (256,)
     pad_id = 257
     bos_id: int | None = None
     chat_template: str | None = None

@@ -31,7 +31,7 @@ def write(
         return []
     room = max(1, min(max_len, config.max_len - max_new))
     prompts = [prompt_ids(tokenizer, example)[-room:] for example in examples]
-    outs = generate(apply, params, prompts, config, max_new=max_new, eos_id=tokenizer.eos_id)
+    outs = generate(apply, params, prompts, config, max_new=max_new, eos_id=tokenizer.stop_ids)
     return [tokenizer.decode(out, skip_special=True).strip() for out in outs]
 
 

@@ -33,7 +33,7 @@ def by_hand(place, text, run=None, **options):
         lora, adapters = place.runs[run]
         variables = lora.merge(variables, adapters)
     ids = tokenizer.encode(text)
-    (out,) = generate(Llama(config).apply, variables, [ids], config, max_new=9, eos_id=tokenizer.eos_id, **options)
+    (out,) = generate(Llama(config).apply, variables, [ids], config, max_new=9, eos_id=tokenizer.stop_ids, **options)
     return tokenizer.decode(out, skip_special=True).strip()
 
 

@@ -26,6 +26,16 @@ CONFIG: dict[str, Any] = {
     "tie_word_embeddings": False,
     "hidden_act": "silu",
 }
+# In the place of a value, for a field that is not there.
+ABSENT: Any = object()
+# Changes to CONFIG.
+FAMILIES: dict[str, dict[str, Any]] = {
+    "llama": {},
+    "llama tied": {"tie_word_embeddings": True},
+    "mistral": {"model_type": "mistral", "architectures": ["MistralForCausalLM"], "sliding_window": 5},
+    "qwen2": {"model_type": "qwen2", "architectures": ["Qwen2ForCausalLM"]},
+    "qwen3": {"model_type": "qwen3", "architectures": ["Qwen3ForCausalLM"], "tie_word_embeddings": True},
+}
 DTYPES = {
     "float64": "F64",
     "float32": "F32",

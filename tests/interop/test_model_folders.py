@@ -13,23 +13,15 @@ import numpy as np
 import pytest
 
 from rslora_jax.interop import weights
-from rslora_jax.interop.huggingface import load_huggingface, read_config
+from rslora_jax.interop.huggingface import load_huggingface
 from rslora_jax.interop.load import load_model
-from rslora_jax.interop.tokenizer_files import read_tokenizer
-from rslora_jax.models.attention import RopeScaling
 from rslora_jax.models.llama import Llama
 
 from . import folders
+from .folders import FAMILIES
 
 pytestmark = [pytest.mark.by_day_on("newest"), pytest.mark.usefixtures("compile_fast")]
 
-FAMILIES = {
-    "llama": {},
-    "llama tied": {"tie_word_embeddings": True},
-    "mistral": {"model_type": "mistral", "architectures": ["MistralForCausalLM"], "sliding_window": 5},
-    "qwen2": {"model_type": "qwen2", "architectures": ["Qwen2ForCausalLM"]},
-    "qwen3": {"model_type": "qwen3", "architectures": ["Qwen3ForCausalLM"], "tie_word_embeddings": True},
-}
 PATHS = {
     "input_layernorm.weight": ("attn_norm", "scale"),
     "post_attention_layernorm.weight": ("mlp_norm", "scale"),
@@ -101,80 +93,6 @@ def test_a_tied_head_and_rotary_frequencies_that_are_written_all_the_same_are_le
     arrays["model.layers.1.self_attn.rotary_emb.inv_freq"] = np.ones(4, np.float32)
     (tmp_path / "model.safetensors").write_bytes(folders.safetensors(arrays))
     assert "lm_head" not in load_huggingface(tmp_path).variables["params"]
-
-
-def config_of(tmp_path, **changes):
-    (tmp_path / "config.json").write_text(json.dumps(folders.CONFIG | changes))
-    return read_config(tmp_path)
-
-
-def test_the_configuration_of_each_family(tmp_path):
-    c = config_of(tmp_path)
-    assert (c.width, c.mlp_width, c.num_layers, c.num_heads, c.num_kv_heads, c.head_dim) == (16, 40, 3, 4, 2, 8)
-    assert (c.rope_base, c.norm_eps, c.max_len, c.tie_head, c.window, c.qkv_bias) == (500, 1e-5, 64, False, None, False)
-    rope = {"factor": 8, "low_freq_factor": 1, "high_freq_factor": 4.0, "original_max_position_embeddings": 16}
-    scaling = RopeScaling(8, 1, 4.0, 16)
-    assert config_of(tmp_path, rope_scaling=rope | {"rope_type": "llama3"}).rope_scaling == scaling
-    assert config_of(tmp_path, rope_scaling=rope | {"type": "llama3"}).rope_scaling == scaling
-    c = config_of(tmp_path, rope_parameters=rope | {"rope_type": "llama3", "rope_theta": 7e3})  # of transformers 5
-    assert (c.rope_scaling, c.rope_base) == (scaling, 7e3)
-    c = config_of(tmp_path, head_dim=None, num_key_value_heads=None)
-    assert (c.head_dim, c.num_kv_heads) == (4, 4)
-    assert config_of(tmp_path, **FAMILIES["mistral"]).window == 5
-    assert config_of(tmp_path, **FAMILIES["mistral"] | {"sliding_window": None}).window is None
-    qwen = FAMILIES["qwen2"] | {"sliding_window": 6, "max_window_layers": 2}
-    c = config_of(tmp_path, **qwen)
-    assert (c.qkv_bias, c.qk_norm, c.window) == (True, False, None)
-    c = config_of(tmp_path, **qwen, use_sliding_window=True)
-    assert (c.window, c.window_layers) == (6, (False, False, True))
-    c = config_of(tmp_path, **qwen | {"max_window_layers": 0}, use_sliding_window=True)
-    assert (c.window, c.window_layers) == (6, None)
-    assert config_of(tmp_path, **qwen | {"max_window_layers": 3}, use_sliding_window=True).window is None
-    types = ["sliding_attention", "full_attention", "sliding_attention"]
-    c = config_of(tmp_path, **FAMILIES["qwen3"], sliding_window=6, use_sliding_window=True, layer_types=types)
-    assert (c.qk_norm, c.qkv_bias, c.window, c.window_layers) == (True, False, 6, (True, False, True))
-
-
-MISTRAL = FAMILIES["mistral"]
-WRONG_CONFIGS = {
-    "family": ({"model_type": "gemma2"}, "model_type 'gemma2': only llama, mistral, qwen2, qwen3 are read"),
-    "no family": ({"model_type": None}, "model_type None"),
-    "head": ({"architectures": ["LlamaForSequenceClassification"]}, "Classification.*: only LlamaForCausalLM"),
-    "activation": ({"hidden_act": "gelu"}, "hidden_act='gelu': only 'silu'"),
-    "bias": ({"attention_bias": True}, "attention_bias=True: only False"),
-    "mlp bias": ({"mlp_bias": True}, "mlp_bias=True"),
-    "part rope": ({"partial_rotary_factor": 0.5}, "partial_rotary_factor=0.5: only 1"),
-    "yarn": ({"rope_scaling": {"rope_type": "yarn", "factor": 4.0}}, "rope_type 'yarn': only 'default' and 'llama3'"),
-    "linear": ({"rope_scaling": {"type": "linear", "factor": 4.0}}, "rope_type 'linear'"),
-    "half rope": ({"rope_scaling": {"rope_type": "llama3", "factor": 4.0}}, "low_freq_factor=None .* number above 0"),
-    "mrope": ({"rope_scaling": {"type": "default", "mrope_section": [1]}}, "mrope_section.*: only factor, .* known"),
-    "order": (
-        {
-            "rope_scaling": dict(rope_type="llama3", factor=8.0, low_freq_factor=4, high_freq_factor=4)
-            | {"original_max_position_embeddings": 8}
-        },
-        "low_freq_factor below high_freq_factor",
-    ),
-    "quantised": ({"quantization_config": {"bits": 4}}, r"quantization_config=\{'bits': 4\}: only None"),
-    "softcap": ({"final_logit_softcapping": 30.0}, "final_logit_softcapping=30.0: only None"),
-    "experts": ({"num_local_experts": 8}, "num_local_experts=8"),
-    "window of llama": ({"sliding_window": 8}, "sliding_window .* 'llama' computes without"),
-    "window of none": (MISTRAL | {"sliding_window": 0}, "sliding_window=0: it is to be a int, and above 0"),
-    "layers": (MISTRAL | {"layer_types": ["full_attention"] * 3}, "layer_types .* contradict"),
-    "chunks": ({"layer_types": ["chunked_attention"] * 3}, "layer_types .*: 3 of full_attention or sliding"),
-    "text": ({"hidden_size": "16"}, "hidden_size='16': it is to be a int"),
-    "none": ({"intermediate_size": None}, "intermediate_size=None"),
-    "zero": ({"num_attention_heads": 0}, "num_attention_heads=0"),
-    "heads": ({"num_key_value_heads": 3}, "num_kv_heads=3: every key-value head"),
-}
-
-
-@pytest.mark.parametrize("case", WRONG_CONFIGS)
-def test_a_configuration_that_would_be_computed_wrongly_is_refused(tmp_path, case):
-    changes, message = WRONG_CONFIGS[case]
-    with pytest.raises(ValueError, match=message) as caught:
-        config_of(tmp_path, **changes)
-    assert str(caught.value).startswith(str(tmp_path / "config.json")) and "\n" not in str(caught.value)
 
 
 def changed(change):
@@ -329,50 +247,6 @@ def test_the_command_line_says_what_is_wrong_and_exits_with_2(tmp_path, capsys):
     ]
     assert main(["train", *where]) == 2
     assert f"rslora: error: {tmp_path}/model/model.safetensors is cut off" in capsys.readouterr().err
-
-
-def test_the_tokenizer_and_what_its_files_say_beside_it(tmp_path):
-    folders.write(tmp_path)
-    tokenizer = read_tokenizer(tmp_path)
-    assert (tokenizer.bos_id, tokenizer.eos_id, tokenizer.pad_id, tokenizer.vocab_size) == (0, 1, 2, 16)
-    # Neither cut nor padded, whatever tokenizer.json says of it.
-    assert tokenizer.encode("hi hi hi 12!") == [0, 5, 6, 5, 6, 5, 6, 7, 8, 9] and tokenizer.encode("h") == [0, 3]
-    text = tokenizer.chat([{"role": "user", "content": "hi"}])
-    assert text == "<s>user: hi</s>"
-    assert tokenizer.encode(text)[:2] == [0, 11] and tokenizer.encode(text).count(0) == 1
-    assert tokenizer.decode([0, 5, 1], skip_special=True) == "hi"
-    (tmp_path / "chat_template.jinja").write_text("{{ messages[0] | tojson }}{{ tools is none }}{{ pad_token }}")
-    assert read_tokenizer(tmp_path).chat([{"role": "é<"}]) == '{"role": "é<"}True<pad>'
-    folders.tokenizer_json(tmp_path, bos=False)
-    assert read_tokenizer(tmp_path).encode("hi") == [5]
-
-
-def test_tokens_that_only_the_config_knows_are_added_and_the_llama_class_puts_its_own_in_front(tmp_path):
-    folders.write(tmp_path)
-    folders.tokenizer_json(tmp_path, bos=False)
-    about = {
-        "tokenizer_class": "LlamaTokenizerFast",
-        "chat_template": [{"name": "tool_use", "template": "no"}, {"name": "default", "template": "yes"}],
-        "added_tokens_decoder": {
-            "16": {"content": "<tool>", "special": True},
-            "17": {"content": "<t>", "special": False},
-        },
-    }
-
-    def read(**changes):
-        (tmp_path / "tokenizer_config.json").write_text(json.dumps(about | changes))
-        return read_tokenizer(tmp_path)
-
-    tokenizer = read()
-    assert tokenizer.encode("hi<tool><t>") == [0, 5, 16, 17]
-    assert tokenizer.vocab_size == 19  # that class has an <unk>
-    assert tokenizer.decode([0, 5, 16, 17], skip_special=True) == "hi<t>"
-    assert tokenizer.chat([]) == "yes" and tokenizer.eos_id == 1
-    assert read(add_bos_token=False).encode("hi") == [5]
-    with pytest.raises(ValueError, match="eos_token behind every text"):
-        read(add_eos_token=True)
-    with pytest.raises(ValueError, match=r"token '<tool>' has another id in tokenizer_config.json"):
-        read(added_tokens_decoder={"20": {"content": "<tool>"}})
 
 
 def test_models_are_found_by_what_they_are_called(tmp_path, monkeypatch):

@@ -59,6 +59,11 @@ def test_rows_end_with_the_end_token_each_in_its_own_time(variables):
         stop = long.index(eos_id) + 1 if eos_id in long else 8
         assert short == long[:stop]
     assert len(ended[0]) <= 3 and ended[0][-1] == eos_id
+    ends = (eos_id, free[1][1])
+    ended = generate(MODEL.apply, variables, PROMPTS, CONFIG, max_new=8, bucket=8, eos_id=ends)
+    for long, short in zip(free, ended, strict=True):
+        assert short == long[: min([n + 1 for n, token in enumerate(long) if token in ends], default=8)]
+    assert len(ended[0]) <= 3 and len(ended[1]) <= 2
 
 
 def test_sampling_follows_the_key_and_not_the_batch(variables):
