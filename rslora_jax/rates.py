@@ -1,0 +1,52 @@
+"""One learning rate for all ranks: how far an optimiser of Adam's kind goes with an adapter of each rank."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import jax
+import optax
+
+from rslora_jax.scaling import gamma
+from rslora_jax.wrap import Lora
+
+
+def scale_by_rank(lora: Lora, *, reference_rank: int = 8) -> optax.GradientTransformation:
+    """Make the learning rate that is right at one rank serve adapters of every rank, for optimisers of Adam's kind.
+
+    Where updates do not depend on the gradient's size, as with Adam, Lion or Adafactor, the best learning rate goes
+    like (gamma r)^-1/2 (arXiv 2602.06204): with rsLoRA like r^-1/4, with LoRA it is the same for all ranks. So each
+    adapter's update is multiplied by that, over its value at the reference. `docs/paper` has what was measured. Put it
+    behind the optimiser; it has no state. SGD has no need of it with rsLoRA, whose change of the weight in a step is
+    of one size at all ranks (arXiv 2312.03732, theorem 3.2).
+
+    Args:
+      lora: gives each adapter's rank, which patterns may have made several, and the scaling. Alpha has no part in it.
+      reference_rank: where the factor is one: the rank at which the learning rate was found.
+
+    Returns:
+      A transformation of updates, a pytree as of `lora.init`.
+
+    Raises:
+      ValueError: the reference is no rank.
+
+    >>> import jax.numpy as jnp
+    >>> from rslora_jax import LoraConfig, wrap
+    >>> W = {"kernel": jnp.ones((64, 64))}
+    >>> lora = wrap(lambda p, x: x @ p["kernel"], W, jnp.ones((1, 64)), config=LoraConfig(rank=32, alpha=16))
+    >>> optimizer = optax.chain(optax.adamw(1e-3), scale_by_rank(lora, reference_rank=2))
+    >>> adapters = lora.init(jax.random.key(0))
+    >>> updates, _ = optimizer.update(jax.tree.map(jnp.ones_like, adapters), optimizer.init(adapters), adapters)
+    >>> round(float(updates["kernel"]["b"].mean()), 7)  # -1e-3 * (32 / 2)^-1/4
+    -0.0005
+    """
+    if reference_rank < 1:
+        raise ValueError(f"reference_rank={reference_rank} is no rank: give the one at which the rate was found")
+    strength = lambda rank: rank * gamma(rank, 1.0, lora.config.scaling)
+    factors = {path: math.sqrt(strength(reference_rank) / strength(site.rank)) for path, site in lora.sites.items()}
+
+    def update(updates: Any, params: Any = None) -> Any:
+        return {path: jax.tree.map(lambda x, by=factors[path]: by * x, two) for path, two in updates.items()}
+
+    return optax.stateless(update)

@@ -1,0 +1,60 @@
+"""The factor by which a learning rate serves every rank."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+import rslora_jax as rslora
+from rslora_jax.rates import scale_by_rank
+
+PARAMS = {"low": jnp.ones((24, 30)), "high": jnp.ones((30, 26))}
+
+
+def wrapped(**config):
+    fn = lambda p, x: jnp.tanh(x @ p["low"]) @ p["high"]
+    return rslora.wrap(fn, PARAMS, jnp.ones((2, 24)), config=rslora.LoraConfig(alpha=7, **config))
+
+
+def steps(lora, optimizer):
+    """Train a little; return the adapters."""
+    adapters = lora.init(jax.random.key(3))
+    x = jax.random.normal(jax.random.key(4), (5, 24))
+    loss = lambda adapters: jnp.sum((lora.apply(PARAMS, adapters, x) - 1) ** 2)
+    state = optimizer.init(adapters)
+    for _ in range(3):
+        updates, state = optimizer.update(jax.grad(loss)(adapters), state, adapters)
+        adapters = optax.apply_updates(adapters, updates)
+    return adapters
+
+
+@pytest.mark.parametrize(
+    ("scaling", "power"),
+    [("rslora", -0.25), ("lora", 0.0), ("constant", -0.5), (lambda rank: rank**-2.0, 0.5)],
+    ids=["rslora", "lora", "constant", "square"],
+)
+def test_every_rank_is_trained_as_at_the_rate_that_suits_it(scaling, power):
+    for rank in (3, 18):
+        lora = wrapped(rank=rank, scaling=scaling)
+        got = steps(lora, optax.chain(optax.adamw(2e-3, weight_decay=0.1), scale_by_rank(lora, reference_rank=5)))
+        want = steps(lora, optax.adamw(2e-3 * (rank / 5) ** power, weight_decay=0.1))
+        for leaf, other in zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True):
+            np.testing.assert_allclose(leaf, other, rtol=2e-5, atol=1e-7)
+        assert jax.tree.structure(got) == jax.tree.structure(lora.init(jax.random.key(0)))
+
+
+def test_each_adapter_of_a_rank_pattern_has_its_own_factor():
+    lora = wrapped(rank=3, rank_pattern={"high": 12}, alpha_pattern={"high": 50})
+    updates, _ = scale_by_rank(lora).update(
+        jax.tree.map(jnp.ones_like, lora.init(jax.random.key(0))), optax.EmptyState()
+    )
+    for path, rank in (("low", 3), ("high", 12)):
+        assert lora.sites[path].rank == rank
+        np.testing.assert_allclose(updates[path]["a"], (rank / 8) ** -0.25, rtol=1e-6)
+        np.testing.assert_allclose(updates[path]["b"], (rank / 8) ** -0.25, rtol=1e-6)
+
+
+def test_a_reference_that_is_no_rank_is_refused():
+    with pytest.raises(ValueError, match="reference_rank=0 is no rank"):
+        scale_by_rank(wrapped(rank=3), reference_rank=0)
