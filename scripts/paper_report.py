@@ -14,7 +14,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from paper import claims, figures, maps, store
+from paper import claims, figures, maps, store, transfer
 from paper.plan import Grid
 
 DOCS = Path(__file__).parent.parent / "docs" / "paper"
@@ -89,6 +89,7 @@ def section(docs: Path, name: str, done: Any) -> list[str]:
         "",
         figures.table(grid, done),
         *best_rates(grid, done),
+        *transfer.transfer_table(done),
         *(f"![{picture.stem}]({picture.name})\n" for picture in pictures),
     ]
 

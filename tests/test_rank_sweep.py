@@ -144,6 +144,20 @@ def test_the_exponent_of_best_rates_is_found_between_the_rates_tried(script):
     assert 60 not in script.maps.best_rates(asked, done, "adamw", "rslora")
 
 
+def test_one_rate_for_all_ranks_is_read_off_the_map(script):
+    from paper import transfer
+
+    bowl = lambda rank, rate: 2 + math.log10(rate / (1e-3 * (rank / 8) ** -0.25)) ** 2
+    rates = [1e-4, 1e-3, 1e-2]
+    done = measured({rank: {rate: bowl(rank, rate) for rate in rates} for rank in (8, 128)})
+    table = transfer.transfer_table(done)
+    assert "best for rsLoRA of rank 8 is 0.001" in table[0]
+    line = lambda at: bowl(128, 1e-4) + (bowl(128, 1e-3) - bowl(128, 1e-4)) * at
+    halved = 1 - math.log10(2)  # 128 is 16 times 8
+    assert f"| 128 | 0.001 | {bowl(128, 1e-3):.4f} | {line(1):.4f} | 0.0005 | {line(halved):.4f} |" in table
+    assert transfer.transfer_table({}) == []
+
+
 def test_the_interval_of_an_exponent_is_students(script):
     from paper.rates import exponent
 
@@ -161,7 +175,11 @@ def test_claims_are_judged_by_the_numbers(script):
     rates = lambda loss: {0.01: 3.0, 0.1: loss, 1.0: 3.0}
     better, same = {2: rates(2.0), 8: rates(1.5)}, {2: rates(2.0), 8: rates(1.99)}
     done = measured(better) | measured(same, "lora")
-    assert claims.improves(done, "adamw", "").verdict == "yes, of one seed"
+    row = claims.improves(done, "adamw", "")
+    assert row.verdict == "at rate 0.1, not at the others, of one seed"
+    assert "at rate 0.1 from r = 2 to 8 the training loss changes by -0.5000" in row.measured
+    assert claims.improves(measured({2: {0.1: 2.0}, 8: {0.1: 1.5}}), "adamw", "").verdict == "yes, of one seed"
+    assert claims.improves(measured({2: {0.1: 2.0}, 8: {0.1: 2.5}}), "adamw", "").verdict == "no, of one seed"
     assert claims.coincides(done, "adamw", "").verdict == "yes"
     assert claims.best_of_all(done).verdict == "yes, of one seed"
     done = measured(same) | measured(better, "lora")

@@ -82,26 +82,27 @@ def change(found: Mapping[int, Mapping[int, float]]) -> tuple[float, float, int,
 UNMEASURED = "not measured yet"
 
 
-def judged(wanted: bool, error: float) -> str:
-    if math.isnan(error):
-        return f"{'yes' if wanted else 'no'}, of one seed"
-    return "yes" if wanted else "no"
-
-
 def improves(done: Done, optimizer: str, claim: str) -> Row:
-    """rsLoRA's training and held-out loss fall from the least rank to the largest, at one rate."""
-    rate = middle(done, optimizer)
-    found = change(by_rank(done, optimizer, "rslora", rate, "train_loss"))
-    held = change(by_rank(done, optimizer, "rslora", rate, "heldout_loss"))
-    if not found or not held:
+    """rsLoRA's training loss falls from the least rank to the largest, at each rate that was tried."""
+    said, judged_by_rate, sure = [], {}, True
+    for rate in sorted({s.rate for s in done if (s.optimizer, s.scaling) == (optimizer, "rslora") and s.rate}):
+        found = change(by_rank(done, optimizer, "rslora", rate, "train_loss"))
+        held = change(by_rank(done, optimizer, "rslora", rate, "heldout_loss"))
+        if not found or not held:
+            continue
+        mean, error, seeds, low, high = found
+        one_seed = math.isnan(error)
+        said.append(
+            f"at rate {rate:g} from r = {low} to {high} the training loss changes by {signed(mean, error)}, "
+            f"the held-out loss by {signed(*held[:2])} ({seeds} seed{'s' * (seeds > 1)})"
+        )
+        judged_by_rate[rate] = mean < (0 if one_seed else -2 * error)
+        sure &= not one_seed
+    if not said:
         return Row(claim, UNMEASURED, "–")
-    mean, error, seeds, low, high = found
-    measured = (
-        f"from r = {low} to {high} at rate {rate:g} the training loss changes by {signed(mean, error)}, the held-out "
-        f"loss by {signed(*held[:2])} ({seeds} seed{'s' * (seeds > 1)})"
-    )
-    sure = 0 if math.isnan(error) else 2 * error
-    return Row(claim, measured, judged(mean < -sure, error))
+    holds = [f"{rate:g}" for rate, held_there in judged_by_rate.items() if held_there]
+    verdict = "yes" if len(holds) == len(said) else f"at rate {', '.join(holds)}, not at the others" if holds else "no"
+    return Row(claim, "; ".join(said), verdict + ("" if sure else ", of one seed"))
 
 
 def coincides(done: Done, optimizer: str, claim: str) -> Row:

@@ -1,0 +1,47 @@
+"""One learning rate for all ranks: the loss by the rule for Adam, and without it, from finished trials."""
+
+import math
+from collections.abc import Mapping
+
+import numpy as np
+
+from paper.figures import Done
+from paper.rates import best_rate, losses_by_rate
+
+REFERENCE = 8
+
+
+def at_rate(losses: Mapping[float, float], rate: float) -> float:
+    """Return the loss at a rate between those tried, on the line through its neighbours over log rate; else NaN.
+
+    >>> at_rate({1e-4: 3.0, 1e-2: 2.0}, 1e-3), at_rate({1e-4: 3.0, 1e-2: 2.0}, 1.0)
+    (2.5, nan)
+    """
+    rates = sorted(losses)
+    if not rates or not rates[0] <= rate <= rates[-1]:
+        return math.nan
+    return float(np.interp(math.log(rate), np.log(rates), [losses[r] for r in rates]))
+
+
+def transfer_table(done: Done) -> list[str]:
+    """Return each rank's loss at the best rate of the reference rank, as it is and by the rule, as Markdown."""
+    ranks = sorted({s.rank for s in done if (s.optimizer, s.scaling) == ("adamw", "rslora")})
+    losses = {rank: losses_by_rate(done, "adamw", rank, "rslora") for rank in ranks}
+    best = best_rate(losses.get(REFERENCE, {}))
+    if best is None or best.at_edge:
+        return []
+    lines = [
+        f"One rate for all ranks: AdamW's best for rsLoRA of rank {REFERENCE} is {best.rate:.2g}. Each rank's held-out "
+        f"loss there, and at that times (r / {REFERENCE})^-1/4, which `rslora_jax.rates.scale_by_rank` makes of it, is "
+        "read off the lines between the rates that were tried (so it is rather too large than too small):",
+        "",
+        "| rank | best rate tried | its loss | at one rate | by the rule, at | loss |",
+        "|---|---|---|---|---|---|",
+    ]
+    for rank in ranks:
+        ruled = best.rate * (rank / REFERENCE) ** -0.25
+        plain, by_rule = at_rate(losses[rank], best.rate), at_rate(losses[rank], ruled)
+        least = min(losses[rank], key=losses[rank].__getitem__)
+        said = ["–" if math.isnan(value) else f"{value:.4f}" for value in (plain, by_rule)]
+        lines.append(f"| {rank} | {least:g} | {losses[rank][least]:.4f} | {said[0]} | {ruled:.2g} | {said[1]} |")
+    return [*lines, ""]
