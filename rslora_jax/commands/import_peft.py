@@ -34,35 +34,23 @@ def add(commands: Any) -> None:
 
 def run(arguments: argparse.Namespace, argv: Sequence[str] | None) -> int:
     """Run `rslora import`."""
-    import jax
     import numpy as np
     from absl import logging
 
-    import rslora_jax as rslora
     from rslora_jax import checkpoint
     from rslora_jax.interop import peft
     from rslora_jax.interop.load import load_model
+    from rslora_jax.interop.opened import attach_alone, open_adapters
     from rslora_jax.interop.whole import check_free, written_whole
-    from rslora_jax.models.llama import Llama
-    from rslora_jax.sites import named_leaves
 
     logging.set_verbosity(logging.ERROR)
     a = arguments
     check_free(a.out)
     peft.check_files(a.folder)  # before the base is read, which takes longer
     print(f"reading {a.model or 'SmolLM2'}", flush=True)
-    model_config, variables, _ = load_model(a.model, param_dtype=a.param_dtype)
-    config = peft.read_config(a.folder, variables)
-    lora = rslora.wrap(Llama(model_config).apply, variables, jax.ShapeDtypeStruct((1, 8), "int32"), config=config)
-    adapters, replaced = peft.load_peft(a.folder, lora)
-    base = named_leaves(variables)
-    for path, weight in replaced.items():
-        # PEFT saves an adapted token table along, mostly as it was.
-        if not np.array_equal(np.asarray(base[path]), weight.astype(base[path].dtype)):
-            raise ValueError(
-                f"{a.folder} replaces the base's {path}, and a run's folder holds adapters alone: use "
-                "rslora_jax.interop.peft.load_peft and replace"
-            )
+    base = load_model(a.model, param_dtype=a.param_dtype)
+    lora, variables, adapters, _ = attach_alone(open_adapters(a.folder), base)
+    config = lora.config
     print(lora, flush=True)
     model = str(Path(a.model).absolute()) if a.model and Path(a.model).exists() else a.model
     settings = {

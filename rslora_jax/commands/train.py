@@ -24,6 +24,8 @@ examples:
       {"text"}. The loss is on the completion only. Every tenth line is held out. Also .parquet, and .txt as one text.
   rslora train --resume --out my-run
       Go on from the last checkpoint, with the settings of the run.
+  rslora train --adapters my-run --data more.jsonl --out second-run
+      Start from the adapters of another run, or of a folder that PEFT saved.
   rslora train --model Qwen/Qwen2.5-0.5B --targets "*/{q,v}_proj/kernel"
       A model of the Hugging Face hub (a folder or a .gguf file will do), and adapters on two of each layer's weights.
   rslora train --batch-size 32 --accumulate 8 --dtype bfloat16 --remat full
@@ -61,6 +63,8 @@ def add(commands: Any, settings: Mapping[str, Any] | None = None) -> None:
     add_flag(
         lora, "--targets", "all-linear", 'weights to adapt: "all-linear" or a glob over their paths', metavar="GLOB"
     )
+    start = "start from these, with their rank, alpha, scaling and targets: a run, or a folder that PEFT saved"
+    add_flag(lora, "--adapters", None, start, metavar="FOLDER")
     how = train.add_argument_group("optimisation")
     add_flag(how, "--steps", 40, "optimiser steps", metavar="N")
     add_flag(how, "--batch-size", 2, "rows in a step", metavar="N")
@@ -123,7 +127,13 @@ def saved_settings(out: str) -> dict[str, Any]:
     from rslora_jax import checkpoint
 
     checkpoint.check_folder(out, resume=True)
-    return checkpoint.load_about(out)["settings"]
+    settings = checkpoint.load_about(out)["settings"]
+    if "imported" in settings:
+        raise ValueError(
+            f"{out} was imported and has no training to resume: start from it in another folder, with "
+            f"rslora train --adapters {shlex.quote(out)} --out FOLDER"
+        )
+    return dict(settings)
 
 
 def read_config(path: str, flags: Mapping[str, Any]) -> dict[str, Any]:
@@ -149,6 +159,14 @@ def read_config(path: str, flags: Mapping[str, Any]) -> dict[str, Any]:
             raise ValueError(f"{path}: {key} = {value!r} is not of the kind that --{key} takes")
         settings[name] = float(value) if isinstance(default, float) else value
     return settings
+
+
+def check_defaults(arguments: argparse.Namespace, names: Sequence[str], why: str) -> None:
+    """Raise a ValueError where one of these flags has a value of its own."""
+    defaults = parse_again(["train"], {})
+    for name in names:
+        if getattr(arguments, name) != getattr(defaults, name):
+            raise ValueError(f"--{name} {getattr(arguments, name)} is for new adapters, and {why}: leave it out")
 
 
 def what_is_left(out: str) -> str:
@@ -197,6 +215,7 @@ def train(arguments: argparse.Namespace) -> int:
     import rslora_jax as rslora
     from rslora_jax import checkpoint, processes, sharding
     from rslora_jax.commands.data import examples
+    from rslora_jax.interop import opened
     from rslora_jax.interop.load import load_model
     from rslora_jax.models.llama import SHARDING_RULES, Embed, Layer, Llama
     from rslora_jax.train import NonFiniteLoss, batches, fit, loss, optimizers, report, samples
@@ -215,11 +234,14 @@ def train(arguments: argparse.Namespace) -> int:
     schedule = optimizers.make_schedule(a.schedule, peak=a.learning_rate, steps=a.steps, warmup=a.warmup)
     options = optimizers.parse_options(a.optimizer_option)
     optimizer = optimizers.make_optimizer(a.optimizer, schedule=schedule, clip=a.clip, options=options)
-    config = rslora.LoraConfig(rank=a.rank, alpha=a.alpha, scaling=a.scaling, targets=a.targets)
+    # A run that is resumed has the adapters' own config.
+    start = opened.open_adapters(out if a.resume else a.adapters) if a.adapters else None
+    if start and not a.resume:
+        check_defaults(a, ("rank", "alpha", "scaling", "targets"), "--adapters has its own")
     train_examples, heldout_examples = examples(a.data, a.heldout)
     print(f"reading {a.model or 'SmolLM2'}", flush=True)
     shardings = (lambda shapes: sharding.param_shardings(shapes, mesh, SHARDING_RULES)) if mesh else None
-    model_config, variables, tokenizer = load_model(
+    base = model_config, variables, tokenizer = load_model(
         a.model,
         remat=a.remat,
         param_dtype=a.param_dtype,
@@ -229,6 +251,9 @@ def train(arguments: argparse.Namespace) -> int:
     )
     model = Llama(model_config)
     apply = sharding.pin_rows(model.apply, where, (Embed, Layer)) if where else model.apply
+    found = opened.attach_alone(start, base) if start else None
+    config = rslora.LoraConfig(rank=a.rank, alpha=a.alpha, scaling=a.scaling, targets=a.targets)
+    config = found.lora.config if found else config
     lora = rslora.wrap(apply, variables, jax.ShapeDtypeStruct((1, 8), "int32"), config=config)
     print(lora, flush=True)
 
@@ -245,7 +270,7 @@ def train(arguments: argparse.Namespace) -> int:
         heldout = batches.heldout_batches(held, batch_size=a.batch_size, share=share)
         places = max(places, held.places)
 
-    fresh = lora.init(jax.random.key(a.seed))
+    fresh = jax.tree.map(jax.numpy.asarray, found.adapters) if found else lora.init(jax.random.key(a.seed))
     if mesh:
         fresh = jax.device_put(fresh, sharding.adapter_shardings(lora.sites, variables, split_rank=a.split_rank))
     # Of several processes none holds the whole of what the model writes.
@@ -259,7 +284,12 @@ def train(arguments: argparse.Namespace) -> int:
         print(samples.show(example, {"base model": text, "wanted": example.completion}), flush=True)
     kept = {name: value for name, value in vars(a).items() if name not in ("command", "run", "resume", "out", "config")}
     # A model may be a name on the hub, which is no path.
-    paths = [name for name in ("data", "model", "cache") if kept[name] and (name != "model" or Path(a.model).exists())]
+    kept |= {name: getattr(config, name) for name in ("rank", "alpha", "scaling")}
+    paths = [
+        name
+        for name in ("data", "model", "cache", "adapters")
+        if kept[name] and (name != "model" or Path(a.model).exists())
+    ]
     kept |= {name: str(Path(kept[name]).absolute()) for name in paths}
     try:
         result = fit(

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 import jax
+import numpy as np
 
 from rslora_jax import checkpoint
 from rslora_jax.checksum import checksums
@@ -16,6 +17,7 @@ from rslora_jax.config import LoraConfig
 from rslora_jax.interop.load import load_model
 from rslora_jax.interop.model import Model
 from rslora_jax.models.llama import Llama
+from rslora_jax.sites import named_leaves
 from rslora_jax.wrap import Adapters, Lora, wrap
 
 Step = int | Literal["last", "best"]
@@ -133,6 +135,24 @@ def attach(opened: Opened, model: Model) -> Attached:
     lora = wrap(apply, variables, tokens, config=opened.config)
     lora.check(variables, opened.adapters)
     return Attached(lora, variables, opened.adapters)
+
+
+def attach_alone(opened: Opened, model: Model) -> Attached:
+    """Put adapters on their base as `attach` does, for a run's folder, which holds adapters alone.
+
+    Raises:
+      ValueError: as `attach`; or a PEFT folder replaces a weight by another.
+    """
+    attached = attach(opened, model)
+    base = named_leaves(model.variables)
+    for path, weight in attached.replaced.items():
+        # PEFT saves an adapted token table along, mostly as it was.
+        if not np.array_equal(np.asarray(base[path]), weight.astype(base[path].dtype)):
+            raise ValueError(
+                f"{opened.source} replaces the base's {path}, and a run's folder holds adapters alone: use "
+                "rslora_jax.interop.peft.load_peft and replace"
+            )
+    return attached._replace(variables=model.variables)
 
 
 def parse_step(text: str | None) -> Step | None:

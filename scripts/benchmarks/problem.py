@@ -38,7 +38,7 @@ class Stack(nn.Module):
     def __call__(self, x_BxTxD: Array) -> Array:
         c = self.config
         positions_BxT = jnp.broadcast_to(jnp.arange(x_BxTxD.shape[1]), x_BxTxD.shape[:2])
-        rope = rotary(positions_BxT, c.head_dim, c.rope_base)
+        rope = [rotary(positions_BxT, c.head_dim, c.rope_base)]
         masks = {"new": visible(positions_BxT, positions_BxT)}
         for n in range(c.num_layers):
             x_BxTxD, _ = Layer(c, name=f"layers_{n}")(x_BxTxD, rope, masks, None)

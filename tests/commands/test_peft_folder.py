@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 
 import numpy as np
 import pytest
@@ -72,3 +73,37 @@ def test_what_a_peft_folder_cannot_tell_is_asked_for(exported, capsys):
     ):
         assert main([*map(str, arguments)]) == 2
         assert said in capsys.readouterr().err
+
+
+def test_training_goes_on_from_it_and_is_resumed_without_it(place, exported, capsys, tmp_path):
+    model, sums = str(place.folder / "model.gguf"), str(place.folder / "sums.jsonl")
+    start, out = tmp_path / "start", tmp_path / "out"
+    shutil.copytree(exported, start)
+    train = ["train", "--model", model, "--data", sums, "--max-len", "48", "--adapters", str(start), "--out", str(out)]
+    assert main([*train, "--rank", "7"]) == 2
+    assert "--rank 7 is for new adapters, and --adapters has its own: leave it out" in capsys.readouterr().err
+    assert main([*train, "--steps", "3", "--heldout", "4", "--learning-rate", "0.01"]) == 0
+    records = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    first, last = (next(r["heldout_loss"] for r in records if r["step"] == n and "heldout_loss" in r) for n in (0, 3))
+    scores = tmp_path / "scores.json"
+    flags = ["--model", model, "--data", sums, "--max-len", "48", "--heldout", "4", "--json", str(scores)]
+    assert main(["eval", str(exported), str(out), *flags]) == 0
+    _, there, now = json.loads(scores.read_text())["models"]
+    assert first == pytest.approx(there["loss"], rel=1e-5) and last == pytest.approx(now["loss"], rel=1e-5)
+    assert first != pytest.approx(last, rel=1e-3)
+    config = open_adapters(out).config
+    assert (config.rank, config.alpha, config.scaling) == (3, 7, "rslora")
+
+    shutil.rmtree(start)
+    assert main(["train", "--resume", "--out", str(out), "--steps", "5"]) == 0
+    assert open_adapters(out).source.name == "5"
+
+
+def test_an_imported_run_is_started_from_and_not_resumed(place, exported, capsys, tmp_path):
+    model, sums = str(place.folder / "model.gguf"), str(place.folder / "sums.jsonl")
+    run = str(tmp_path / "run")
+    assert main(["import", str(exported), "--model", model, "--out", run]) == 0
+    assert main(["train", "--resume", "--out", run]) == 2
+    assert f"start from it in another folder, with rslora train --adapters {run}" in capsys.readouterr().err
+    flags = ["--model", model, "--data", sums, "--max-len", "48", "--steps", "1", "--out", str(tmp_path / "next")]
+    assert main(["train", "--adapters", run, *flags]) == 0
