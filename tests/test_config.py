@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 
 import rslora_jax as rslora
-from tests.programs import CASES, normal, trained
+from tests.program_models import normal
+from tests.programs import CASES, trained
 
 
 @pytest.mark.parametrize(

@@ -11,7 +11,8 @@ import numpy as np
 import pytest
 
 import rslora_jax as rslora
-from tests.programs import CASES, Case, merged_by_hand, normal, trained
+from tests.program_models import Case, normal
+from tests.programs import CASES, merged_by_hand, trained
 from tests.reference import assert_near, gradients_by_hand
 
 pytestmark = pytest.mark.usefixtures("compile_fast")

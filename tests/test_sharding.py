@@ -9,7 +9,8 @@ PROGRAM = """
     import jax, jax.numpy as jnp, numpy as np
     from jax.sharding import NamedSharding, PartitionSpec as P
     import rslora_jax as rslora
-    from tests.programs import merged_by_hand, normal, trained
+    from tests.program_models import normal
+    from tests.programs import merged_by_hand, trained
 
     mesh = jax.sharding.Mesh(np.reshape(jax.devices(), (2, 2)), ("data", "model"))
     on = lambda *spec: NamedSharding(mesh, P(*spec))

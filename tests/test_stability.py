@@ -14,7 +14,7 @@ from jax import lax
 
 import rslora_jax as rslora
 from rslora_jax.stability import MOMENTS, measure
-from tests.programs import normal
+from tests.program_models import normal
 
 pytestmark = [pytest.mark.by_day_on("oldest"), pytest.mark.usefixtures("compile_fast")]
 SCRIPTS = Path(__file__).parent.parent / "scripts"

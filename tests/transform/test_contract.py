@@ -9,7 +9,7 @@ import pytest
 
 import rslora_jax as rslora
 from rslora_jax.transform.contract import contract, neighbours
-from tests.programs import normal
+from tests.program_models import normal
 
 SIZES = dict(zip("abcdeZ", (2, 3, 4, 5, 6, 7), strict=True))
 

@@ -6,7 +6,7 @@ import pytest
 from jax import lax
 
 import rslora_jax as rslora
-from tests.programs import normal
+from tests.program_models import normal
 
 
 def found(fn, params, x=None):
