@@ -9,6 +9,8 @@ import pytest
 import rslora_jax as rslora
 from rslora_jax.rates import scale_by_rank
 
+pytestmark = [pytest.mark.by_day_on("newest"), pytest.mark.usefixtures("compile_fast")]
+
 PARAMS = {"low": jnp.ones((24, 30)), "high": jnp.ones((30, 26))}
 
 

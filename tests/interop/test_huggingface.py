@@ -64,11 +64,9 @@ FAMILIES = {
     "gemma 3 of windows": ("Gemma3", dict(head_dim=8, query_pre_attn_scalar=9, sliding_window=5)),
 }
 BY_DAY = {
-    ("llama 2", "looped"),
     ("llama 3.2", "scanned"),
     ("mistral 0.1", "scanned"),
     ("qwen 2", "scanned"),
-    ("qwen 2.5", "looped"),
     ("qwen 3 windows", "looped"),
     ("gemma 2", "looped"),
     ("gemma 3", "scanned"),
