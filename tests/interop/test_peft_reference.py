@@ -154,7 +154,7 @@ FROM_PEFT = {
 @pytest.mark.parametrize("case", by_day(FROM_PEFT, "rslora", "patterns", "layers", "embeddings", "saved"))
 def test_an_adapter_from_peft_gives_its_logits(case, bases, tmp_path):
     base = bases[case == "tied"]
-    torch.manual_seed(0)  # the fresh A, whatever ran before: some draws multiply float32's rounding to 1e-4 in torch too
+    torch.manual_seed(0)  # of the fresh A, whatever ran before: some make float32's rounding 1e-4, in torch too
     theirs = peft.get_peft_model(copy.deepcopy(base), peft.LoraConfig(task_type="CAUSAL_LM", **FROM_PEFT[case]))
     shake(theirs)
     theirs.save_pretrained(tmp_path / "theirs")
