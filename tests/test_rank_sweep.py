@@ -186,6 +186,10 @@ def test_claims_are_judged_by_the_numbers(script):
     assert claims.coincides(done, "adamw", "").verdict == claims.best_of_all(done).verdict == "no"
     assert claims.improves({}, "adamw", "").measured == claims.UNMEASURED
     one_rate = measured({2: {0.1: 2.0}, 8: {0.1: 1.5}}) | measured({2: {0.1: 2.0}, 8: {0.1: 1.9}}, "lora")
+    from paper.plan import Spec
+
+    done[Spec("adamw", 2, "lora", 0.1, 1)] = {"diverged": None, "heldout_loss": 9.0, "train_loss": 9.0}
+    assert "span 0.5000" in claims.coincides(done, "adamw", "").measured  # a seed that one rank alone has is left out
     assert claims.best_of_all(one_rate).measured == claims.at_own_best(one_rate).measured == claims.UNMEASURED
     for worse in (0.1, 10.0):
         norms = measured({2: {0.1: 1.0}}, "lora", mean_factor_norm=1.0)

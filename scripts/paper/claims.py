@@ -67,6 +67,12 @@ def by_rank(done: Done, optimizer: str, scaling: str, rate: float | None, key: s
     return found
 
 
+def means_by_rank(found: Mapping[int, Mapping[int, float]]) -> dict[int, float]:
+    """Return the mean by rank over the seeds that all ranks have: a seed has its own batches, and so its own loss."""
+    seeds = set.intersection(*map(set, found.values())) if found else set()
+    return {rank: float(np.mean([values[s] for s in sorted(seeds)])) for rank, values in found.items() if seeds}
+
+
 def change(found: Mapping[int, Mapping[int, float]]) -> tuple[float, float, int, int, int] | None:
     """Return (mean over seeds of the last rank's number less the first's, its error, seeds, first, last rank)."""
     if len(found) < 2:
@@ -111,7 +117,7 @@ def coincides(done: Done, optimizer: str, claim: str) -> Row:
     spread = {}
     for scaling in ("lora", "rslora"):
         found = by_rank(done, optimizer, scaling, rate, "train_loss")
-        means = [mean_and_error(list(values.values()))[0] for values in found.values()]
+        means = means_by_rank(found).values()
         if len(means) < 2:
             return Row(claim, UNMEASURED, "–")
         spread[scaling] = max(means) - min(means)
@@ -123,7 +129,7 @@ def coincides(done: Done, optimizer: str, claim: str) -> Row:
 def norms(done: Done, optimizer: str, scaling: str, claim: str, *, collapse: bool) -> Row:
     """The mean gradient norm of a factor over the run, by rank."""
     found = by_rank(done, optimizer, scaling, middle(done, optimizer), "mean_factor_norm")
-    means = {rank: float(np.mean(list(values.values()))) for rank, values in found.items()}
+    means = means_by_rank(found)
     if len(means) < 2:
         return Row(claim, UNMEASURED, "–")
     first, last = means[min(means)], means[max(means)]

@@ -29,13 +29,16 @@ def draw(prefix: str, grid: Grid, done: Done) -> list[Path]:
     """Draw both figures for each optimiser, at its middle rate, as PNG files `{prefix}...`; return them."""
     files = []
     for optimizer in grid.optimizers:
-        curves = {
-            (spec.scaling, spec.rank): [t for s, t in done.items() if s == same_but_seed(s, spec)]
+        found = {
+            (spec.scaling, spec.rank): {s.seed: t for s, t in done.items() if s == same_but_seed(s, spec)}
             for spec in grid.specs()
             if spec.optimizer == optimizer and spec.rate == grid.middle(optimizer) and spec.seed == 0
         }
-        if not any(curves.values()):
+        if not any(found.values()):
             continue
+        # A seed has its own batches: curves over different seeds would lie apart for that alone.
+        seeds = set.intersection(*(set(trials) for trials in found.values() if trials))
+        curves = {at: [trials[seed] for seed in sorted(seeds & set(trials))] for at, trials in found.items()}
         rate = f"{optimizer}, learning rate {grid.middle(optimizer):g}"
         smooth = lambda losses: np.exp(np.minimum(running_mean(losses), 700))
         for name, key, change, label in (
