@@ -139,7 +139,11 @@ def layout(name: str) -> Case:
     def cast_twice(p, x):
         return x @ p["w"].astype(jnp.bfloat16).astype(jnp.float32)
 
-    fns = {f.__name__: f for f in (left, split_heads, fused, strided, batch_axis_of_out, cast_twice)}
+    def turned_and_split(p, x):  # in one operation, of which the order of the axes is a parameter
+        w = lax.reshape(p["w"], (4, 6, 12), dimensions=(1, 0))
+        return jnp.einsum("hkd,td->thk", w, x).reshape(6, -1) @ p["w"].T
+
+    fns = {f.__name__: f for f in (left, split_heads, fused, strided, batch_axis_of_out, cast_twice, turned_and_split)}
     tolerance = 1e-2 if name == "cast_twice" else 1e-5
     return Case(fns[name], {"w": normal(3, 12, 24)}, (normal(5, 6, 12),), tolerance=tolerance, sites=1)
 
@@ -247,6 +251,9 @@ def convolution(name: str) -> Case:
         y = lax.conv(jnp.moveaxis(x, -1, 1), jnp.transpose(p["w"], (3, 2, 0, 1)), (1, 1), "SAME")
         return jnp.moveaxis(y, 1, -1)
 
+    def mapped(p, x):  # each of two kernels on its half of the rows
+        return jax.vmap(conv)(x[:, None], p["w"])[:, 0]
+
     kernels = {
         one_axis: (3, 8, 10),
         two_axes: (3, 2, 8, 10),
@@ -256,6 +263,7 @@ def convolution(name: str) -> Case:
         tied: (3, 3, 8, 10),
         scanned: (2, 3, 3, 8, 8),
         channels_first: (3, 3, 8, 10),
+        mapped: (2, 3, 3, 8, 10),
     }
     fn, shape = next((f, shape) for f, shape in kernels.items() if f.__name__ == name)
     x = normal(1, 2, *(5, 6, 4)[: 1 if name == "one_axis" else 3 if name == "three_axes" else 2], 8)
@@ -355,10 +363,10 @@ CASES: dict[str, Callable[[], Case]] = {
     **family(stacked, "by_scan by_scanned_index by_hand by_scan_of_one experts nested returned"),
     **family(control, "while_ while_carry fori_carry cond switch_of_weights scan_of_rows jit_of_transpose"),
     **family(control, "checkpoint_policy while_each beside"),
-    **family(layout, "left split_heads fused strided batch_axis_of_out cast_twice"),
+    **family(layout, "left split_heads fused strided batch_axis_of_out cast_twice turned_and_split"),
     **family(arithmetic, "scaled by_its_norm shifted squashed masked padded reversed_ rolled split_and_joined fused"),
     **family(arithmetic, "stacked_here repeated tiled expanded stopped"),
-    **family(convolution, "one_axis two_axes three_axes grouped depthwise tied scanned channels_first"),
+    **family(convolution, "one_axis two_axes three_axes grouped depthwise tied scanned channels_first mapped"),
     **family(picked, "by_row by_row_mapped ragged ragged_back ragged_by_data"),
     **family(mapped, "shard_map_by_in shard_map_by_data vmap_of_weights pmap associative_scan printed"),
     **family(lookup, "tied take_with_fill columns"),

@@ -36,6 +36,13 @@ def each(walk: Walk, eqn: compat.Eqn, values: list[Any]) -> list[Any]:
     return [renames.rename(view, lambda array, spanned: compat.bind(eqn, array)[0], view.axes)]
 
 
+def reshape(view: View, params: dict[str, Any]) -> View | None:
+    # `lax.reshape` can take the axes in another order first: vmap does so with the kernels of a convolution.
+    if params["dimensions"] is not None:
+        view = renames.transpose(view, params["dimensions"])
+    return renames.reshape(view, params["new_sizes"])
+
+
 def cast(view: View, params: dict[str, Any]) -> View | None:
     if not jnp.issubdtype(params["new_dtype"], jnp.floating):
         return None
@@ -245,7 +252,7 @@ def gather(walk: Walk, eqn: compat.Eqn, values: list[Any]) -> list[Any] | None:
 
 RULES: dict[str, Rule] = {
     "transpose": renaming(lambda view, p: renames.transpose(view, p["permutation"])),
-    "reshape": renaming(lambda view, p: renames.reshape(view, p["new_sizes"])),
+    "reshape": renaming(reshape),
     "squeeze": renaming(lambda view, p: renames.squeeze(view, p["dimensions"])),
     "broadcast_in_dim": renaming(lambda view, p: renames.broadcast(view, p["shape"], p["broadcast_dimensions"])),
     "rev": renaming(lambda view, p: renames.reverse(view, p["dimensions"])),

@@ -9,7 +9,9 @@ from tests.random_programs.scope import table
 
 
 def transpose(w, s):
-    return jnp.transpose(w, s.pick(list(itertools.permutations(range(w.ndim)))[::-1]))
+    order = s.pick(list(itertools.permutations(range(w.ndim)))[::-1])
+    turned = [w.shape[n] for n in order]
+    return lax.reshape(w, turned, order) if s.pick(2) else jnp.transpose(w, order)
 
 
 def split_axis(w, s):
