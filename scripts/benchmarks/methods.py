@@ -8,6 +8,7 @@ whose gradient to the input is always needed. There is no optimiser in it.
 import importlib.util
 import warnings
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from typing import Any
 
 import jax
@@ -58,19 +59,25 @@ def factored(problem: Problem) -> Step:
     """LoRA written into the layers by hand: every nn.Dense gives x W + gamma (x A) B."""
     model, dtype = Stack(problem.config), problem.config.dtype
 
-    def dense(call: Callable[..., Array], args: Any, kwargs: Any, context: nn.module.InterceptorContext) -> Array:
-        y = call(*args, **kwargs)
-        if not isinstance(context.module, nn.Dense) or context.method_name != "__call__":
-            return y
-        a, b = (context.module.get_variable("params", f"kernel_lora_{f}") for f in "ab")
-        return y + (args[0] @ a) @ b * problem.gamma
-
     def fn(adapters: Adapters, variables: Any, x: Array, target: Array) -> Array:
-        with nn.intercept_methods(dense):
+        with factored_layers(problem.gamma):
             out = model.apply(beside_kernels(variables, adapters, dtype), x)
         return loss(out, target)
 
     return fn
+
+
+def factored_layers(gamma: float) -> AbstractContextManager[None]:
+    """Return a context in which each layer with factors beside its kernel adds gamma (x A) B."""
+
+    def dense(call: Callable[..., Array], args: Any, kwargs: Any, context: nn.module.InterceptorContext) -> Array:
+        y = call(*args, **kwargs)
+        if context.method_name != "__call__" or not context.module.has_variable("params", "kernel_lora_a"):
+            return y
+        a, b = (context.module.get_variable("params", f"kernel_lora_{f}") for f in "ab")
+        return y + (args[0] @ a) @ b * gamma
+
+    return nn.intercept_methods(dense)
 
 
 def beside_kernels(variables: Any, adapters: Adapters, dtype: Any) -> Any:
