@@ -11,6 +11,7 @@ import numpy as np
 from flax import nnx
 
 import rslora_jax as rslora
+from tests.zoo.model import filled
 
 
 @dataclasses.dataclass(frozen=True)
@@ -79,7 +80,8 @@ class Transformer(nn.Module):
 
 def linen(targets: Any = "all-linear", tolerance: float = 1e-5, sites: int = 12, **kwargs: Any) -> Case:
     model = Transformer(**kwargs)
-    return Case(model.apply, model.init(jax.random.key(0), tokens()), (tokens(),), targets, tolerance, sites)
+    shapes = jax.eval_shape(lambda: model.init(jax.random.key(0), tokens()))
+    return Case(model.apply, filled(shapes), (tokens(),), targets, tolerance, sites)
 
 
 class NnxBlock(nnx.Module):

@@ -11,6 +11,8 @@ import rslora_jax as rslora
 from tests.program_models import normal
 from tests.programs import CASES, trained
 
+pytestmark = [pytest.mark.by_day_on("newest"), pytest.mark.usefixtures("compile_fast")]
+
 
 @pytest.mark.parametrize(
     ("fields", "said"),

@@ -56,11 +56,17 @@ def compiled(fn):
     return jax.jit(fn)
 
 
-def test_law_1_fresh_adapters_change_nothing(case):
+@pytest.mark.by_day_on("oldest")  # op by op, JAX compiles each operation
+def test_law_1_fresh_adapters_change_no_bit(case):
     lora = wrapped(case)
     adapters = lora.init(jax.random.key(3))
     with jax.disable_jit():
         chex.assert_trees_all_equal(lora.apply(case.params, adapters, *case.args), case.fn(case.params, *case.args))
+
+
+def test_law_1_fresh_adapters_change_nothing(case):
+    lora = wrapped(case)
+    adapters = lora.init(jax.random.key(3))
     got = jax.jit(lora.apply)(case.params, adapters, *case.args)
     tolerance = 1e-6 if case.tolerance < 1e-3 else case.tolerance
     assert_near(got, compiled(case.fn)(case.params, *case.args), tolerance)
@@ -254,7 +260,7 @@ def test_law_5_a_use_that_only_another_shape_shows_is_said_then():
 
 def test_law_7_threads_do_not_disturb_each_other():
     case = CASES["mlp"]()
-    loras = [wrapped(case, rank=r) for r in (2, 3, 5, 7)]
+    loras = [wrapped(case, rank=r) for r in (3, 5, 3, 5)]
     adapters = [trained(lora, seed=n) for n, lora in enumerate(loras)]
     want = [case.fn(merged_by_hand(lora, case.params, a), *case.args) for lora, a in zip(loras, adapters, strict=True)]
     got: list = [None] * 4

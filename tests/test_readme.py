@@ -23,6 +23,7 @@ def test_the_first_program_runs_on_any_model():
 
 
 @pytest.mark.by_day_on("newest")
+@pytest.mark.usefixtures("compile_fast")
 def test_the_notebook_program_trains_the_real_model_and_writes(tmp_path, monkeypatch, capsys):
     from rslora_jax.interop.gguf import find_smollm2
 

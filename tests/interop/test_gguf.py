@@ -15,6 +15,8 @@ from rslora_jax.models.llama import Llama
 
 from .conftest import HEAD_DIM, LAYERS, TOKENS
 
+pytestmark = pytest.mark.by_day_on("newest")
+
 
 def _shapes(tree):
     return jax.tree.map(lambda leaf: (leaf.shape, leaf.dtype), tree)
@@ -29,7 +31,7 @@ def test_the_real_file_holds_the_published_figures(smollm2):
     assert sum(leaf.size for leaf in jax.tree.leaves(smollm2.variables)) == 134_515_008
 
 
-@pytest.mark.parametrize("scan_layers", [False, True])
+@pytest.mark.parametrize("scan_layers", [pytest.param(False, marks=pytest.mark.nightly), True])
 def test_what_is_read_has_the_paths_and_shapes_that_the_model_makes(smollm2_path, scan_layers):
     config, variables, _ = load_gguf(smollm2_path, scan_layers=scan_layers, param_dtype="bfloat16")
     tokens = jnp.zeros((1, 1), jnp.int32)
@@ -41,6 +43,7 @@ def test_both_layouts_of_the_real_file_hold_the_same_numbers(smollm2, smollm2_sc
     jax.tree.map(np.testing.assert_array_equal, stack_layers(smollm2.variables), smollm2_scanned.variables)
 
 
+@pytest.mark.nightly
 def test_bfloat16_weights_are_the_float32_ones_rounded(smollm2_path, smollm2):
     rounded = load_gguf(smollm2_path, param_dtype=jnp.bfloat16, dtype=jnp.bfloat16)
     assert rounded.config.param_dtype == rounded.config.dtype == jnp.bfloat16

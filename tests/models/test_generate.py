@@ -7,6 +7,9 @@ import pytest
 from rslora_jax.models.generate import _read, generate, start, stream, tokens_of
 from rslora_jax.models.layout import stack_layers
 from rslora_jax.models.llama import Llama, LlamaConfig
+from tests.zoo.model import filled
+
+pytestmark = [pytest.mark.by_day_on("newest"), pytest.mark.usefixtures("compile_fast")]
 
 CONFIG = LlamaConfig(
     vocab_size=97,
@@ -25,7 +28,7 @@ PROMPTS = [[5, 6, 7, 8, 9, 10, 11], [3], [90, 2, 90], list(range(20, 33))]
 
 @pytest.fixture(scope="module")
 def variables():
-    return MODEL.init(jax.random.key(3), jnp.zeros((1, 1), jnp.int32))
+    return filled(jax.eval_shape(MODEL.init, jax.random.key(3), jnp.zeros((1, 1), jnp.int32)))
 
 
 def _plain(variables, prompt, count):

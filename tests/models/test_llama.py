@@ -11,6 +11,9 @@ import rslora_jax as rslora
 from rslora_jax.models.attention import RopeScaling
 from rslora_jax.models.layout import stack_layers, unstack_adapters, unstack_layers
 from rslora_jax.models.llama import REMAT_POLICIES, Llama, LlamaConfig, init_cache
+from tests.zoo.model import filled
+
+pytestmark = [pytest.mark.by_day_on("newest"), pytest.mark.usefixtures("compile_fast")]
 
 CONFIG = LlamaConfig(
     vocab_size=61, width=24, mlp_width=40, num_layers=3, num_heads=6, num_kv_heads=2, head_dim=8, max_len=32
@@ -19,9 +22,13 @@ SCANNED = dataclasses.replace(CONFIG, scan_layers=True)
 TOKENS = jax.random.randint(jax.random.key(1), (2, 9), 0, CONFIG.vocab_size)
 
 
+def made(model):
+    return filled(jax.eval_shape(model.init, jax.random.key(0), TOKENS))
+
+
 @pytest.fixture(scope="module")
 def variables():
-    return Llama(CONFIG).init(jax.random.key(0), TOKENS)
+    return made(Llama(CONFIG))
 
 
 def _close(a, b, atol=2e-5):
@@ -78,7 +85,7 @@ def test_adapters_of_a_scan_serve_the_looped_model_with_ranks_and_scales_of_thei
     config = rslora.LoraConfig(rank=3, alpha=7, exclude="*/gate_proj/*", **patterns)
     tokens = jnp.array([[1, 2, 3, 4]])
     scanned, looped = (Llama(dataclasses.replace(CONFIG, scan_layers=scan)) for scan in (True, False))
-    variables = scanned.init(jax.random.key(0), tokens)
+    variables = made(scanned)
     lora = rslora.wrap(scanned.apply, variables, tokens, config=config)
     rng = np.random.default_rng(0)
     adapters = jax.tree.map(lambda leaf: rng.normal(size=leaf.shape).astype("f4"), lora.init(jax.random.key(1)))
@@ -102,18 +109,9 @@ ADDED = dict(
 )
 
 
-def shaken(variables):
-    """Move all parameters: biases and norms do nothing at their start."""
-    leaves, tree = jax.tree.flatten(variables)
-    keys = jax.random.split(jax.random.key(5), len(leaves))
-    return jax.tree.unflatten(
-        tree, [x + 0.3 * jax.random.normal(k, x.shape) for x, k in zip(leaves, keys, strict=True)]
-    )
-
-
 @pytest.fixture(scope="module")
 def added_variables():
-    return shaken(Llama(dataclasses.replace(CONFIG, **ADDED)).init(jax.random.key(0), TOKENS))
+    return made(Llama(dataclasses.replace(CONFIG, **ADDED)))
 
 
 @pytest.mark.parametrize("scan_layers", [False, True], ids=["looped", "scanned"])
@@ -224,7 +222,7 @@ def test_packed_segments_do_not_see_each_other(variables):
 @pytest.mark.parametrize("tie_head", [True, False])
 def test_the_head_works_on_chosen_positions(tie_head):
     model = Llama(dataclasses.replace(CONFIG, tie_head=tie_head))
-    v = model.init(jax.random.key(0), TOKENS)
+    v = made(model)
     assert ("lm_head" in v["params"]) is not tie_head
     x = model.apply(v, TOKENS, method="hidden")
     few = model.apply(v, x[:, [2, 8]], method="head")

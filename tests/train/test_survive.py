@@ -15,7 +15,7 @@ import pytest
 from rslora_jax import checkpoint, train
 from tests.train.tiny import Run
 
-pytestmark = [pytest.mark.xdist_group("fit"), pytest.mark.usefixtures("compile_fast")]
+pytestmark = [pytest.mark.by_day_on("oldest"), pytest.mark.xdist_group("fit"), pytest.mark.usefixtures("compile_fast")]
 # For the processes that tests start; with another optimisation there would be other roundings.
 QUICK = os.environ | {"JAX_DISABLE_MOST_OPTIMIZATIONS": "1", "COLUMNS": "200"}
 
@@ -29,7 +29,6 @@ def equal(a, b):
     jax.tree.map(np.testing.assert_array_equal, a, b)
 
 
-@pytest.mark.by_day_on("oldest")
 @pytest.mark.parametrize("kills", [2, pytest.param(60, marks=pytest.mark.nightly)])
 def test_a_run_killed_at_random_moments_ends_bit_for_bit_as_one_that_was_not(kills):
     command = [sys.executable, "scripts/survive.py", "--kills", str(kills), "--steps", str(40 * kills)]
@@ -113,7 +112,6 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_is_taken(run, two_step
         run.fit(folder, 12, resume=True)
 
 
-@pytest.mark.by_day_on("oldest")
 def test_a_full_disk_ends_no_run_and_harms_no_earlier_checkpoint(run, tmp_path):
     """From step 7 on no file may grow beyond 2,000 bytes, which is what a full disk does to writes."""
     script = """
