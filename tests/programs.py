@@ -12,6 +12,7 @@ from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import PartitionSpec as P
 
 import rslora_jax as rslora
+from rslora_jax.sites import path_name
 from tests.program_models import Case, linen, mlp, nnx_transformer, normal, tokens
 
 
@@ -382,7 +383,6 @@ def trained(lora: rslora.Lora, seed: int = 7, scale: float = 0.15) -> dict:
 
 def merged_by_hand(lora: rslora.Lora, params: Any, adapters: dict) -> Any:
     """Merge with numpy in float64, from the definition and nothing of the package but the sites' axes."""
-    from rslora_jax.sites import path_name
 
     def one(path: Any, leaf: Any) -> Any:
         name = path_name(path)
