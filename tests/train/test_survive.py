@@ -29,13 +29,13 @@ def equal(a, b):
     jax.tree.map(np.testing.assert_array_equal, a, b)
 
 
-@pytest.mark.parametrize("kills", [2, pytest.param(60, marks=pytest.mark.nightly)])
+@pytest.mark.parametrize("kills", [1, pytest.param(60, marks=pytest.mark.nightly)])
 def test_a_run_killed_at_random_moments_ends_bit_for_bit_as_one_that_was_not(kills):
-    command = [sys.executable, "scripts/survive.py", "--kills", str(kills), "--steps", str(40 * kills)]
+    command = [sys.executable, "scripts/survive.py", "--kills", str(kills), "--steps", str(40 * kills + 20)]
     done = subprocess.run(command, capture_output=True, text=True, env=QUICK)
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
     said = done.stdout.splitlines()[-1]
-    assert "NOT" not in said and int(said.split()[1]) >= kills // 2
+    assert "NOT" not in said and int(said.split()[1]) >= max(1, kills // 2)
 
 
 def files(step):
