@@ -15,7 +15,7 @@ from rslora_jax import checkpoint, sharding, train
 from rslora_jax.models.llama import SHARDING_RULES
 from tests.train.tiny import Run
 
-pytestmark = [pytest.mark.xdist_group("fit"), pytest.mark.usefixtures("compile_fast")]
+pytestmark = [pytest.mark.by_day_on("oldest"), pytest.mark.xdist_group("fit"), pytest.mark.usefixtures("compile_fast")]
 
 
 @pytest.fixture(scope="module")

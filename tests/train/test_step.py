@@ -11,7 +11,7 @@ import pytest
 from rslora_jax import train
 from tests.train.tiny import Run
 
-pytestmark = [pytest.mark.xdist_group("fit"), pytest.mark.usefixtures("compile_fast")]
+pytestmark = [pytest.mark.by_day_on("oldest"), pytest.mark.xdist_group("fit"), pytest.mark.usefixtures("compile_fast")]
 
 
 @pytest.fixture(scope="module")

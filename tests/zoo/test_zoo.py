@@ -93,6 +93,7 @@ def with_gradient(fn, argument):
 
 
 @cases()
+@pytest.mark.by_day_on("oldest")
 @pytest.mark.filterwarnings("ignore::rslora_jax.RsloraWarning")
 def test_applied_is_merged_and_so_are_the_gradients(name):
     it = model(name)
@@ -111,6 +112,7 @@ def test_applied_is_merged_and_so_are_the_gradients(name):
 
 
 @cases(DECODERS)
+@pytest.mark.by_day_on("oldest")
 def test_a_token_from_the_cache_is_that_of_the_merged_weights(name):
     """The weights found in decoding are those found in training, so what one has trained serves the other."""
     it = model(name)
