@@ -30,7 +30,7 @@ def grid(script, **changes):
 
 
 def trial(loss, diverged=None):
-    return {"heldout_loss": loss, "diverged": diverged}
+    return {"heldout_loss": loss, "train_loss": loss, "losses": [9.0], "diverged": diverged}
 
 
 def test_every_rank_has_a_trial_before_any_has_two(script):
@@ -67,12 +67,12 @@ def test_a_unit_is_of_one_rank_and_optimiser_and_overtakes_none(script):
 
 def test_the_table_has_means_over_seeds_of_the_best_rate(script):
     asked = grid(script, ranks=[5], optimizers=["sgd"], scalings=["rslora"])
-    losses = {(0.1, 0): 1.0, (0.2, 0): 2.0, (0.1, 1): 1.3, (0.1, 2): 1.1, (0.2, 1): 0.5}
+    losses = {(0.1, 0): 1.0, (0.2, 0): 2.0, (0.1, 1): 1.3, (0.1, 2): 1.1, (0.2, 1): 0.5, (0.3, 0): 3.0}
     done = {script.Spec("sgd", 5, "rslora", rate, seed): trial(loss) for (rate, seed), loss in losses.items()}
     table = script.figures.table(asked, done)
     values = np.array([1.0, 1.3, 1.1])
     error = values.std(ddof=1) / math.sqrt(3)
-    assert f"| 0.1* | {values.mean():.4f} ± {error:.4f} | 1.2500 ± 0.7500 | 3 | 0 of 5 |" in table
+    assert f"| 0.1* | {values.mean():.4f} ± {error:.4f} | 1.2500 ± 0.7500 | 3 | 0 of 6 |" in table
     assert "at an edge" in table
 
 
@@ -119,7 +119,7 @@ def measured(losses_by_rate_and_rank, scaling="rslora", **more):
     """Make trials of AdamW and one seed from {rank: {rate: held-out loss}}."""
     from paper.plan import Spec
 
-    trial = lambda loss: {"diverged": None, "heldout_loss": loss, "train_loss": loss, **more}
+    trial = lambda loss: {"diverged": None, "heldout_loss": loss, "train_loss": loss, "losses": [9.5], **more}
     return {
         Spec("adamw", rank, scaling, rate, 0): trial(loss)
         for rank, losses in losses_by_rate_and_rank.items()
@@ -187,7 +187,14 @@ def test_claims_are_judged_by_the_numbers(script):
     assert claims.improves({}, "adamw", "").measured == claims.UNMEASURED
     one_rate = measured({2: {0.1: 2.0}, 8: {0.1: 1.5}}) | measured({2: {0.1: 2.0}, 8: {0.1: 1.9}}, "lora")
     from paper.plan import Spec
+    from paper.rates import common_rate
 
+    # Where the least rank has blown up, nothing is to be compared: that is no gain of the larger one.
+    blown = measured({2: {0.01: 2.0, 0.1: 2.0, 1.0: 30.0}, 8: {0.01: 2.1, 0.1: 2.1, 1.0: 2.0}})
+    blown |= measured({2: {0.01: 2.0, 0.1: 12.0, 1.0: 30.0}, 8: {0.01: 2.0, 0.1: 2.0, 1.0: 2.0}}, "lora")
+    assert common_rate(blown, "adamw") == 0.01
+    row = claims.improves(blown, "adamw", "")
+    assert row.verdict == "no, of one seed" and "at rate 1 " not in row.measured
     done[Spec("adamw", 2, "lora", 0.1, 1)] = {"diverged": None, "heldout_loss": 9.0, "train_loss": 9.0}
     assert "span 0.5000" in claims.coincides(done, "adamw", "").measured  # a seed that one rank alone has is left out
     assert claims.best_of_all(one_rate).measured == claims.at_own_best(one_rate).measured == claims.UNMEASURED

@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from paper.plan import Spec
-from paper.rates import exponent
+from paper.rates import common_rate, exploded, exponent
 from paper.store import mean_and_error
 
 Done = Mapping[Spec, Mapping[str, Any]]
@@ -40,12 +40,6 @@ def all_claims(fits: Sequence[Mapping[str, str]], sweeps: Mapping[str, Done]) ->
         other_exponents(done),
         at_own_best(done),
     ]
-
-
-def middle(done: Done, optimizer: str) -> float | None:
-    """Return the rate at which ranks are compared, the middle one of those tried."""
-    rates = sorted({s.rate for s in done if s.optimizer == optimizer and s.seed == 0})
-    return rates[(len(rates) - 1) // 2] if rates else None
 
 
 def several_rates(done: Done, optimizer: str) -> bool:
@@ -89,7 +83,7 @@ UNMEASURED = "not measured yet"
 
 
 def improves(done: Done, optimizer: str, claim: str) -> Row:
-    """rsLoRA's training loss falls from the least rank to the largest, at each rate that was tried."""
+    """rsLoRA's training loss falls from the least rank to the largest, at each rate at which the least one learns."""
     said, judged_by_rate, sure = [], {}, True
     for rate in sorted({s.rate for s in done if (s.optimizer, s.scaling) == (optimizer, "rslora") and s.rate}):
         found = change(by_rank(done, optimizer, "rslora", rate, "train_loss"))
@@ -97,6 +91,8 @@ def improves(done: Done, optimizer: str, claim: str) -> Row:
         if not found or not held:
             continue
         mean, error, seeds, low, high = found
+        if exploded(done[Spec(optimizer, low, "rslora", rate, 0)]):
+            continue
         one_seed = math.isnan(error)
         said.append(
             f"at rate {rate:g} from r = {low} to {high} the training loss changes by {signed(mean, error)}, "
@@ -113,22 +109,25 @@ def improves(done: Done, optimizer: str, claim: str) -> Row:
 
 def coincides(done: Done, optimizer: str, claim: str) -> Row:
     """LoRA's losses differ over the ranks by less than a third of what rsLoRA's do."""
-    rate = middle(done, optimizer)
-    spread = {}
+    rate = common_rate(done, optimizer)
+    spread, ends = {}, {}
     for scaling in ("lora", "rslora"):
-        found = by_rank(done, optimizer, scaling, rate, "train_loss")
-        means = means_by_rank(found).values()
+        means = means_by_rank(by_rank(done, optimizer, scaling, rate, "train_loss"))
         if len(means) < 2:
             return Row(claim, UNMEASURED, "–")
-        spread[scaling] = max(means) - min(means)
+        spread[scaling] = max(means.values()) - min(means.values())
+        ends[scaling] = ", ".join(f"{means[rank]:.3f} at r = {rank}" for rank in (min(means), max(means)))
     ours, theirs = spread["rslora"], spread["lora"]
-    measured = f"at rate {rate:g} LoRA's training losses span {theirs:.4f} over the ranks, rsLoRA's {ours:.4f}"
+    measured = (
+        f"at rate {rate:g} LoRA's training losses span {theirs:.4f} over the ranks ({ends['lora']}), rsLoRA's "
+        f"{ours:.4f} ({ends['rslora']})"
+    )
     return Row(claim, measured, "yes" if 3 * theirs < ours else "no")
 
 
 def norms(done: Done, optimizer: str, scaling: str, claim: str, *, collapse: bool) -> Row:
     """The mean gradient norm of a factor over the run, by rank."""
-    found = by_rank(done, optimizer, scaling, middle(done, optimizer), "mean_factor_norm")
+    found = by_rank(done, optimizer, scaling, common_rate(done, optimizer), "mean_factor_norm")
     means = means_by_rank(found)
     if len(means) < 2:
         return Row(claim, UNMEASURED, "–")
@@ -165,7 +164,7 @@ def init_only(done: Done) -> Row:
     claim = (
         "B.3: scaling only A's start by 1/sqrt(r) gives equal gradient norms at first, then instability at high rank"
     )
-    rate = middle(done, "adamw")
+    rate = common_rate(done, "adamw")
     first = by_rank(done, "adamw", "init-only", rate, "first_factor_norm")
     held = by_rank(done, "adamw", "init-only", rate, "heldout_loss")
     if len(first) < 2:
@@ -180,7 +179,7 @@ def init_only(done: Done) -> Row:
 
 def other_exponents(done: Done) -> Row:
     claim = "B.6: at high rank r^-1/4 is unstable and r^-2 learns nothing"
-    rate = middle(done, "adamw")
+    rate = common_rate(done, "adamw")
     said, held = [], {}
     for scaling, name in (("rslora", "r^-1/2"), ("quarter", "r^-1/4"), ("square", "r^-2")):
         found = by_rank(done, "adamw", scaling, rate, "heldout_loss")

@@ -11,6 +11,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator, NullLocator
 
 from paper.plan import Grid, Spec
+from paper.rates import common_rate
 from paper.store import mean_and_error
 from rslora_jax.train.report import running_mean
 
@@ -26,27 +27,28 @@ Done = Mapping[Spec, Mapping[str, Any]]
 
 
 def draw(prefix: str, grid: Grid, done: Done) -> list[Path]:
-    """Draw both figures for each optimiser, at its middle rate, as PNG files `{prefix}...`; return them."""
+    """Draw both figures for each optimiser, at its common rate, as PNG files `{prefix}...`; return them."""
     files = []
     for optimizer in grid.optimizers:
+        rate = common_rate(done, optimizer)
         found = {
             (spec.scaling, spec.rank): {s.seed: t for s, t in done.items() if s == same_but_seed(s, spec)}
             for spec in grid.specs()
-            if spec.optimizer == optimizer and spec.rate == grid.middle(optimizer) and spec.seed == 0
+            if spec.optimizer == optimizer and spec.rate == rate and spec.seed == 0
         }
         if not any(found.values()):
             continue
         # A seed has its own batches: curves over different seeds would lie apart for that alone.
         seeds = set.intersection(*(set(trials) for trials in found.values() if trials))
         curves = {at: [trials[seed] for seed in sorted(seeds & set(trials))] for at, trials in found.items()}
-        rate = f"{optimizer}, learning rate {grid.middle(optimizer):g}"
+        title = f"{optimizer}, learning rate {rate:g}"
         smooth = lambda losses: np.exp(np.minimum(running_mean(losses), 700))
         for name, key, change, label in (
             ("perplexity", "losses", smooth, "training perplexity (running mean)"),
             ("gradients", "factor_norms", running_mean, "average parameter gradient norm"),
         ):
             files.append(Path(f"{prefix}{name}-{optimizer}.png"))
-            panels(files[-1], grid, curves, key, change, label, rate)
+            panels(files[-1], grid, curves, key, change, label, title)
     return files
 
 
@@ -90,9 +92,9 @@ def panels(
 
 
 def table(grid: Grid, done: Done) -> str:
-    """Return held-out losses by optimiser, scaling and rank, at the best rate and at the middle one, as Markdown."""
+    """Return held-out losses by optimiser, scaling and rank, at the best rate and at the common one, as Markdown."""
     lines = [
-        "| optimiser | scaling | rank | best rate | held-out loss | at the middle rate | seeds | diverged |",
+        "| optimiser | scaling | rank | best rate | held-out loss | at the common rate | seeds | diverged |",
         "|---|---|---|---|---|---|---|---|",
     ]
     edges = False
@@ -103,9 +105,8 @@ def table(grid: Grid, done: Done) -> str:
                 trials = [s for s in done if (s.optimizer, s.scaling, s.rank) == (optimizer, scaling, rank)]
                 if best is None and not trials:
                     continue
-                middle = grid.middle(optimizer)
                 text, seeds = loss_at(done, trials, best)
-                other, _ = loss_at(done, trials, middle)
+                other, _ = loss_at(done, trials, common_rate(done, optimizer))
                 tried = sorted({s.rate for s in trials if s.seed == 0})
                 edge = best in (tried[0], tried[-1])
                 edges |= edge
@@ -119,8 +120,8 @@ def table(grid: Grid, done: Done) -> str:
         "\nLosses are nats a token, the mean over seeds ± its standard error where there are two or more. The best "
         "rate is that of the first seed's least loss."
     )
-    middles = ", ".join(f"{grid.middle(o):g} ({o})" for o in grid.optimizers)
-    about += f" The middle rate is {middles}."
+    common = ", ".join(f"{common_rate(done, o):g} ({o})" for o in grid.optimizers if common_rate(done, o) is not None)
+    about += f" The common rate, the middle one of those at which no run ends worse than it began, is {common}."
     if edges:
         about += " *: at an edge of the rates tried, so a better one may lie beyond."
     return "\n".join(lines) + "\n" + about + "\n"

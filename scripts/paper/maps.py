@@ -10,7 +10,7 @@ from matplotlib.figure import Figure
 
 from paper.figures import NAMES, Done, draw
 from paper.plan import Grid, Spec
-from paper.rates import Best, Exponent, best_rate, exponent, losses_by_rate
+from paper.rates import Best, Exponent, best_rate, common_rate, exponent, losses_by_rate
 from paper.store import mean_and_error
 
 # What the best rate is expected to grow like, as an exponent of the rank: for Adam by arXiv 2602.06204, for SGD by
@@ -74,7 +74,7 @@ def draw_map(file: Path, grid: Grid, done: Done, optimizer: str, rates: list[flo
             if not math.isnan(loss):
                 dark = math.isfinite(loss) and loss > (low + high) / 2
                 text = f"{loss:.3f}" if math.isfinite(loss) else "div."
-                axis.text(column, row, text, ha="center", va="center", fontsize=7, color="w" if dark else "k")
+                axis.text(column, row - 0.35, text, ha="center", va="center", fontsize=7, color="w" if dark else "k")
         best = best_rates(grid, done, optimizer, scaling)
         height = lambda rate: np.interp(math.log(rate), np.log(rates), range(len(rates)))
         columns = [list(grid.ranks).index(rank) for rank in best]
@@ -97,10 +97,11 @@ def draw_by_rank(prefix: str, grid: Grid, done: Done) -> list[Path]:
     figure = Figure(figsize=(4.2 * len(shown), 3.6), layout="constrained")
     for axis, optimizer in zip(figure.subplots(1, len(shown), squeeze=False)[0], shown, strict=True):
         for color, scaling in (("tab:blue", "rslora"), ("tab:orange", "lora")):
-            middle = dict.fromkeys(grid.ranks, grid.middle(optimizer))
+            one = common_rate(done, optimizer)
+            same = dict.fromkeys(grid.ranks, one)
             whole = best_rates(grid, done, optimizer, scaling)
             best = {rank: grid.best(done, optimizer, rank, scaling) for rank in whole}
-            for style, label, rates in (("--", f"at {grid.middle(optimizer):g}", middle), ("-", "at the best", best)):
+            for style, label, rates in (("--", f"at {one:g}", same), ("-", "at the best", best)):
                 points = [(rank, *seeds_at(done, optimizer, rank, scaling, rate)) for rank, rate in rates.items()]
                 points = [point for point in points if math.isfinite(point[1])]
                 if points:

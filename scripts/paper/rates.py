@@ -27,6 +27,26 @@ class Exponent(NamedTuple):
     high: float
 
 
+def common_rate(done: Mapping[Spec, Mapping[str, Any]], optimizer: str) -> float | None:
+    """Return the rate at which ranks and scalings are compared: the middle one of those at which they all learn.
+
+    Where a run of rsLoRA or LoRA ends with more loss than it began with, nothing is to be compared; if that is so at
+    every rate, it is the middle one of all.
+    """
+    tried: dict[float, bool] = {}
+    for spec, trial in done.items():
+        if spec.optimizer == optimizer and spec.seed == 0 and spec.rate is not None:
+            learns = spec.scaling not in ("rslora", "lora") or not exploded(trial)
+            tried[spec.rate] = tried.get(spec.rate, True) and learns
+    rates = sorted(rate for rate, learns in tried.items() if learns) or sorted(tried)
+    return rates[(len(rates) - 1) // 2] if rates else None
+
+
+def exploded(trial: Mapping[str, Any]) -> bool:
+    """Say whether a run diverged, or ended with more training loss than it began with."""
+    return trial["diverged"] is not None or trial["train_loss"] > trial["losses"][0]
+
+
 def losses_by_rate(
     done: Mapping[Spec, Mapping[str, Any]], optimizer: str, rank: int, scaling: str
 ) -> dict[float, float]:
