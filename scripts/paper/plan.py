@@ -52,8 +52,8 @@ class Grid:
     def specs(self) -> list[Spec]:
         """Return all trials in their order.
 
-        First one seed at the middle rate for every rank and scaling, the one that is likeliest to be compared; then the other rates
-        of that seed, which the table needs; then the other seeds, at the middle rate and at the best one.
+        First one seed at the middle rate for every rank and scaling, the likeliest to be compared; then the other
+        rates of that seed, which the table needs; then the other seeds, at the middle rate and at the best one.
 
         >>> grid = Grid(["sgd"], [4], ["rslora", "lora"], {"sgd": [1e-2, 1e-1, 1.0]}, seeds=2)
         >>> for spec in grid.specs():
