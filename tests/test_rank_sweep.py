@@ -193,6 +193,9 @@ def test_claims_are_judged_by_the_numbers(script):
     blown = measured({2: {0.01: 2.0, 0.1: 2.0, 1.0: 30.0}, 8: {0.01: 2.1, 0.1: 2.1, 1.0: 2.0}})
     blown |= measured({2: {0.01: 2.0, 0.1: 12.0, 1.0: 30.0}, 8: {0.01: 2.0, 0.1: 2.0, 1.0: 2.0}}, "lora")
     assert common_rate(blown, "adamw") == 0.01
+    noise = measured({2: {0.01: 2.0, 0.1: 10.0, 1.0: 10.6}, 8: {0.01: 2.0, 0.1: 2.0, 1.0: 2.0}})
+    assert common_rate(noise, "adamw") == 0.01 and common_rate(measured({2: {0.1: 30.0}}), "adamw") == 0.1
+    assert common_rate(measured({2: {0.01: 2.0, 0.1: 10.0, 0.2: 2.0}}), "adamw") == 0.1  # batches differ by as much
     row = claims.improves(blown, "adamw", "")
     assert row.verdict == "no, of one seed" and "at rate 1 " not in row.measured
     done[Spec("adamw", 2, "lora", 0.1, 1)] = {"diverged": None, "heldout_loss": 9.0, "train_loss": 9.0}

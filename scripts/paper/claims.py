@@ -83,7 +83,7 @@ UNMEASURED = "not measured yet"
 
 
 def improves(done: Done, optimizer: str, claim: str) -> Row:
-    """rsLoRA's training loss falls from the least rank to the largest, at each rate at which the least one learns."""
+    """rsLoRA's training loss falls from the least rank to the largest, at each rate at which the least learns."""
     said, judged_by_rate, sure = [], {}, True
     for rate in sorted({s.rate for s in done if (s.optimizer, s.scaling) == (optimizer, "rslora") and s.rate}):
         found = change(by_rank(done, optimizer, "rslora", rate, "train_loss"))

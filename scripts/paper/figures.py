@@ -121,7 +121,7 @@ def table(grid: Grid, done: Done) -> str:
         "rate is that of the first seed's least loss."
     )
     common = ", ".join(f"{common_rate(done, o):g} ({o})" for o in grid.optimizers if common_rate(done, o) is not None)
-    about += f" The common rate, the middle one of those at which no run ends worse than it began, is {common}."
+    about += f" The common rate, the middle one of those at which no run blows up, is {common}."
     if edges:
         about += " *: at an edge of the rates tried, so a better one may lie beyond."
     return "\n".join(lines) + "\n" + about + "\n"

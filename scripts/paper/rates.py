@@ -28,10 +28,10 @@ class Exponent(NamedTuple):
 
 
 def common_rate(done: Mapping[Spec, Mapping[str, Any]], optimizer: str) -> float | None:
-    """Return the rate at which ranks and scalings are compared: the middle one of those at which they all learn.
+    """Return the rate at which ranks and scalings are compared: the middle one of those at which none blows up.
 
-    Where a run of rsLoRA or LoRA ends with more loss than it began with, nothing is to be compared; if that is so at
-    every rate, it is the middle one of all.
+    Where a run of rsLoRA or LoRA blows up, nothing is to be compared; if that is so at every rate, it is the middle one
+    of all.
     """
     tried: dict[float, bool] = {}
     for spec, trial in done.items():
@@ -43,8 +43,8 @@ def common_rate(done: Mapping[Spec, Mapping[str, Any]], optimizer: str) -> float
 
 
 def exploded(trial: Mapping[str, Any]) -> bool:
-    """Say whether a run diverged, or ended with more training loss than it began with."""
-    return trial["diverged"] is not None or trial["train_loss"] > trial["losses"][0]
+    """Say whether a run diverged or ended a nat above its first loss, which is more than batches differ by."""
+    return trial["diverged"] is not None or trial["train_loss"] > trial["losses"][0] + 1
 
 
 def losses_by_rate(
