@@ -91,7 +91,10 @@ def improves(done: Done, optimizer: str, claim: str) -> Row:
         if not found or not held:
             continue
         mean, error, seeds, low, high = found
-        if exploded(done[Spec(optimizer, low, "rslora", rate, 0)]):
+        least = [
+            t for s, t in done.items() if (s.optimizer, s.rank, s.scaling, s.rate) == (optimizer, low, "rslora", rate)
+        ]
+        if any(map(exploded, least)):
             continue
         one_seed = math.isnan(error)
         said.append(
