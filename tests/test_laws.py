@@ -32,9 +32,20 @@ def first(tree):
     return jax.tree.leaves(tree)[0].astype(jnp.float32)
 
 
-@pytest.fixture(params=list(CASES), scope="module")
+# One test process does all of a case: its laws share what is traced and compiled.
+@pytest.fixture(params=[pytest.param(name, marks=pytest.mark.xdist_group(name)) for name in CASES], scope="module")
 def case(request) -> Case:
     return CASES[request.param]()
+
+
+@pytest.fixture(scope="module")
+def lora(case) -> rslora.Lora:
+    return wrapped(case)
+
+
+@pytest.fixture(scope="module")
+def applied(lora):
+    return jax.jit(lora.apply)
 
 
 def test_every_weight_is_found_and_only_the_impossible_falls_back(case):
@@ -57,34 +68,30 @@ def compiled(fn):
 
 
 @pytest.mark.by_day_on("oldest")  # op by op, JAX compiles each operation
-def test_law_1_fresh_adapters_change_no_bit(case):
-    lora = wrapped(case)
+def test_law_1_fresh_adapters_change_no_bit(case, lora):
     adapters = lora.init(jax.random.key(3))
     with jax.disable_jit():
         chex.assert_trees_all_equal(lora.apply(case.params, adapters, *case.args), case.fn(case.params, *case.args))
 
 
-def test_law_1_fresh_adapters_change_nothing(case):
-    lora = wrapped(case)
+def test_law_1_fresh_adapters_change_nothing(case, lora, applied):
     adapters = lora.init(jax.random.key(3))
-    got = jax.jit(lora.apply)(case.params, adapters, *case.args)
+    got = applied(case.params, adapters, *case.args)
     tolerance = 1e-6 if case.tolerance < 1e-3 else case.tolerance
     assert_near(got, compiled(case.fn)(case.params, *case.args), tolerance)
 
 
-def test_law_2_apply_is_merge(case):
-    lora = wrapped(case)
+def test_law_2_apply_is_merge(case, lora, applied):
     adapters = trained(lora)
     fn = compiled(case.fn)
     by_hand = fn(merged_by_hand(lora, case.params, adapters), *case.args)
     assert_near(fn(lora.merge(case.params, adapters), *case.args), by_hand, case.tolerance)
-    assert_near(jax.jit(lora.apply)(case.params, adapters, *case.args), by_hand, case.tolerance)
+    assert_near(applied(case.params, adapters, *case.args), by_hand, case.tolerance)
     assert np.abs(first(by_hand) - first(fn(case.params, *case.args))).max() > 0.01
 
 
-def test_law_2_gradients_are_those_through_merged_weights(case):
+def test_law_2_gradients_are_those_through_merged_weights(case, lora):
     """dA and dB are compared with those that the chain rule gives, in numpy, from the merged weights' gradient."""
-    lora = wrapped(case)
     adapters = trained(lora)
     if "while" in str(jax.make_jaxpr(case.fn)(case.params, *case.args)):
         pytest.skip("JAX has no reverse mode for while loops of unknown length")
