@@ -18,17 +18,21 @@ from paper import claims, figures, maps, store, transfer
 from paper.plan import Grid
 
 DOCS = Path(__file__).parent.parent / "docs" / "paper"
+TITLES = {"all": "All linear layers", "attention": "Attention only", "docstrings": "Docstrings of Python"}
 ORDER = ("rslora", "lora", "quarter", "square", "constant", "init-only")
 
 
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--from", dest="taken", type=Path, action="append", default=[], help="a sweep's --out folder")
+    parser.add_argument("--rule", type=Path, help="the --out folder of trials at the rates of rslora_jax.rates")
     parser.add_argument("--docs", type=Path, default=DOCS, help="the folder of CSVs, pictures and README.md")
     a = parser.parse_args(argv)
     try:
         for folder in a.taken:
             take(folder / "trials.jsonl", a.docs)
+        if a.rule:
+            take(a.rule / "trials.jsonl", a.docs, "rule")
         text = report(a.docs)
     except (OSError, ValueError) as error:
         print(f"paper_report: error: {error}", file=sys.stderr)
@@ -38,39 +42,41 @@ def main(argv: list[str] | None = None) -> int:
     return 0
 
 
-def take(file: Path, docs: Path) -> None:
-    """Copy a sweep's trials, named after what has adapters in it, and make their CSV and pictures."""
+def take(file: Path, docs: Path, name: str | None = None) -> None:
+    """Copy a sweep's trials, named after its data if they are the built-in ones, else after what has adapters."""
     if not file.is_file():
         raise ValueError(f"{file} is no file: run scripts/rank_sweep.py --out {file.parent}")
-    name = f"sweep-{store.read_settings(file)['layers']}"
-    shutil.copyfile(file, docs / f"{name}.jsonl")
+    settings = store.read_settings(file)
+    name = name or ("docstrings" if settings["data"] == "docstrings" else settings["layers"])
+    shutil.copyfile(file, docs / f"sweep-{name}.jsonl")
 
 
 def report(docs: Path) -> str:
     """Return the report on what a folder holds; make the CSVs and pictures that it refers to."""
     fits = list(csv.DictReader((docs / "stability_fits.csv").open(encoding="utf-8")))
-    files = {name: docs / f"sweep-{name}.jsonl" for name in ("all", "attention")}
+    files = {name: docs / f"sweep-{name}.jsonl" for name in (*TITLES, "rule")}
     sweeps = {name: store.load(file) if file.is_file() else {} for name, file in files.items()}
     rows = claims.all_claims(fits, sweeps)
     lines = [
         "# The paper, measured here",
         "",
         "Made by `python scripts/paper_report.py` from the numbers beside it. Claims: those of arXiv 2312.03732.",
-        "The model here is small (SmolLM2-135M) and the runs are short: a claim may hold there and not here.",
+        "The model here is small (SmolLM2-135M) and the runs are short: a claim may hold there and not here. Seeds are",
+        "compared pair by pair (the same batches); of several, a difference is one beyond two standard errors.",
         "",
         "| claim | measured here | holds here |",
         "|---|---|---|",
         *(f"| {row.claim} | {row.measured} | {row.verdict} |" for row in rows),
         "",
     ]
-    for name, done in sweeps.items():
-        if done:
-            lines += section(docs, name, done)
+    for name in TITLES:
+        if sweeps[name]:
+            lines += section(docs, name, sweeps[name], sweeps["rule"])
     lines += ["How the sweep works and what its files hold: [sweep.md](sweep.md).", ""]
     return "\n".join(lines)
 
 
-def section(docs: Path, name: str, done: Any) -> list[str]:
+def section(docs: Path, name: str, done: Any, rule: Any) -> list[str]:
     """Return the part on one sweep: its settings, tables and pictures, which are drawn."""
     settings = store.read_settings(docs / f"sweep-{name}.jsonl")
     grid = grid_of(done)
@@ -81,15 +87,14 @@ def section(docs: Path, name: str, done: Any) -> list[str]:
         f"learning rate, alpha {settings['alpha']:g}, {settings['heldout']} held-out examples, {len(done)} trials "
         f"so far: [numbers](sweep-{name}.csv), [with curves](sweep-{name}.jsonl)."
     )
-    title = {"all": "All linear layers", "attention": "Attention only"}[name]
     return [
-        f"## {title}",
+        f"## {TITLES[name]}",
         "",
         about,
         "",
         figures.table(grid, done),
         *best_rates(grid, done),
-        *transfer.transfer_table(done),
+        *(transfer.transfer_table(done, rule) if name == "all" else []),
         *(f"![{picture.stem}]({picture.name})\n" for picture in pictures),
     ]
 
@@ -98,7 +103,10 @@ def best_rates(grid: Grid, done: Any) -> list[str]:
     """Return the table of best rates, where more than two were tried."""
     if all(len(rates) < 3 for rates in grid.rates.values()):
         return []
-    said = "Best rate by rank, between the rates tried (*: at an edge of them), and its exponent with a 95 % interval:"
+    said = (
+        "Best rate by rank, between the rates tried (*: at an edge of them), and its exponent, of three ranks or more "
+        "with a 95 % interval:"
+    )
     return [said, "", maps.rate_table(grid, done)]
 
 

@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from paper.plan import Spec
-from paper.rates import common_rate, exploded, exponent
+from paper.rates import common_rate, exploded, exponent, losses_by_rate
 from paper.store import mean_and_error
 
 Done = Mapping[Spec, Mapping[str, Any]]
@@ -35,10 +35,15 @@ def all_claims(fits: Sequence[Mapping[str, str]], sweeps: Mapping[str, Done]) ->
         coincides(done, "sgd", "B.1: the same with SGD: LoRA's ranks coincide"),
         norms(done, "sgd", "lora", "B.1: LoRA's gradient norm collapses with SGD", collapse=True),
         improves(done, "adafactor", "B.2: the same with Adafactor (GPT-J there): rsLoRA gets better with the rank"),
+        coincides(done, "adafactor", "B.2: LoRA's ranks coincide with Adafactor"),
+        norms(done, "adafactor", "lora", "B.2: LoRA's gradient norm collapses with Adafactor", collapse=True),
         init_only(done),
-        improves(attention, "adamw", "B.5: the same with adapters on attention only"),
+        improves(attention, "adamw", "B.5: the same with adapters on attention only: rsLoRA gets better with the rank"),
+        coincides(attention, "adamw", "B.5: LoRA's ranks coincide on attention only"),
         other_exponents(done),
         at_own_best(done),
+        improves(sweeps["docstrings"], "adamw", "Fig. 2 on other data, docstrings of Python: rsLoRA gets better"),
+        coincides(sweeps["docstrings"], "adamw", "Fig. 2 on other data, docstrings of Python: LoRA's ranks coincide"),
     ]
 
 
@@ -84,7 +89,7 @@ UNMEASURED = "not measured yet"
 
 def improves(done: Done, optimizer: str, claim: str) -> Row:
     """rsLoRA's training loss falls from the least rank to the largest, at each rate at which the least learns."""
-    said, judged_by_rate, sure = [], {}, True
+    said, verdicts = [], []
     for rate in sorted({s.rate for s in done if (s.optimizer, s.scaling) == (optimizer, "rslora") and s.rate}):
         found = change(by_rank(done, optimizer, "rslora", rate, "train_loss"))
         held = change(by_rank(done, optimizer, "rslora", rate, "heldout_loss"))
@@ -96,18 +101,16 @@ def improves(done: Done, optimizer: str, claim: str) -> Row:
         ]
         if any(map(exploded, least)):
             continue
-        one_seed = math.isnan(error)
         said.append(
             f"at rate {rate:g} from r = {low} to {high} the training loss changes by {signed(mean, error)}, "
-            f"the held-out loss by {signed(*held[:2])} ({seeds} seed{'s' * (seeds > 1)})"
+            f"the held-out loss by {signed(*held[:2])} ({count_seeds(seeds)})"
         )
-        judged_by_rate[rate] = mean < (0 if one_seed else -2 * error)
-        sure &= not one_seed
+        verdicts.append((f"{rate:g}", judged(mean, error)))
     if not said:
         return Row(claim, UNMEASURED, "–")
-    holds = [f"{rate:g}" for rate, held_there in judged_by_rate.items() if held_there]
-    verdict = "yes" if len(holds) == len(said) else f"at rate {', '.join(holds)}, not at the others" if holds else "no"
-    return Row(claim, "; ".join(said), verdict + ("" if sure else ", of one seed"))
+    alike = len({verdict for _, verdict in verdicts}) == 1
+    listed = verdicts[0][1] if alike else "; ".join(f"at {rate}: {verdict}" for rate, verdict in verdicts)
+    return Row(claim, "; ".join(said), listed)
 
 
 def coincides(done: Done, optimizer: str, claim: str) -> Row:
@@ -142,25 +145,37 @@ def norms(done: Done, optimizer: str, scaling: str, claim: str, *, collapse: boo
     return Row(claim, measured, "yes" if holds else "no")
 
 
+def at_best_rates(done: Done, scaling: str) -> dict[int, tuple[float, dict[int, float]]]:
+    """Return AdamW's (rate, held-out loss by seed) of each rank, at the rate of the first seed's least loss."""
+    found = {}
+    for rank in sorted({s.rank for s in done if (s.optimizer, s.scaling) == ("adamw", scaling)}):
+        losses = losses_by_rate(done, "adamw", rank, scaling)
+        finite = {rate: loss for rate, loss in losses.items() if math.isfinite(loss)}
+        if finite:
+            rate = min(finite, key=finite.__getitem__)
+            found[rank] = (rate, by_rank(done, "adamw", scaling, rate, "heldout_loss")[rank])
+    return found
+
+
 def best_of_all(done: Done) -> Row:
-    """rsLoRA at its best rank and rate against LoRA at its own."""
+    """rsLoRA's largest rank at its best rate against LoRA at its best rank and rate, seed by seed."""
     claim = "B.4: the best rsLoRA of a high rank is better than the best LoRA of any rank and rate (AdamW)"
     if not several_rates(done, "adamw"):
         return Row(claim, UNMEASURED, "–")
-    least: dict[str, tuple[float, Spec]] = {}
-    for spec, trial in done.items():
-        if spec.optimizer == "adamw" and spec.seed == 0 and trial["diverged"] is None:
-            found = (trial["heldout_loss"], spec)
-            if spec.scaling not in least or found[0] < least[spec.scaling][0]:
-                least[spec.scaling] = found
-    if not {"rslora", "lora"} <= set(least):
+    ours, theirs = at_best_rates(done, "rslora"), at_best_rates(done, "lora")
+    if not ours or not theirs:
         return Row(claim, UNMEASURED, "–")
-    (ours, at), (theirs, where) = least["rslora"], least["lora"]
+    high = max(ours)
+    seeds = set.intersection(*(set(losses) for _, losses in [ours[high], *theirs.values()]))
+    mean = lambda losses: float(np.mean([losses[seed] for seed in seeds]))
+    rank = min(theirs, key=lambda rank: mean(theirs[rank][1]))
+    (rate, losses), (other, least) = ours[high], theirs[rank]
+    gap, error = mean_and_error([losses[seed] - least[seed] for seed in sorted(seeds)])
     measured = (
-        f"held-out {ours:.4f} (rsLoRA, r = {at.rank}, rate {at.rate:g}) against {theirs:.4f} (LoRA, r = {where.rank}, "
-        f"rate {where.rate:g}), one seed"
+        f"held-out {mean(losses):.4f} (rsLoRA, r = {high}, rate {rate:g}) against {mean(least):.4f} (LoRA, r = {rank}, "
+        f"rate {other:g}), a difference of {signed(gap, error)} ({count_seeds(len(seeds))})"
     )
-    return Row(claim, measured, "yes, of one seed" if ours < theirs and at.rank >= where.rank else "no")
+    return Row(claim, measured, judged(gap, error))
 
 
 def init_only(done: Done) -> Row:
@@ -172,43 +187,60 @@ def init_only(done: Done) -> Row:
     held = by_rank(done, "adamw", "init-only", rate, "heldout_loss")
     if len(first) < 2:
         return Row(claim, UNMEASURED, "–")
+    seeds = min(map(len, held.values()))
     norms = {rank: float(np.mean(list(v.values()))) for rank, v in first.items()}
     losses = ", ".join(f"{np.mean(list(v.values())):.3f} at r = {rank}" for rank, v in held.items())
     equal = max(norms.values()) / min(norms.values())
     worse = change(held)
     holds = equal < 2 and worse is not None and worse[0] > 0
-    return Row(claim, f"first norms within {equal:.2f}x of each other; held-out {losses}", "yes" if holds else "no")
+    measured = f"first norms within {equal:.2f}x of each other; held-out {losses} ({count_seeds(seeds)})"
+    return Row(claim, measured, ("yes" if holds else "no") + ", of one seed" * (seeds == 1))
 
 
 def other_exponents(done: Done) -> Row:
     claim = "B.6: at high rank r^-1/4 is unstable and r^-2 learns nothing"
     rate = common_rate(done, "adamw")
-    said, held = [], {}
-    for scaling, name in (("rslora", "r^-1/2"), ("quarter", "r^-1/4"), ("square", "r^-2")):
-        found = by_rank(done, "adamw", scaling, rate, "heldout_loss")
-        if not found:
-            return Row(claim, UNMEASURED, "–")
-        held[scaling] = float(np.mean(list(found[max(found)].values())))
-        said.append(f"{held[scaling]:.4f} with {name}")
+    names = {"rslora": "r^-1/2", "quarter": "r^-1/4", "square": "r^-2"}
+    found = {scaling: by_rank(done, "adamw", scaling, rate, "heldout_loss") for scaling in names}
+    shared = set.intersection(*map(set, found.values()))
+    if not shared:
+        return Row(claim, UNMEASURED, "–")
+    rank = max(shared)
+    seeds_of_all = set.intersection(*(set(losses[rank]) for losses in found.values()))
+    held = {scaling: float(np.mean([losses[rank][s] for s in seeds_of_all])) for scaling, losses in found.items()}
+    said = [f"{held[scaling]:.4f} with {name}" for scaling, name in names.items()]
     holds = held["quarter"] > held["rslora"] < held["square"]
-    rank = max(s.rank for s in done if s.scaling == "quarter")
-    return Row(claim, f"held-out at r = {rank}: {', '.join(said)}", "yes" if holds else "no")
+    seeds = len(seeds_of_all)
+    measured = f"held-out at r = {rank}: {', '.join(said)} ({count_seeds(seeds)})"
+    return Row(claim, measured, ("yes" if holds else "no") + ", of one seed" * (seeds == 1))
 
 
 def at_own_best(done: Done) -> Row:
     """The caution: under Adam the first change of the output grows like gamma lr r."""
     claim = "Caution on AdamW (not the paper's): at each rank's own best rate, is a high rank still better?"
-    found = {}
-    for spec, trial in done.items():
-        if (spec.optimizer, spec.scaling, spec.seed) == ("adamw", "rslora", 0) and trial["diverged"] is None:
-            found[spec.rank] = min(found.get(spec.rank, math.inf), trial["heldout_loss"])
-    if len(found) < 2 or not several_rates(done, "adamw"):
+    best = at_best_rates(done, "rslora")
+    found = {rank: losses for rank, (_, losses) in best.items()}
+    ends = change(found)
+    if ends is None or not several_rates(done, "adamw"):
         return Row(claim, UNMEASURED, "–")
-    listed = ", ".join(f"{found[rank]:.4f} at r = {rank}" for rank in sorted(found))
-    better = found[max(found)] < found[min(found)]
-    return Row(
-        claim, f"rsLoRA's least held-out losses: {listed}, one seed", f"{'yes' if better else 'no'}, of one seed"
+    listed = ", ".join(f"{loss:.4f} at r = {rank}" for rank, loss in means_by_rank(found).items())
+    gap, error, seeds, low, high = ends
+    measured = (
+        f"rsLoRA's held-out losses there: {listed}; from r = {low} to {high} {signed(gap, error)} "
+        f"({count_seeds(seeds)})"
     )
+    return Row(claim, measured, judged(gap, error))
+
+
+def judged(gap: float, error: float) -> str:
+    """Say whether a difference is below zero, by two standard errors where there is more than one seed."""
+    if math.isnan(error):
+        return f"{'yes' if gap < 0 else 'no'}, of one seed"
+    return "yes" if gap < -2 * error else "no" if gap > 2 * error else "undecided: within two standard errors"
+
+
+def count_seeds(count: int) -> str:
+    return f"{count} seed{'s' * (count > 1)}"
 
 
 def signed(mean: float, error: float) -> str:

@@ -1,5 +1,6 @@
 """The paper's figures 2 and 3, and the table of held-out losses, from finished trials."""
 
+import dataclasses
 import math
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -23,6 +24,7 @@ NAMES = {
     "square": "scale r^-2",
     "init-only": "scale 1, A / sqrt(r)",
 }
+BOTH = {"rslora", "lora"}
 Done = Mapping[Spec, Mapping[str, Any]]
 
 
@@ -31,10 +33,16 @@ def draw(prefix: str, grid: Grid, done: Done) -> list[Path]:
     files = []
     for optimizer in grid.optimizers:
         rate = common_rate(done, optimizer)
+        at_rate = [spec for spec in done if (spec.optimizer, spec.rate, spec.seed) == (optimizer, rate, 0)]
+        of = lambda scaling, tried=at_rate: len({spec.rank for spec in tried if spec.scaling == scaling})
+        shown = [name for name in grid.scalings if of(name) and (name in BOTH or of(name) > 1)]
+        if len({spec.scaling for spec in at_rate} - BOTH) > 0:
+            files.append(Path(f"{prefix}scales-{optimizer}.png"))
+            draw_scales(files[-1], grid, done, at_rate)
         found = {
             (spec.scaling, spec.rank): {s.seed: t for s, t in done.items() if s == same_but_seed(s, spec)}
             for spec in grid.specs()
-            if spec.optimizer == optimizer and spec.rate == rate and spec.seed == 0
+            if (spec.optimizer, spec.rate, spec.seed) == (optimizer, rate, 0) and spec.scaling in shown
         }
         if not any(found.values()):
             continue
@@ -48,8 +56,27 @@ def draw(prefix: str, grid: Grid, done: Done) -> list[Path]:
             ("gradients", "factor_norms", running_mean, "average parameter gradient norm"),
         ):
             files.append(Path(f"{prefix}{name}-{optimizer}.png"))
-            panels(files[-1], grid, curves, key, change, label, title)
+            panels(files[-1], dataclasses.replace(grid, scalings=shown), curves, key, change, label, title)
     return files
+
+
+def draw_scales(file: Path, grid: Grid, done: Done, tried: list[Spec]) -> None:
+    """Draw the first seed's curves of the largest rank, one for each scale: the paper's B.3 and B.6."""
+    rank = max(spec.rank for spec in tried if spec.scaling not in BOTH)
+    figure = Figure(figsize=(9.2, 3.8), layout="constrained")
+    for axis, key, label in zip(
+        figure.subplots(1, 2), ("losses", "factor_norms"), ("training loss", "parameter gradient norm"), strict=True
+    ):
+        for scaling in grid.scalings:
+            for spec in tried:
+                if (spec.rank, spec.scaling) == (rank, scaling):
+                    curve = running_mean(done[spec][key])
+                    axis.plot(range(1, len(curve) + 1), curve, label=NAMES.get(scaling, scaling))
+        axis.set(xlabel="step", ylabel=f"{label} (running mean)", yscale="log" if key == "factor_norms" else "linear")
+        axis.grid(alpha=0.3)
+    axis.legend(fontsize=8)
+    figure.suptitle(f"rank {rank}, {tried[0].optimizer}, learning rate {tried[0].rate:g}; one seed", fontsize=10)
+    figure.savefig(file, dpi=150)
 
 
 def same_but_seed(spec: Spec, of: Spec) -> Spec:

@@ -1,5 +1,6 @@
 """Held-out loss over rank and learning rate: the map, its best rates with their exponent, and the loss by rank."""
 
+import dataclasses
 import math
 from collections.abc import Mapping
 from pathlib import Path
@@ -52,8 +53,14 @@ def draw_maps(prefix: str, grid: Grid, done: Done) -> list[Path]:
         tried = {s.rate for s in done if s.optimizer == optimizer and s.seed == 0}
         rates = [rate for rate in grid.rates[optimizer] if rate in tried]
         if len(rates) > 1:
-            files.append(Path(f"{prefix}rates-{optimizer}.png"))
-            draw_map(files[-1], grid, done, optimizer, rates)
+            here = [spec for spec in done if spec.optimizer == optimizer]
+            several = lambda name, here=here: len({s.rate for s in here if s.scaling == name}) > 1
+            shown = dataclasses.replace(
+                grid, scalings=list(filter(several, grid.scalings)), ranks=sorted({spec.rank for spec in here})
+            )
+            if shown.scalings:
+                files.append(Path(f"{prefix}rates-{optimizer}.png"))
+                draw_map(files[-1], shown, done, optimizer, rates)
     return files
 
 
@@ -144,7 +151,9 @@ def rate_table(grid: Grid, done: Done) -> str:
                 continue
             cells = [f"{best[r].rate:.2g}{'*' * best[r].at_edge}" if r in best else "–" for r in grid.ranks]
             fit = fitted(best)
-            said = "–" if fit is None else f"{fit.slope:.2f} ({fit.low:.2f}, {fit.high:.2f})"
+            said = "–" if fit is None else f"{fit.slope:.2f}"
+            if fit and math.isfinite(fit.low):
+                said += f" ({fit.low:.2f}, {fit.high:.2f})"
             expected = EXPECTED.get((optimizer, scaling))
             lines.append(
                 f"| {optimizer} | {NAMES.get(scaling, scaling)} | {' | '.join(cells)} | {said} "

@@ -23,7 +23,15 @@ def at_rate(losses: Mapping[float, float], rate: float) -> float:
     return float(np.interp(math.log(rate), np.log(rates), [losses[r] for r in rates]))
 
 
-def transfer_table(done: Done) -> list[str]:
+def trained_near(trained: Done, rank: int, rate: float) -> float:
+    """Return the first seed's loss of a trial of its own at a rate, to 2 %; NaN where there is none."""
+    for tried, loss in losses_by_rate(trained, "adamw", rank, "rslora").items():
+        if abs(tried / rate - 1) < 0.02:
+            return loss
+    return math.nan
+
+
+def transfer_table(done: Done, trained: Done) -> list[str]:
     """Return each rank's loss at the best rate of the reference rank, as it is and by the rule, as Markdown."""
     ranks = sorted({s.rank for s in done if (s.optimizer, s.scaling) == ("adamw", "rslora")})
     losses = {rank: losses_by_rate(done, "adamw", rank, "rslora") for rank in ranks}
@@ -32,16 +40,23 @@ def transfer_table(done: Done) -> list[str]:
         return []
     lines = [
         f"One rate for all ranks: AdamW's best for rsLoRA of rank {REFERENCE} is {best.rate:.2g}. Each rank's held-out "
-        f"loss there, and at that times (r / {REFERENCE})^-1/4, which `rslora_jax.rates.scale_by_rank` makes of it, is "
-        "read off the lines between the rates that were tried (so it is rather too large than too small):",
+        f"loss there, and at that times (r / {REFERENCE})^-1/4, which `rslora_jax.rates.scale_by_rank` makes of it. "
+        "Those with ~ are read off the lines between the rates that were tried (so rather too large than too small), "
+        "the others were trained there; one seed:",
         "",
         "| rank | best rate tried | its loss | at one rate | by the rule, at | loss |",
         "|---|---|---|---|---|---|",
     ]
     for rank in ranks:
         ruled = best.rate * (rank / REFERENCE) ** -0.25
-        plain, by_rule = at_rate(losses[rank], best.rate), at_rate(losses[rank], ruled)
         least = min(losses[rank], key=losses[rank].__getitem__)
-        said = ["–" if math.isnan(value) else f"{value:.4f}" for value in (plain, by_rule)]
+        said = [told(at_rate(losses[rank], rate), trained_near(trained, rank, rate)) for rate in (best.rate, ruled)]
         lines.append(f"| {rank} | {least:g} | {losses[rank][least]:.4f} | {said[0]} | {ruled:.2g} | {said[1]} |")
     return [*lines, ""]
+
+
+def told(read: float, trained: float) -> str:
+    """Write the loss that was trained, else the one that was read off."""
+    if not math.isnan(trained):
+        return f"{trained:.4f}"
+    return "–" if math.isnan(read) else f"~{read:.4f}"
