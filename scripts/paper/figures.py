@@ -64,8 +64,9 @@ def draw_scales(file: Path, grid: Grid, done: Done, tried: list[Spec]) -> None:
     """Draw the first seed's curves of the largest rank, one for each scale: the paper's B.3 and B.6."""
     rank = max(spec.rank for spec in tried if spec.scaling not in BOTH)
     figure = Figure(figsize=(9.2, 3.8), layout="constrained")
+    axes = figure.subplots(1, 2)
     for axis, key, label in zip(
-        figure.subplots(1, 2), ("losses", "factor_norms"), ("training loss", "parameter gradient norm"), strict=True
+        axes, ("losses", "factor_norms"), ("training loss", "parameter gradient norm"), strict=True
     ):
         for scaling in grid.scalings:
             for spec in tried:
@@ -74,7 +75,7 @@ def draw_scales(file: Path, grid: Grid, done: Done, tried: list[Spec]) -> None:
                     axis.plot(range(1, len(curve) + 1), curve, label=NAMES.get(scaling, scaling))
         axis.set(xlabel="step", ylabel=f"{label} (running mean)", yscale="log" if key == "factor_norms" else "linear")
         axis.grid(alpha=0.3)
-    axis.legend(fontsize=8)
+    axes[0].legend(fontsize=8)
     figure.suptitle(f"rank {rank}, {tried[0].optimizer}, learning rate {tried[0].rate:g}; one seed", fontsize=10)
     figure.savefig(file, dpi=150)
 

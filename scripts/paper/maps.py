@@ -109,10 +109,14 @@ def draw_by_rank(prefix: str, grid: Grid, done: Done) -> list[Path]:
             whole = best_rates(grid, done, optimizer, scaling)
             best = {rank: grid.best(done, optimizer, rank, scaling) for rank in whole}
             for style, label, rates in (("--", f"at {one:g}", same), ("-", "at the best", best)):
-                points = [(rank, *seeds_at(done, optimizer, rank, scaling, rate)) for rank, rate in rates.items()]
-                points = [point for point in points if math.isfinite(point[1])]
-                if points:
-                    ranks, means, errors = zip(*points, strict=True)
+                found = {rank: by_seed(done, optimizer, rank, scaling, rate) for rank, rate in rates.items()}
+                found = {rank: losses for rank, losses in found.items() if losses}
+                # A seed has its own batches, and so its own loss: a line is over the seeds that all its ranks have.
+                seeds = sorted(set.intersection(*map(set, found.values()))) if found else []
+                if seeds:
+                    ranks = list(found)
+                    pairs = [mean_and_error([losses[seed] for seed in seeds]) for losses in found.values()]
+                    means, errors = zip(*pairs, strict=True)
                     bars = [0 if math.isnan(e) else e for e in errors]
                     name = f"{NAMES.get(scaling, scaling)}, {label}"
                     axis.errorbar(ranks, means, bars, fmt=f"o{style}", color=color, ms=4, capsize=3, label=name)
@@ -126,16 +130,15 @@ def draw_by_rank(prefix: str, grid: Grid, done: Done) -> list[Path]:
     return [file]
 
 
-def seeds_at(
+def by_seed(
     done: Mapping[Spec, Mapping[str, Any]], optimizer: str, rank: int, scaling: str, rate: float | None
-) -> tuple[float, float]:
-    """Return the mean held-out loss over seeds and its standard error; NaN where there is none."""
-    values = [
-        trial["heldout_loss"]
+) -> dict[int, float]:
+    """Return the held-out loss by seed, without those that diverged."""
+    return {
+        s.seed: trial["heldout_loss"]
         for s, trial in done.items()
         if (s.optimizer, s.rank, s.scaling, s.rate) == (optimizer, rank, scaling, rate) and trial["diverged"] is None
-    ]
-    return mean_and_error(values) if values else (math.nan, math.nan)
+    }
 
 
 def rate_table(grid: Grid, done: Done) -> str:
