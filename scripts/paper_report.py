@@ -3,8 +3,9 @@
     python scripts/paper_report.py                          # from what is in docs/paper
     python scripts/paper_report.py --from runs/gsm8k        # take a sweep's trials into docs/paper first
 
-The numbers are those of scripts/stability.py (stability_fits.csv) and scripts/rank_sweep.py (sweep-*.jsonl, from which
-the sweep's CSVs and pictures are made here). What has no numbers is said to be unmeasured.
+The numbers are those of scripts/stability.py (stability_fits.csv), scripts/activation_moments.py (activations.csv) and
+scripts/rank_sweep.py (sweep-*.jsonl, from which the sweep's CSVs and pictures are made here). What has no numbers is
+said to be unmeasured.
 """
 
 import argparse
@@ -56,7 +57,9 @@ def report(docs: Path) -> str:
     fits = list(csv.DictReader((docs / "stability_fits.csv").open(encoding="utf-8")))
     files = {name: docs / f"sweep-{name}.jsonl" for name in (*TITLES, "rule")}
     sweeps = {name: store.load(file) if file.is_file() else {} for name, file in files.items()}
-    rows = claims.all_claims(fits, sweeps)
+    activations = docs / "activations.csv"
+    moments = list(csv.DictReader(activations.open(encoding="utf-8"))) if activations.is_file() else []
+    rows = claims.all_claims(fits, sweeps, moments)
     lines = [
         "# The paper, measured here",
         "",
@@ -72,6 +75,8 @@ def report(docs: Path) -> str:
     for name in TITLES:
         if sweeps[name]:
             lines += section(docs, name, sweeps[name], sweeps["rule"])
+    if moments:
+        lines += ["## Moments of the adapters' outputs", "", "![activations](activations.png)", ""]
     lines += ["How the sweep works and what its files hold: [sweep.md](sweep.md).", ""]
     return "\n".join(lines)
 

@@ -21,7 +21,9 @@ class Row(NamedTuple):
     verdict: str
 
 
-def all_claims(fits: Sequence[Mapping[str, str]], sweeps: Mapping[str, Done]) -> list[Row]:
+def all_claims(
+    fits: Sequence[Mapping[str, str]], sweeps: Mapping[str, Done], activations: Sequence[Mapping[str, str]]
+) -> list[Row]:
     """Return a row for each claim."""
     done, attention = sweeps["all"], sweeps["attention"]
     return [
@@ -41,6 +43,7 @@ def all_claims(fits: Sequence[Mapping[str, str]], sweeps: Mapping[str, Done]) ->
         improves(attention, "adamw", "B.5: the same with adapters on attention only: rsLoRA gets better with the rank"),
         coincides(attention, "adamw", "B.5: LoRA's ranks coincide on attention only"),
         other_exponents(done),
+        moments(activations),
         at_own_best(done),
         improves(sweeps["docstrings"], "adamw", "Fig. 2 on other data, docstrings of Python: rsLoRA gets better"),
         coincides(sweeps["docstrings"], "adamw", "Fig. 2 on other data, docstrings of Python: LoRA's ranks coincide"),
@@ -213,6 +216,27 @@ def other_exponents(done: Done) -> Row:
     seeds = len(seeds_of_all)
     measured = f"held-out at r = {rank}: {', '.join(said)} ({count_seeds(seeds)})"
     return Row(claim, measured, ("yes" if holds else "no") + ", of one seed" * (seeds == 1))
+
+
+def moments(rows: Sequence[Mapping[str, str]]) -> Row:
+    """Adapters' outputs are below one on the mean, and their largest mean of a run is at most twice its last."""
+    claim = "B.7: the moments of activations stay small and stable for both methods (AdamW; here of adapters' outputs)"
+    if not rows:
+        return Row(claim, UNMEASURED, "–")
+    runs: dict[tuple[str, int], list[float]] = {}
+    for row in rows:
+        runs.setdefault((row["scaling"], int(row["rank"])), []).append(float(row["mean"]))
+    said = []
+    for scaling, name in (("rslora", "rsLoRA"), ("lora", "LoRA")):
+        ends = [f"{means[-1]:.3g} at r = {rank}" for (of, rank), means in sorted(runs.items()) if of == scaling]
+        said.append(f"{name}'s {', '.join(ends)}")
+    times = max(max(means) / means[-1] for means in runs.values())
+    measured = (
+        f"mean of |entry| after {rows[-1]['step']} steps: {'; '.join(said)}; at most {times:.2f} times that on the way "
+        "([all](activations.csv))"
+    )
+    holds = all(means[-1] < 1 for means in runs.values()) and times <= 2
+    return Row(claim, measured, f"{'yes' if holds else 'no'}, of one seed")
 
 
 def at_own_best(done: Done) -> Row:
