@@ -219,7 +219,7 @@ def other_exponents(done: Done) -> Row:
 
 
 def moments(rows: Sequence[Mapping[str, str]]) -> Row:
-    """Adapters' outputs are below one on the mean, at most twice the last on the way, and no more than 1.5 times those halfway."""
+    """Adapters' outputs stay below one on the mean, peak at most at twice the last, and level off from halfway on."""
     claim = "B.7: the moments of activations stay small and stable for both methods (AdamW; here of adapters' outputs)"
     if not rows:
         return Row(claim, UNMEASURED, "–")
