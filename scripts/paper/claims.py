@@ -232,8 +232,8 @@ def moments(rows: Sequence[Mapping[str, str]]) -> Row:
         said.append(f"{name}'s {', '.join(ends)}")
     times = max(max(means) / means[-1] for means in runs.values())
     measured = (
-        f"mean of |entry| after {rows[-1]['step']} steps: {'; '.join(said)}; at most {times:.2f} times that on the way "
-        "([all](activations.csv))"
+        f"mean absolute entry after {rows[-1]['step']} steps: {'; '.join(said)}; at most {times:.2f} times that on the "
+        "way ([all](activations.csv))"
     )
     if not (all(means[-1] < 1 for means in runs.values()) and times <= 2):
         return Row(claim, measured, "no, of one seed")
