@@ -48,8 +48,8 @@ def test_the_claim_is_judged_by_the_largest_mean_of_each_run(script):
         rows = [{"scaling": "rslora", "rank": "7", "step": f"{n}", "mean": f"{m}"} for n, m in enumerate(means, 1)]
         return claims.moments(rows)
 
-    assert verdict(0.1, 0.3, 0.2).verdict == "small: yes, and stable"
-    assert verdict(0.1, 0.2, 0.4).verdict == "small: yes; stable: still growing at the end"
+    assert verdict(0.1, 0.3, 0.2).verdict == "small: yes, and stable, of one seed"
+    assert verdict(0.1, 0.2, 0.4).verdict == "small: yes; stable: still growing at the end, of one seed"
     assert "after 3 steps: rsLoRA's 0.2 at r = 7" in verdict(0.1, 0.3, 0.2).measured
     assert "at most 1.50 times" in verdict(0.1, 0.3, 0.2).measured
     assert verdict(0.1, 0.5, 0.2).verdict == verdict(0.1, 1.1).verdict == "no, of one seed"

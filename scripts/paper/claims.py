@@ -238,7 +238,8 @@ def moments(rows: Sequence[Mapping[str, str]]) -> Row:
     if not (all(means[-1] < 1 for means in runs.values()) and times <= 2):
         return Row(claim, measured, "no, of one seed")
     growing = any(means[-1] > 1.5 * means[len(means) // 2] for means in runs.values())
-    return Row(claim, measured, f"small: yes{'; stable: still growing at the end' if growing else ', and stable'}")
+    stable = "; stable: still growing at the end" if growing else ", and stable"
+    return Row(claim, measured, f"small: yes{stable}, of one seed")
 
 
 def at_own_best(done: Done) -> Row:

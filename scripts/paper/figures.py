@@ -36,7 +36,7 @@ def draw(prefix: str, grid: Grid, done: Done) -> list[Path]:
         at_rate = [spec for spec in done if (spec.optimizer, spec.rate, spec.seed) == (optimizer, rate, 0)]
         of = lambda scaling, tried=at_rate: len({spec.rank for spec in tried if spec.scaling == scaling})
         shown = [name for name in grid.scalings if of(name) and (name in BOTH or of(name) > 1)]
-        if len({spec.scaling for spec in at_rate} - BOTH) > 0:
+        if {spec.scaling for spec in at_rate} - BOTH:
             files.append(Path(f"{prefix}scales-{optimizer}.png"))
             draw_scales(files[-1], grid, done, at_rate)
         found = {
