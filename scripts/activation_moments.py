@@ -67,10 +67,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     batches = list(itertools.islice(train.train_batches(rows, batch_size=a.batch_size, seed=a.seed), a.steps))
     loss, measured = train.token_loss(rows.places), []
     runs, begun = list(itertools.product(a.ranks, SCALINGS)), time.monotonic()
+    base = sum(leaf.size for leaf in jax.tree.leaves(variables))
     for n, (rank, scaling) in enumerate(runs):
-        for row in one_run(a, model, variables, batches, loss, rank, scaling):
+        lora = wrap(model, variables, rank, scaling, a.alpha)
+        # What a step costs: 4 operations for a number of the base and a token, 6 for one of the adapters.
+        cost = lambda of, lora=lora, rank=rank: 1 + 1.5 * lora.num_parameters / rank * of / base
+        past, whole = (sum(cost(of) for of, _ in part) for part in (runs[:n], runs))
+        for row in one_run(a, lora, variables, batches, loss, {"rank": rank, "scaling": scaling}):
             measured.append(row)
-            left = (time.monotonic() - begun) * (len(runs) / (n + row["step"] / a.steps) - 1)
+            left = (time.monotonic() - begun) * (whole / (past + cost(rank) * row["step"] / a.steps) - 1)
             print(
                 f"run {n + 1} of {len(runs)}, {NAMES[scaling]} of rank {rank}, step {row['step']}/{a.steps}: "
                 f"loss {row['loss']:.4f}, mean |output| {row['mean']:.3g}, about {clock(left)} left",
@@ -83,12 +88,20 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 0
 
 
+def wrap(model: Any, variables: Any, rank: int, scaling: str, alpha: float) -> rslora.Lora:
+    config = rslora.LoraConfig(rank=rank, alpha=alpha, scaling=scaling, allow_large_rank=True)
+    return rslora.wrap(model.apply, variables, jax.ShapeDtypeStruct((1, 8), "int32"), config=config)
+
+
 def one_run(
-    a: argparse.Namespace, model: Any, variables: Any, batches: list[Any], loss: train.Loss, rank: int, scaling: str
+    a: argparse.Namespace,
+    lora: rslora.Lora,
+    variables: Any,
+    batches: list[Any],
+    loss: train.Loss,
+    named: dict[str, Any],
 ) -> Iterator[dict[str, Any]]:
     """Train a run; give what is measured, on the batch of the step, after some of its steps."""
-    config = rslora.LoraConfig(rank=rank, alpha=a.alpha, scaling=scaling, allow_large_rank=True)
-    lora = rslora.wrap(model.apply, variables, jax.ShapeDtypeStruct((1, 8), "int32"), config=config)
     optimizer = train.make_optimizer("adamw", schedule=a.learning_rate, clip=None)
     state = train.TrainState.create(lora.init(jax.random.key(a.seed)), optimizer)
     step = train.make_step(lora, loss, optimizer)
@@ -98,9 +111,7 @@ def one_run(
         state, metrics = step(state, variables, batch)
         if n % a.every == 0 or n in (1, a.steps):
             found = jax.device_get(moments(variables, state.adapters, batch))
-            yield {"rank": rank, "scaling": scaling, "step": n, "loss": float(metrics["loss"])} | {
-                name: float(value) for name, value in found.items()
-            }
+            yield named | {"step": n, "loss": float(metrics["loss"])} | {k: float(v) for k, v in found.items()}
 
 
 def output_moments(lora: rslora.Lora, loss: Any, params: Any, adapters: Any, batch: Any) -> dict[str, Any]:

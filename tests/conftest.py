@@ -7,8 +7,8 @@ import jax
 import pytest
 
 # The tests compile thousands of small programs, many of them alike: op by op, in both processes, on every run.
-# JAX writes an entry in place: a process that reads what another still writes gets a UserWarning and compiles itself, so
-# tests that count warnings or forbid them do so by category.
+# JAX writes an entry in place: a process that reads what another still writes gets a UserWarning and compiles itself,
+# so tests that count warnings or forbid them do so by category.
 CACHE = Path(__file__).parent.parent / ".cache" / f"jax-{jax.__version__}"
 os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(CACHE))
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")

@@ -159,6 +159,12 @@ def test_one_rate_for_all_ranks_is_read_off_the_map(script):
     assert transfer.transfer_table({}, {}) == []
     trained = measured({128: {0.000502: 1.25, 0.0009: 7.0}})
     assert any("| 0.0005 | 1.2500 |" in row and "~" in row for row in transfer.transfer_table(done, trained))
+    assert "Trained at both" not in str(transfer.transfer_table(done, trained))
+    for seed, loss in enumerate((1.5, 1.4, 1.9)):
+        both = measured({128: {0.0005: loss - 0.25 + seed / 10, 0.001: loss}})
+        trained |= {dataclasses.replace(spec, seed=seed): trial for spec, trial in both.items()}
+    said = "Trained at both, rank 128 ends by the rule at 1.4500 and at the one rate at 1.6000, a difference of -0.1500"
+    assert f"{said} ± {0.1 / math.sqrt(3):.4f} (3 seeds).\n" in transfer.transfer_table(done, trained)
 
 
 def test_the_interval_of_an_exponent_is_students(script):
@@ -246,13 +252,26 @@ def test_other_scales_are_judged_at_the_largest_rank_they_have(script, tmp_path)
 
     rows = lambda **held: {k: v for name, loss in held.items() for k, v in measured({8: {0.1: loss}}, name).items()}
     found = claims.other_exponents(rows(rslora=1.5, quarter=2.5, square=3.0))
-    assert found.verdict == "yes, of one seed" and "1.5000 with r^-1/2, 2.5000 with r^-1/4, 3.0000" in found.measured
+    assert found.verdict == "yes, of one seed"
+    assert "1.5000 with r^-1/2, 2.5000 with r^-1/4 (+1.0000), 3.0000 with r^-2 (+1.5000) (1 seed)" in found.measured
     assert claims.other_exponents(rows(rslora=1.5, quarter=1.4, square=3.0)).verdict == "no, of one seed"
     assert claims.other_exponents(rows(rslora=1.5, quarter=2.5)).measured == claims.UNMEASURED
     for first, last, held, verdict in ((1.0, 1.1, 2.5, "yes"), (1.0, 3.0, 2.5, "no"), (1.0, 1.1, 1.9, "no")):
         done = measured({2: {0.1: 2.0}}, "init-only", first_factor_norm=first)
         done |= measured({8: {0.1: held}}, "init-only", first_factor_norm=last)
         assert claims.init_only(done).verdict == f"{verdict}, of one seed"
+    of = lambda losses: measured(losses, "init-only", first_factor_norm=1.0)
+    several = lambda seeds: {dataclasses.replace(s, seed=n): t for n, done in enumerate(seeds) for s, t in done.items()}
+    for quarter, verdict in (((2.5, 2.9, 2.7), "yes"), ((1.2, 1.3, 1.1), "no"), ((1.7, 1.0, 2.1), "undecided")):
+        done = several([rows(rslora=1.5 + n, quarter=q + n, square=3.0 + n) for n, q in enumerate(quarter)])
+        mean, error = np.mean(quarter) - 1.5, np.std(quarter, ddof=1) / math.sqrt(3)
+        found = claims.other_exponents(done)
+        assert found.verdict.split(":")[0] == verdict and f"({mean:+.4f} ± {error:.4f})" in found.measured
+        done |= several([of({2: {0.1: 1.5 + n}}) for n in range(4)])
+        done |= several([of({8: {0.1: q + n}}) for n, q in enumerate(quarter)])
+        found = claims.init_only(done)
+        assert found.verdict.split(":")[0] == verdict
+        assert f"2.500 at r = 2, {np.mean(quarter) + 1:.3f} at r = 8" in found.measured and "3 seeds" in found.measured
 
     curves = {"losses": [9.0, 8.0, 7.0], "factor_norms": [0.3, 0.2, 0.1]}
     done = {spec: trial | curves for spec, trial in rows(rslora=1.5, quarter=2.5).items()}
@@ -323,3 +342,10 @@ def test_a_tiny_sweep_goes_on_where_it_was_cut_and_leaves_figures(script, compil
     assert script.main([*argv, "--steps", "6"]) == 1
     assert "has trials of steps 5, and now it is 6" in capsys.readouterr().err
     report(script, out, tmp_path / "docs")
+
+
+def test_a_line_of_losses_is_over_the_seeds_that_all_its_ranks_have(script):
+    line = script.maps.line
+    three, two = {0: 1.0, 1: 3.0, 2: 50.0}, {0: 5.0, 1: 5.0}
+    assert line({4: three, 8: two, 32: {}}) == ([4, 8], [2.0, 5.0], [1.0, 0.0])
+    assert line({4: {0: 1.0}, 8: {1: 1.0}}) == line({}) == ([], [], [])

@@ -109,14 +109,8 @@ def draw_by_rank(prefix: str, grid: Grid, done: Done) -> list[Path]:
             whole = best_rates(grid, done, optimizer, scaling)
             best = {rank: grid.best(done, optimizer, rank, scaling) for rank in whole}
             for style, label, rates in (("--", f"at {one:g}", same), ("-", "at the best", best)):
-                found = {rank: by_seed(done, optimizer, rank, scaling, rate) for rank, rate in rates.items()}
-                found = {rank: losses for rank, losses in found.items() if losses}
-                # A seed has its own batches, and so its own loss: a line is over the seeds that all its ranks have.
-                seeds = sorted(set.intersection(*map(set, found.values()))) if found else []
-                if seeds:
-                    ranks = list(found)
-                    pairs = [mean_and_error([losses[seed] for seed in seeds]) for losses in found.values()]
-                    means, errors = zip(*pairs, strict=True)
+                ranks, means, errors = line({r: by_seed(done, optimizer, r, scaling, x) for r, x in rates.items()})
+                if ranks:
                     bars = [0 if math.isnan(e) else e for e in errors]
                     name = f"{NAMES.get(scaling, scaling)}, {label}"
                     axis.errorbar(ranks, means, bars, fmt=f"o{style}", color=color, ms=4, capsize=3, label=name)
@@ -128,6 +122,20 @@ def draw_by_rank(prefix: str, grid: Grid, done: Done) -> list[Path]:
     file = Path(f"{prefix}loss-by-rank.png")
     figure.savefig(file, dpi=150)
     return [file]
+
+
+def line(losses: Mapping[int, Mapping[int, float]]) -> tuple[list[int], list[float], list[float]]:
+    """Return (ranks, means, standard errors) over the seeds that all ranks with a loss have.
+
+    A seed has its own batches, and so its own loss.
+
+    >>> line({4: {0: 1.0, 1: 3.0}, 8: {0: 5.0}, 32: {}})
+    ([4, 8], [1.0, 5.0], [nan, nan])
+    """
+    found = {rank: of_seed for rank, of_seed in losses.items() if of_seed}
+    seeds = sorted(set.intersection(*map(set, found.values()))) if found else []
+    pairs = [mean_and_error([of_seed[seed] for seed in seeds]) for of_seed in found.values()] if seeds else []
+    return (list(found) if seeds else []), [mean for mean, _ in pairs], [error for _, error in pairs]
 
 
 def by_seed(

@@ -5,8 +5,10 @@ from collections.abc import Mapping
 
 import numpy as np
 
+from paper.claims import count_seeds, signed
 from paper.figures import Done
 from paper.rates import best_rate, losses_by_rate
+from paper.store import mean_and_error
 
 REFERENCE = 8
 
@@ -23,12 +25,16 @@ def at_rate(losses: Mapping[float, float], rate: float) -> float:
     return float(np.interp(math.log(rate), np.log(rates), [losses[r] for r in rates]))
 
 
-def trained_near(trained: Done, rank: int, rate: float) -> float:
-    """Return the first seed's loss of a trial of its own at a rate, to 2 %; NaN where there is none."""
-    for tried, loss in losses_by_rate(trained, "adamw", rank, "rslora").items():
-        if abs(tried / rate - 1) < 0.02:
-            return loss
-    return math.nan
+def losses_near(trained: Done, rank: int, rate: float) -> dict[int, float]:
+    """Return the held-out losses by seed of trials of their own at a rate, to 2 %."""
+    return {
+        spec.seed: trial["heldout_loss"]
+        for spec, trial in trained.items()
+        if (spec.optimizer, spec.rank, spec.scaling) == ("adamw", rank, "rslora")
+        and spec.rate is not None
+        and abs(spec.rate / rate - 1) < 0.02
+        and trial["diverged"] is None
+    }
 
 
 def transfer_table(done: Done, trained: Done) -> list[str]:
@@ -50,9 +56,22 @@ def transfer_table(done: Done, trained: Done) -> list[str]:
     for rank in ranks:
         ruled = best.rate * (rank / REFERENCE) ** -0.25
         least = min(losses[rank], key=losses[rank].__getitem__)
-        said = [told(at_rate(losses[rank], rate), trained_near(trained, rank, rate)) for rate in (best.rate, ruled)]
+        said = [
+            told(at_rate(losses[rank], rate), losses_near(trained, rank, rate).get(0, math.nan))
+            for rate in (best.rate, ruled)
+        ]
         lines.append(f"| {rank} | {least:g} | {losses[rank][least]:.4f} | {said[0]} | {ruled:.2g} | {said[1]} |")
-    return [*lines, ""]
+    lines.append("")
+    for rank in ranks:
+        one, ruled = (losses_near(trained, rank, rate) for rate in (best.rate, best.rate * (rank / REFERENCE) ** -0.25))
+        if seeds := sorted(one.keys() & ruled.keys()):
+            gap, error = mean_and_error([ruled[seed] - one[seed] for seed in seeds])
+            lines.append(
+                f"Trained at both, rank {rank} ends by the rule at {np.mean([ruled[s] for s in seeds]):.4f} and at the "
+                f"one rate at {np.mean([one[s] for s in seeds]):.4f}, a difference of {signed(gap, error)} "
+                f"({count_seeds(len(seeds))}).\n"
+            )
+    return lines
 
 
 def told(read: float, trained: float) -> str:
