@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import gc
 import json
 import os
@@ -67,6 +68,17 @@ def prompts(smollm2):
     tok = smollm2.tokenizer
     texts = {"prose": PROSE, "code": CODE, "chat": tok.chat(CHAT), "foreign": FOREIGN}
     return {name: tok.encode(text) for name, text in texts.items()}
+
+
+@pytest.fixture(scope="module", autouse=True)
+def parsed_once():
+    """Parse the file once: transformers does so for the config, for the weights and twice for the tokenizer."""
+    import gguf
+
+    with pytest.MonkeyPatch.context() as patch:
+        for name in ("GGUFReader", "get_tensor_name_map"):
+            patch.setattr(gguf, name, functools.cache(getattr(gguf, name)))
+        yield
 
 
 @pytest.fixture(scope="module")
