@@ -73,7 +73,7 @@ def test_the_table_has_means_over_seeds_of_the_best_rate(script):
     table = script.figures.table(asked, done)
     values = np.array([1.0, 1.3, 1.1])
     error = values.std(ddof=1) / math.sqrt(3)
-    assert f"| 0.1* | {values.mean():.4f} ± {error:.4f} | 1.2500 ± 0.7500 | 3 | 0 of 6 |" in table
+    assert f"| 0.1* | {values.mean():.4f} ± {error:.4f} | 1.2500 ± 0.7500 | 3, 2 | 0 of 6 |" in table
     assert "at an edge" in table
 
 
@@ -182,14 +182,17 @@ def test_claims_are_judged_by_the_numbers(script):
     from paper import claims
 
     rates = lambda loss: {0.01: 3.0, 0.1: loss, 1.0: 3.0}
-    better, same = {2: rates(2.0), 8: rates(1.5)}, {2: rates(2.0), 8: rates(1.99)}
+    better, same = {2: rates(2.0), 8: rates(1.5)}, {2: rates(2.0), 8: rates(1.991)}
     done = measured(better) | measured(same, "lora")
     row = claims.improves(done, "adamw", "")
     assert row.verdict == "at 0.01: no, of one seed; at 0.1: yes, of one seed; at 1: no, of one seed"
     assert "at rate 0.1 from r = 2 to 8 the training loss changes by -0.5000" in row.measured
     assert claims.improves(measured({2: {0.1: 2.0}, 8: {0.1: 1.5}}), "adamw", "").verdict == "yes, of one seed"
     assert claims.improves(measured({2: {0.1: 2.0}, 8: {0.1: 2.5}}), "adamw", "").verdict == "no, of one seed"
-    assert claims.coincides(done, "adamw", "").verdict == "yes"
+    row = claims.coincides(done, "adamw", "")  # 0.9 % of the perplexity
+    assert row.verdict == "yes" and "rsLoRA's training losses span 0.5000 over 2 ranks (2.000 at r = 2" in row.measured
+    apart = measured(better) | measured({2: rates(2.0), 8: rates(1.989)}, "lora")
+    assert claims.coincides(apart, "adamw", "").verdict == "no" and "(1 seed)" in row.measured
     assert claims.best_of_all(done).verdict == "yes, of one seed"
     done = measured(same) | measured(better, "lora")
     assert claims.coincides(done, "adamw", "").verdict == "no"
@@ -218,8 +221,8 @@ def test_claims_are_judged_by_the_numbers(script):
     for worse in (0.1, 10.0):
         norms = measured({2: {0.1: 1.0}}, "lora", mean_factor_norm=1.0)
         norms |= measured({8: {0.1: 1.0}}, "lora", mean_factor_norm=worse)
-        verdict = claims.norms(norms, "adamw", "lora", "", collapse=True).verdict
-        assert verdict == ("yes" if worse < 1 else "no")
+        row = claims.norms(norms, "adamw", "lora", "", collapse=True)
+        assert row.verdict == ("yes" if worse < 1 else "no") and "(1 seed)" in row.measured
 
 
 def test_seeds_are_compared_in_pairs_beyond_two_standard_errors(script):

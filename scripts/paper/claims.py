@@ -122,23 +122,20 @@ def improves(done: Done, optimizer: str, claim: str) -> Row:
 
 
 def coincides(done: Done, optimizer: str, claim: str) -> Row:
-    """LoRA's losses differ over the ranks by less than a third of what rsLoRA's do."""
+    """LoRA's training perplexities are within 1 % over the ranks; beside them, how far apart rsLoRA's are."""
     rate = common_rate(done, optimizer)
-    spread, ends, seeds = {}, {}, {}
-    for scaling in ("lora", "rslora"):
+    spread, said, counts = {}, [], []
+    for scaling, name in (("lora", "LoRA's"), ("rslora", "rsLoRA's")):
         found = by_rank(done, optimizer, scaling, rate, "train_loss")
         means = means_by_rank(found)
         if len(means) < 2:
             return Row(claim, UNMEASURED, "–")
         spread[scaling] = max(means.values()) - min(means.values())
-        ends[scaling] = ", ".join(f"{means[rank]:.3f} at r = {rank}" for rank in (min(means), max(means)))
-        seeds[scaling] = common_seeds(found)
-    ours, theirs = spread["rslora"], spread["lora"]
-    measured = (
-        f"at rate {rate:g} LoRA's training losses span {theirs:.4f} over the ranks ({ends['lora']}), rsLoRA's "
-        f"{ours:.4f} ({ends['rslora']}; {count_seeds(min(map(len, seeds.values())))})"
-    )
-    return Row(claim, measured, "yes" if 3 * theirs < ours else "no")
+        ends = ", ".join(f"{means[rank]:.3f} at r = {rank}" for rank in (min(means), max(means)))
+        said.append(f"{name} training losses span {spread[scaling]:.4f} over {len(means)} ranks ({ends})")
+        counts.append(len(common_seeds(found)))
+    measured = f"at rate {rate:g} {', '.join(said)} ({count_seeds(min(counts))})"
+    return Row(claim, measured, "yes" if spread["lora"] < math.log(1.01) else "no")
 
 
 def norms(done: Done, optimizer: str, scaling: str, claim: str, *, collapse: bool) -> Row:
@@ -150,7 +147,8 @@ def norms(done: Done, optimizer: str, scaling: str, claim: str, *, collapse: boo
     first, last = means[min(means)], means[max(means)]
     fit = exponent(list(means), list(means.values()))
     times = max(means.values()) / min(means.values())
-    measured = f"{first:.3g} at r = {min(means)}, {last:.3g} at r = {max(means)}: like r^{fit.slope:.2f}" if fit else ""
+    measured = f"{first:.3g} at r = {min(means)}, {last:.3g} at r = {max(means)}: "
+    measured += f"like r^{fit.slope:.2f} ({count_seeds(len(common_seeds(found)))})" if fit else ""
     holds = fit is not None and fit.slope < -0.25 and last < first if collapse else times < 10
     return Row(claim, measured, "yes" if holds else "no")
 

@@ -122,7 +122,8 @@ def panels(
 def table(grid: Grid, done: Done) -> str:
     """Return held-out losses by optimiser, scaling and rank, at the best rate and at the common one, as Markdown."""
     lines = [
-        "| optimiser | scaling | rank | best rate | held-out loss | at the common rate | seeds | diverged |",
+        "| optimiser | scaling | rank | best rate | held-out loss | at the common rate "
+        "| seeds (best, common) | diverged |",
         "|---|---|---|---|---|---|---|---|",
     ]
     edges = False
@@ -134,15 +135,15 @@ def table(grid: Grid, done: Done) -> str:
                 if best is None and not trials:
                     continue
                 text, seeds = loss_at(done, trials, best)
-                other, _ = loss_at(done, trials, common_rate(done, optimizer))
+                other, more = loss_at(done, trials, common_rate(done, optimizer))
                 tried = sorted({s.rate for s in trials if s.seed == 0})
                 edge = best in (tried[0], tried[-1])
                 edges |= edge
                 bad = sum(done[s]["diverged"] is not None for s in trials)
                 rate = "none" if best is None else f"{best:g}{'*' if edge else ''}"
                 lines.append(
-                    f"| {optimizer} | {NAMES.get(scaling, scaling)} | {rank} | {rate} | {text} | {other} | {seeds} "
-                    f"| {bad} of {len(trials)} |"
+                    f"| {optimizer} | {NAMES.get(scaling, scaling)} | {rank} | {rate} | {text} | {other} "
+                    f"| {seeds}, {more} | {bad} of {len(trials)} |"
                 )
     about = (
         "\nLosses are nats a token, the mean over seeds ± its standard error where there are two or more. The best "
