@@ -130,7 +130,7 @@ def measured(losses_by_rate_and_rank, scaling="rslora", **more):
 
 def test_the_exponent_of_best_rates_is_found_between_the_rates_tried(script):
     rates, ranks = [1e-4, 1e-3, 1e-2, 1e-1], [2, 5, 17, 60]
-    bowl = lambda rank, rate: 3 + math.log(rate / (0.02 * rank**-0.4)) ** 2
+    bowl = lambda rank, rate: 3 + 0.05 * math.log(rate / (0.02 * rank**-0.4)) ** 2
     done = measured({rank: {rate: bowl(rank, rate) for rate in rates} for rank in ranks})
     asked = grid(script, ranks=ranks, optimizers=["adamw"], scalings=["rslora"], rates={"adamw": rates})
     best = script.maps.best_rates(asked, done, "adamw", "rslora")
@@ -139,9 +139,13 @@ def test_the_exponent_of_best_rates_is_found_between_the_rates_tried(script):
     assert fit.slope == pytest.approx(-0.4, abs=1e-9) and fit.high - fit.low < 1e-9
     assert "| -0.40 (-0.40, -0.40) | -0.25 |" in script.maps.rate_table(asked, done)
     spec = next(s for s in done if s.rank == 60 and s.rate == 1e-3)
-    done[spec] |= {"diverged": 3}  # the neighbour of the least: nothing is read off a parabola
-    assert script.maps.best_rates(asked, done, "adamw", "rslora")[60].rate == 1e-2
+    # The neighbour of the least blew up: nothing is read off a parabola.
+    for blown in ({"diverged": 3}, {"diverged": None, "heldout_loss": bowl(60, 1e-2) + 1.01}):
+        done[spec] |= blown
+        assert script.maps.best_rates(asked, done, "adamw", "rslora")[60].rate == 1e-2
     del done[spec]
+    assert script.maps.best_rates(asked, done, "adamw", "rslora")[60].rate < 1e-2  # between 1e-4 and 1e-1 still
+    del done[dataclasses.replace(spec, rate=1e-1)]
     assert 60 not in script.maps.best_rates(asked, done, "adamw", "rslora")
 
 
@@ -352,3 +356,13 @@ def test_a_line_of_losses_is_over_the_seeds_that_all_its_ranks_have(script):
     three, two = {0: 1.0, 1: 3.0, 2: 50.0}, {0: 5.0, 1: 5.0}
     assert line({4: three, 8: two, 32: {}}) == ([4, 8], [2.0, 5.0], [1.0, 0.0])
     assert line({4: {0: 1.0}, 8: {1: 1.0}}) == line({}) == ([], [], [])
+
+
+def test_the_common_rate_is_one_that_all_ranks_have(script):
+    from paper.rates import common_rate
+
+    done = measured({2: {0.01: 2.0, 0.1: 2.0, 1.0: 30.0}, 8: {0.1: 2.0, 0.2: 2.0, 0.4: 2.0, 1.0: 2.0}})
+    assert common_rate(done, "adamw") == 0.1  # 1.0 blows up, 0.2 and 0.4 are of one rank alone
+    assert common_rate(done | measured({2: {0.2: 2.0}}), "adamw") == 0.1
+    assert common_rate(done | measured({2: {0.05: 2.0}, 8: {0.05: 2.0}}), "adamw") == 0.05
+    assert common_rate(measured({8: {0.3: 2.0}}, "quarter"), "adamw") == 0.3

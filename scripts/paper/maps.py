@@ -25,12 +25,12 @@ EXPECTED: Mapping[tuple[str, str], float] = {
 
 
 def best_rates(grid: Grid, done: Done, optimizer: str, scaling: str) -> dict[int, Best]:
-    """Return the best rate of each rank whose rates were all tried."""
+    """Return the best rate of each rank that has one between those it was tried at, or has all rates of the grid."""
     found = {}
     for rank in grid.ranks:
         losses = losses_by_rate(done, optimizer, rank, scaling)
-        best = best_rate(losses) if set(losses) >= set(grid.rates[optimizer]) else None
-        if best:
+        best = best_rate(losses)
+        if best and (not best.at_edge or set(losses) >= set(grid.rates[optimizer])):
             found[rank] = best
     return found
 

@@ -30,15 +30,20 @@ class Exponent(NamedTuple):
 def common_rate(done: Mapping[Spec, Mapping[str, Any]], optimizer: str) -> float | None:
     """Return the rate at which ranks and scalings are compared: the middle one of those at which none blows up.
 
-    Where a run of rsLoRA or LoRA blows up, nothing is to be compared; if that is so at every rate, it is the middle one
-    of all.
+    Only rates that the most ranks and scalings have are asked about. Where a run of rsLoRA or LoRA blows up, nothing is
+    to be compared; if that is so at every rate, it is the middle one of all.
     """
-    tried: dict[float, bool] = {}
+    cells: dict[float, set[tuple[int, str]]] = {}
+    blown = set()
     for spec, trial in done.items():
         if spec.optimizer == optimizer and spec.seed == 0 and spec.rate is not None:
-            learns = spec.scaling not in ("rslora", "lora") or not exploded(trial)
-            tried[spec.rate] = tried.get(spec.rate, True) and learns
-    rates = sorted(rate for rate, learns in tried.items() if learns) or sorted(tried)
+            cells.setdefault(spec.rate, set())
+            if spec.scaling in ("rslora", "lora"):
+                cells[spec.rate].add((spec.rank, spec.scaling))
+                blown |= {spec.rate} if exploded(trial) else set()
+    most = max(map(len, cells.values()), default=0)
+    tried = sorted(rate for rate, of in cells.items() if len(of) == most)
+    rates = [rate for rate in tried if rate not in blown] or tried
     return rates[(len(rates) - 1) // 2] if rates else None
 
 
@@ -62,7 +67,8 @@ def losses_by_rate(
 def best_rate(losses: Mapping[float, float]) -> Best | None:
     """Return where the parabola through the least loss and its two neighbours, over log rate, has its least.
 
-    Where the least is at an edge, or a neighbour diverged, it is that rate itself. None for no finite loss.
+    Where the least is at an edge, or a neighbour blew up (diverged, or is a nat worse), it is that rate itself. None
+    for no finite loss.
 
     >>> best_rate({1e-4: 3.0, 1e-3: 2.0, 1e-2: 3.0})
     Best(rate=0.001, at_edge=False)
@@ -77,7 +83,7 @@ def best_rate(losses: Mapping[float, float]) -> Best | None:
     if n in (0, len(rates) - 1):
         return Best(rates[n], True)
     around = rates[n - 1 : n + 2]
-    if not all(math.isfinite(losses[rate]) for rate in around):
+    if any(losses[rate] > losses[rates[n]] + 1 for rate in around):
         return Best(rates[n], False)
     square, slope, _ = np.polyfit([math.log(rate / rates[n]) for rate in around], [losses[r] for r in around], 2)
     return Best(float(rates[n] * math.exp(-slope / (2 * square))) if square > 0 else rates[n], False)
