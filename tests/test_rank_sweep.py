@@ -197,10 +197,14 @@ def test_claims_are_judged_by_the_numbers(script):
     assert row.verdict == "yes" and "rsLoRA's training losses span 0.5000 over 2 ranks (2.000 at r = 2" in row.measured
     apart = measured(better) | measured({2: rates(2.0), 8: rates(1.989)}, "lora")
     assert claims.coincides(apart, "adamw", "").verdict == "no" and "(1 seed)" in row.measured
-    assert claims.best_of_all(done).verdict == "yes, of one seed"
+    assert claims.best_of_all(done, "adamw", "").verdict == "yes, of one seed"
+    sgd = {dataclasses.replace(spec, optimizer="sgd"): trial for spec, trial in done.items()}
+    for claim in (claims.best_of_all, claims.at_own_best):
+        assert claim(sgd, "sgd", "").verdict == "yes, of one seed"
+        assert claim(sgd, "adamw", "").measured == claims.UNMEASURED
     done = measured(same) | measured(better, "lora")
     assert claims.coincides(done, "adamw", "").verdict == "no"
-    assert claims.best_of_all(done).verdict == "no, of one seed"
+    assert claims.best_of_all(done, "adamw", "").verdict == "no, of one seed"
     assert claims.improves({}, "adamw", "").measured == claims.UNMEASURED
     one_rate = measured({2: {0.1: 2.0}, 8: {0.1: 1.5}}) | measured({2: {0.1: 2.0}, 8: {0.1: 1.9}}, "lora")
     from paper.plan import Spec
@@ -221,7 +225,11 @@ def test_claims_are_judged_by_the_numbers(script):
     assert "at rate 1 " not in row.measured and "at rate 2 " not in row.measured
     done[Spec("adamw", 2, "lora", 0.1, 1)] = {"diverged": None, "heldout_loss": 9.0, "train_loss": 9.0}
     assert "span 0.5000" in claims.coincides(done, "adamw", "").measured  # a seed that one rank alone has is left out
-    assert claims.best_of_all(one_rate).measured == claims.at_own_best(one_rate).measured == claims.UNMEASURED
+    assert (
+        claims.best_of_all(one_rate, "adamw", "").measured
+        == claims.at_own_best(one_rate, "adamw", "").measured
+        == claims.UNMEASURED
+    )
     for worse in (0.1, 10.0):
         norms = measured({2: {0.1: 1.0}}, "lora", mean_factor_norm=1.0)
         norms |= measured({8: {0.1: 1.0}}, "lora", mean_factor_norm=worse)
@@ -249,7 +257,7 @@ def test_seeds_are_compared_in_pairs_beyond_two_standard_errors(script):
     ):
         done = lora | seeds({2: bowl(2.0), 8: bowl(2.0)}, by, "rslora")
         mean, error = np.mean(by), np.std(by, ddof=1) / math.sqrt(3)
-        for row in (claims.best_of_all(done), claims.at_own_best(done)):
+        for row in (claims.best_of_all(done, "adamw", ""), claims.at_own_best(done, "adamw", "")):
             assert row.verdict == verdict and f"{mean:+.4f} ± {error:.4f}" in row.measured and "3 seeds" in row.measured
         assert claims.improves(done, "adamw", "").verdict == verdict
 

@@ -12,6 +12,9 @@ from paper.store import mean_and_error
 
 Done = Mapping[Spec, Mapping[str, Any]]
 
+BEST = "the best rsLoRA of a high rank is better than the best LoRA of any rank and rate"
+OWN = "at each rank's own best rate, is a high rank still better?"
+
 
 class Row(NamedTuple):
     """A claim, what was measured, and whether it holds."""
@@ -32,10 +35,11 @@ def all_claims(
         coincides(done, "adamw", "Fig. 2: LoRA's ranks coincide (AdamW)"),
         norms(done, "adamw", "lora", "Fig. 3: LoRA's gradient norm collapses with the rank (AdamW)", collapse=True),
         norms(done, "adamw", "rslora", "Fig. 3: rsLoRA's stays within an order of magnitude (AdamW)", collapse=False),
-        best_of_all(done),
+        best_of_all(done, "adamw", f"B.4: {BEST} (AdamW)"),
         improves(done, "sgd", "B.1: the same with SGD: rsLoRA gets better with the rank"),
         coincides(done, "sgd", "B.1: the same with SGD: LoRA's ranks coincide"),
         norms(done, "sgd", "lora", "B.1: LoRA's gradient norm collapses with SGD", collapse=True),
+        best_of_all(done, "sgd", f"B.4 with SGD: {BEST}"),
         improves(done, "adafactor", "B.2: the same with Adafactor (GPT-J there): rsLoRA gets better with the rank"),
         coincides(done, "adafactor", "B.2: LoRA's ranks coincide with Adafactor"),
         norms(done, "adafactor", "lora", "B.2: LoRA's gradient norm collapses with Adafactor", collapse=True),
@@ -44,7 +48,8 @@ def all_claims(
         coincides(attention, "adamw", "B.5: LoRA's ranks coincide on attention only"),
         other_exponents(done),
         moments(activations),
-        at_own_best(done),
+        at_own_best(done, "adamw", f"Caution on AdamW (not the paper's): {OWN}"),
+        at_own_best(done, "sgd", f"The same with SGD: {OWN}"),
         improves(sweeps["docstrings"], "adamw", "Fig. 2 on other data, docstrings of Python: rsLoRA gets better"),
         coincides(sweeps["docstrings"], "adamw", "Fig. 2 on other data, docstrings of Python: LoRA's ranks coincide"),
     ]
@@ -153,32 +158,31 @@ def norms(done: Done, optimizer: str, scaling: str, claim: str, *, collapse: boo
     return Row(claim, measured, "yes" if holds else "no")
 
 
-def at_best_rates(done: Done, scaling: str) -> dict[int, tuple[float, dict[int, float]]]:
-    """Return AdamW's (rate, held-out loss by seed) of each rank, at the rate of the first seed's least loss."""
+def at_best_rates(done: Done, optimizer: str, scaling: str) -> dict[int, tuple[float, dict[int, float]]]:
+    """Return (rate, held-out loss by seed) of each rank, at the rate of the first seed's least loss."""
     found = {}
-    for rank in sorted({s.rank for s in done if (s.optimizer, s.scaling) == ("adamw", scaling)}):
-        losses = losses_by_rate(done, "adamw", rank, scaling)
+    for rank in sorted({s.rank for s in done if (s.optimizer, s.scaling) == (optimizer, scaling)}):
+        losses = losses_by_rate(done, optimizer, rank, scaling)
         finite = {rate: loss for rate, loss in losses.items() if math.isfinite(loss)}
         if finite:
             rate = min(finite, key=finite.__getitem__)
-            found[rank] = (rate, by_rank(done, "adamw", scaling, rate, "heldout_loss")[rank])
+            found[rank] = (rate, by_rank(done, optimizer, scaling, rate, "heldout_loss")[rank])
     return found
 
 
-def best_of_all(done: Done) -> Row:
+def best_of_all(done: Done, optimizer: str, claim: str) -> Row:
     """rsLoRA's largest rank at its best rate against LoRA at its best rank and rate, seed by seed."""
-    claim = "B.4: the best rsLoRA of a high rank is better than the best LoRA of any rank and rate (AdamW)"
-    if not several_rates(done, "adamw"):
+    if not several_rates(done, optimizer):
         return Row(claim, UNMEASURED, "–")
-    ours, theirs = at_best_rates(done, "rslora"), at_best_rates(done, "lora")
+    ours, theirs = at_best_rates(done, optimizer, "rslora"), at_best_rates(done, optimizer, "lora")
     if not ours or not theirs:
         return Row(claim, UNMEASURED, "–")
-    high = max(ours)
-    seeds = set.intersection(*(set(losses) for _, losses in [ours[high], *theirs.values()]))
-    mean = lambda losses: float(np.mean([losses[seed] for seed in seeds]))
-    rank = min(theirs, key=lambda rank: mean(theirs[rank][1]))
+    means = means_by_rank({rank: losses for rank, (_, losses) in theirs.items()})
+    high, rank = max(ours), min(means, key=means.__getitem__)
     (rate, losses), (other, least) = ours[high], theirs[rank]
-    gap, error = mean_and_error([losses[seed] - least[seed] for seed in sorted(seeds)])
+    seeds = sorted(losses.keys() & least.keys())
+    mean = lambda losses: float(np.mean([losses[seed] for seed in seeds]))
+    gap, error = mean_and_error([losses[seed] - least[seed] for seed in seeds])
     measured = (
         f"held-out {mean(losses):.4f} (rsLoRA, r = {high}, rate {rate:g}) against {mean(least):.4f} (LoRA, r = {rank}, "
         f"rate {other:g}), a difference of {signed(gap, error)} ({count_seeds(len(seeds))})"
@@ -255,19 +259,18 @@ def moments(rows: Sequence[Mapping[str, str]]) -> Row:
     return Row(claim, measured, f"small: yes{stable}, of one seed")
 
 
-def at_own_best(done: Done) -> Row:
-    """The caution: under Adam the first change of the output grows like gamma lr r."""
-    claim = "Caution on AdamW (not the paper's): at each rank's own best rate, is a high rank still better?"
-    best = at_best_rates(done, "rslora")
+def at_own_best(done: Done, optimizer: str, claim: str) -> Row:
+    """At one rate the ranks may differ for the rate alone: under Adam outputs grow like gamma lr r at first."""
+    best = at_best_rates(done, optimizer, "rslora")
     found = {rank: losses for rank, (_, losses) in best.items()}
     ends = change(found)
-    if ends is None or not several_rates(done, "adamw"):
+    if ends is None or not several_rates(done, optimizer):
         return Row(claim, UNMEASURED, "–")
     listed = ", ".join(f"{loss:.4f} at r = {rank}" for rank, loss in means_by_rank(found).items())
     gap, error, seeds, low, high = ends
     measured = (
-        f"rsLoRA's held-out losses there: {listed}; from r = {low} to {high} {signed(gap, error)} "
-        f"({count_seeds(seeds)})"
+        f"rsLoRA's held-out losses there: {listed} ({count_seeds(len(common_seeds(found)))}); "
+        f"from r = {low} to {high} {signed(gap, error)} ({count_seeds(seeds)})"
     )
     return Row(claim, measured, judged(gap, error))
 
