@@ -118,7 +118,7 @@ def draw_by_rank(prefix: str, grid: Grid, done: Done) -> list[Path]:
         axis.set_xticks(list(grid.ranks), [str(rank) for rank in grid.ranks], minor=False)
         axis.minorticks_off()
         axis.grid(alpha=0.3)
-        axis.legend(fontsize=7)
+        axis.legend(fontsize=7, handlelength=3)
     file = Path(f"{prefix}loss-by-rank.png")
     figure.savefig(file, dpi=150)
     return [file]
