@@ -18,7 +18,7 @@ def scale_by_rank(lora: Lora, *, reference_rank: int = 8) -> optax.GradientTrans
     Where updates do not depend on the gradient's size, as with Adam, Lion or Adafactor, the best learning rate goes
     like (gamma r)^-1/2 (arXiv 2602.06204): with rsLoRA like r^-1/4, with LoRA it is the same for all ranks. So each
     adapter's update is multiplied by that, over its value at the reference. `docs/paper` has what was measured. Put it
-    behind the optimiser; it has no state. SGD has no need of it with rsLoRA, whose change of the weight in a step is
+    behind the optimiser; it has no state. It is not for SGD, where with rsLoRA the change of the weight in a step is
     of one size at all ranks (arXiv 2312.03732, theorem 3.2).
 
     Args:

@@ -111,7 +111,8 @@ def best_rates(grid: Grid, done: Any) -> list[str]:
         return []
     said = (
         "Best rate by rank, between the rates tried (*: at an edge of them), and its exponent, of three ranks or more "
-        "with a 95 % interval:"
+        "with a 95 % interval. A rate whose neighbour blew up is that of the grid itself, known to a step of it alone "
+        "(with SGD a factor of two), and the interval knows nothing of that:"
     )
     return [said, "", maps.rate_table(grid, done)]
 
