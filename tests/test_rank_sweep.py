@@ -75,6 +75,9 @@ def test_the_table_has_means_over_seeds_of_the_best_rate(script):
     error = values.std(ddof=1) / math.sqrt(3)
     assert f"| 0.1* | {values.mean():.4f} ± {error:.4f} | 1.2500 ± 0.7500 | 3, 2 | 0 of 6 |" in table
     assert "at an edge" in table
+    for worse, blown in ((10.01, 1), (9.99, 0)):  # it began with 9
+        done[script.Spec("sgd", 5, "rslora", 0.2, 1)]["train_loss"] = worse
+        assert f"| {blown} of 6 |" in script.figures.table(asked, done)
 
 
 def test_a_unit_that_will_not_end_in_time_is_given_up(script, monkeypatch):

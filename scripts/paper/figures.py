@@ -12,7 +12,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator, NullLocator
 
 from paper.plan import Grid, Spec
-from paper.rates import common_rate
+from paper.rates import common_rate, exploded
 from paper.store import mean_and_error
 from rslora_jax.train.report import running_mean
 
@@ -123,7 +123,7 @@ def table(grid: Grid, done: Done) -> str:
     """Return held-out losses by optimiser, scaling and rank, at the best rate and at the common one, as Markdown."""
     lines = [
         "| optimiser | scaling | rank | best rate | held-out loss | at the common rate "
-        "| seeds (best, common) | diverged |",
+        "| seeds (best, common) | blew up |",
         "|---|---|---|---|---|---|---|---|",
     ]
     edges = False
@@ -139,7 +139,7 @@ def table(grid: Grid, done: Done) -> str:
                 tried = sorted({s.rate for s in trials if s.seed == 0})
                 edge = best in (tried[0], tried[-1])
                 edges |= edge
-                bad = sum(done[s]["diverged"] is not None for s in trials)
+                bad = sum(exploded(done[s]) for s in trials)
                 rate = "none" if best is None else f"{best:g}{'*' if edge else ''}"
                 lines.append(
                     f"| {optimizer} | {NAMES.get(scaling, scaling)} | {rank} | {rate} | {text} | {other} "
@@ -147,7 +147,8 @@ def table(grid: Grid, done: Done) -> str:
                 )
     about = (
         "\nLosses are nats a token, the mean over seeds ± its standard error where there are two or more. The best "
-        "rate is that of the first seed's least loss."
+        "rate is that of the first seed's least loss. A run blows up that diverges, or ends a nat above the training "
+        "loss that it began with."
     )
     common = ", ".join(f"{common_rate(done, o):g} ({o})" for o in grid.optimizers if common_rate(done, o) is not None)
     about += f" The common rate, the middle one of those at which no run blows up, is {common}."
