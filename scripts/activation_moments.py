@@ -25,7 +25,7 @@ import numpy as np
 from matplotlib import colormaps
 from matplotlib.figure import Figure
 from paper.figures import NAMES
-from rank_sweep import load_model
+from rank_sweep import cost_of_a_rank, load_model
 
 import rslora_jax as rslora
 from rslora_jax import train
@@ -67,15 +67,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     batches = list(itertools.islice(train.train_batches(rows, batch_size=a.batch_size, seed=a.seed), a.steps))
     loss, measured = train.token_loss(rows.places), []
     runs, begun = list(itertools.product(a.ranks, SCALINGS)), time.monotonic()
-    base = sum(leaf.size for leaf in jax.tree.leaves(variables))
     for n, (rank, scaling) in enumerate(runs):
         lora = wrap(model, variables, rank, scaling, a.alpha)
-        # What a step costs: 4 operations for a number of the base and a token, 6 for one of the adapters.
-        cost = lambda of, lora=lora, rank=rank: 1 + 1.5 * lora.num_parameters / rank * of / base
-        past, whole = (sum(cost(of) for of, _ in part) for part in (runs[:n], runs))
+        per_rank = cost_of_a_rank(lora, rank, variables)
+        past, whole = (sum(1 + per_rank * of for of, _ in part) for part in (runs[:n], runs))
         for row in one_run(a, lora, variables, batches, loss, {"rank": rank, "scaling": scaling}):
             measured.append(row)
-            left = (time.monotonic() - begun) * (whole / (past + cost(rank) * row["step"] / a.steps) - 1)
+            left = (time.monotonic() - begun) * (whole / (past + (1 + per_rank * rank) * row["step"] / a.steps) - 1)
             print(
                 f"run {n + 1} of {len(runs)}, {NAMES[scaling]} of rank {rank}, step {row['step']}/{a.steps}: "
                 f"loss {row['loss']:.4f}, mean |output| {row['mean']:.3g}, about {clock(left)} left",

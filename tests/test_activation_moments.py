@@ -54,3 +54,15 @@ def test_the_claim_is_judged_by_the_largest_mean_of_each_run(script):
     assert "at most 1.50 times" in verdict(0.1, 0.3, 0.2).measured
     assert verdict(0.1, 0.5, 0.2).verdict == verdict(0.1, 1.1).verdict == "no, of one seed"
     assert claims.moments([]).measured == claims.UNMEASURED
+
+
+def test_the_time_left_knows_what_a_rank_costs(script):
+    import jax.numpy as jnp
+
+    import rslora_jax as rslora
+
+    variables = {"w": jnp.ones((8, 12)), "bias": jnp.ones(4)}
+    config = rslora.LoraConfig(rank=3, alpha=7, targets=["w"])
+    lora = rslora.wrap(lambda p, x: x @ p["w"], variables, jnp.ones((2, 8)), config=config)
+    # A rank is 8 + 12 numbers at 6 operations, the base 100 at 4.
+    assert script.cost_of_a_rank(lora, 3, variables) == pytest.approx(20 * 6 / (100 * 4))

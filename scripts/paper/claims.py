@@ -8,7 +8,7 @@ import numpy as np
 
 from paper.plan import Spec
 from paper.rates import common_rate, exploded, exponent, losses_by_rate
-from paper.store import mean_and_error
+from paper.store import common_seeds, mean_and_error
 
 Done = Mapping[Spec, Mapping[str, Any]]
 
@@ -75,14 +75,9 @@ def by_rank(done: Done, optimizer: str, scaling: str, rate: float | None, key: s
 
 
 def means_by_rank(found: Mapping[int, Mapping[int, float]]) -> dict[int, float]:
-    """Return the mean by rank over the seeds that all ranks have: a seed has its own batches, and so its own loss."""
+    """Return the mean by rank over the seeds that all ranks have."""
     seeds = common_seeds(found)
     return {rank: float(np.mean([values[s] for s in seeds])) for rank, values in found.items() if seeds}
-
-
-def common_seeds(found: Mapping[int, Mapping[int, float]]) -> list[int]:
-    """Return the seeds that all ranks have."""
-    return sorted(set.intersection(*map(set, found.values()))) if found else []
 
 
 def change(found: Mapping[int, Mapping[int, float]]) -> tuple[float, float, int, int, int] | None:

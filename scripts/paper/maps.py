@@ -12,7 +12,7 @@ from matplotlib.figure import Figure
 from paper.figures import NAMES, Done, draw
 from paper.plan import Grid, Spec
 from paper.rates import Best, Exponent, best_rate, common_rate, exponent, losses_by_rate
-from paper.store import mean_and_error
+from paper.store import common_seeds, mean_and_error
 
 # What the best rate is expected to grow like, as an exponent of the rank: for Adam by arXiv 2602.06204, for SGD by
 # theorem 3.2 of arXiv 2312.03732, by which the change of the weight in a step goes like gamma^2 r.
@@ -127,13 +127,11 @@ def draw_by_rank(prefix: str, grid: Grid, done: Done) -> list[Path]:
 def line(losses: Mapping[int, Mapping[int, float]]) -> tuple[list[int], list[float], list[float]]:
     """Return (ranks, means, standard errors) over the seeds that all ranks with a loss have.
 
-    A seed has its own batches, and so its own loss.
-
     >>> line({4: {0: 1.0, 1: 3.0}, 8: {0: 5.0}, 32: {}})
     ([4, 8], [1.0, 5.0], [nan, nan])
     """
     found = {rank: of_seed for rank, of_seed in losses.items() if of_seed}
-    seeds = sorted(set.intersection(*map(set, found.values()))) if found else []
+    seeds = common_seeds(found)
     pairs = [mean_and_error([of_seed[seed] for seed in seeds]) for of_seed in found.values()] if seeds else []
     return (list(found) if seeds else []), [mean for mean, _ in pairs], [error for _, error in pairs]
 

@@ -111,6 +111,15 @@ def write(file: Path, text: str) -> None:
     draft.replace(file)
 
 
+def common_seeds(losses: Mapping[int, Mapping[int, float]]) -> list[int]:
+    """Return the seeds that all ranks have: a seed has its own batches, and so its own loss.
+
+    >>> common_seeds({4: {0: 1.0, 1: 3.0}, 8: {1: 5.0}})
+    [1]
+    """
+    return sorted(set.intersection(*map(set, losses.values()))) if losses else []
+
+
 def mean_and_error(values: list[float]) -> tuple[float, float]:
     """Return the mean and its standard error, NaN for less than two values.
 
