@@ -16,13 +16,15 @@ from pathlib import Path
 from typing import Any, Literal
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
 
 from rslora_jax.checksum import checksums
 from rslora_jax.config import LoraConfig
+from rslora_jax.keys import as_data, as_keys
 from rslora_jax.processes import first_decides
-from rslora_jax.sites import named_leaves
+from rslora_jax.sites import named_leaves, path_name
 
 
 class Damaged(ValueError):
@@ -133,15 +135,17 @@ def save(
     manager = checkpoints.manager
     if step in manager.all_steps():
         return
-    words = checksums({"adapters": adapters, "training": training})
+    arrays, keys = as_data({"adapters": adapters, "training": training})
+    words = checksums(arrays)
     if heldout_loss is not None and math.isfinite(heldout_loss):
         checkpoints.heldout[step] = heldout_loss
     manager.save(
         step,
         args=ocp.args.Composite(
-            adapters=ocp.args.StandardSave(adapters),
-            training=ocp.args.StandardSave(training),
-            about=ocp.args.JsonSave({**about, "checksums": words, "heldout_loss": checkpoints.heldout.get(step)}),
+            **{item: ocp.args.StandardSave(stored(tree)) for item, tree in arrays.items()},
+            about=ocp.args.JsonSave(
+                {**about, "checksums": words, "keys": keys, "heldout_loss": checkpoints.heldout.get(step)}
+            ),
         ),
         force=True,
     )
@@ -174,11 +178,11 @@ def restore(
         where = checkpoints.folder / "checkpoints" / str(step)
         try:
             found = read_about(where)
-            for item, wanted in example.items():
-                compare(where, item, metadata(where, item), wanted)
+            like, impls = as_saved(example, found.get("keys", {}))
+            for item, wanted in like.items():
+                compare(where, item, metadata(where, item), stored(wanted))
             check_same(where, found, about)
-            read = read_arrays(where, found, jax.tree.map(ocp.utils.to_shape_dtype_struct, example))
-            return read["adapters"], read["training"], found
+            return *as_keys(read_arrays(where, found, like), impls).values(), found
         except Damaged as error:
             say(f"{error}: it is kept as {set_aside(checkpoints, step)}, and the checkpoint before it is taken")
     raise ValueError(f"{checkpoints.folder} has no checkpoint that is whole: start again in another folder")
@@ -269,12 +273,35 @@ def metadata(where: Path, item: str) -> Any:
     return _read(where, item, lambda: ocp.StandardCheckpointHandler().metadata(where / item).tree)
 
 
+def as_saved(example: Any, impls: Mapping[str, str]) -> tuple[Any, dict[str, str]]:
+    """Return an example's shapes as a checkpoint holds them, and the implementation of each key: the saved one's."""
+    arrays, own = as_data(example)
+    # Before implementations were saved, they were those of the run.
+    impls = {path: impls.get(path, impl) for path, impl in own.items()}
+
+    def one(path: Any, leaf: Any) -> Any:
+        abstract, name = ocp.utils.to_shape_dtype_struct(leaf), path_name(path)
+        if name not in impls:
+            return abstract
+        shape = jax.eval_shape(lambda: jax.random.key_data(jax.random.key(0, impl=impls[name]))).shape
+        return jax.ShapeDtypeStruct((*abstract.shape[:-1], *shape), abstract.dtype, sharding=abstract.sharding)
+
+    return jax.tree_util.tree_map_with_path(one, arrays), impls
+
+
+def stored(tree: Any) -> Any:
+    """Return a tree without its arrays of no elements, which orbax cannot write."""
+    return jax.tree.map(lambda leaf: leaf if leaf.size else None, tree)
+
+
 def read_arrays(where: Path, about: Mapping[str, Any], like: Mapping[str, Any]) -> dict[str, Any]:
     """Read items as arrays like the examples, and check that they hold what was saved."""
 
     def one(item: str) -> Any:
-        arguments = ocp.args.StandardRestore(like[item])
-        return ocp.StandardCheckpointHandler().restore(where / item, args=arguments)
+        arguments = ocp.args.StandardRestore(stored(like[item]))
+        read = iter(jax.tree.leaves(ocp.StandardCheckpointHandler().restore(where / item, args=arguments)))
+        whole = lambda leaf: next(read) if leaf.size else jnp.zeros(leaf.shape, leaf.dtype, device=leaf.sharding)
+        return jax.tree.map(whole, like[item])
 
     read = {item: _read(where, item, functools.partial(one, item)) for item in like}
     for path, word in checksums(read).items():

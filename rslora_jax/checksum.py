@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array, lax
 
+from rslora_jax.keys import is_key
 from rslora_jax.sites import named_leaves
 
 
@@ -38,6 +39,7 @@ def form(leaf: Any) -> str:
 @jax.jit
 def word(x: Array) -> Array:
     """Sum an array's bits, each element mixed with its place, modulo 2^32."""
+    x = jax.random.key_data(x) if is_key(x) else x
     return jnp.sum(mix(bits_of(x) + places(bits_of(x).shape) * np.uint32(0x9E3779B9)), dtype=jnp.uint32)
 
 

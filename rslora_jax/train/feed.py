@@ -5,6 +5,8 @@ from __future__ import annotations
 from typing import Any
 
 import jax
+import numpy as np
+from jax.sharding import NamedSharding, PartitionSpec
 
 
 class Feed:
@@ -53,9 +55,18 @@ class Feed:
 
 
 def put(batch: Any, sharding: jax.sharding.Sharding | None) -> Any:
-    """Lay a batch out on the devices; of several processes each gives the rows that its devices hold."""
+    """Lay a batch out on the devices; of several processes each gives the rows that its devices hold.
+
+    A scalar is whole on every device, and of several processes the same in each.
+    """
     if sharding is None:
         return batch
-    if jax.process_count() == 1:
-        return jax.device_put(batch, sharding)
-    return jax.tree.map(lambda rows: jax.make_array_from_process_local_data(sharding, rows), batch)
+    alone = jax.process_count() == 1
+
+    def one(rows: Any) -> jax.Array:
+        if np.ndim(rows) == 0:
+            whole = NamedSharding(sharding.mesh, PartitionSpec()) if isinstance(sharding, NamedSharding) else sharding
+            return jax.device_put(rows, whole)
+        return jax.device_put(rows, sharding) if alone else jax.make_array_from_process_local_data(sharding, rows)
+
+    return jax.tree.map(one, batch)

@@ -19,9 +19,11 @@ from rslora_jax.processes import is_first, stop_requests
 from rslora_jax.train.events import event_file
 from rslora_jax.train.feed import Feed, put
 from rslora_jax.train.flops import peak_flops, step_flops
+from rslora_jax.train.gradient import split
 from rslora_jax.train.loss import Loss
 from rslora_jax.train.report import Display, Record, metrics_file, perplexity, plot, read_metrics
 from rslora_jax.train.state import TrainState, make_evaluate, make_step
+from rslora_jax.train.update import averages
 from rslora_jax.wrap import Adapters, Lora
 
 MOST_SKIPPED = 10  # batches in a row that are not finite: then it is the state, not a batch
@@ -36,7 +38,7 @@ class Result:
     """What `fit` returns.
 
     Attributes:
-      adapters: the trained adapters, of the last step.
+      adapters: the trained adapters, of the last step: those to use (`TrainState.to_use`).
       step: how many steps are done in all.
       records: the lines of `metrics.jsonl`.
       signal: the signal that stopped the run before its last step (Ctrl-C is SIGINT), or None.
@@ -156,9 +158,9 @@ def fit(
             """Evaluate on the held-out batches; None where there are none, or a signal came."""
             if heldout is None:
                 return None
-            sums = []
+            sums, adapters = [], state.to_use
             for batch in heldout:
-                sums.append(evaluate(params, state.adapters, put(batch, batch_sharding)))
+                sums.append(evaluate(params, adapters, put(batch, batch_sharding)))
                 if signal_at(at):
                     return None
             total, count = (sum(float(s[n]) for s in sums) for n in (0, 1))
@@ -172,7 +174,7 @@ def fit(
         def save(at: int, value: float | None = None) -> None:
             place = {"data": feed.place() | {"batch": at}}
             try:
-                checkpoint.save(saved, at, state.adapters, training(state), about | place, value)
+                checkpoint.save(saved, at, state.to_use, training(state), about | place, value)
             except Exception as error:  # what orbax, tensorstore or the system raise
                 failed(at, error)
 
@@ -254,15 +256,16 @@ def fit(
                     plot(records, folder / "loss.png", title)
     on_disk = checkpoint.steps_in(folder)
     early = at < steps and came is None
-    return Result(state.adapters, int(state.step), tuple(records), came, early, on_disk[-1] if on_disk else None)
+    return Result(state.to_use, int(state.step), tuple(records), came, early, on_disk[-1] if on_disk else None)
 
 
 def count_flops(lora: Lora, loss: Loss, params: Any, state: TrainState, batch: Any, accumulate: int) -> int:
     """Count a step's model FLOPs; 0 where the program cannot be counted, which is no reason not to train it."""
-    part = jax.tree.map(lambda x: jax.ShapeDtypeStruct((x.shape[0] // accumulate, *x.shape[1:]), x.dtype), batch)
-    key = None if state.key is None else jax.random.wrap_key_data(state.key)
-    of = loss if key is None else lambda run, batch: loss(run, batch, key)
+    of = loss if state.key is None else lambda run, batch: loss(run, batch, state.key)
     try:
+        part = batch
+        if accumulate > 1:
+            part = jax.eval_shape(lambda batch: jax.tree.map(lambda x: x[0], split(batch, accumulate)), batch)
         return accumulate * step_flops(lora, of, params, state.adapters, part)
     except (TypeError, ValueError, NotImplementedError, AttributeError, IndexError):
         return 0
@@ -306,14 +309,17 @@ def since_least(records: Sequence[Record]) -> int:
 
 
 def training(state: TrainState) -> dict[str, Any]:
-    """Return what a checkpoint holds beside the adapters."""
+    """Return what a checkpoint holds beside the adapters to use: all that the next step needs."""
     held = {"step": state.step, "opt_state": state.opt_state, "skipped": state.skipped}
+    if averages(state.opt_state):
+        held["trained"] = state.adapters
     return held if state.key is None else held | {"key": state.key}
 
 
 def from_checkpoint(state: TrainState, restored: tuple[Any, Any, Any]) -> TrainState:
     """Return a state with what `checkpoint.restore` gave."""
     adapters, rest, _ = restored
+    adapters = rest.pop("trained", adapters)
     # What is restored is bound to its devices: were this not, the second step would compile again.
     finite = jax.device_put(state.finite, rest["step"].sharding)
     return dataclasses.replace(state, adapters=adapters, finite=finite, **rest)

@@ -13,7 +13,10 @@ import optax
 from jax import Array, lax
 from jax.sharding import NamedSharding, PartitionSpec, Sharding
 
+from rslora_jax.keys import is_key, typed
+from rslora_jax.train.gradient import Bind, Measured, measure
 from rslora_jax.train.loss import Loss
+from rslora_jax.train.update import begin, own, to_use, update
 from rslora_jax.wrap import Adapters, Lora
 
 Step = Callable[["TrainState", Any, Any], tuple["TrainState", dict[str, Array]]]
@@ -31,7 +34,7 @@ class TrainState:
       finite: bool. Once a loss or gradient was not, nothing moves any more, so the state stays the last good one
         however late that is noticed. With `skip` only that batch moves nothing, and this stays true.
       skipped: int32, how many batches were passed over in a row, up to the last.
-      key: raw key data of a PRNG, or None; step n draws from `fold_in(key, n)`.
+      key: a typed PRNG key, or None; step n draws from `fold_in(key, n)`.
     """
 
     step: Array
@@ -48,11 +51,19 @@ class TrainState:
         """Start at step 0 with copies of `adapters`: steps give their state's memory away.
 
         The optimiser's moments lie as the adapters do, and the rest is whole on every device of their mesh.
+
+        Args:
+          adapters: where to start, from `lora.init`.
+          optimizer: any optax optimiser.
+          key: for a loss that draws: typed or raw, of any implementation.
+
+        Raises:
+          ValueError: the optimiser cannot train adapters, or the key is none.
         """
-        adapters = jax.tree.map(jnp.copy, adapters)
+        adapters = own(adapters)
         zero = lambda: jnp.zeros((), jnp.int32)
-        data = None if key is None else jnp.copy(jax.random.key_data(key))
-        state = cls(zero(), adapters, optimizer.init(adapters), jnp.ones((), bool), zero(), data)
+        key = None if key is None else own(typed(key))
+        state = cls(zero(), adapters, begin(optimizer, adapters), jnp.ones((), bool), zero(), key)
         lies = [getattr(leaf, "sharding", None) for leaf in jax.tree.leaves(adapters)]  # traced, an array does not say
         meshes = [sharding.mesh for sharding in lies if isinstance(sharding, NamedSharding)]
         if not meshes:
@@ -60,6 +71,15 @@ class TrainState:
         everywhere = NamedSharding(meshes[0], PartitionSpec())
         put = lambda leaf: leaf if isinstance(leaf.sharding, NamedSharding) else jax.device_put(leaf, everywhere)
         return jax.tree.map(put, state)
+
+    @property
+    def to_use(self) -> Adapters:
+        """The adapters to evaluate and to keep: those trained, unless the optimiser means others to be used.
+
+        These are the average of a schedule-free optimiser, the slow ones of lookahead, and with sam those that were
+        not shifted. Where the state has a first axis of devices or trials, `jax.vmap(lambda state: state.to_use)`.
+        """
+        return to_use(self.opt_state, self.adapters)
 
 
 def make_step(
@@ -81,7 +101,8 @@ def make_step(
       loss: `loss(run, batch)`, or `loss(run, batch, key)` where the state has a key.
       optimizer: any optax optimiser.
       accumulate: in how many parts to take a batch, one after the other, for less memory; the result is that of
-        the whole batch, to rounding. Every array of the batch has its rows first, in a multiple of this number.
+        the whole batch, to rounding. Every array of the batch has its rows first, in a multiple of this number; a
+        scalar is given whole to each part.
       skip: pass over a batch whose loss or gradient is not finite, in place of staying at the state before it.
       shardings: where each array of the state lies, and so is to lie after the step; by default XLA decides.
 
@@ -115,83 +136,41 @@ def _make_step(
 
     @functools.partial(jax.jit, donate_argnums=0, out_shardings=kept)
     def step(state: TrainState, params: Any, batch: Any) -> tuple[TrainState, dict[str, Array]]:
-        value, count, grads = gradient(lora, loss, state, params, batch, accumulate)
-        return advance(optimizer, state, value, count, grads, skip)
+        key = None if state.key is None else jax.random.fold_in(state.key, state.step)
+        measured = measure(loss, bound(lora, params), state.adapters, batch, parts=accumulate, key=key)
+        return advance(optimizer, state, measured, skip)
 
     return step
 
 
-def gradient(
-    lora: Lora, loss: Loss, state: TrainState, params: Any, batch: Any, accumulate: int = 1
-) -> tuple[Array, Array, Adapters]:
-    """Return (sum of the losses, their number, gradient of the sum), float32, of a batch taken in parts."""
-
-    def total(adapters: Adapters, part: Any, number: Any) -> tuple[Array, Array]:
-        run = functools.partial(lora.apply, params, adapters)
-        if state.key is None:
-            return loss(run, part)
-        key = jax.random.wrap_key_data(state.key)
-        for n in (state.step, number):
-            key = jax.random.fold_in(key, n)
-        return loss(run, part, key)
-
-    of = jax.value_and_grad(total, has_aux=True)
-    if accumulate == 1:
-        (value, count), grads = of(state.adapters, batch, 0)
-        return value, count, grads
-
-    def one(sums: Any, numbered: tuple[Array, Any]) -> tuple[Any, None]:
-        return jax.tree.map(jnp.add, sums, of(state.adapters, numbered[1], numbered[0])), None
-
-    parts = split(batch, accumulate)
-    zeros = jax.tree.map(
-        lambda s: jnp.zeros(s.shape, s.dtype),
-        jax.eval_shape(of, state.adapters, jax.tree.map(lambda x: x[0], parts), 0),
-    )
-    ((value, count), grads), _ = lax.scan(one, zeros, (jnp.arange(accumulate), parts))
-    return value, count, grads
-
-
-def split(batch: Any, parts: int) -> Any:
-    """Deal a batch's rows out: row n goes to part n modulo `parts`, on a new first axis.
-
-    Dealt like this and not cut, a part has rows of every device on which the batch lies.
-
-    >>> split(jnp.arange(6), 2).tolist()
-    [[0, 2, 4], [1, 3, 5]]
-    """
-
-    def one(rows: Any) -> Array:
-        rows = jnp.asarray(rows)
-        if rows.ndim == 0 or rows.shape[0] % parts:
-            raise ValueError(
-                f"a batch array of shape {rows.shape} cannot be taken in {parts} parts: its first axis is not a "
-                f"multiple of accumulate={parts}"
-            )
-        return jnp.moveaxis(rows.reshape(-1, parts, *rows.shape[1:]), 1, 0)
-
-    return jax.tree.map(one, batch)
+def bound(lora: Lora, params: Any) -> Bind:
+    """Return what binds adapters to a model over one base."""
+    return lambda adapters: functools.partial(lora.apply, params, adapters)
 
 
 def advance(
-    optimizer: optax.GradientTransformation, state: TrainState, value: Array, count: Array, grads: Adapters, skip: bool
+    optimizer: optax.GradientTransformation, state: TrainState, measured: Measured, skip: bool
 ) -> tuple[TrainState, dict[str, Array]]:
-    """Return the state after a step, and its metrics, from the sums that `gradient` gave."""
-    # A batch may hold no token with loss, such as the filling of a last batch.
-    count = jnp.asarray(count, jnp.float32)
-    value, grads = jax.tree.map(lambda x: x / jnp.maximum(count, 1).astype(x.dtype), (value, grads))
-    norm = optax.tree.norm(grads)
-    fine = jnp.isfinite(value) & jnp.isfinite(norm)
-    moves = fine & state.finite
-    updates, opt_state = optimizer.update(grads, state.opt_state, state.adapters)
-    moved = (optax.apply_updates(state.adapters, updates), opt_state)
-    stayed = (state.adapters, state.opt_state)
-    adapters, opt_state = jax.tree.map(functools.partial(jnp.where, moves), moved, stayed)
+    """Return the state after a step, and its metrics, from what a batch says."""
+    norm = optax.tree.norm(measured.grads)
+    moves = jnp.isfinite(measured.value) & jnp.isfinite(norm) & state.finite
+    moved = update(optimizer, state.opt_state, state.adapters, measured)
+    adapters, opt_state = keep(moves, moved, (state.adapters, state.opt_state))
     skipped = jnp.where(moves, 0, state.skipped + 1)
     done = state.step + (1 if skip else moves.astype(jnp.int32))
     finite = state.finite if skip else moves
-    metrics = {"loss": value, "grad_norm": norm, "tokens": count, "skipped": skipped}
+    metrics = {"loss": measured.value, "grad_norm": norm, "tokens": measured.count, "skipped": skipped}
     return TrainState(done, adapters, opt_state, finite, skipped, state.key), metrics
+
+
+def keep(moves: Array, new: Any, old: Any) -> Any:
+    """Return `new` where `moves`, else `old`, in the old one's dtypes: a step's result is the next one's argument."""
+
+    def one(new: Any, old: Any) -> Array:
+        chosen = jnp.where(moves, new, old)
+        return chosen if is_key(old) else lax.convert_element_type(chosen, old.dtype)
+
+    return jax.tree.map(one, new, old)
 
 
 def make_pmap_step(
@@ -205,9 +184,10 @@ def make_pmap_step(
 
     @functools.partial(jax.pmap, axis_name="devices", donate_argnums=0)
     def step(state: TrainState, params: Any, batch: Any) -> tuple[TrainState, dict[str, Array]]:
-        sums = gradient(lora, loss, state, params, batch, accumulate)
-        value, count, grads = lax.psum(sums, "devices")
-        return advance(optimizer, state, value, count, grads, skip)
+        key = None if state.key is None else jax.random.fold_in(state.key, state.step)
+        bind = bound(lora, params)
+        measured = measure(loss, bind, state.adapters, batch, parts=accumulate, key=key, axis="devices")
+        return advance(optimizer, state, measured, skip)
 
     return step
 

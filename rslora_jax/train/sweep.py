@@ -15,6 +15,7 @@ import optax
 from jax import Array
 
 from rslora_jax.scaling import gamma
+from rslora_jax.train.gradient import measure
 from rslora_jax.train.loss import Loss
 from rslora_jax.train.state import TrainState, advance
 from rslora_jax.wrap import Adapters, Lora
@@ -209,12 +210,10 @@ def make_sweep_step(lora: Lora, loss: Loss, optimizer: Callable[[Any], optax.Gra
     """
 
     def one(state: TrainState, rate: Array, factors: Factors, params: Any, batch: Any) -> Any:
-        def total(adapters: Adapters) -> tuple[Array, Array]:
-            return loss(functools.partial(lora.apply, params, scaled(adapters, factors)), batch)
-
-        (value, count), grads = jax.value_and_grad(total, has_aux=True)(state.adapters)
-        state, metrics = advance(optimizer(rate), state, value, count, grads, skip=False)
-        return state, metrics | {"factor_norm": factor_norm(lora, grads) / jnp.maximum(count, 1)}
+        bind = lambda adapters: functools.partial(lora.apply, params, scaled(adapters, factors))
+        measured = measure(loss, bind, state.adapters, batch)
+        state, metrics = advance(optimizer(rate), state, measured, skip=False)
+        return state, metrics | {"factor_norm": factor_norm(lora, measured.grads)}
 
     return jax.jit(jax.vmap(one, in_axes=(0, 0, 0, None, 0)), donate_argnums=0)
 
