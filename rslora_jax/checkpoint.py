@@ -182,7 +182,8 @@ def restore(
             for item, wanted in like.items():
                 compare(where, item, metadata(where, item), stored(wanted))
             check_same(where, found, about)
-            return *as_keys(read_arrays(where, found, like), impls).values(), found
+            read = as_keys(read_arrays(where, found, like), impls)
+            return read["adapters"], read["training"], found
         except Damaged as error:
             say(f"{error}: it is kept as {set_aside(checkpoints, step)}, and the checkpoint before it is taken")
     raise ValueError(f"{checkpoints.folder} has no checkpoint that is whole: start again in another folder")

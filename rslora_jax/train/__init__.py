@@ -1,10 +1,7 @@
-"""Training: data, one compiled step, and the loop around it. Needs the extra `train`."""
+"""Training: one compiled step for any loss, data, and the loop around it.
 
-try:
-    import grain as _grain  # noqa: F401
-    import rich as _rich  # noqa: F401
-except ImportError as error:
-    raise ImportError(f"rslora_jax.train needs {error.name}: pip install 'rslora_jax[train]'") from error
+What needs the extra `train` (batches, the progress bar, the picture of the loss) says so when it is used.
+"""
 
 from rslora_jax.train.batches import Batch, Rows, heldout_batches, prepare, train_batches
 from rslora_jax.train.docstrings import docstring_pairs
@@ -13,7 +10,7 @@ from rslora_jax.train.feed import Feed
 from rslora_jax.train.flops import peak_flops, step_flops
 from rslora_jax.train.loop import NonFiniteLoss, Result, fit
 from rslora_jax.train.loss import Loss, cross_entropy, logits_loss, token_loss
-from rslora_jax.train.optimizers import make_optimizer, make_schedule
+from rslora_jax.train.optimizers import make_optimizer, make_schedule, muon_axes
 from rslora_jax.train.reading import read_examples
 from rslora_jax.train.state import TrainState, make_evaluate, make_pmap_step, make_step, replicate
 from rslora_jax.train.sweep import Outcome, Trial, sweep
@@ -40,6 +37,7 @@ __all__ = [
     "make_pmap_step",
     "make_schedule",
     "make_step",
+    "muon_axes",
     "peak_flops",
     "prepare",
     "read_examples",

@@ -6,15 +6,17 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
-import grain
 import numpy as np
 
 from rslora_jax.train.encode import Encoded, Tokenizer, cut, windows
 from rslora_jax.train.examples import Example
 from rslora_jax.train.packing import pack
 from rslora_jax.train.tokens import Progress, tokenise
+
+if TYPE_CHECKING:
+    import grain
 
 
 class Batch(NamedTuple):
@@ -174,7 +176,7 @@ def train_batches(rows: Rows, *, batch_size: int, seed: int = 0, share: slice | 
     share = _checked_share(batch_size, share)
     # grain shuffles epoch e with seed + e: hashed seeds keep run 1 from being run 0, an epoch late.
     hashed = int(np.random.SeedSequence(seed).generate_state(1)[0])
-    order = grain.MapDataset.range(len(rows.rows)).shuffle(seed=hashed).repeat()
+    order = _numbers(len(rows.rows)).shuffle(seed=hashed).repeat()
     return order.batch(batch_size).map(lambda numbers_B: _batch(rows, [rows.rows[n] for n in numbers_B[share]]))
 
 
@@ -195,8 +197,17 @@ def heldout_batches(rows: Rows, *, batch_size: int, share: slice | None = None) 
     share = _checked_share(batch_size, share)
     filled = math.ceil(len(rows.rows) / batch_size) * batch_size
     padded = rows.rows + ((),) * (filled - len(rows.rows))
-    order = grain.MapDataset.range(filled)
+    order = _numbers(filled)
     return order.batch(batch_size).map(lambda numbers_B: _batch(rows, [padded[n] for n in numbers_B[share]]))
+
+
+def _numbers(stop: int) -> grain.MapDataset[int]:
+    """Give 0, 1, ... up to `stop`. Only here is grain needed: steps and losses are used without it."""
+    try:
+        import grain
+    except ImportError as error:
+        raise ImportError("batches need grain: pip install 'rslora_jax[train]'") from error
+    return grain.MapDataset.range(stop)
 
 
 def _checked_share(batch_size: int, share: slice | None) -> slice:

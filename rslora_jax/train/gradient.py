@@ -21,14 +21,14 @@ class Measured(NamedTuple):
 
     Attributes:
       value: its mean loss.
-      count: the number of tokens with loss, float32.
+      tokens: the number of tokens with loss, float32.
       grads: the gradient of `value`.
       value_fn: the mean loss on this batch as a pure function of adapters, for optimisers that try some out. It
         costs nothing where it is not called.
     """
 
     value: Array
-    count: Array
+    tokens: Array
     grads: Adapters
     value_fn: Callable[[Adapters], Array]
 

@@ -23,7 +23,7 @@ from rslora_jax.train.gradient import split
 from rslora_jax.train.loss import Loss
 from rslora_jax.train.report import Display, Record, metrics_file, perplexity, plot, read_metrics
 from rslora_jax.train.state import TrainState, make_evaluate, make_step
-from rslora_jax.train.update import averages
+from rslora_jax.train.update import averages, rehearse
 from rslora_jax.wrap import Adapters, Lora
 
 MOST_SKIPPED = 10  # batches in a row that are not finite: then it is the state, not a batch
@@ -114,12 +114,14 @@ def fit(
 
     Raises:
       NonFiniteLoss: the loss or its gradient was not finite; says at which step. The state before it is saved.
-      ValueError: the folder cannot be used, or its checkpoint is of another config, base or optimiser.
+      ValueError: the folder cannot be used, its checkpoint is of another config, base or optimiser, or the optimiser
+        cannot train adapters.
 
     On Ctrl-C (or SIGTERM) the step in progress is finished and saved, and `fit` returns; a second Ctrl-C ends
     it at once. Where a checkpoint cannot be written, training goes on, and the ones before stay.
     """
     folder = Path(folder)
+    rehearse(optimizer, adapters)
     about = checkpoint.describe(lora.config, params, settings)
     state = TrainState.create(adapters, optimizer, key)
     on_mesh = {isinstance(leaf.sharding, jax.sharding.NamedSharding) for leaf in jax.tree.leaves(state)} == {True}
@@ -252,8 +254,12 @@ def fit(
                     failed(int(state.step), error)
             if is_first():
                 title = f"{folder.name}: rank {lora.config.rank}, {lora.config.scaling}"
-                with contextlib.suppress(OSError):  # of a full disk, told above
+                try:
                     plot(records, folder / "loss.png", title)
+                except OSError:  # of a full disk, told above
+                    pass
+                except ImportError as error:
+                    display.line(f"there is no loss.png: {error}")
     on_disk = checkpoint.steps_in(folder)
     early = at < steps and came is None
     return Result(state.to_use, int(state.step), tuple(records), came, early, on_disk[-1] if on_disk else None)

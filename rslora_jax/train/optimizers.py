@@ -9,9 +9,12 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 import optax
+from optax.contrib import MuonDimensionNumbers
+
+from rslora_jax.train.update import rehearse
+from rslora_jax.wrap import Lora
 
 # The rate after warm-up as a part of its peak, by the part of the steps that is left (from 1, to just above 0).
 SHAPES: dict[str, Callable[[Any], Any]] = {
@@ -92,8 +95,8 @@ def make_optimizer(
       The optimiser; its state is a pytree of arrays.
 
     Raises:
-      ValueError: there is no such optimiser or option, an option's value is none that it can take, or it needs
-        more than the gradients and the parameters (as L-BFGS does) or takes no schedule.
+      ValueError: there is no such optimiser or option, an option's value is none that it can take, or it takes no
+        schedule.
 
     >>> optimizer = make_optimizer("sgd", schedule=0.5, clip=None, options={"momentum": 0.9})
     >>> updates, _ = optimizer.update(jnp.ones(2), optimizer.init(jnp.zeros(2)))
@@ -117,19 +120,40 @@ def make_optimizer(
             listed = f"it has {', '.join(takes)}" if takes else "it has none"
             raise ValueError(f"{name} has no option {option!r}{near(option, takes)}: {listed}")
     defaults = {"weight_decay": 0.0} if "weight_decay" in takes else {}
-    tiny = jax.ShapeDtypeStruct((2, 3), jnp.float32)
     try:
         optimizer = known[name](learning_rate=schedule, **{**defaults, **DEFAULTS.get(name, {}), **options})
-        _, state = jax.eval_shape(lambda x: optimizer.update(x, optimizer.init(x), x), tiny)
-        if any(jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key) for leaf in jax.tree.leaves(state)):
-            raise ValueError("its state holds a random key, which checkpoints do not keep")
+        rehearse(optimizer, {"w": {"a": jnp.zeros((2, 3))}})
     except (TypeError, ValueError) as error:
         given = ", ".join(f"{k}={v}" for k, v in options.items()) or "no options"
-        raise ValueError(
-            f"{name} with {given} cannot be used with a schedule, gradients and checkpoints: {error}"
-        ) from error
+        raise ValueError(f"{name} with {given} cannot be used with a schedule: {error}") from error
     # With an identity in the clip's place, a checkpoint fits whether there is a clip or not.
     return optax.chain(optax.clip_by_global_norm(clip) if clip else optax.identity(), optimizer)
+
+
+def muon_axes(lora: Lora) -> dict[str, dict[str, MuonDimensionNumbers]]:
+    """Say which axes of each factor are the rows and which the columns of its matrix, for `optax.contrib.muon`.
+
+    By itself muon takes arrays of two axes, and leaves others to its Adam: all factors of a scanned model, as they
+    are stacks. With these, each matrix of a stack is orthogonalised by itself:
+    `muon(rate, muon_weight_dimension_numbers=muon_axes(lora))`.
+
+    >>> import rslora_jax as rslora
+    >>> layers = lambda w, x: jax.lax.scan(lambda x, w: (x @ w, None), x, w)[0]
+    >>> lora = rslora.wrap(layers, jnp.ones((3, 8, 8)), jnp.ones((2, 8)), config=rslora.LoraConfig(rank=2, alpha=5))
+    >>> muon_axes(lora)[""]["b"]
+    MuonDimensionNumbers(reduction_axis=(1,), output_axis=(2,))
+    """
+
+    def matrix(stack: int, ins: int, outs: int) -> MuonDimensionNumbers:
+        return MuonDimensionNumbers(tuple(range(stack, stack + ins)), tuple(range(stack + ins, stack + ins + outs)))
+
+    return {
+        path: {
+            "a": matrix(len(site.stack_axes), len(site.in_axes), 1),
+            "b": matrix(len(site.stack_axes), 1, len(site.out_axes)),
+        }
+        for path, site in lora.sites.items()
+    }
 
 
 def parse_options(texts: Sequence[str]) -> dict[str, Any]:
@@ -163,13 +187,17 @@ def parse_value(text: str) -> Any:
 
 
 def optimizers() -> dict[str, Callable[..., optax.GradientTransformation]]:
-    """Return optax's optimisers by name: its functions of a learning rate."""
-    functions = inspect.getmembers(optax, lambda f: inspect.isfunction(f) or isinstance(f, functools.partial))
-    return {
-        name: function
-        for name, function in functions
-        if "learning_rate" in inspect.signature(function).parameters and not name.startswith(("_", "scale_by_"))
-    }
+    """Return optax's optimisers by name, those of `optax.contrib` too: its functions of a learning rate alone."""
+    found = {}
+    for module in (optax.contrib, optax):
+        for name, function in inspect.getmembers(
+            module, lambda f: inspect.isfunction(f) or isinstance(f, functools.partial)
+        ):
+            takes = inspect.signature(function).parameters
+            needs = {option for option, parameter in takes.items() if parameter.default is parameter.empty}
+            if "learning_rate" in takes and needs <= {"learning_rate"} and not name.startswith(("_", "scale_by_")):
+                found[name] = function
+    return dict(sorted(found.items()))
 
 
 def near(name: str, names: Any) -> str:

@@ -77,8 +77,15 @@ def strict(value: Any) -> Any:
 
 
 def plot(records: Sequence[Record], path: Path, title: str) -> None:
-    """Draw the loss of every step, its running mean and the held-out loss over the steps, as a PNG."""
-    from matplotlib.figure import Figure  # not pyplot: no global state, no display
+    """Draw the loss of every step, its running mean and the held-out loss over the steps, as a PNG.
+
+    Raises:
+      ImportError: matplotlib is not installed.
+    """
+    try:
+        from matplotlib.figure import Figure  # not pyplot: no global state, no display
+    except ImportError as error:
+        raise ImportError("a picture of the loss needs matplotlib: pip install 'rslora_jax[train]'") from error
 
     train = [(r["step"], r["loss"]) for r in records if isinstance(r.get("loss"), float)]
     held = [(r["step"], r["heldout_loss"]) for r in records if isinstance(r.get("heldout_loss"), float)]
@@ -140,15 +147,24 @@ def numbers(record: Record, steps: int, left: float | None) -> str:
 
 
 class Display:
-    """A progress bar on a terminal, some plain lines elsewhere."""
+    """A progress bar on a terminal, some plain lines elsewhere, or nothing.
+
+    Raises:
+      ImportError: something is to be shown, and rich is not installed.
+    """
 
     def __init__(self, steps: int, show: bool = True, every: float = 15.0):
-        from rich.console import Console
-        from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
-
-        self.console = Console(quiet=not show, highlight=False, soft_wrap=True)
         self.steps, self.every, self.said = steps, every, time.monotonic()
         self.seconds: list[float] = []
+        self.show = show
+        if not show:
+            return
+        try:
+            from rich.console import Console
+            from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
+        except ImportError as error:
+            raise ImportError("progress needs rich: pip install 'rslora_jax[train]', or give show=False") from error
+        self.console = Console(highlight=False, soft_wrap=True)
         self.bar = Progress(
             TextColumn("step"),
             MofNCompleteColumn(),
@@ -161,10 +177,13 @@ class Display:
 
     def line(self, text: str) -> None:
         """Print a line that stays."""
-        self.console.print(text, markup=False)
+        if self.show:
+            self.console.print(text, markup=False)
 
     def update(self, record: Record) -> None:
         """Show one step."""
+        if not self.show:
+            return
         self.seconds = [*self.seconds[-19:], record["seconds"]]
         # The first step's time is mostly compilation.
         steady = self.seconds[1:] if len(self.seconds) < 20 else self.seconds
@@ -179,6 +198,9 @@ class Display:
     @contextlib.contextmanager
     def running(self, start: int) -> Iterator[None]:
         """Show the bar, from a step on."""
+        if not self.show:
+            yield
+            return
         self.bar.update(self.task, completed=start)
         with self.bar:
             yield

@@ -136,8 +136,8 @@ def _make_step(
 
     @functools.partial(jax.jit, donate_argnums=0, out_shardings=kept)
     def step(state: TrainState, params: Any, batch: Any) -> tuple[TrainState, dict[str, Array]]:
-        key = None if state.key is None else jax.random.fold_in(state.key, state.step)
-        measured = measure(loss, bound(lora, params), state.adapters, batch, parts=accumulate, key=key)
+        bind, key = bound(lora, params), step_key(state)
+        measured = measure(loss, bind, state.adapters, batch, parts=accumulate, key=key)
         return advance(optimizer, state, measured, skip)
 
     return step
@@ -146,6 +146,11 @@ def _make_step(
 def bound(lora: Lora, params: Any) -> Bind:
     """Return what binds adapters to a model over one base."""
     return lambda adapters: functools.partial(lora.apply, params, adapters)
+
+
+def step_key(state: TrainState) -> Array | None:
+    """Return the key that the next step draws from, where the state has one."""
+    return None if state.key is None else jax.random.fold_in(state.key, state.step)
 
 
 def advance(
@@ -159,7 +164,7 @@ def advance(
     skipped = jnp.where(moves, 0, state.skipped + 1)
     done = state.step + (1 if skip else moves.astype(jnp.int32))
     finite = state.finite if skip else moves
-    metrics = {"loss": measured.value, "grad_norm": norm, "tokens": measured.count, "skipped": skipped}
+    metrics = {"loss": measured.value, "grad_norm": norm, "tokens": measured.tokens, "skipped": skipped}
     return TrainState(done, adapters, opt_state, finite, skipped, state.key), metrics
 
 
@@ -184,8 +189,7 @@ def make_pmap_step(
 
     @functools.partial(jax.pmap, axis_name="devices", donate_argnums=0)
     def step(state: TrainState, params: Any, batch: Any) -> tuple[TrainState, dict[str, Array]]:
-        key = None if state.key is None else jax.random.fold_in(state.key, state.step)
-        bind = bound(lora, params)
+        bind, key = bound(lora, params), step_key(state)
         measured = measure(loss, bind, state.adapters, batch, parts=accumulate, key=key, axis="devices")
         return advance(optimizer, state, measured, skip)
 

@@ -14,10 +14,12 @@ import numpy as np
 import optax
 from jax import Array
 
+from rslora_jax.keys import typed
 from rslora_jax.scaling import gamma
 from rslora_jax.train.gradient import measure
 from rslora_jax.train.loss import Loss
-from rslora_jax.train.state import TrainState, advance
+from rslora_jax.train.state import TrainState, advance, step_key
+from rslora_jax.train.update import to_use
 from rslora_jax.wrap import Adapters, Lora
 
 Factors = dict[str, Array] | None
@@ -88,6 +90,7 @@ def sweep(
     steps: int,
     heldout: Iterable[Any] = (),
     evaluate_at: Collection[int] | None = None,
+    key: Array | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> list[Outcome]:
     """Train several runs of one rank together, by `vmap` over all that differs; the base is there once.
@@ -107,6 +110,7 @@ def sweep(
       steps: of each trial.
       heldout: batches to evaluate on.
       evaluate_at: after how many steps, 0 for before the first; by default after the last.
+      key: a PRNG key, for a loss that takes one, as in `fit`: a trial's steps draw from `fold_in(key, seed)`.
       progress: called with (steps done, steps), when a step is done.
 
     Returns:
@@ -133,8 +137,8 @@ def sweep(
         raise ValueError(f"evaluate_at has {max(evaluate_at, key=abs)}, which is no step of 0 to {steps}")
     rates = jnp.asarray([trial.learning_rate for trial in trials], jnp.float32)
     factors = scaling_factors(lora, trials)
-    step, evaluate = make_sweep_step(lora, loss, optimizer), make_sweep_evaluate(lora, loss)
-    state = start(lora, trials, optimizer, rates)
+    step, evaluate = make_sweep_step(lora, loss, optimizer), make_sweep_evaluate(lora, loss, keyed=key is not None)
+    state = start(lora, trials, optimizer, rates, key)
     sources = {trial.seed: batches(trial.seed) for trial in trials}
     heldout = list(heldout)
     scores: dict[int, list[Any]] = {}
@@ -142,7 +146,8 @@ def sweep(
 
     def look(at: int) -> None:
         if heldout and at in evaluate_at:
-            scores[at] = [jax.device_get(evaluate(state.adapters, factors, params, batch)) for batch in heldout]
+            adapters = jax.vmap(to_use)(state.opt_state, state.adapters)
+            scores[at] = [jax.device_get(evaluate(adapters, factors, params, batch)) for batch in heldout]
 
     def finish(metrics: dict[str, Array]) -> None:
         """Wait for a step; the device may be at work on the next."""
@@ -162,6 +167,7 @@ def sweep(
         look(n + 1)
     assert pending is not None
     finish(pending)
+    adapters = jax.vmap(to_use)(state.opt_state, state.adapters)
     series = {name: np.stack([record[name] for record in records]) for name in records[0]}
 
     def outcome(k: int) -> Outcome:
@@ -173,17 +179,20 @@ def sweep(
             factor_norms=series["factor_norm"][:, k],
             heldout={at: mean_loss(np.array([[s[k], c[k]] for s, c in found])) for at, found in scores.items()},
             diverged=int(bad[0]) + 1 if len(bad) else None,
-            adapters=jax.tree.map(lambda leaf: leaf[k], state.adapters),
+            adapters=jax.tree.map(lambda leaf: leaf[k], adapters),
         )
 
     return [outcome(k) for k in range(len(trials))]
 
 
-def start(lora: Lora, trials: Sequence[Trial], optimizer: Callable[[Any], Any], rates: Array) -> TrainState:
+def start(
+    lora: Lora, trials: Sequence[Trial], optimizer: Callable[[Any], Any], rates: Array, key: Array | None = None
+) -> TrainState:
     """Return the states of all trials as one, with a first axis of trials."""
     adapters = stack([lora.init(jax.random.key(trial.seed)) for trial in trials], jnp)
-    create = lambda adapters, rate: TrainState.create(adapters, optimizer(rate))
-    return jax.jit(jax.vmap(create), donate_argnums=0)(adapters, rates)
+    keys = None if key is None else jnp.stack([jax.random.fold_in(typed(key), trial.seed) for trial in trials])
+    create = lambda adapters, rate, key: TrainState.create(adapters, optimizer(rate), key)
+    return jax.jit(jax.vmap(create), donate_argnums=0)(adapters, rates, keys)
 
 
 def scaling_factors(lora: Lora, trials: Sequence[Trial]) -> Factors:
@@ -211,19 +220,28 @@ def make_sweep_step(lora: Lora, loss: Loss, optimizer: Callable[[Any], optax.Gra
 
     def one(state: TrainState, rate: Array, factors: Factors, params: Any, batch: Any) -> Any:
         bind = lambda adapters: functools.partial(lora.apply, params, scaled(adapters, factors))
-        measured = measure(loss, bind, state.adapters, batch)
+        measured = measure(loss, bind, state.adapters, batch, key=step_key(state))
         state, metrics = advance(optimizer(rate), state, measured, skip=False)
         return state, metrics | {"factor_norm": factor_norm(lora, measured.grads)}
 
     return jax.jit(jax.vmap(one, in_axes=(0, 0, 0, None, 0)), donate_argnums=0)
 
 
-@functools.lru_cache(maxsize=8)
-def make_sweep_evaluate(lora: Lora, loss: Loss) -> Callable[[Adapters, Factors, Any, Any], tuple[Array, Array]]:
-    """Make the compiled `(adapters, factors, params, batch) -> (sums, counts)` of all trials on one batch."""
+def make_sweep_evaluate(
+    lora: Lora, loss: Loss, *, keyed: bool = False
+) -> Callable[[Adapters, Factors, Any, Any], tuple[Array, Array]]:
+    """Make the compiled `(adapters, factors, params, batch) -> (sums, counts)` of all trials on one batch.
 
+    A loss that takes a key (`keyed`) is given None for it.
+    """
+    return _make_sweep_evaluate(lora, loss, keyed)
+
+
+@functools.lru_cache(maxsize=8)
+def _make_sweep_evaluate(lora: Lora, loss: Loss, keyed: bool) -> Any:
     def one(adapters: Adapters, factors: Factors, params: Any, batch: Any) -> tuple[Array, Array]:
-        return loss(functools.partial(lora.apply, params, scaled(adapters, factors)), batch)
+        run = functools.partial(lora.apply, params, scaled(adapters, factors))
+        return loss(run, batch, *((None,) if keyed else ()))
 
     # A count that is the same for all trials would have no axis of theirs.
     return jax.jit(jax.vmap(one, in_axes=(0, 0, None, None), out_axes=0))

@@ -1,9 +1,10 @@
-"""One update by any optimiser of optax: what it asks for beside the gradient, and which adapters it means to be used."""
+"""One update by any optimiser of optax: what it asks for beside the gradient, and which adapters are to be used."""
 
 from __future__ import annotations
 
 import functools
 import inspect
+import warnings
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
@@ -13,7 +14,7 @@ import optax
 from optax.contrib import SAMState, ScheduleFreeState
 
 from rslora_jax.train.gradient import Measured
-from rslora_jax.wrap import Adapters
+from rslora_jax.wrap import Adapters, RsloraWarning
 
 
 class WithSlow(NamedTuple):
@@ -36,9 +37,29 @@ def begin(optimizer: optax.GradientTransformation, adapters: Adapters) -> Any:
         state = optimizer.init(adapters)
         if any(isinstance(x, optax.LookaheadState) for x in nodes(state, optax.LookaheadState)):
             state = WithSlow(adapters, optimizer.init(optax.LookaheadParams.init_synced(adapters)))
-        return own(state)
+        state = own(state)
     except Exception as error:
         raise refusal(optimizer, str(error)) from error
+    for muon in nodes(state, optax.contrib.MuonState):
+        if isinstance(muon, optax.contrib.MuonState) and not jax.tree.leaves(muon.mu):
+            warnings.warn(
+                "muon takes arrays of two axes alone, and leaves all these adapters, which are stacks, to its Adam: "
+                "give it muon_weight_dimension_numbers=train.muon_axes(lora)",
+                RsloraWarning,
+                stacklevel=3,
+            )
+    return state
+
+
+def rehearse(optimizer: optax.GradientTransformation, adapters: Adapters) -> None:
+    """Raise the ValueError of `update` where an optimiser cannot train adapters of these shapes; compute nothing."""
+
+    def once(adapters: Adapters) -> Any:
+        value_fn = lambda adapters: optax.tree.norm(adapters, squared=True)
+        measured = Measured(value_fn(adapters), jnp.ones(()), adapters, value_fn)
+        return update(optimizer, begin(optimizer, adapters), adapters, measured)
+
+    jax.eval_shape(once, adapters)
 
 
 def own(tree: Any) -> Any:
@@ -76,7 +97,8 @@ def update(
     for got, want in zip(jax.tree.leaves(updates), jax.tree.leaves(params), strict=False):
         if jnp.shape(got) != jnp.shape(want):
             raise refusal(optimizer, f"it gave an update of shape {jnp.shape(got)} for one of {jnp.shape(want)}")
-    if jax.tree.structure(updates) != jax.tree.structure(params):
+    structure: Any = jax.tree.structure(updates)
+    if structure != jax.tree.structure(params):
         raise refusal(optimizer, "its updates are of another structure than the adapters")
     moved = optax.apply_updates(params, updates)
     return (moved.fast, WithSlow(moved.slow, inner)) if slow else (moved, inner)
