@@ -75,7 +75,7 @@ def measure(
 
     # With a rule of its own the gradient, too, is summed part by part and over devices, and keeps no part's values.
     value_fn = jax.custom_vjp(mean)
-    value_fn.defvjp(mean_and_gradient, lambda grads, g: (jax.tree.map(lambda x: x * g.astype(x.dtype), grads),))
+    value_fn.defvjp(mean_and_gradient, lambda grads, g: (jax.tree.map(lambda x: x * jnp.asarray(g, x.dtype), grads),))
     (value, count), grads = summed(with_gradient, adapters)
     value, grads = per(count, (value, grads))
     return Measured(value, jnp.asarray(count, jnp.float32), grads, value_fn)

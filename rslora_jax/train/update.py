@@ -167,7 +167,8 @@ def nodes(tree: Any, kinds: Any) -> list[Any]:
 
 def refusal(optimizer: optax.GradientTransformation, why: str) -> ValueError:
     name = name_of(getattr(optimizer, "update", optimizer))
-    return ValueError(f"the optimiser {name} cannot train adapters: {' '.join(why.split())}")
+    why = " ".join(why.split("\n---")[0].split())  # JAX adds a note on its traceback
+    return ValueError(f"the optimiser {name} cannot train adapters: {why}")
 
 
 def name_of(update: Any) -> str:
