@@ -118,6 +118,6 @@ def split(batch: Any, parts: int) -> Any:
                 f"a batch array of shape {rows.shape} cannot be taken in {parts} parts: its first axis is not a "
                 f"multiple of accumulate={parts}"
             )
-        return jnp.moveaxis(rows.reshape(-1, parts, *rows.shape[1:]), 1, 0)
+        return jnp.moveaxis(rows.reshape(rows.shape[0] // parts, parts, *rows.shape[1:]), 1, 0)
 
     return jax.tree.map(one, batch)

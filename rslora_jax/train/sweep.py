@@ -110,7 +110,8 @@ def sweep(
       steps: of each trial.
       heldout: batches to evaluate on.
       evaluate_at: after how many steps, 0 for before the first; by default after the last.
-      key: a PRNG key, for a loss that takes one, as in `fit`: a trial's steps draw from `fold_in(key, seed)`.
+      key: a PRNG key, for a loss that takes one, as in `fit`: a trial's steps draw from `fold_in(key, seed)`, as
+        they would alone with a threefry key. Of "rbg" JAX draws others under `vmap`.
       progress: called with (steps done, steps), when a step is done.
 
     Returns:

@@ -2,7 +2,6 @@
 
 import functools
 import inspect
-import warnings
 
 import jax
 import jax.numpy as jnp
@@ -69,8 +68,8 @@ REFUSED = {
 SEARCH = ("value", "grad", "value_fn")
 ASK = {
     **dict.fromkeys(["lbfgs", "scale_by_zoom_linesearch", "scale_by_backtracking_linesearch"], SEARCH),
-    **dict.fromkeys(["momo", "momo_adam", "polyak_sgd", "scale_by_polyak", "reduce_on_plateau"], ["value"]),
-    **dict.fromkeys(["sophia", "hutchinson_estimator_diag_hessian"], ["obj_fn"]),
+    **dict.fromkeys(["momo", "momo_adam", "polyak_sgd", "scale_by_polyak", "reduce_on_plateau"], ("value",)),
+    **dict.fromkeys(["sophia", "hutchinson_estimator_diag_hessian"], ("obj_fn",)),
 }
 
 
@@ -85,6 +84,11 @@ def makers():
         if name == "MultiSteps" or ("GradientTransformation" in says and "params" not in signature.parameters):
             found[name] = function
     return found
+
+
+# Parts of optimisers, as they are in those that are tested by day.
+AT_NIGHT = [name for name in sorted(makers()) if name.startswith("scale_by_") and name not in {*ASK, *REFUSED}]
+BY_DAY = sorted({*makers()} - {*AT_NIGHT})
 
 
 def make(name):
@@ -183,7 +187,7 @@ def check(problem, optimizer, ask, folder):
 
 
 @pytest.mark.filterwarnings("ignore:Specifying a key", "ignore:muon takes arrays of two axes")
-@pytest.mark.parametrize("name", sorted(makers()))
+@pytest.mark.parametrize("name", [*BY_DAY, *(pytest.param(name, marks=pytest.mark.nightly) for name in AT_NIGHT)])
 def test_every_optimiser_of_optax_trains_adapters_or_is_refused_by_name(problem, tmp_path, name):
     optimizer = make(name)
     if name in REFUSED:
@@ -239,11 +243,11 @@ def test_an_optimiser_that_cannot_be_is_refused_before_a_run_begins(problem, tmp
     )
     with pytest.raises(ValueError, match=r"^the optimiser chain\(clip, scale_by_muon\) cannot train adapters: "):
         go(optax.chain(optax.clip(1.0), contrib.scale_by_muon()))
-    with pytest.raises(ValueError, match="^the optimiser adam cannot train adapters: .*no attribute 'init'"):
+    with pytest.raises(ValueError, match=r"^the optimiser adam cannot train adapters: .*no attribute 'init'"):
         go(optax.adam)
     needs = lambda updates, state, params, *, curvature: (updates, state)
     with pytest.raises(
-        ValueError, match="^the optimiser .* cannot train adapters: .*missing 1 required .* 'curvature'"
+        ValueError, match=r"^the optimiser .* cannot train adapters: .*missing 1 required .* 'curvature'"
     ):
         go(optax.GradientTransformationExtraArgs(lambda params: (), needs))
     assert not (tmp_path / "run").exists()
@@ -356,3 +360,69 @@ def test_adapters_to_use_are_those_that_the_optimiser_means(problem):
     assert after(optax.adam(1e-2), 1).to_use is not None
     state = after(optax.adam(1e-2), 1)
     assert state.to_use is state.adapters
+
+
+@pytest.mark.parametrize("optimizer", [contrib.schedule_free_sgd, optax.polyak_sgd, contrib.momo])
+def test_trials_of_a_sweep_are_the_runs_alone(problem, optimizer):
+    source = lambda seed: [x + seed for x in problem.batches]
+    trials = [train.Trial(0.02), train.Trial(0.05, seed=1)]
+    found = train.sweep(
+        *(problem.lora, problem.params, trials),
+        **{"batches": source, "loss": squares, "optimizer": optimizer, "steps": 3, "heldout": problem.batches[:1]},
+    )
+    for outcome in found:
+        one = optimizer(outcome.trial.learning_rate)
+        step = train.make_step(problem.lora, squares, one)
+        state = train.TrainState.create(problem.lora.init(jax.random.key(outcome.trial.seed)), one)
+        for x in source(outcome.trial.seed):
+            state, _ = step(state, problem.params, x)
+        near(outcome.adapters, state.to_use)
+        held = float(problem.mean(state.to_use, problem.batches[0]))
+        assert outcome.heldout[3].loss == pytest.approx(held, rel=1e-4)
+
+
+def test_a_sweep_may_search(problem):
+    make_it = lambda rate: optax.chain(optax.sgd(rate), optax.scale_by_backtracking_linesearch(4))
+    batches = lambda seed: problem.batches
+    options = {"batches": batches, "loss": squares, "optimizer": make_it, "steps": 2}
+    rates = (0.5, 2.0)
+    found = train.sweep(problem.lora, problem.params, [train.Trial(rate) for rate in rates], **options)
+    for rate, outcome in zip(rates, found, strict=True):
+        step = train.make_step(problem.lora, squares, make_it(rate))
+        state = train.TrainState.create(problem.lora.init(jax.random.key(0)), make_it(rate))
+        for x in problem.batches[:2]:
+            state, _ = step(state, problem.params, x)
+        near(outcome.adapters, state.adapters)
+
+
+@pytest.mark.parametrize("name", ["schedule_free_sgd", "lookahead", "sam"])
+def test_a_run_evaluates_and_keeps_the_adapters_to_use(problem, tmp_path, name):
+    """And goes on from those it trains, bit for bit. The batches have a scalar."""
+    optimizer = make(name)
+
+    def loss(run, batch):
+        total, count = squares(run, batch["x"])
+        return total * batch["scale"], count
+
+    batches = [{"x": x, "scale": 0.5} for x in problem.batches * 2]
+
+    def fit(folder, steps, **options):
+        return train.fit(
+            *(problem.lora, problem.params, problem.adapters),
+            **{"batches": batches, "loss": loss, "optimizer": optimizer, "steps": steps, "folder": tmp_path / folder},
+            **{"heldout": batches[:1], "eval_every": 1, "save_every": 1, "show": False, "keep": 9} | options,
+        )
+
+    step, state = train.make_step(problem.lora, loss, optimizer), train.TrainState.create(problem.adapters, optimizer)
+    whole = fit("whole", 5)
+    for n in range(5):
+        state, _ = step(state, problem.params, batches[n])
+        held = [r["heldout_loss"] for r in whole.records if "heldout_loss" in r and r["step"] == n + 1]
+        assert held[0] == pytest.approx(0.5 * float(problem.mean(state.to_use, problem.batches[0])), rel=1e-5)
+        kept = checkpoint.load_adapters(tmp_path / "whole", params=problem.params, step=n + 1)[1]
+        near(kept, state.to_use)
+    near(whole.adapters, state.to_use)
+    fit("parts", 3)
+    parts = fit("parts", 5, resume=True)
+    equal(parts.adapters, whole.adapters)
+    assert [r.get("loss") for r in parts.records] == [r.get("loss") for r in whole.records]

@@ -131,3 +131,32 @@ def test_a_step_in_lower_precision_keeps_float32_adapters_and_moments():
     state, _ = step(train.TrainState.create(adapters, optimizer), w, jnp.ones((2, 5), jnp.bfloat16))
     for tree in (state.adapters, state.opt_state[0].mu, state.opt_state[0].nu):
         assert {leaf.dtype.name for leaf in jax.tree.leaves(tree)} == {"float32"}
+
+
+@pytest.mark.parametrize("parts", [1, 2])
+def test_a_batch_may_have_scalars(parts, tmp_path):
+    """A scalar goes whole to each part, lies whole on a mesh, and its FLOPs can be counted."""
+    from rslora_jax import sharding
+    from rslora_jax.train.feed import put
+    from rslora_jax.train.loop import count_flops
+
+    lora, w, adapters = regression()
+    rows = np.random.default_rng(0).normal(size=(4, 5)).astype("float32")
+    weighted = lambda run, batch: (
+        batch["scale"] * jnp.sum((run(batch["x"]) - batch["shift"]) ** 2) + batch["none"].sum(),
+        jnp.float32(batch["x"].size),
+    )
+    batch = {"x": rows, "scale": 0.5, "shift": np.float32(2), "none": np.zeros((4, 0), np.float32)}
+    optimizer = optax.sgd(1.0)
+    state = train.TrainState.create(adapters, optimizer)
+    assert count_flops(lora, weighted, w, state, batch, parts) == count_flops(
+        lora, lambda run, x: squares(run, x), w, state, rows, parts
+    )
+    state, metrics = train.make_step(lora, weighted, optimizer, accumulate=parts)(state, w, batch)
+    weight = lambda ab: w["w"] + 7 / np.sqrt(3) * ab["w"]["a"] @ ab["w"]["b"]
+    by_hand = lambda ab: 0.5 * jnp.sum((rows @ weight(ab) - 2) ** 2) / 20
+    value, grads = jax.value_and_grad(by_hand)(adapters)
+    assert float(metrics["loss"]) == pytest.approx(float(value), rel=1e-5)
+    near(jax.tree.map(jnp.subtract, adapters, state.adapters), grads, 2e-5)
+    laid = put(batch, sharding.batch_sharding(sharding.make_mesh("data=-1")))
+    assert laid["scale"].shape == () and laid["scale"].is_fully_replicated

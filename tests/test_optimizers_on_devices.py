@@ -1,0 +1,38 @@
+"""Optimisers that try adapters out, on a mesh and by pmap: all devices agree, and are where one device would be."""
+
+import json
+import os
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+
+from tests.optimizer_program import OPTIMIZERS
+
+pytestmark = [pytest.mark.by_day_on("newest"), pytest.mark.xdist_group("meshes")]
+BY_DAY = ["lbfgs", "hessian", "noisy_sgd"]
+AT_NIGHT = sorted({*OPTIMIZERS} - {*BY_DAY})
+
+
+@pytest.mark.parametrize("names", [BY_DAY, pytest.param(AT_NIGHT, marks=pytest.mark.nightly)])
+def test_many_devices_take_the_step_of_one(names):
+    flags = os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=4"
+    done = subprocess.run(
+        [sys.executable, "-m", "tests.optimizer_program", *names],
+        capture_output=True,
+        text=True,
+        env=os.environ | {"XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu", "JAX_DISABLE_MOST_OPTIMIZATIONS": "1"},
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    found = json.loads(done.stdout.splitlines()[-1])
+    assert list(found) == names
+    for name, ways in found.items():
+        one = ways["one"]["adapters"]
+        for way, got in ways.items():
+            for path, want in one.items():
+                np.testing.assert_allclose(
+                    got["adapters"][path], want, atol=1e-5 * np.abs(want).max(), err_msg=f"{name}, {way}, {path}"
+                )
+            assert got.get("same", True), f"{name}, {way}: the devices have different adapters"
+            assert got.get("compiled", 1) == 1, f"{name}, {way}"
