@@ -233,7 +233,7 @@ def train(arguments: argparse.Namespace) -> int:
     share = sharding.process_rows(where, a.batch_size) if where else None
     schedule = optimizers.make_schedule(a.schedule, peak=a.learning_rate, steps=a.steps, warmup=a.warmup)
     options = optimizers.parse_options(a.optimizer_option)
-    optimizer = optimizers.make_optimizer(a.optimizer, schedule=schedule, clip=a.clip, options=options)
+    optimizers.make_optimizer(a.optimizer, schedule=schedule, clip=a.clip, options=options)  # refused before all else
     # A run that is resumed has the adapters' own config.
     start = opened.open_adapters(out if a.resume else a.adapters) if a.adapters else None
     if start and not a.resume:
@@ -255,6 +255,7 @@ def train(arguments: argparse.Namespace) -> int:
     config = rslora.LoraConfig(rank=a.rank, alpha=a.alpha, scaling=a.scaling, targets=a.targets)
     config = found.lora.config if found else config
     lora = rslora.wrap(apply, variables, jax.ShapeDtypeStruct((1, 8), "int32"), config=config)
+    optimizer = optimizers.make_optimizer(a.optimizer, schedule=schedule, clip=a.clip, options=options, lora=lora)
     print(lora, flush=True)
 
     max_len = min(a.max_len, model_config.max_len)

@@ -9,6 +9,7 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import optax
 from optax.contrib import MuonDimensionNumbers
@@ -78,6 +79,7 @@ def make_optimizer(
     schedule: optax.ScalarOrSchedule,
     clip: float | None = 1.0,
     options: Mapping[str, Any] | None = None,
+    lora: Lora | None = None,
 ) -> optax.GradientTransformation:
     """Make an optax optimiser by its name, with the gradient's norm clipped before it.
 
@@ -86,10 +88,11 @@ def make_optimizer(
     factor with a side below 128 (`min_dim_size_to_factor`), which is every adapter of a rank below that.
 
     Args:
-      name: of a function of optax that takes a `learning_rate`: adamw, sgd, adafactor, lion, ...
+      name: of a function of optax or optax.contrib that takes a `learning_rate`: adamw, sgd, adafactor, muon, ...
       schedule: the learning rate, or a function from the step to it, as of `make_schedule`.
       clip: the largest norm of all gradients together; None or 0 leaves them as they are.
       options: what else to give that function, by name.
+      lora: whose adapters are to be trained; muon is told their matrices, where they are stacks (`muon_axes`).
 
     Returns:
       The optimiser; its state is a pytree of arrays.
@@ -119,10 +122,12 @@ def make_optimizer(
         if option not in takes:
             listed = f"it has {', '.join(takes)}" if takes else "it has none"
             raise ValueError(f"{name} has no option {option!r}{near(option, takes)}: {listed}")
-    defaults = {"weight_decay": 0.0} if "weight_decay" in takes else {}
+    defaults: dict[str, Any] = {"weight_decay": 0.0} if "weight_decay" in takes else {}
+    if name == "muon" and lora:
+        defaults["muon_weight_dimension_numbers"] = muon_axes(lora)
     try:
         optimizer = known[name](learning_rate=schedule, **{**defaults, **DEFAULTS.get(name, {}), **options})
-        rehearse(optimizer, {"w": {"a": jnp.zeros((2, 3))}})
+        rehearse(optimizer, jax.eval_shape(lora.init, jax.random.key(0)) if lora else {"w": {"a": jnp.zeros((2, 3))}})
     except (TypeError, ValueError) as error:
         given = ", ".join(f"{k}={v}" for k, v in options.items()) or "no options"
         raise ValueError(f"{name} with {given} cannot be used with a schedule: {error}") from error

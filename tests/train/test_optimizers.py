@@ -168,7 +168,11 @@ def test_every_optimiser_of_optax_has_a_state_of_arrays_or_is_refused():
 @pytest.mark.parametrize(
     ("name", "options", "text"),
     [
-        ("AdamW", {}, r"no optimiser 'AdamW' \(did you mean adamw\?\): it has adabelief, .* can be made in Python"),
+        (
+            "AdamW",
+            {},
+            r"no optimiser 'AdamW' \(did you mean adamw\?\): it has acprop, adabelief, .* can be made in Python",
+        ),
         ("scale_by_adam", {}, "no optimiser 'scale_by_adam'"),
         ("adamw", {"beta2": 0.9}, "adamw has no option 'beta2'.*: it has b1, b2, .*nesterov"),
         ("sign_sgd", {"b1": 0.9}, "sign_sgd has no option 'b1': it has none"),
@@ -199,3 +203,19 @@ def test_options_are_read_from_text():
             parse_options([text])
     optimizer = make_optimizer("adamw", schedule=1e-3, options=parse_options(["mu_dtype=bfloat16", "eps=1e-6"]))
     assert jnp.bfloat16 in [leaf.dtype for leaf in jax.tree.leaves(optimizer.init(jnp.ones(3)))]
+
+
+def test_muon_by_name_orthogonalises_each_matrix_of_a_stack(regression):
+    """With a matrix of its own each: the singular values of its first update are near one, the rate apart."""
+    optimizer = make_optimizer("muon", schedule=0.1, clip=None, lora=regression.lora)
+    fresh = regression.lora.init(jax.random.key(1))
+    adapters = jax.tree.map(lambda x: x + 0.1 * jax.random.normal(jax.random.key(5), x.shape), fresh)
+    grads = jax.grad(regression.loss)(adapters)
+    updates, _ = optimizer.update(grads, optimizer.init(adapters), adapters)
+    for factor in ("a", "b"):
+        for update, grad in zip(updates["w"][factor], grads["w"][factor], strict=True):
+            u, _, v = np.linalg.svd(np.asarray(grad, np.float64), full_matrices=False)
+            rows, columns = grad.shape
+            turned = -u.T @ np.asarray(update) @ v.T / (0.1 * np.sqrt(max(1, columns / rows)))
+            assert np.diag(turned).min() > 0.6 and np.diag(turned).max() < 1.3
+            assert np.abs(turned - np.diag(np.diag(turned))).max() < 0.02
