@@ -171,4 +171,5 @@ def refuse_lookup(sites: Mapping[str, Site]) -> Callable[[Use], None]:
 
 
 # Joined weights have one output between them, and inside a shard_map an array is only a device's part.
-MEASURED = {name: rule for name, rule in RULES.items() if name not in ("concatenate", "stack", "tile", "shard_map")}
+UNMEASURED = ("concatenate", "stack", "tile", "shard_map")
+MEASURED = {primitive: rule for primitive, rule in RULES.items() if primitive.name not in UNMEASURED}

@@ -5,6 +5,7 @@ from typing import Any
 
 import jax
 from jax import Array, lax
+from jax.extend.core import primitives
 from jax.sharding import PartitionSpec as P
 
 from rslora_jax.transform import compat
@@ -242,17 +243,14 @@ def hold(carry: list[Any]) -> tuple[dict[int, View], list[Any]]:
     return fixed, [None if n in fixed else c for n, c in enumerate(carry)]
 
 
-RULES: dict[str, Rule] = {
-    "jit": jit,
-    "pjit": jit,
-    "closed_call": closed_call,
-    "core_call": closed_call,
-    "remat2": remat,
-    "checkpoint": remat,
-    "scan": scan,
-    "while": while_,
-    "cond": cond,
-    "custom_jvp_call": custom_jvp,
-    "custom_vjp_call": custom_vjp,
-    "shard_map": shard_map,
+RULES: dict[compat.Primitive, Rule] = {
+    primitives.jit_p: jit,
+    primitives.closed_call_p: closed_call,
+    primitives.remat_p: remat,
+    primitives.scan_p: scan,
+    primitives.while_p: while_,
+    primitives.cond_p: cond,
+    primitives.custom_jvp_call_p: custom_jvp,
+    primitives.custom_vjp_call_p: custom_vjp,
+    compat.shard_map_p: shard_map,
 }

@@ -9,10 +9,33 @@ from typing import Any
 
 import jax
 from jax._src import core, source_info_util
-from jax.extend.core import Literal
+from jax._src.core import pvary_p
+from jax._src.interpreters.partial_eval import dce_jaxpr
+from jax._src.lax.lax import ragged_dot_general_p
+from jax._src.lax.parallel import all_gather_invariant_p
+from jax._src.shard_map import shard_map_p
+from jax.extend.core import Literal, Primitive
 
 Jaxpr = Any  # `Jaxpr` and `ClosedJaxpr` are two classes on JAX 0.10 and one on 0.12
 Eqn = Any
+
+# The primitives for which JAX has no public name: one that is renamed is an ImportError here, not a rule never used.
+__all__ = ["Primitive", "all_gather_invariant_p", "pvary_p", "ragged_dot_general_p", "shard_map_p"]
+
+
+def live(jaxpr: Jaxpr) -> Jaxpr:
+    """Return a program without what no output and no effect depends on; its inputs stay as many.
+
+    JAX keeps what it makes of a program, so the same one gives the same equations again.
+    """
+    inner, consts = opened(jaxpr)
+    lean, _ = dce_jaxpr(inner, True, True)
+    return lean if inner is jaxpr else jax.extend.core.ClosedJaxpr(lean, consts)
+
+
+def used_inputs(jaxpr: Jaxpr) -> list[bool]:
+    """Say for each input of a program whether an output or an effect depends on it."""
+    return dce_jaxpr(opened(jaxpr)[0], True)[1]
 
 
 def is_literal(atom: Any) -> bool:

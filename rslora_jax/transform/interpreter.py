@@ -49,7 +49,7 @@ class Walk:
     """What a walk needs beside the program.
 
     Attributes:
-      rules: the rule of each primitive, by name.
+      rules: the rule of each primitive.
       on_use: called with each low-rank use of a weight.
       on_fallback: called with (site, primitive) where a weight is materialised.
       product: makes the product of data and an adapted weight, with the arguments of `adapted_product`.
@@ -57,7 +57,7 @@ class Walk:
       calls: compiled calls by equation, kept so that the same call never traces twice.
     """
 
-    rules: Mapping[str, Rule]
+    rules: Mapping[compat.Primitive, Rule]
     on_use: Callable[[Use], None] = lambda use: None
     on_fallback: Callable[[str, str], None] = lambda site, primitive: None
     product: Callable[..., Any] = adapted_product
@@ -87,7 +87,7 @@ class Walk:
         met = met or (self.otherwise is None and compat.op_by_op() and compat.holds_program(eqn))
         if self.otherwise is None and not met:
             return compat.bind(eqn, *values)
-        rule = self.rules.get(eqn.primitive.name)
+        rule = self.rules.get(eqn.primitive)
         outs = rule(self, eqn, values) if rule and met else None
         if outs is None and self.otherwise is not None:
             return self.otherwise(self, eqn, values)

@@ -49,4 +49,4 @@ class Program:
                     "cannot be traced with it: pass arrays, or values such as True, None or a string"
                 ) from None
         jaxpr, out_tree = compat.trace(self.jitted, Static(tree, fixed, is_array), *arrays)
-        return jaxpr, out_tree, arrays
+        return compat.live(jaxpr), out_tree, arrays

@@ -6,6 +6,7 @@ from typing import Any
 
 import jax.numpy as jnp
 from jax import Array, lax
+from jax.extend.core import primitives
 
 from rslora_jax.transform import calls, compat, joins, renames
 from rslora_jax.transform.convolution import convolution
@@ -250,38 +251,40 @@ def gather(walk: Walk, eqn: compat.Eqn, values: list[Any]) -> list[Any] | None:
     return [y + delta.astype(y.dtype)]
 
 
-RULES: dict[str, Rule] = {
-    "transpose": renaming(lambda view, p: renames.transpose(view, p["permutation"])),
-    "reshape": renaming(reshape),
-    "squeeze": renaming(lambda view, p: renames.squeeze(view, p["dimensions"])),
-    "broadcast_in_dim": renaming(lambda view, p: renames.broadcast(view, p["shape"], p["broadcast_dimensions"])),
-    "rev": renaming(lambda view, p: renames.reverse(view, p["dimensions"])),
-    "pad": renaming(lambda view, p, value: renames.pad(view, value, p["padding_config"])),
-    "slice": renaming(lambda view, p: renames.slice_axes(view, p["start_indices"], p["limit_indices"], p["strides"])),
-    "dynamic_slice": renaming(dynamic_slice),
-    "split": split,
-    "concatenate": concatenate,
-    "stack": stack,
-    "unstack": unstack,
-    "tile": renaming(tile),
-    "convert_element_type": renaming(cast),
-    "copy": renaming(lambda view, p: view),
-    "copy_p": renaming(lambda view, p: view),
-    "neg": renaming(lambda view, p: renames.negate(view)),
-    "mul": multiply,
-    "div": renaming(divide),
-    "add": add,
-    "add_any": add,
-    "sub": subtract,
-    "stop_gradient": each,
-    "name": each,
-    "pvary": each,
-    "pcast": each,
-    "optimization_barrier": optimization_barrier,
-    "sharding_constraint": constrain_sharding,
-    "dot_general": dot_general,
-    "conv_general_dilated": conv_general_dilated,
-    "ragged_dot_general": ragged_dot_general,
-    "gather": gather,
+RULES: dict[compat.Primitive, Rule] = {
+    primitives.transpose_p: renaming(lambda view, p: renames.transpose(view, p["permutation"])),
+    primitives.reshape_p: renaming(reshape),
+    primitives.squeeze_p: renaming(lambda view, p: renames.squeeze(view, p["dimensions"])),
+    primitives.broadcast_in_dim_p: renaming(
+        lambda view, p: renames.broadcast(view, p["shape"], p["broadcast_dimensions"])
+    ),
+    primitives.rev_p: renaming(lambda view, p: renames.reverse(view, p["dimensions"])),
+    primitives.pad_p: renaming(lambda view, p, value: renames.pad(view, value, p["padding_config"])),
+    primitives.slice_p: renaming(
+        lambda view, p: renames.slice_axes(view, p["start_indices"], p["limit_indices"], p["strides"])
+    ),
+    primitives.dynamic_slice_p: renaming(dynamic_slice),
+    lax.split_p: split,
+    primitives.concatenate_p: concatenate,
+    lax.stack_p: stack,
+    lax.unstack_p: unstack,
+    lax.tile_p: renaming(tile),
+    primitives.convert_element_type_p: renaming(cast),
+    primitives.copy_p: renaming(lambda view, p: view),
+    primitives.neg_p: renaming(lambda view, p: renames.negate(view)),
+    primitives.mul_p: multiply,
+    primitives.div_p: renaming(divide),
+    primitives.add_p: add,
+    primitives.add_jaxvals_p: add,
+    primitives.sub_p: subtract,
+    primitives.stop_gradient_p: each,
+    primitives.name_p: each,
+    compat.pvary_p: each,
+    lax.optimization_barrier_p: optimization_barrier,
+    primitives.sharding_constraint_p: constrain_sharding,
+    primitives.dot_general_p: dot_general,
+    primitives.conv_general_dilated_p: conv_general_dilated,
+    compat.ragged_dot_general_p: ragged_dot_general,
+    primitives.gather_p: gather,
     **calls.RULES,
 }
