@@ -29,11 +29,15 @@ class LoraConfig:
       exclude: globs over paths to leave out of `targets`.
       rank_pattern, alpha_pattern: globs over paths with the rank or alpha of the weights that match;
         the first match wins. A mapping, or a sequence of pairs.
+      axes: globs over paths with a name for each axis of the weights that match, "in", "out" or "stack", where the use
+        of a weight does not tell them: `{"*/experts": ("stack", "in", "out")}`. Such a weight is adapted whatever it is
+        used in; where that has no low-rank form, the sum is formed.
       init: how A starts: "uniform" (PEFT's Kaiming-uniform: variance 1 / (3 in)), "gaussian" (variance
         1 / in), or a function (key, shape, dtype, fan_in) -> array. B starts at zero.
       dtype: dtype in which adapters are held and trained.
       on_fallback: "warn" or "error", where a weight is used in a way that has no low-rank form.
-      allow_large_rank: accept a rank above min(in, out), with a warning.
+      allow_large_rank: accept a rank above a weight's full rank, min(in, out), with a warning. Without it `rank` is cut
+        down to that for weights narrower than it, and a rank above it in `rank_pattern` is an error.
 
     Raises:
       ValueError: for a rank below 1, an unknown name, or an alpha that is not a positive number.
@@ -50,6 +54,7 @@ class LoraConfig:
     exclude: str | Sequence[str] = ()
     rank_pattern: Mapping[str, int] | Sequence[tuple[str, int]] = ()
     alpha_pattern: Mapping[str, float] | Sequence[tuple[str, float]] = ()
+    axes: Mapping[str, Sequence[str]] | Sequence[tuple[str, Sequence[str]]] = ()
     init: str | Callable[..., Any] = "uniform"
     dtype: str = "float32"
     on_fallback: str = "warn"
@@ -64,6 +69,15 @@ class LoraConfig:
             value = getattr(self, name)
             pairs = value.items() if isinstance(value, Mapping) else value
             object.__setattr__(self, name, tuple((str(p), v) for p, v in pairs))
+        stated = self.axes.items() if isinstance(self.axes, Mapping) else self.axes
+        object.__setattr__(self, "axes", tuple((str(p), tuple(names)) for p, names in stated))
+        named: Any = self.axes
+        for pattern, names in named:
+            if not {"in", "out"} <= set(names) <= {"in", "out", "stack"}:
+                raise ValueError(
+                    f"axes {pattern!r}: {names!r} does not name each axis 'in', 'out' or 'stack', with at least one "
+                    "'in' and one 'out'"
+                )
         ranks: Any = self.rank_pattern
         alphas: Any = self.alpha_pattern
         for rank in (self.rank, *(v for _, v in ranks)):

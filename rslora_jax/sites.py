@@ -2,13 +2,10 @@
 
 import dataclasses
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import jax
-
-from rslora_jax import scaling
-from rslora_jax.config import LoraConfig, first_match, matches, near_misses
 
 
 @dataclasses.dataclass(frozen=True)
@@ -73,73 +70,3 @@ def path_name(path: Sequence[Any]) -> str:
 def named_leaves(tree: Any) -> dict[str, Any]:
     """Return the leaves of a pytree by path, in its order."""
     return {path_name(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(tree)}
-
-
-def select(
-    config: LoraConfig,
-    shapes: Mapping[str, tuple[int, ...]],
-    roles: Mapping[str, Mapping[str, Any]],
-    heads: set[str],
-) -> tuple[dict[str, Site], list[str]]:
-    """Return the sites a config asks for, and warnings for what it asks at a cost.
-
-    Raises:
-      ValueError: where a pattern matches nothing, a target is no weight of a matrix product, a rank is
-        above the weight's own, or nothing is left to adapt.
-    """
-    targets = (config.targets,) if isinstance(config.targets, str) else config.targets
-    exclude = (config.exclude,) if isinstance(config.exclude, str) else config.exclude
-    chosen: set[str] = set()
-    if not roles:
-        raise ValueError("no weight is left to adapt: the function uses none of its parameters in a matrix product")
-    for pattern in targets:
-        if pattern == "all-linear":
-            tables = {shapes[p][r["in_axes"][0]] for p, r in roles.items() if r["kind"] == "embedding"}
-            head = {p for p in heads if math.prod(shapes[p][n] for n in roles[p]["out_axes"]) in tables}
-            chosen |= {p for p, r in roles.items() if r["kind"] in ("linear", "expert")} - head
-            continue
-        hit = {p for p in roles if matches(p, pattern)}
-        if not hit:
-            other = [p for p in shapes if matches(p, pattern)]
-            if other:
-                raise ValueError(
-                    f"target {pattern!r} matches {other[0]} of shape {shapes[other[0]]}, which no matrix product or "
-                    "look-up uses as a weight, so it cannot be factored: did you mean "
-                    f"{near_misses(pattern, list(roles))}?"
-                )
-            raise ValueError(f"target {pattern!r} matches no weight: did you mean {near_misses(pattern, list(roles))}?")
-        chosen |= hit
-    for pattern in exclude:
-        if not any(matches(p, pattern) for p in shapes):
-            raise ValueError(
-                f"exclude {pattern!r} matches no weight: did you mean {near_misses(pattern, list(roles))}?"
-            )
-        chosen = {p for p in chosen if not matches(p, pattern)}
-    if not chosen:
-        raise ValueError(
-            f"no weight is left to adapt: all are excluded; the weights used are {', '.join(list(roles)[:3])}"
-        )
-    for name in ("rank_pattern", "alpha_pattern"):
-        for pattern, _ in getattr(config, name):
-            if not any(matches(p, pattern) for p in chosen):
-                raise ValueError(
-                    f"{name} {pattern!r} matches no adapted weight: did you mean "
-                    f"{near_misses(pattern, sorted(chosen))}?"
-                )
-
-    sites, warnings = {}, []
-    for path in (p for p in roles if p in chosen):
-        rank = first_match(path, config.rank_pattern, config.rank)  # type: ignore[arg-type]
-        alpha = first_match(path, config.alpha_pattern, config.alpha)  # type: ignore[arg-type]
-        gamma = scaling.gamma(rank, alpha, config.scaling)
-        site = Site(path, shapes[path], rank=rank, alpha=alpha, gamma=gamma, **roles[path])
-        full = min(site.in_size, site.out_size)
-        if rank > full:
-            text = f"rank {rank} is above {full}, the full rank of {path} ({site.in_size} x {site.out_size})"
-            if not config.allow_large_rank:
-                raise ValueError(
-                    f"{text}: lower it, give this weight its own in rank_pattern, or set allow_large_rank=True"
-                )
-            warnings.append(text)
-        sites[path] = site
-    return sites, warnings

@@ -12,9 +12,10 @@ import jax.numpy as jnp
 from jax import Array
 
 from rslora_jax.sites import Site
-from rslora_jax.transform.interpreter import Use, Walk, as_arrays
+from rslora_jax.transform.interpreter import Walk, as_arrays
 from rslora_jax.transform.product import Bilinear, Parts
 from rslora_jax.transform.rules import RULES
+from rslora_jax.transform.views import View
 from rslora_jax.wrap import Adapters, Lora, array_leaves, views_of
 
 MOMENTS = (1, 2, 4)
@@ -73,7 +74,7 @@ def measure(
     (30.0, 900.0, 24.0)
     """
     lora.check(params, adapters)
-    walk = Walk(MEASURED, on_use=refuse_lookup(lora.sites), on_fallback=refuse, product=measured_product)
+    walk = Walk(MEASURED, on_fallback=refuse, product=measured_product)
     names = list(array_leaves(params))
 
     def value(adapters: Adapters) -> Array:
@@ -154,20 +155,11 @@ read_gradient.defvjp(
 )
 
 
-def refuse(site: str, primitive: str) -> None:
+def refuse(view: View, primitive: str) -> None:
     raise ValueError(
-        f"{site} cannot be measured: it is used by {primitive}, where its adapter has no output of its own; exclude it"
+        f"{view.sites[0]} cannot be measured: it is used by {primitive}, where its adapter has no output of its "
+        "own; exclude it"
     )
-
-
-def refuse_lookup(sites: Mapping[str, Site]) -> Callable[[Use], None]:
-    """Return what to do at each use: refuse a look-up, unless it only picks from a stack."""
-
-    def on_use(use: Use) -> None:
-        if use.kind == "lookup" and not use.contracted <= set(sites[use.site].stack_axes):
-            refuse(use.site, "a look-up")
-
-    return on_use
 
 
 # Joined weights have one output between them, and inside a shard_map an array is only a device's part.

@@ -2,6 +2,8 @@
 
 import math
 import re
+import shutil
+import textwrap
 from collections.abc import Mapping, Sequence
 
 from rslora_jax.sites import Site
@@ -44,7 +46,7 @@ def table(sites: Mapping[str, Site], num_base: int) -> str:
                 shared_name([s.path for s in group]),
                 f"{site.in_size} x {site.out_size}",
                 " x ".join(map(str, site.sizes(site.stack_axes))) or "-",
-                str(site.rank),
+                str(site.rank) + (" = full" if site.rank == min(site.in_size, site.out_size) else ""),
                 f"{site.gamma:.4g}",
                 f"{sum(s.num_parameters for s in group):,}" + (" materialised" if site.fallbacks else ""),
             )
@@ -60,3 +62,51 @@ def table(sites: Mapping[str, Site], num_base: int) -> str:
     return (
         f"{text}\n{total:,} parameters to train on {weights} matrices; the base keeps its {num_base:,} ({share:.2f}%)"
     )
+
+
+NOUNS = {
+    "embedding: by name only": ("table by name only", "tables by name only"),
+    "output head: by name only": ("head by name only", "heads by name only"),
+    "convolution: by name only": ("convolution by name only", "convolutions by name only"),
+    "norm or bias": ("norm or bias", "norms and biases"),
+}
+
+
+def fold(left_out: Mapping[str, str], unused: Sequence[str] = (), width: int | None = None) -> str:
+    """Return what is not adapted in one line, and below it the paths by reason.
+
+    Args:
+      left_out: the reason by path.
+      unused: the paths of the parameters that no output depends on.
+      width: of a line; by default the terminal's.
+
+    >>> print(fold({"embed/table": "embedding: by name only", "norm_0/scale": "norm or bias: fewer than two axes",
+    ...             "norm_1/scale": "norm or bias: fewer than two axes"}, width=80))
+    not adapted: 1 table by name only, 2 norms and biases
+      table by name only: embed/table
+      norms and biases: norm_{0..1}/scale
+    """
+    groups: dict[str, list[str]] = {}
+    for path, why in left_out.items():
+        groups.setdefault(next((kind for kind in NOUNS if why.startswith(kind)), why), []).append(path)
+    if unused:
+        groups["unused"] = list(unused)
+    if not groups:
+        return ""
+    noun = lambda kind, paths: NOUNS[kind][len(paths) > 1] if kind in NOUNS else kind
+    counts = ", ".join(f"{len(paths)} {noun(kind, paths)}" for kind, paths in groups.items())
+    width = width or shutil.get_terminal_size((120, 24)).columns
+    lines = textwrap.wrap(f"not adapted: {counts}", width, subsequent_indent="  ", break_on_hyphens=False)
+    for kind, paths in groups.items():
+        named: dict[str, list[str]] = {}
+        for path in paths:
+            named.setdefault(re.sub(r"\d+", "*", path), []).append(path)
+        text = f"{noun(kind, paths)}: " + ", ".join(shared_name(alike) for alike in named.values())
+        wrap = {
+            "initial_indent": "  ",
+            "subsequent_indent": "    ",
+            "break_on_hyphens": False,
+            "break_long_words": False,
+        }
+        lines += textwrap.wrap(text, width, **wrap)  # type: ignore[arg-type]
+    return "\n".join(lines)

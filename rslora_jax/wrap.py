@@ -15,9 +15,10 @@ from jax import Array
 
 from rslora_jax.config import LoraConfig
 from rslora_jax.init import init_adapters
-from rslora_jax.sites import Site, named_leaves, select
-from rslora_jax.table import table
-from rslora_jax.transform.discover import discover, roles
+from rslora_jax.selection import select
+from rslora_jax.sites import Site, named_leaves
+from rslora_jax.table import fold, table
+from rslora_jax.transform.discover import discover
 from rslora_jax.transform.interpreter import Walk, as_arrays
 from rslora_jax.transform.program import ARRAYS, Program
 from rslora_jax.transform.rules import RULES
@@ -39,11 +40,15 @@ class Lora:
       fn: the function that was wrapped.
       config: what was asked for.
       sites: the adapted weights by path, in the order in which the function uses them.
+      left_out: the reason, by path, for each parameter on which the outputs depend and that is not adapted.
+      unused: the paths of the parameters on which no output depends.
     """
 
     fn: Callable[..., Any]
     config: LoraConfig
     sites: Mapping[str, Site]
+    left_out: Mapping[str, str]
+    unused: tuple[str, ...]
     _program: Program
     _walk: Walk
     _shapes: Mapping[str, tuple[int, ...]]
@@ -130,7 +135,8 @@ class Lora:
         return sum(site.num_parameters for site in self.sites.values())
 
     def __str__(self) -> str:
-        return table(self.sites, sum(math.prod(shape) for shape in self._shapes.values()))
+        text = table(self.sites, sum(math.prod(shape) for shape in self._shapes.values()))
+        return "\n".join(part for part in (text, fold(self.left_out, self.unused)) if part)
 
     __repr__ = __str__
 
@@ -165,24 +171,29 @@ def wrap(fn: Callable[..., Any], params: Any, *args: Any, config: LoraConfig = D
     """
     program = Program(fn)
     jaxpr, _, leaves = program.trace(params, args, kwargs)
-    shapes = {name: tuple(leaf.shape) for name, leaf in array_leaves(params).items()}
-    uses, heads = discover(jaxpr, list(shapes), leaves)
-    sites, notes = select(config, shapes, roles(shapes, uses), heads)
+    given = array_leaves(params)
+    shapes = {name: tuple(leaf.shape) for name, leaf in given.items()}
+    selection = select(config, given, discover(jaxpr, list(shapes), leaves))
+    sites, notes = selection.sites, selection.notes
 
     fallbacks: dict[str, set[str]] = {name: set() for name in sites}
     quiet = True
 
-    def on_fallback(name: str, primitive: str) -> None:
-        if primitive in fallbacks[name]:
-            return
-        text = f"{name} is materialised by a use that has no low-rank form ({primitive}): exact, but it costs memory"
-        if config.on_fallback == "error":
-            raise ValueError(f"{text}; exclude it, or set on_fallback='warn'")
-        fallbacks[name].add(primitive)
-        if not quiet:
-            warnings.warn(text, RsloraWarning, stacklevel=2)
+    def on_fallback(view: View, primitive: str) -> None:
+        for name in view.sites:
+            if primitive in fallbacks[name]:
+                continue
+            text = (
+                f"{name} is materialised by a use that has no low-rank form ({primitive}): exact, but it costs memory"
+            )
+            if config.on_fallback == "error":
+                raise ValueError(f"{text}; exclude it, or set on_fallback='warn'")
+            fallbacks[name].add(primitive)
+            if not quiet:
+                warnings.warn(text, RsloraWarning, stacklevel=2)
 
-    walk = Walk(RULES, on_fallback=on_fallback)
+    tables = frozenset(name for name, site in sites.items() if site.kind == "embedding")
+    walk = Walk(RULES, on_fallback=on_fallback, tables=tables)
     adapters = jax.eval_shape(lambda: init_adapters(sites, jax.random.key(0), config.init, config.dtype))
 
     def rehearse(leaves: list[Array], adapters: Adapters) -> list[Array]:
@@ -200,7 +211,10 @@ def wrap(fn: Callable[..., Any], params: Any, *args: Any, config: LoraConfig = D
         )
     for note in notes:
         warnings.warn(note, RsloraWarning, stacklevel=2)
-    return Lora(fn, config, MappingProxyType(sites), program, walk, MappingProxyType(shapes))
+    left_out = MappingProxyType(selection.left_out)
+    return Lora(
+        fn, config, MappingProxyType(sites), left_out, selection.unused, program, walk, MappingProxyType(shapes)
+    )
 
 
 def array_leaves(params: Any) -> dict[str, Any]:

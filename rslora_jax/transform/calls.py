@@ -141,8 +141,8 @@ def custom_jvp(walk: Walk, eqn: compat.Eqn, values: list[Any]) -> list[Any]:
     if walk.otherwise is not None:
         return walk.run(eqn.params["call_jaxpr"], values)
     for v in values:
-        for site in v.sites if isinstance(v, View) else ():
-            walk.on_fallback(site, "derivative rule of custom_jvp")
+        if isinstance(v, View):
+            walk.on_fallback(v, "derivative rule of custom_jvp")
 
     return with_own_derivative(walk, eqn, values)
 

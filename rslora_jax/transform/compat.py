@@ -14,7 +14,7 @@ from jax._src.interpreters.partial_eval import dce_jaxpr
 from jax._src.lax.lax import ragged_dot_general_p
 from jax._src.lax.parallel import all_gather_invariant_p
 from jax._src.shard_map import shard_map_p
-from jax.extend.core import Literal, Primitive
+from jax.extend.core import ClosedJaxpr, Literal, Primitive
 
 Jaxpr = Any  # `Jaxpr` and `ClosedJaxpr` are two classes on JAX 0.10 and one on 0.12
 Eqn = Any
@@ -30,7 +30,7 @@ def live(jaxpr: Jaxpr) -> Jaxpr:
     """
     inner, consts = opened(jaxpr)
     lean, _ = dce_jaxpr(inner, True, True)
-    return lean if inner is jaxpr else jax.extend.core.ClosedJaxpr(lean, consts)
+    return lean if inner is jaxpr else ClosedJaxpr(lean, consts)
 
 
 def used_inputs(jaxpr: Jaxpr) -> list[bool]:

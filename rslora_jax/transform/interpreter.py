@@ -1,7 +1,7 @@
 """The walk over a jaxpr: plain equations are bound as they are, those that meet a view go by a rule."""
 
 import dataclasses
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from rslora_jax.transform import compat
@@ -14,54 +14,23 @@ Rule = Callable[["Walk", compat.Eqn, list[Any]], list[Any] | None]
 
 
 @dataclasses.dataclass(frozen=True)
-class Use:
-    """One way in which the program consumes a weight.
-
-    Attributes:
-      site: the weight's path.
-      kind: "product", "lookup" or "convolution".
-      contracted, batch: the stored axes summed over (or indexed, in a look-up), and shared with the data.
-      free: the stored axes left in the result.
-      eqn: the equation; it identifies the use in the jaxpr.
-    """
-
-    site: str
-    kind: str
-    contracted: frozenset[int]
-    batch: frozenset[int]
-    free: frozenset[int]
-    eqn: compat.Eqn
-
-
-def uses(view: View, kind: str, contracted: Sequence[int], batch: Sequence[int], eqn: compat.Eqn) -> list[Use]:
-    """Return what the use of a view by some of its axes means for each weight it is made of."""
-    axes = range(len(view.shape))
-
-    def stored(site: str, wanted: Iterable[int]) -> frozenset[int]:
-        return frozenset(axis for n in wanted for name, axis in view.axes[n] if name == site)
-
-    rest = [n for n in axes if n not in (*contracted, *batch)]
-    return [Use(s, kind, stored(s, contracted), stored(s, batch), stored(s, rest), eqn) for s in view.sites]
-
-
-@dataclasses.dataclass(frozen=True)
 class Walk:
     """What a walk needs beside the program.
 
     Attributes:
       rules: the rule of each primitive.
-      on_use: called with each low-rank use of a weight.
-      on_fallback: called with (site, primitive) where a weight is materialised.
+      on_fallback: called with (view, primitive) where a weight is materialised.
       product: makes the product of data and an adapted weight, with the arguments of `adapted_product`.
+      tables: the paths of the weights that are looked up, row by row.
       otherwise: what is done where no rule applies; None materialises and reports.
       calls: compiled calls by equation, kept so that the same call never traces twice.
     """
 
     rules: Mapping[compat.Primitive, Rule]
-    on_use: Callable[[Use], None] = lambda use: None
-    on_fallback: Callable[[str, str], None] = lambda site, primitive: None
+    on_fallback: Callable[[View, str], None] = lambda view, primitive: None
     product: Callable[..., Any] = adapted_product
-    otherwise: Callable[["Walk", compat.Eqn, list[Any]], list[Any]] | None = None
+    tables: frozenset[str] = frozenset()
+    otherwise: Rule | None = None
     calls: dict[int, Any] = dataclasses.field(default_factory=dict)
 
     def run(self, jaxpr: compat.Jaxpr, args: Sequence[Any], consts: Sequence[Any] | None = None) -> list[Any]:
@@ -90,7 +59,7 @@ class Walk:
         rule = self.rules.get(eqn.primitive)
         outs = rule(self, eqn, values) if rule and met else None
         if outs is None and self.otherwise is not None:
-            return self.otherwise(self, eqn, values)
+            outs = self.otherwise(self, eqn, values)
         if outs is None:
             outs = compat.bind(eqn, *(self.array(v, eqn.primitive.name) for v in values))
         return outs
@@ -99,8 +68,7 @@ class Walk:
         """Return a value as an array; a view is materialised, and `primitive` reported as the cause."""
         if not isinstance(value, View):
             return value
-        for site in value.sites:
-            self.on_fallback(site, primitive)
+        self.on_fallback(value, primitive)
         return materialise(value)
 
     def call(self, eqn: compat.Eqn, build: Callable[[], Callable[..., Any]]) -> Callable[..., Any]:

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 import jax.numpy as jnp
 from jax import Array, lax
 
-from rslora_jax.transform.views import View, spans
+from rslora_jax.transform.views import View, one_past, spans
 
 
 def concatenate(parts: Sequence[View | Array], axis: int) -> View | None:
@@ -47,6 +47,28 @@ def concatenate(parts: Sequence[View | Array], axis: int) -> View | None:
     return dataclasses.replace(joined, a=other if swapped else one, b=one if swapped else other)
 
 
+def total(left: View, right: View) -> View | None:
+    """Add two weights: their ranks add up; None where their factors span different axes."""
+    left, right = with_one_gamma([left, right])  # type: ignore[assignment]
+    w = left.base + right.base
+    both = dataclasses.replace(
+        left,
+        w=w,
+        dtype=w.dtype,
+        axes=tuple(one | other for one, other in zip(left.axes, right.axes, strict=True)),
+        sites=tuple(dict.fromkeys(left.sites + right.sites)),
+        uniform=(frozenset(), frozenset()),
+        past=one_past([left, right]),
+    )
+    if left.a is None:
+        return both
+    pair = in_order(right, left, -1)
+    if pair is None:
+        return None
+    a, b = (jnp.concatenate(of, -1) for of in zip((left.a, left.b), pair, strict=True))
+    return dataclasses.replace(both, a=a, b=b)
+
+
 def join_bases(parts: Sequence[View | Array], axis: int) -> View:
     """Return the joined weight without factors; it keeps its stored dtype where all parts have the same."""
     views = [p for p in parts if isinstance(p, View)]
@@ -60,7 +82,11 @@ def join_bases(parts: Sequence[View | Array], axis: int) -> View:
         views[0].dtype,
         tuple(dict.fromkeys(site for v in views for site in v.sites)),
         views[0].gamma,
-        any(v.opaque for v in views),
+        (
+            views[0].uniform[0].intersection(*(v.uniform[0] for v in views)),
+            views[0].uniform[1].intersection(*(v.uniform[1] for v in views)),
+        ),
+        one_past(views),
     )
 
 

@@ -8,10 +8,10 @@ import dataclasses
 import math
 from collections.abc import Callable, Sequence
 
-import jax
 import jax.numpy as jnp
 from jax import Array, lax
 
+from rslora_jax.transform import compat
 from rslora_jax.transform.views import Axes, View, spans
 
 
@@ -121,7 +121,16 @@ def dynamic_slice(view: View, starts: Sequence[Array], sizes: Sequence[int]) -> 
         size = [n if there else 1 for n, there in zip(sizes, spanned, strict=True)]
         return lax.dynamic_slice(array, (*at, *(zero for _ in whole)), (*size, *whole))
 
-    return rename(view, act, view.axes)
+    out = rename(view, act, view.axes)
+    cut = [n for n, (size, full) in enumerate(zip(sizes, view.shape, strict=True)) if size != full]
+    # Devices may slice at different places.
+    keeps = lambda f: f is None or not any(spans(view, f)[n] for n in cut)
+    return dataclasses.replace(out, uniform=uniform_where(view, keeps(view.a), keeps(view.b)))
+
+
+def uniform_where(view: View, a: bool, b: bool) -> tuple[frozenset[str], frozenset[str]]:
+    """Return along which mesh axes the factors are known to be the same, once something was done to one of them."""
+    return (view.uniform[0] if a else frozenset(), view.uniform[1] if b else frozenset())
 
 
 def reverse(view: View, dimensions: Sequence[int]) -> View:
@@ -156,23 +165,6 @@ def broadcast(view: View, shape: Sequence[int], dimensions: Sequence[int]) -> Vi
     return rename(view, act, [view.axes[origin[n]] if n in origin else frozenset() for n in range(len(shape))])
 
 
-def take(view: View, axis: int, offset: Sequence[int], pick: Callable[[Array, list[int]], Array]) -> View:
-    """Gather along a stack axis.
-
-    Args:
-      axis: the stack axis.
-      offset: where the other axes are in the result.
-      pick: gathers slices of given sizes from an array.
-    """
-
-    def act(array: Array, spanned: tuple[bool, ...]) -> Array:
-        return pick(array, [1 if n == axis else size for n, size in enumerate(array.shape)])
-
-    shape = jax.eval_shape(lambda w: act(w, (True,) * w.ndim), view.w).shape
-    rest = iter(label for n, label in enumerate(view.axes) if n != axis)
-    return rename(view, act, [next(rest) if n in offset else view.axes[axis] for n in range(len(shape))])
-
-
 def scale(view: View, by: Array, act: Callable[[Array, Array], Array]) -> View | None:
     """Multiply or divide by an array that varies along the axes of one factor only; else return None."""
     if by.ndim not in (0, len(view.shape)) or any(n == 1 != m for n, m in zip(view.shape, by.shape, strict=False)):
@@ -187,7 +179,9 @@ def scale(view: View, by: Array, act: Callable[[Array, Array], Array]) -> View |
             a = act(view.a, of)
         else:
             return None
-    return dataclasses.replace(view, w=w, a=a, b=b, dtype=w.dtype)
+    same = not compat.is_tracer(by)
+    uniform = uniform_where(view, same or a is view.a, same or b is view.b)
+    return dataclasses.replace(view, w=w, a=a, b=b, dtype=w.dtype, uniform=uniform)
 
 
 def shift(view: View, by: Array, act: Callable[[Array, Array], Array]) -> View | None:

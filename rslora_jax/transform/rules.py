@@ -8,12 +8,13 @@ import jax.numpy as jnp
 from jax import Array, lax
 from jax.extend.core import primitives
 
-from rslora_jax.transform import calls, compat, joins, renames
+from rslora_jax.transform import calls, collectives, compat, joins, renames
 from rslora_jax.transform.convolution import convolution
 from rslora_jax.transform.dot import dot
-from rslora_jax.transform.interpreter import Rule, Walk, uses
+from rslora_jax.transform.interpreter import Rule, Walk
+from rslora_jax.transform.picks import pick_of, take
 from rslora_jax.transform.ragged import ragged
-from rslora_jax.transform.views import View, spans
+from rslora_jax.transform.views import View, spans, update
 
 # Weights that stay weights.
 
@@ -118,15 +119,19 @@ def divide(view: View, params: dict[str, Any], by: Array) -> View | None:
 def add(walk: Walk, eqn: compat.Eqn, values: list[Any]) -> list[Any] | None:
     left, right = values
     view, by = (left, right) if isinstance(left, View) else (right, left)
+    if isinstance(by, View):
+        both = joins.total(left, right)
+        if both is not None:
+            return [both]
     out = renames.shift(view, jnp.asarray(walk.array(by, "sum of two weights")), lambda w, by: w + by)
     return None if out is None else [out]
 
 
 def subtract(walk: Walk, eqn: compat.Eqn, values: list[Any]) -> list[Any] | None:
     left, right = values
-    if not isinstance(left, View):
+    if isinstance(right, View):
         return add(walk, eqn, [left, renames.negate(right)])
-    out = renames.shift(left, jnp.asarray(walk.array(right, "sum of two weights")), lambda w, by: w - by)
+    out = renames.shift(left, jnp.asarray(right), lambda w, by: w - by)
     return None if out is None else [out]
 
 
@@ -146,25 +151,13 @@ def constrain_sharding(walk: Walk, eqn: compat.Eqn, values: list[Any]) -> list[A
 # Weights that meet data.
 
 
-def use(walk: Walk, eqn: compat.Eqn, view: Any, kind: str, contracted: Any, batch: Any, data: Any) -> None:
-    """Report the use of a view. What was computed from weights (latent queries) is no weight where it meets one."""
-    if isinstance(view, View) and not (view.opaque and not compat.is_tracer(data)):
-        for found in uses(view, kind, contracted, batch, eqn):
-            walk.on_use(found)
-
-
 def dot_general(walk: Walk, eqn: compat.Eqn, values: list[Any]) -> list[Any] | None:
     """Use a view in a product, whichever side it stands on and whichever axes are contracted."""
     lhs, rhs = values
-    (lhs_contracted, rhs_contracted), (lhs_batch, rhs_batch) = eqn.params["dimension_numbers"]
-    use(walk, eqn, lhs, "product", lhs_contracted, lhs_batch, rhs)
-    use(walk, eqn, rhs, "product", rhs_contracted, rhs_batch, lhs)
     if isinstance(lhs, View) and isinstance(rhs, View):
         lhs = walk.array(lhs, "dot_general of two weights")
     weight_left = isinstance(lhs, View)
     view, x = (lhs, rhs) if weight_left else (rhs, lhs)
-    if view.a is None:
-        return compat.bind(eqn, *((view.base, x) if weight_left else (x, view.base)))
     how = dot(view, x, weight_left, eqn.params)
     return None if how is None else [walk.product(how[0], x, view.w, *how[1:])]
 
@@ -174,10 +167,6 @@ def conv_general_dilated(walk: Walk, eqn: compat.Eqn, values: list[Any]) -> list
     x, view = walk.array(values[0], "convolution of a weight"), values[1]
     if not isinstance(view, View):
         return compat.bind(eqn, x, view)
-    _, *rest = eqn.params["dimension_numbers"].rhs_spec
-    use(walk, eqn, view, "convolution", rest, (), x)
-    if view.a is None:
-        return compat.bind(eqn, x, view.base)
     how = convolution(view, eqn.params)
     return None if how is None else [walk.product(how[0], x, view.w, *how[1:])]
 
@@ -187,68 +176,22 @@ def ragged_dot_general(walk: Walk, eqn: compat.Eqn, values: list[Any]) -> list[A
     x, view, *sizes = values
     if not isinstance(view, View) or isinstance(x, View):
         return None
-    numbers = eqn.params["ragged_dot_dimension_numbers"]
-    (_, contracted), (_, batch) = numbers.dot_dimension_numbers
-    use(walk, eqn, view, "product", contracted, (*batch, *numbers.rhs_group_dimensions), x)
-    if view.a is None:
-        return compat.bind(eqn, x, view.base, *sizes)
     how = ragged(view, x, eqn.params)
     return None if how is None else [walk.product(how[0], x, view.w, *how[1:], *sizes)]
 
 
 def gather(walk: Walk, eqn: compat.Eqn, values: list[Any]) -> list[Any] | None:
-    """Use a view as a table of rows, or pick matrices from a stack.
-
-    Rows are looked up in the factor that spans them, and those few are multiplied by the other.
-    """
+    """Pick rows, columns or matrices of a weight; of a table, the rows are looked up at once, with their update."""
     view, indices = values
-    if not isinstance(view, View):
+    if not isinstance(view, View) or isinstance(indices, View):
         return None
-    numbers = eqn.params["dimension_numbers"]
-    whole = tuple(eqn.params["slice_sizes"])
-    looked_up = [n for n, (size, full) in enumerate(zip(whole, view.shape, strict=True)) if size != full]
-    looked_up = looked_up or list(numbers.collapsed_slice_dims)
-    fill = eqn.params["fill_value"]
-    if (
-        len(looked_up) != 1
-        or tuple(numbers.start_index_map) != tuple(looked_up)
-        or tuple(numbers.collapsed_slice_dims) != tuple(looked_up)
-        or numbers.operand_batching_dims
-        or (fill not in (None, 0) and fill == fill)
-    ):
+    pick = pick_of(eqn.params, view.shape)
+    picked = None if pick is None else take(view, pick, indices)
+    if pick is None or picked is None:
         return None
-    (row,) = looked_up
-    use(walk, eqn, view, "lookup", [row], (), indices)
-
-    def pick(array: Array, sizes: list[int]) -> Array:
-        """Gather slices of some sizes; a rank may follow the weight's own axes."""
-        places = indices.ndim - 1 + array.ndim - 1
-        offset = (*numbers.offset_dims, *range(indices.ndim - 1 + len(view.shape) - 1, places))
-        return lax.gather(
-            array,
-            indices,
-            lax.GatherDimensionNumbers(offset, (row,), (row,)),
-            sizes,
-            indices_are_sorted=eqn.params["indices_are_sorted"],
-            unique_indices=eqn.params["unique_indices"],
-            mode=eqn.params["mode"],
-            fill_value=fill,
-        )
-
-    rest = [n for n in range(len(view.shape)) if n != row]
-    if view.a is None and len(rest) < 2:
-        return compat.bind(eqn, view.base, indices)
-    if all(f is None or spans(view, f)[row] for f in (view.a, view.b)):
-        return [renames.take(view, row, numbers.offset_dims, pick)]
-    (table, other) = (view.a, view.b) if spans(view, view.a)[row] else (view.b, view.a)
-    if any(spans(view, table)[n] and view.shape[n] > 1 for n in rest):
-        return None
-    (y,) = compat.bind(eqn, view.base, indices)
-    rows = pick(table, [1] * len(view.shape) + [table.shape[-1]])
-    rows = view.gamma * jnp.squeeze(rows, numbers.offset_dims)
-    delta = jnp.tensordot(rows, jnp.squeeze(other, row), (-1, -1))
-    delta = jnp.moveaxis(delta, range(indices.ndim - 1, delta.ndim), numbers.offset_dims)
-    return [y + delta.astype(y.dtype)]
+    if not walk.tables.intersection(view.sites) or all(spans(view, f)[pick.row] for f in (view.a, view.b)):
+        return [picked]
+    return [picked.base + update(picked).astype(picked.dtype)]
 
 
 RULES: dict[compat.Primitive, Rule] = {
@@ -286,5 +229,8 @@ RULES: dict[compat.Primitive, Rule] = {
     primitives.conv_general_dilated_p: conv_general_dilated,
     compat.ragged_dot_general_p: ragged_dot_general,
     primitives.gather_p: gather,
+    primitives.all_gather_p: collectives.all_gather,
+    compat.all_gather_invariant_p: collectives.all_gather,
+    primitives.ppermute_p: collectives.ppermute,
     **calls.RULES,
 }

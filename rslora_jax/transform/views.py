@@ -6,6 +6,7 @@ every renaming acts on all three.
 """
 
 import dataclasses
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -16,6 +17,25 @@ Axes = frozenset[tuple[str, int]]
 
 RANK = "Z"  # the rank's letter in every einsum of the transform
 LETTERS = "abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXY"
+
+
+@dataclasses.dataclass(frozen=True)
+class Past:
+    """What discovery remembers of a weight on its way; by default, that it was only renamed and scaled.
+
+    Attributes:
+      through: the first operation without a rule that it went through.
+      met: the operation in which it met data entry by entry, and kept its axes (a mask, a choice).
+      rows: whether rows of it were picked: to what comes next they are data, unless data meet them in a product.
+      summed: the stored axes that products with other weights have summed over.
+      waiting: the uses, by number, that do not count if it serves as a weight later.
+    """
+
+    through: str = ""
+    met: str = ""
+    rows: bool = False
+    summed: Axes = frozenset()
+    waiting: frozenset[int] = frozenset()
 
 
 @jax.tree_util.register_dataclass
@@ -34,10 +54,11 @@ class View:
       dtype: what the program has cast the weight to. `w` keeps its stored dtype, so that a sum with
         the factors can be formed before it is rounded.
       sites: the paths of the parameters it is made of: one, unless the program concatenates weights.
-        None in discovery, for a value that depends neither on data nor on a single weight.
+        None in discovery, for a value that depends neither on data nor on a weight.
       gamma: the scale. It is multiplied with what has the rank for an axis and is small, never with `b` itself:
         a scaled copy of every B would live through the step.
-      opaque: in discovery, whether anything but renaming and scaling has happened to the weight.
+      uniform: inside a shard_map, the mesh axes along which all devices are known to have the same `a`, and `b`.
+      past: what discovery remembers of it.
     """
 
     w: Array
@@ -47,7 +68,10 @@ class View:
     dtype: Any = dataclasses.field(metadata={"static": True})
     sites: tuple[str, ...] = dataclasses.field(metadata={"static": True})
     gamma: float = dataclasses.field(default=1.0, metadata={"static": True})
-    opaque: bool = dataclasses.field(default=False, metadata={"static": True})
+    uniform: tuple[frozenset[str], frozenset[str]] = dataclasses.field(
+        default=(frozenset(), frozenset()), metadata={"static": True}
+    )
+    past: Past = dataclasses.field(default=Past(), metadata={"static": True})
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -62,6 +86,18 @@ class View:
     def base(self) -> Array:
         """The weight without its adapter, as the unadapted program sees it."""
         return self.w if self.w.dtype == self.dtype else self.w.astype(self.dtype)
+
+
+def one_past(views: Sequence[View]) -> Past:
+    """Return what is remembered of a value that is made of several weights."""
+    pasts = [v.past for v in views]
+    return Past(
+        next((p.through for p in pasts if p.through), ""),
+        next((p.met for p in pasts if p.met), ""),
+        any(p.rows for p in pasts),
+        frozenset().union(*(p.summed for p in pasts)),
+        frozenset().union(*(p.waiting for p in pasts)),
+    )
 
 
 def spans(view: View, factor: Array) -> tuple[bool, ...]:

@@ -1,0 +1,284 @@
+"""Which weights get adapters, and why the others do not: every parameter is accounted for."""
+
+import dataclasses
+import math
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+import jax.numpy as jnp
+
+from rslora_jax import scaling
+from rslora_jax.config import LoraConfig, first_match, matches, near_misses
+from rslora_jax.sites import Site
+from rslora_jax.table import fold, shared_name
+from rslora_jax.transform.discover import Found, roles
+
+SIDES = ("in", "out", "stack")
+VECTOR = "norm or bias: used as a vector"
+BY_NAME = {"embedding": "embedding: by name only", "convolution": "convolution: by name only"}
+
+
+@dataclasses.dataclass(frozen=True)
+class Selection:
+    """Where every parameter went.
+
+    Attributes:
+      sites: the adapted ones.
+      left_out: the reason for each that the outputs depend on and that is not adapted.
+      unused: those that no output depends on.
+      notes: what the user is to be warned of.
+    """
+
+    sites: dict[str, Site]
+    left_out: dict[str, str]
+    unused: tuple[str, ...]
+    notes: list[str]
+
+
+def select(config: LoraConfig, leaves: Mapping[str, Any], found: Found) -> Selection:
+    """Return what a config asks for of a program's parameters.
+
+    Args:
+      config: what to adapt.
+      leaves: the parameters, or their shapes, by path.
+      found: what the program does with them.
+
+    Raises:
+      ValueError: where a pattern matches nothing, a target is no weight of a matrix product, a rank that a pattern
+        gives is above the weight's own, or nothing is left to adapt.
+    """
+    shapes = {path: tuple(leaf.shape) for path, leaf in leaves.items()}
+    stored = {path for path, leaf in leaves.items() if jnp.issubdtype(leaf.dtype, jnp.floating)}
+    everything = roles(shapes, found)
+    weights = {path: role for path, role in everything.items() if path in stored} | stated(
+        config, shapes, stored, everything
+    )
+    tables = {math.prod(shapes[p][n] for n in r["in_axes"]) for p, r in weights.items() if r["kind"] == "embedding"}
+    heads = {p for p in found.heads & weights.keys() if out_size(shapes, weights, p) in tables}
+    reasons = {p: reason(p, leaves, everything, weights, heads, found) for p in leaves if p in found.used}
+
+    chosen = targeted(config, shapes, weights, heads, reasons)
+    left = {p: why for p, why in reasons.items() if p not in chosen}
+    for pattern in as_tuple(config.exclude):
+        if not any(matches(p, pattern) for p in shapes):
+            raise ValueError(
+                f"exclude {pattern!r} matches no weight: did you mean {near_misses(pattern, list(weights))}?"
+            )
+        gone = {p for p in chosen if matches(p, pattern)}
+        chosen -= gone
+        left |= {p: f"excluded by {pattern!r}" for p in gone}
+    left = {p: left[p] for p in leaves if p in left}
+    if not chosen:
+        raise ValueError(f"no weight is left to adapt; {fold(left)}" if left else "no weight is left to adapt")
+    for name in ("rank_pattern", "alpha_pattern"):
+        for pattern, _ in getattr(config, name):
+            if not any(matches(p, pattern) for p in chosen):
+                raise ValueError(
+                    f"{name} {pattern!r} matches no adapted weight: did you mean "
+                    f"{near_misses(pattern, sorted(chosen))}?"
+                )
+    order = [p for p in weights if p in chosen]
+    sites, notes = ranked(config, {p: (shapes[p], weights[p]) for p in order})
+    notes += warnings_of(config, left, shapes, stored, everything, found)
+    notes += guesses(config, sites, found) + large_tables(weights, shapes)
+    unused = tuple(p for p in leaves if p not in found.used)
+    return Selection(sites, left, unused, notes)
+
+
+def as_tuple(patterns: str | Sequence[str]) -> tuple[str, ...]:
+    return (patterns,) if isinstance(patterns, str) else tuple(patterns)
+
+
+def out_size(shapes: Mapping[str, tuple[int, ...]], weights: Mapping[str, Any], path: str) -> int:
+    return math.prod(shapes[path][n] for n in weights[path]["out_axes"])
+
+
+def stated(
+    config: LoraConfig, shapes: Mapping[str, tuple[int, ...]], stored: set[str], found: Mapping[str, Any]
+) -> dict[str, dict[str, Any]]:
+    """Return the roles of the weights whose axes the config states."""
+    given: dict[str, dict[str, Any]] = {}
+    named: Any = config.axes
+    for pattern, names in named:
+        hit = [p for p in shapes if matches(p, pattern)]
+        if not hit:
+            raise ValueError(
+                f"axes {pattern!r} matches no parameter: did you mean {near_misses(pattern, list(shapes))}?"
+            )
+        for path in hit:
+            if path not in stored or len(names) != len(shapes[path]):
+                raise ValueError(
+                    f"axes {pattern!r} states {len(names)} axes, and matches {path} of shape {shapes[path]}"
+                    + ("" if path in stored else ", which is not stored in floating numbers")
+                    + ": give one of 'stack', 'in', 'out' for each of its axes"
+                )
+            sides = {f"{side}_axes": tuple(n for n, name in enumerate(names) if name == side) for side in SIDES}
+            given.setdefault(path, {**sides, "kind": found.get(path, {}).get("kind", "linear")})
+    return given
+
+
+def targeted(
+    config: LoraConfig,
+    shapes: Mapping[str, tuple[int, ...]],
+    weights: Mapping[str, Mapping[str, Any]],
+    heads: set[str],
+    reasons: Mapping[str, str],
+) -> set[str]:
+    """Return the weights that the config's targets name."""
+    chosen: set[str] = set()
+    for pattern in as_tuple(config.targets):
+        if pattern == "all-linear":
+            chosen |= {p for p, r in weights.items() if r["kind"] in ("linear", "expert")} - heads
+            continue
+        hit = {p for p in weights if matches(p, pattern)}
+        if not hit:
+            other = [p for p in shapes if matches(p, pattern)]
+            if other:
+                why = reasons.get(other[0], "no output depends on it")
+                raise ValueError(
+                    f"target {pattern!r} matches {other[0]} of shape {shapes[other[0]]}, which cannot be adapted as it "
+                    f"is used ({why}){remedy(other[0], shapes[other[0]], reasons)}: did you mean "
+                    f"{near_misses(pattern, list(weights))}?"
+                )
+            raise ValueError(
+                f"target {pattern!r} matches no weight: did you mean {near_misses(pattern, list(weights))}?"
+            )
+        chosen |= hit
+    return chosen
+
+
+def remedy(path: str, shape: Sequence[int], reasons: Mapping[str, str]) -> str:
+    """Say how to adapt a weight all the same, if there is a way."""
+    if len(shape) < 2 or path not in reasons:
+        return ""
+    return f"; to adapt it exactly wherever it is used, by forming the sum, state its axes: {axes_line([path], shape)}"
+
+
+def axes_line(paths: Sequence[str], shape: Sequence[int]) -> str:
+    """Return the line that states the axes of some weights, as the last two are most often stored."""
+    pattern = paths[0] if len(paths) == 1 else re.sub(r"\d+", "*", paths[0])
+    names = ("stack",) * (len(shape) - 2) + ("in", "out")
+    return f"LoraConfig(axes={{{pattern!r}: {names!r}}})"
+
+
+def reason(
+    path: str,
+    leaves: Mapping[str, Any],
+    everything: Mapping[str, Mapping[str, Any]],
+    weights: Mapping[str, Mapping[str, Any]],
+    heads: set[str],
+    found: Found,
+) -> str:
+    """Say why a parameter that the outputs depend on has no adapter, unless a target names it."""
+    leaf = leaves[path]
+    if path in weights:
+        return (
+            "output head: by name only" if path in heads else BY_NAME.get(weights[path]["kind"], "no target names it")
+        )
+    if path in everything:
+        return f"stored in {leaf.dtype}: an adapter is added to floating numbers alone"
+    if not jnp.issubdtype(leaf.dtype, jnp.floating):
+        return f"no weight: it holds {leaf.dtype}"
+    if leaf.ndim < 2:
+        return "norm or bias: fewer than two axes"
+    meetings = found.meetings.get(path, ())
+    loud = [m for m in meetings if m.loud]
+    if loud:
+        return f"meets data in {loud[0].primitive}, which has no rule"
+    used = any(use.site == path for use in found.uses)
+    if used or (meetings and all(m.vector for m in meetings)):
+        return VECTOR
+    if meetings:
+        return f"no matrix: meets data entry by entry, in {meetings[0].primitive}"
+    return "no matrix: reaches an output without meeting data"
+
+
+def ranked(
+    config: LoraConfig, weights: Mapping[str, tuple[tuple[int, ...], Mapping[str, Any]]]
+) -> tuple[dict[str, Site], list[str]]:
+    """Return the sites with their ranks, and what is to be said of these."""
+    sites: dict[str, Site] = {}
+    capped: list[tuple[Site, int]] = []
+    notes = []
+    for path, (shape, role) in weights.items():
+        rank: int = first_match(path, config.rank_pattern, None)  # type: ignore[arg-type]
+        own, rank = rank is not None, config.rank if rank is None else rank
+        alpha = first_match(path, config.alpha_pattern, config.alpha)  # type: ignore[arg-type]
+        site = Site(path, shape, rank=rank, alpha=alpha, gamma=0.0, **role)
+        full = min(site.in_size, site.out_size)
+        text = f"rank {rank} is above {full}, the full rank of {path} ({site.in_size} x {site.out_size})"
+        if rank > full and config.allow_large_rank:
+            notes.append(text)
+        elif rank > full and own:
+            raise ValueError(f"{text}: lower it in rank_pattern, or set allow_large_rank=True")
+        elif rank > full:
+            rank = full
+            capped.append((site, full))
+        sites[path] = dataclasses.replace(site, rank=rank, gamma=scaling.gamma(rank, alpha, config.scaling))
+    if capped:
+        site, full = capped[0]
+        notes.append(
+            f"rank {config.rank} is above the full rank of {len(capped)} of {len(sites)} adapted weights, which get "
+            f"their full rank, and its gamma: first {site.path} ({site.in_size} x {site.out_size}), rank {full}"
+        )
+    return sites, notes
+
+
+def warnings_of(
+    config: LoraConfig,
+    left: Mapping[str, str],
+    shapes: Mapping[str, tuple[int, ...]],
+    stored: set[str],
+    everything: Mapping[str, Mapping[str, Any]],
+    found: Found,
+) -> list[str]:
+    """Return what to say of the weights that "all-linear" would have taken and could not."""
+    if "all-linear" not in as_tuple(config.targets):
+        return []
+    notes = []
+    for paths in grouped(p for p in left if p not in stored and p in everything and "stored in" in left[p]):
+        notes.append(f"{shared_name(paths)} has no adapter: {left[paths[0]]}")
+    lost = (p for p, why in left.items() if p in stored and why.startswith("meets data in"))
+    for paths in grouped(lost):
+        notes.append(
+            f"{shared_name(paths)} has no adapter: it {left[paths[0]]}; to adapt it exactly wherever it is used, by "
+            f"forming the sum, state its axes: {axes_line(paths, shapes[paths[0]])}"
+        )
+    return notes
+
+
+def grouped(paths: Iterable[str]) -> list[list[str]]:
+    """Put together the paths that differ in their numbers only."""
+    groups: dict[str, list[str]] = {}
+    for path in paths:
+        groups.setdefault(re.sub(r"\d+", "*", path), []).append(path)
+    return list(groups.values())
+
+
+def guesses(config: LoraConfig, sites: Mapping[str, Site], found: Found) -> list[str]:
+    """Return what to say of the axes that only convention tells."""
+    named: Any = config.axes
+    told = [path for path in sites if not any(matches(path, pattern) for pattern, _ in named)]
+    by = {path: [use for use in found.uses if use.site == path] for path in told}
+    notes = []
+    for paths in grouped(p for p, uses in by.items() if uses[0].kind == "guessed"):
+        site, primitive = sites[paths[0]], by[paths[0]][0].eqn.primitive.name
+        notes.append(
+            f"{shared_name(paths)} of shape {site.shape} is taken to sum over its axes {site.in_axes} and give "
+            f"{site.out_axes} in {primitive}, of which the sizes do not tell; the result is exact whatever they "
+            f"are, but A starts at random and B at zero: if it is otherwise, state them, as in {axes_line(paths, site.shape)}"
+        )
+    return notes
+
+
+def large_tables(weights: Mapping[str, Mapping[str, Any]], shapes: Mapping[str, tuple[int, ...]]) -> list[str]:
+    """Return what to say of tables that may be stacks of matrices."""
+    notes = []
+    for paths in grouped(p for p, r in weights.items() if r["kind"] == "embedding" and len(shapes[p]) > 2):
+        shape, rows = shapes[paths[0]], weights[paths[0]]["in_axes"]
+        notes.append(
+            f"{shared_name(paths)} of shape {shape} is looked up along its axes {rows} and so taken for a table; if it "
+            f"is a stack of matrices, state its axes: {axes_line(paths, shape)}"
+        )
+    return notes

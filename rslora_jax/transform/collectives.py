@@ -1,0 +1,44 @@
+"""Collectives inside a `shard_map`, as a program that gathers or passes on its weights by hand has them."""
+
+from typing import Any
+
+from jax import Array
+
+from rslora_jax.transform import compat
+from rslora_jax.transform.interpreter import Walk
+from rslora_jax.transform.renames import rename
+from rslora_jax.transform.views import spans
+
+
+def all_gather(walk: Walk, eqn: compat.Eqn, values: list[Any]) -> list[Any] | None:
+    """Gather a weight by gathering its factors.
+
+    On a new axis, every device's weight comes with its own factors: it is a stack. Joined along an axis that it has,
+    the factor that lacks that axis stays, and has to be the same on all devices.
+    """
+    (view,), p = values, eqn.params
+    dim, tiled = p["all_gather_dimension"], p["tiled"]
+    names = names_of(p["axis_name"])
+    if tiled and not all(
+        f is None or spans(view, f)[dim] or same or view.shape[dim] == 1
+        for f, same in ((f, names <= uniform) for f, uniform in zip((view.a, view.b), view.uniform, strict=True))
+    ):
+        return None
+
+    def act(array: Array, spanned: tuple[bool, ...]) -> Array:
+        if tiled and not spanned[dim]:
+            return array
+        return compat.bind(eqn, array)[0]
+
+    axes = view.axes if tiled else (*view.axes[:dim], frozenset(), *view.axes[dim:])
+    return [rename(view, act, axes)]
+
+
+def ppermute(walk: Walk, eqn: compat.Eqn, values: list[Any]) -> list[Any]:
+    """Pass a weight on with both factors; a device that is sent nothing has zeros, and no update."""
+    (view,) = values
+    return [rename(view, lambda array, spanned: compat.bind(eqn, array)[0], view.axes)]
+
+
+def names_of(axis_name: Any) -> frozenset[Any]:
+    return frozenset(axis_name if isinstance(axis_name, tuple | list) else (axis_name,))

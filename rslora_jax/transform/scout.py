@@ -1,0 +1,459 @@
+"""How discovery goes through a program: the walk's own renaming rules, and what it notes where a weight is used.
+
+A value is one of four things: *data* (a tracer), a *weight* (a view that is made of parameters alone), *rows* picked
+from a weight, which are data unless data meet them in a product, or a *constant*, which depends on none of them.
+"""
+
+import dataclasses
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import jax.numpy as jnp
+from jax import lax
+from jax.extend.core import primitives
+
+from rslora_jax.transform import calls, compat, joins
+from rslora_jax.transform.interpreter import Rule, Walk
+from rslora_jax.transform.picks import is_single, pick_of, take
+from rslora_jax.transform.rules import RULES
+from rslora_jax.transform.views import Axes, Past, View, one_past
+
+
+@dataclasses.dataclass(frozen=True)
+class Use:
+    """One way in which the program consumes a weight.
+
+    Attributes:
+      site: the weight's path.
+      kind: "product", "lookup", "convolution", or "guessed" where the operation has no rule and sizes tell the axes.
+      contracted, batch: the stored axes summed over (or indexed, in a look-up), and shared with the data.
+      free: the stored axes left in the result.
+      summed: the stored axes that a product with another weight has summed over before.
+      eqn: the equation; it identifies the use in the jaxpr.
+    """
+
+    site: str
+    kind: str
+    contracted: frozenset[int]
+    batch: frozenset[int]
+    free: frozenset[int]
+    eqn: compat.Eqn
+    summed: frozenset[int] = frozenset()
+
+
+@dataclasses.dataclass(frozen=True)
+class Meeting:
+    """A place where a weight meets data in an operation of which its axes cannot be told.
+
+    Attributes:
+      primitive: the operation's name.
+      loud: whether the weight might serve as a matrix there; entry by entry, or as a vector, it does not.
+      vector: whether at most one of its axes was there.
+    """
+
+    primitive: str
+    loud: bool
+    vector: bool
+
+
+@dataclasses.dataclass
+class Log:
+    """What discovery has seen so far.
+
+    Attributes:
+      uses: every use, in the order of the program.
+      withdrawn: the numbers of the uses that do not count: what came out of them served as a weight.
+      meetings: by path.
+      apart: the stored axes, as (path, axis), that a scan takes apart.
+    """
+
+    uses: list[Use] = dataclasses.field(default_factory=list)
+    withdrawn: set[int] = dataclasses.field(default_factory=set)
+    meetings: dict[str, list[Meeting]] = dataclasses.field(default_factory=dict)
+    apart: set[tuple[str, int]] = dataclasses.field(default_factory=set)
+
+    def use(self, view: View, kind: str, contracted: Sequence[int], batch: Sequence[int], eqn: compat.Eqn) -> set[int]:
+        """Note the use of a view by some of its axes, for each weight it is made of; return the uses' numbers."""
+        rest = [n for n in range(len(view.shape)) if n not in (*contracted, *batch)]
+
+        def stored(site: str, wanted: Iterable[int]) -> frozenset[int]:
+            return frozenset(axis for n in wanted for name, axis in view.axes[n] if name == site)
+
+        first = len(self.uses)
+        for site in view.sites:
+            summed = frozenset(axis for name, axis in view.past.summed if name == site)
+            use = Use(site, kind, stored(site, contracted), stored(site, batch), stored(site, rest), eqn, summed)
+            if use.contracted or use.free or use.batch:
+                self.uses.append(use)
+            else:
+                self.meet(dataclasses.replace(view, sites=(site,)), view.past.through or eqn.primitive.name)
+        return set(range(first, len(self.uses)))
+
+    def serve(self, view: View, kind: str, contracted: Sequence[int], batch: Sequence[int], eqn: compat.Eqn) -> None:
+        """Note that data meet a view as a weight: what it was used for on its way here does not count.
+
+        But rows that are summed over (a bag of embeddings), or of which each row of data has its own, are looked up.
+        """
+        if view.past.rows:
+            axes = {n: view.axes[n] for n in range(len(view.shape))}
+            looked_up = {(u.site, n) for w in view.past.waiting for u in [self.uses[w]] for n in u.contracted}
+            summed = looked_up & frozenset().union(*(axes[n] for n in contracted))
+            own = looked_up & frozenset().union(*(axes[n] for n in batch))
+            rest = frozenset().union(*(axes[n] for n in axes if n not in (*contracted, *batch)))
+            if summed or own & rest:
+                return
+        self.withdrawn |= view.past.waiting
+        self.use(view, kind, contracted, batch, eqn)
+
+    def meet(self, view: View, primitive: str, loud: bool = True) -> None:
+        """Note that a weight is lost among data."""
+        if view.past.rows:
+            return  # its look-up is noted
+        for site in view.sites:
+            there = [n for n, label in enumerate(view.axes) if view.shape[n] != 1 and any(s == site for s, _ in label)]
+            known = any(s == site for label in view.axes for s, _ in label)
+            vector = known and len(there) < 2
+            self.meetings.setdefault(site, []).append(Meeting(primitive, loud and not vector, vector))
+
+
+def is_weight(value: Any) -> bool:
+    return isinstance(value, View) and bool(value.sites) and not value.past.rows
+
+
+def is_data(value: Any) -> bool:
+    return compat.is_tracer(value) or (isinstance(value, View) and value.past.rows)
+
+
+def base(value: Any) -> Any:
+    return value.base if isinstance(value, View) else value
+
+
+def known(w: Any) -> View:
+    """Return a value that depends on no data, and is no weight either."""
+    return View(w, None, None, (frozenset(),) * w.ndim, w.dtype, ())
+
+
+def numeric(dtype: Any) -> bool:
+    return jnp.issubdtype(dtype, jnp.number)
+
+
+# What works entry by entry, or puts arrays beside each other: a weight that meets data there is a table of numbers.
+ENTRYWISE = frozenset(
+    {
+        *(primitives.add_p, primitives.add_jaxvals_p, primitives.sub_p, primitives.mul_p, primitives.div_p),
+        *(primitives.rem_p, primitives.max_p, primitives.min_p, primitives.pow_p, primitives.atan2_p),
+        *(
+            primitives.nextafter_p,
+            primitives.and_p,
+            primitives.or_p,
+            primitives.xor_p,
+            primitives.eq_p,
+            primitives.ne_p,
+        ),
+        *(
+            primitives.lt_p,
+            primitives.le_p,
+            primitives.gt_p,
+            primitives.ge_p,
+            primitives.select_n_p,
+            primitives.clamp_p,
+        ),
+        *(primitives.concatenate_p, lax.stack_p, primitives.pad_p, primitives.gather_p, primitives.scatter_p),
+        *(primitives.scatter_add_p, primitives.scatter_mul_p, primitives.scatter_max_p, primitives.scatter_min_p),
+        *(primitives.dynamic_slice_p, primitives.dynamic_update_slice_p, primitives.sort_p, primitives.complex_p),
+        *(primitives.reduce_p, lax.optimization_barrier_p, primitives.shift_left_p),
+    }
+)
+# Among them, those in which a weight that meets data of its own shape keeps its axes.
+KEEPING = frozenset(
+    {
+        *(primitives.mul_p, primitives.div_p, primitives.select_n_p, primitives.scatter_p, primitives.scatter_add_p),
+        *(primitives.scatter_mul_p, primitives.dynamic_update_slice_p),
+    }
+)
+SCALING = (primitives.mul_p, primitives.div_p)
+JOINING = (*SCALING, primitives.concatenate_p, lax.stack_p)
+
+
+def scouting(log: Log) -> tuple[dict[compat.Primitive, Rule], Rule]:
+    """Return discovery's rule for each primitive, and what it does for all others."""
+    follow = following(log)
+    rules = {
+        primitive: entering(rule) if primitive in calls.RULES else keeping(rule) for primitive, rule in RULES.items()
+    }
+    rules |= {
+        primitives.add_p: adding,
+        primitives.add_jaxvals_p: adding,
+        primitives.sub_p: adding,
+        primitives.dot_general_p: product(log),
+        primitives.conv_general_dilated_p: convolution(log),
+        compat.ragged_dot_general_p: ragged(log),
+        primitives.gather_p: picking(log),
+        primitives.cond_p: choosing(log),
+        primitives.scan_p: taking_apart(log, entering(calls.RULES[primitives.scan_p])),
+    }
+    return rules, follow
+
+
+def following(log: Log) -> Rule:
+    """Return how an equation without a rule is evaluated, and the weights in it followed through it.
+
+    What depends on no data is still a weight (`tanh(w)`), and where it has the axes of what it was made of, it is taken
+    to have them still. Adapted, it will be materialised there, and said to be. Where it meets data, it is lost, unless
+    the operation or the sizes tell its axes.
+    """
+
+    def follow(walk: Walk, eqn: compat.Eqn, values: list[Any]) -> list[Any]:
+        outs = compat.bind(eqn, *map(base, values))
+        weights = [v for v in values if is_weight(v)]
+        if not any(map(is_data, values)):
+            return [followed(eqn, out, weights) for out in outs]
+        for view in weights:
+            if eqn.primitive in KEEPING and keeps_its_axes(view, outs):
+                return [met(view, outs[0], weights, eqn.primitive.name), *outs[1:]]
+        for view in weights:
+            one = len(all_sites(weights)) == 1 and eqn.primitive not in ENTRYWISE
+            axes = guess(view, values, outs) if one else None
+            if axes is None:
+                log.meet(view, eqn.primitive.name, loud=eqn.primitive not in ENTRYWISE)
+            else:
+                i, o, sure = axes
+                stack = [n for n in range(len(view.shape)) if n not in (i, o)]
+                log.serve(view, "product" if sure else "guessed", [i], stack, eqn)
+        return outs
+
+    return follow
+
+
+def followed(eqn: compat.Eqn, out: Any, weights: Sequence[View]) -> View:
+    """Return what an operation makes of weights alone, with the axes that it can be taken to have."""
+    if not weights or not numeric(out.dtype):
+        return known(out)
+    like = [v for v in weights if v.shape == out.shape] or [v for v in weights if len(v.shape) == out.ndim]
+    axes: list[Axes] = [frozenset().union(*(v.axes[n] for v in like)) for n in range(out.ndim)]
+    gone = eqn.params.get("axes")
+    if not like and len(weights) == 1 and isinstance(gone, tuple) and len(weights[0].shape) == out.ndim + len(gone):
+        axes = [label for n, label in enumerate(weights[0].axes) if n not in gone]
+    past = one_past(weights)
+    past = dataclasses.replace(past, through=past.through or eqn.primitive.name)
+    return View(out, None, None, tuple(axes), out.dtype, all_sites(weights), past=past)
+
+
+def all_sites(weights: Sequence[View]) -> tuple[str, ...]:
+    return tuple(dict.fromkeys(site for v in weights for site in v.sites))
+
+
+def keeps_its_axes(view: View, outs: Sequence[Any]) -> bool:
+    """Say whether a result is still a weight: it is no larger, and no axis of it only repeats the weight."""
+    return outs[0].shape == view.shape and all(size == 1 or view.axes[n] for n, size in enumerate(view.shape))
+
+
+def met(view: View, out: Any, weights: Sequence[View], name: str) -> View:
+    """Return a weight that met data and kept its axes, with all weights of its shape in it."""
+    alike = [v for v in weights if v.shape == view.shape]
+    axes = tuple(frozenset().union(*(v.axes[n] for v in alike)) for n in range(out.ndim))
+    past = one_past(alike)
+    past = dataclasses.replace(past, met=past.met or name)
+    return View(out, None, None, axes, out.dtype, all_sites(alike), past=past)
+
+
+def guess(view: View, values: Sequence[Any], outs: Sequence[Any]) -> tuple[int, int, bool] | None:
+    """Return the in- and the out-axis of a weight in an operation that nobody knows, by the sizes of what it met.
+
+    And whether the sizes leave no other choice.
+
+    The in-axis has a size that the data have, and the out-axis one that the result has; of the last two axes, since
+    what comes before them is stacked. Row by row, as kernels of products store their weights, is tried first.
+    """
+    floating = lambda arrays: {n for a in arrays if jnp.issubdtype(a.dtype, jnp.inexact) for n in a.shape if n != 1}
+    ins, made = floating([base(v) for v in values if is_data(v)]), floating(outs)
+    last = len(view.shape) - 1
+    options = [
+        (i, o)
+        for i, o in (((last - 1, last), (last, last - 1)) if last > 0 else ())
+        if view.shape[i] in ins and view.shape[o] in made and view.axes[i] and view.axes[o]
+    ]
+    return (*options[0], len(options) == 1) if options else None
+
+
+def entering(rule: Rule) -> Rule:
+    """Return the rule of a call: inside, a constant would look like data."""
+
+    def enter(walk: Walk, eqn: compat.Eqn, values: list[Any]) -> list[Any] | None:
+        inside = lambda v: v if isinstance(v, View) or compat.is_tracer(v) else known(jnp.asarray(v))
+        return rule(walk, eqn, [inside(v) for v in values])
+
+    return enter
+
+
+def taking_apart(log: Log, rule: Rule) -> Rule:
+    """Return the rule of a scan, which notes the stored axes that it takes apart."""
+
+    def enter(walk: Walk, eqn: compat.Eqn, values: list[Any]) -> list[Any] | None:
+        for v in values[sum(compat.scan_counts(eqn)) :]:
+            log.apart.update(v.axes[0] if is_weight(v) else ())
+        return rule(walk, eqn, values)
+
+    return enter
+
+
+def keeping(rule: Rule) -> Rule:
+    """Return a renaming rule for values that may be constants, which rules need not know."""
+
+    def keep(walk: Walk, eqn: compat.Eqn, values: list[Any]) -> list[Any] | None:
+        views = [v for v in values if isinstance(v, View) and v.sites]
+        if not views:
+            return None
+        if eqn.primitive in JOINING:
+            # A token put before data is data, and so are rows; but a number may scale a weight, and constants rows.
+            mixed = any(compat.is_tracer(v) and (v.ndim or eqn.primitive not in SCALING) for v in values)
+            if mixed or (len(views) > 1 and (eqn.primitive in SCALING or any(v.past.rows for v in views))):
+                return None
+        return rule(walk, eqn, [base(v) if isinstance(v, View) and not v.sites else v for v in values])
+
+    return keep
+
+
+def adding(walk: Walk, eqn: compat.Eqn, values: list[Any]) -> list[Any] | None:
+    """Add weights to each other or to constants; what is added to data is no weight."""
+    weights = [v for v in values if is_weight(v)]
+    if any(map(is_data, values)) or not weights:
+        return None
+    if len(weights) == 2 and weights[0].shape == weights[1].shape:
+        return [joins.total(*weights)]
+    plain = [base(v) if not is_weight(v) else v for v in values]
+    return RULES[eqn.primitive](walk, eqn, plain) if len(weights) == 1 else None
+
+
+def product(log: Log) -> Rule:
+    """Return the rule of a product: the weight that data meet is used; of two weights, the result is a weight."""
+
+    def rule(walk: Walk, eqn: compat.Eqn, values: list[Any]) -> list[Any] | None:
+        lhs, rhs = values
+        if not any(isinstance(v, View) and v.sites for v in values):
+            return None
+        out = compat.bind(eqn, base(lhs), base(rhs))
+        (lhs_c, rhs_c), (lhs_b, rhs_b) = eqn.params["dimension_numbers"]
+        sides = [(lhs, rhs, lhs_c, lhs_b), (rhs, lhs, rhs_c, rhs_b)]
+        if is_weight(lhs) and is_weight(rhs) and not any(v.past.met or v.past.through for v in values):
+            return [of_weights(log, eqn, values, out[0])]
+        if is_weight(lhs) and not is_data(rhs) and not is_weight(rhs):
+            return [of_weights(log, eqn, values, out[0])]  # a weight that is resized
+        for view, other, contracted, batch in sides:
+            computed = isinstance(view, View) and bool(view.past.through or view.past.met)
+            if is_weight(view):
+                if computed and not is_data(other):
+                    # What was computed from a weight (latent queries) is no weight where it meets one.
+                    both = isinstance(other, View) and bool(other.past.through or other.past.met)
+                    log.meet(view, eqn.primitive.name, loud=both)
+                else:
+                    log.serve(view, "product", contracted, batch, eqn)
+            elif isinstance(view, View) and view.past.rows and compat.is_tracer(other):
+                log.serve(view, "product", contracted, batch, eqn)
+        return out
+
+    return rule
+
+
+def of_weights(log: Log, eqn: compat.Eqn, values: list[Any], out: Any) -> View:
+    """Return the product of two weights, or of a weight and a constant, as a weight."""
+    (lhs_c, rhs_c), (lhs_b, rhs_b) = eqn.params["dimension_numbers"]
+    lhs, rhs = (v if isinstance(v, View) else known(jnp.asarray(v)) for v in values)
+    waiting: set[int] = set()
+    for view, contracted, batch in ((lhs, lhs_c, lhs_b), (rhs, rhs_c, rhs_b)):
+        waiting |= log.use(view, "product", contracted, batch, eqn) if view.sites else set()
+    free = lambda view, gone: [n for n in range(len(view.shape)) if n not in gone]
+    free_l, free_r = free(lhs, (*lhs_c, *lhs_b)), free(rhs, (*rhs_c, *rhs_b))
+    summed = [lhs.axes[n] for n in lhs_c] + [rhs.axes[n] for n in rhs_c]
+    axes = [lhs.axes[m] | rhs.axes[n] for m, n in zip(lhs_b, rhs_b, strict=True)]
+    axes += [lhs.axes[n] for n in free_l]
+    # A constant that a weight is mapped by (as by a resize) has the axes it maps them to.
+    axes += [rhs.axes[n] for n in free_r] if rhs.sites else [frozenset().union(*summed)] * len(free_r)
+    past = one_past([v for v in (lhs, rhs) if v.sites])
+    gone = frozenset().union(*summed) if rhs.sites else frozenset()
+    past = dataclasses.replace(past, summed=past.summed | gone, waiting=past.waiting | waiting)
+    return View(out, None, None, tuple(axes), out.dtype, all_sites([v for v in (lhs, rhs) if v.sites]), past=past)
+
+
+def convolution(log: Log) -> Rule:
+    def rule(walk: Walk, eqn: compat.Eqn, values: list[Any]) -> list[Any] | None:
+        x, kernel = values
+        if not any(isinstance(v, View) and v.sites for v in values):
+            return None
+        _, *rest = eqn.params["dimension_numbers"].rhs_spec
+        if is_weight(x):
+            log.meet(x, eqn.primitive.name, loud=False)
+        if isinstance(kernel, View) and kernel.sites:
+            log.serve(kernel, "convolution", rest, (), eqn)
+        return compat.bind(eqn, base(x), base(kernel))
+
+    return rule
+
+
+def ragged(log: Log) -> Rule:
+    def rule(walk: Walk, eqn: compat.Eqn, values: list[Any]) -> list[Any] | None:
+        x, experts, *_ = values
+        if not any(isinstance(v, View) and v.sites for v in values):
+            return None
+        numbers = eqn.params["ragged_dot_dimension_numbers"]
+        (_, contracted), (_, batch) = numbers.dot_dimension_numbers
+        if is_weight(x):
+            log.meet(x, eqn.primitive.name, loud=False)
+        if isinstance(experts, View) and experts.sites:
+            log.serve(experts, "product", contracted, (*batch, *numbers.rhs_group_dimensions), eqn)
+        return compat.bind(eqn, *map(base, values))
+
+    return rule
+
+
+def picking(log: Log) -> Rule:
+    """Return the rule of a gather: one place is a pick from a stack, and several are rows of a table."""
+
+    def rule(walk: Walk, eqn: compat.Eqn, values: list[Any]) -> list[Any] | None:
+        view, indices = values
+        if is_weight(indices):
+            log.meet(indices, "gather", loud=False)
+        if not (isinstance(view, View) and view.sites):
+            return None
+        pick = pick_of(eqn.params, view.shape)
+        picked = None if pick is None else take(view, pick, base(indices))
+        if pick is None or picked is None:
+            return None
+        if is_single(pick, base(indices)):
+            return [picked]
+        waiting = log.use(view, "lookup", [pick.row], pick.stack, eqn) if not view.past.rows else set()
+        past = dataclasses.replace(view.past, rows=True, waiting=view.past.waiting | waiting)
+        return [dataclasses.replace(picked, past=past)]
+
+    return rule
+
+
+def choosing(log: Log) -> Rule:
+    """Return the rule of a conditional: every branch is walked, and a choice between weights is a weight."""
+
+    def rule(walk: Walk, eqn: compat.Eqn, values: list[Any]) -> list[Any]:
+        inside = [v if isinstance(v, View) or compat.is_tracer(v) else known(jnp.asarray(v)) for v in values]
+        branches = [walk.run(jaxpr, inside[1:]) for jaxpr in eqn.params["branches"]]
+
+        def one(outs: Sequence[Any]) -> Any:
+            weights = [o for o in outs if is_weight(o)]
+            first = base(outs[0])
+            if any(map(is_data, outs)) or not weights:
+                for view in weights:
+                    log.meet(view, "cond")
+                chosen = any(map(is_data, [*outs, values[0]]))
+                return jnp.asarray(first) if chosen else known(jnp.asarray(first))
+            if not is_data(values[0]) and len(outs) == 1:
+                return outs[0]
+            return met(weights[0], jnp.asarray(first), weights, "cond")
+
+        return [one(outs) for outs in zip(*branches, strict=True)]
+
+    return rule
+
+
+def beginning(w: Any, name: str) -> View:
+    """Return a parameter as discovery starts with it: one without the axes or numbers of a weight is a constant."""
+    if w.ndim < 2 or not numeric(w.dtype):
+        return known(w)
+    return View(w, None, None, tuple(frozenset({(name, n)}) for n in range(w.ndim)), w.dtype, (name,), past=Past())
