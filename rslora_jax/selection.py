@@ -267,7 +267,8 @@ def guesses(config: LoraConfig, sites: Mapping[str, Site], found: Found) -> list
         notes.append(
             f"{shared_name(paths)} of shape {site.shape} is taken to sum over its axes {site.in_axes} and give "
             f"{site.out_axes} in {primitive}, of which the sizes do not tell; the result is exact whatever they "
-            f"are, but A starts at random and B at zero: if it is otherwise, state them, as in {axes_line(paths, site.shape)}"
+            f"are, but A starts at random and B at zero: if it is otherwise, state them, as in "
+            f"{axes_line(paths, site.shape)}"
         )
     return notes
 

@@ -193,13 +193,28 @@ def shard_map(walk: Walk, eqn: compat.Eqn, values: list[Any]) -> list[Any]:
         return dataclasses.replace(value, w=spec, a=factor(value.a), b=factor(value.b))
 
     def build():
-        def body(*args):
-            return tuple(walk.array(o, "output of shard_map") for o in walk.run(eqn.params["jaxpr"], args))
-
         specs = tuple(map(spec_of, values, eqn.params["in_specs"]))
-        return jax.jit(jax.shard_map(body, in_specs=specs, **compat.shard_map_params(eqn)), inline=True)
+        params = compat.shard_map_params(eqn)
+
+        def enter(value: Any, spec: Any) -> Any:
+            """Note along which axes all devices have the same factor: those along which it is not split."""
+            if not isinstance(value, View):
+                return value
+            whole = lambda of: frozenset(params["axis_names"]) - split_over(of)
+            return dataclasses.replace(value, uniform=(whole(spec.a), whole(spec.b)))
+
+        def body(*args):
+            outs = walk.run(eqn.params["jaxpr"], [*map(enter, args, specs)])
+            return tuple(walk.array(o, "output of shard_map") for o in outs)
+
+        return jax.jit(jax.shard_map(body, in_specs=specs, **params), inline=True)
 
     return walk.call(eqn, build)(*values)
+
+
+def split_over(spec: Any) -> frozenset[Any]:
+    """Return the mesh axes that a partition spec names."""
+    return frozenset(name for of in spec or () for name in (of if isinstance(of, tuple) else (of,)) if name is not None)
 
 
 def split(values, *counts):

@@ -48,7 +48,13 @@ def reshape(view: View, sizes: Sequence[int]) -> View | None:
     axes: list[Axes] = [frozenset()] * len(sizes)
     for old, new in groups:
         for n in new:
-            axes[n] = frozenset().union(*(view.axes[o] for o in old))
+            axes[n] = (
+                frozenset().union(*(view.axes[o] for o in old if view.shape[o] != 1)) if sizes[n] != 1 else axes[n]
+            )
+    # Axes of size 1 come and go: those that are there keep their order.
+    ones = [view.axes[o] for o, size in enumerate(view.shape) if size == 1]
+    for n, label in zip([n for n, size in enumerate(sizes) if size == 1], ones, strict=False):
+        axes[n] = label
 
     def act(array: Array, spanned: tuple[bool, ...]) -> Array:
         shape = [1] * len(sizes)

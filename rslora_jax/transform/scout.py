@@ -62,12 +62,14 @@ class Log:
 
     Attributes:
       uses: every use, in the order of the program.
+      right: the numbers of those in which the weight stands on the right of its product.
       withdrawn: the numbers of the uses that do not count: what came out of them served as a weight.
       meetings: by path.
       apart: the stored axes, as (path, axis), that a scan takes apart.
     """
 
     uses: list[Use] = dataclasses.field(default_factory=list)
+    right: set[int] = dataclasses.field(default_factory=set)
     withdrawn: set[int] = dataclasses.field(default_factory=set)
     meetings: dict[str, list[Meeting]] = dataclasses.field(default_factory=dict)
     apart: set[tuple[str, int]] = dataclasses.field(default_factory=set)
@@ -83,8 +85,11 @@ class Log:
         for site in view.sites:
             summed = frozenset(axis for name, axis in view.past.summed if name == site)
             use = Use(site, kind, stored(site, contracted), stored(site, batch), stored(site, rest), eqn, summed)
+            inner = [n for n in sorted(view.past.waiting) if self.uses[n].site == site]
             if use.contracted or use.free or use.batch:
                 self.uses.append(use)
+            elif inner:  # between two weights: the one on its left is nearer to the data
+                self.uses.append(self.uses[next((n for n in inner if n in self.right), inner[0])])
             else:
                 self.meet(dataclasses.replace(view, sites=(site,)), view.past.through or eqn.primitive.name)
         return set(range(first, len(self.uses)))
@@ -102,6 +107,9 @@ class Log:
             rest = frozenset().union(*(axes[n] for n in axes if n not in (*contracted, *batch)))
             if summed or own & rest:
                 return
+        of = frozenset().union(*(view.axes[n] for n in contracted))
+        if view.past.mapped and not of & view.past.mapped:
+            return  # the result of a product with a constant, not a weight that a constant resizes
         self.withdrawn |= view.past.waiting
         self.use(view, kind, contracted, batch, eqn)
 
@@ -205,9 +213,14 @@ def following(log: Log) -> Rule:
 
     def follow(walk: Walk, eqn: compat.Eqn, values: list[Any]) -> list[Any]:
         outs = compat.bind(eqn, *map(base, values))
+        if eqn.primitive is primitives.reduce_sum_p and written_out(values[0], eqn.params["axes"]):
+            log.meet(dataclasses.replace(values[0], past=Past()), f"{values[0].past.met} and {eqn.primitive.name}")
+            return outs
         weights = [v for v in values if is_weight(v)]
         if not any(map(is_data, values)):
             return [followed(eqn, out, weights) for out in outs]
+        if eqn.primitive is primitives.select_n_p and weights and not any(map(is_data, values[1:])):
+            return [met(weights[0], outs[0], weights, "select_n")]
         for view in weights:
             if eqn.primitive in KEEPING and keeps_its_axes(view, outs):
                 return [met(view, outs[0], weights, eqn.primitive.name), *outs[1:]]
@@ -216,6 +229,9 @@ def following(log: Log) -> Rule:
             axes = guess(view, values, outs) if one else None
             if axes is None:
                 log.meet(view, eqn.primitive.name, loud=eqn.primitive not in ENTRYWISE)
+                if eqn.primitive is primitives.mul_p and outs[0].ndim == len(view.shape):
+                    past = dataclasses.replace(view.past, met="mul", rows=True)
+                    return [dataclasses.replace(view, w=outs[0], dtype=outs[0].dtype, past=past)]
             else:
                 i, o, sure = axes
                 stack = [n for n in range(len(view.shape)) if n not in (i, o)]
@@ -237,6 +253,14 @@ def followed(eqn: compat.Eqn, out: Any, weights: Sequence[View]) -> View:
     past = one_past(weights)
     past = dataclasses.replace(past, through=past.through or eqn.primitive.name)
     return View(out, None, None, tuple(axes), out.dtype, all_sites(weights), past=past)
+
+
+def written_out(value: Any, gone: Sequence[int]) -> bool:
+    """Say whether a sum is over what was multiplied entry by entry, as a matrix product written out is."""
+    if not isinstance(value, View) or value.past.met != "mul":
+        return False
+    label = lambda n: value.axes[n] if value.shape[n] != 1 else frozenset()
+    return any(map(label, gone)) and any(label(n) for n in range(len(value.shape)) if n not in gone)
 
 
 def all_sites(weights: Sequence[View]) -> tuple[str, ...]:
@@ -337,8 +361,8 @@ def product(log: Log) -> Rule:
         sides = [(lhs, rhs, lhs_c, lhs_b), (rhs, lhs, rhs_c, rhs_b)]
         if is_weight(lhs) and is_weight(rhs) and not any(v.past.met or v.past.through for v in values):
             return [of_weights(log, eqn, values, out[0])]
-        if is_weight(lhs) and not is_data(rhs) and not is_weight(rhs):
-            return [of_weights(log, eqn, values, out[0])]  # a weight that is resized
+        if any(map(is_weight, values)) and not any(map(is_data, values)) and not all(map(is_weight, values)):
+            return [of_weights(log, eqn, values, out[0])]  # a weight that a constant resizes, or meets
         for view, other, contracted, batch in sides:
             computed = isinstance(view, View) and bool(view.past.through or view.past.met)
             if is_weight(view):
@@ -348,7 +372,7 @@ def product(log: Log) -> Rule:
                     log.meet(view, eqn.primitive.name, loud=both)
                 else:
                     log.serve(view, "product", contracted, batch, eqn)
-            elif isinstance(view, View) and view.past.rows and compat.is_tracer(other):
+            elif isinstance(view, View) and view.past.rows and compat.is_tracer(other) and not view.past.met:
                 log.serve(view, "product", contracted, batch, eqn)
         return out
 
@@ -361,17 +385,22 @@ def of_weights(log: Log, eqn: compat.Eqn, values: list[Any], out: Any) -> View:
     lhs, rhs = (v if isinstance(v, View) else known(jnp.asarray(v)) for v in values)
     waiting: set[int] = set()
     for view, contracted, batch in ((lhs, lhs_c, lhs_b), (rhs, rhs_c, rhs_b)):
-        waiting |= log.use(view, "product", contracted, batch, eqn) if view.sites else set()
+        noted = log.use(view, "product", contracted, batch, eqn) if view.sites else set()
+        waiting |= noted
+        log.right |= noted if view is rhs else set()
     free = lambda view, gone: [n for n in range(len(view.shape)) if n not in gone]
     free_l, free_r = free(lhs, (*lhs_c, *lhs_b)), free(rhs, (*rhs_c, *rhs_b))
     summed = [lhs.axes[n] for n in lhs_c] + [rhs.axes[n] for n in rhs_c]
     axes = [lhs.axes[m] | rhs.axes[n] for m, n in zip(lhs_b, rhs_b, strict=True)]
-    axes += [lhs.axes[n] for n in free_l]
     # A constant that a weight is mapped by (as by a resize) has the axes it maps them to.
-    axes += [rhs.axes[n] for n in free_r] if rhs.sites else [frozenset().union(*summed)] * len(free_r)
+    gone = frozenset().union(*summed)
+    axes += [lhs.axes[n] if lhs.sites else gone for n in free_l] + [rhs.axes[n] if rhs.sites else gone for n in free_r]
     past = one_past([v for v in (lhs, rhs) if v.sites])
-    gone = frozenset().union(*summed) if rhs.sites else frozenset()
-    past = dataclasses.replace(past, summed=past.summed | gone, waiting=past.waiting | waiting)
+    if lhs.sites and rhs.sites:
+        past = dataclasses.replace(past, summed=past.summed | gone)
+    elif rhs.sites:
+        past = dataclasses.replace(past, mapped=past.mapped | gone)
+    past = dataclasses.replace(past, waiting=past.waiting | waiting)
     return View(out, None, None, tuple(axes), out.dtype, all_sites([v for v in (lhs, rhs) if v.sites]), past=past)
 
 

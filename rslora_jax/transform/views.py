@@ -28,6 +28,7 @@ class Past:
       met: the operation in which it met data entry by entry, and kept its axes (a mask, a choice).
       rows: whether rows of it were picked: to what comes next they are data, unless data meet them in a product.
       summed: the stored axes that products with other weights have summed over.
+      mapped: the stored axes that a constant on its left has mapped to others.
       waiting: the uses, by number, that do not count if it serves as a weight later.
     """
 
@@ -35,6 +36,7 @@ class Past:
     met: str = ""
     rows: bool = False
     summed: Axes = frozenset()
+    mapped: Axes = frozenset()
     waiting: frozenset[int] = frozenset()
 
 
@@ -96,6 +98,7 @@ def one_past(views: Sequence[View]) -> Past:
         next((p.met for p in pasts if p.met), ""),
         any(p.rows for p in pasts),
         frozenset().union(*(p.summed for p in pasts)),
+        frozenset().union(*(p.mapped for p in pasts)),
         frozenset().union(*(p.waiting for p in pasts)),
     )
 
