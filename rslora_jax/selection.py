@@ -70,7 +70,9 @@ def select(config: LoraConfig, leaves: Mapping[str, Any], found: Found) -> Selec
         left |= {p: f"excluded by {pattern!r}" for p in gone}
     left = {p: left[p] for p in leaves if p in left}
     if not chosen:
-        raise ValueError(f"no weight is left to adapt; {fold(left)}" if left else "no weight is left to adapt")
+        nothing = "no weight is left to adapt" + ("" if reasons else ": no output depends on a parameter")
+        remedies = warnings_of(config, left, shapes, stored, everything, found)
+        raise ValueError("\n".join([f"{nothing}; {fold(left)}" if left else nothing, *remedies]))
     for name in ("rank_pattern", "alpha_pattern"):
         for pattern, _ in getattr(config, name):
             if not any(matches(p, pattern) for p in chosen):

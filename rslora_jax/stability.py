@@ -10,8 +10,10 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax import Array
+from jax.extend.core import primitives
 
 from rslora_jax.sites import Site
+from rslora_jax.transform import compat
 from rslora_jax.transform.interpreter import Walk, as_arrays
 from rslora_jax.transform.product import Bilinear, Parts
 from rslora_jax.transform.rules import RULES
@@ -74,7 +76,8 @@ def measure(
     (30.0, 900.0, 24.0)
     """
     lora.check(params, adapters)
-    walk = Walk(MEASURED, on_fallback=refuse, product=measured_product)
+    tables = frozenset(path for path, site in lora.sites.items() if site.kind == "embedding")
+    walk = Walk(MEASURED, on_fallback=refuse, product=measured_product, tables=tables)
     names = list(array_leaves(params))
 
     def value(adapters: Adapters) -> Array:
@@ -162,6 +165,14 @@ def refuse(view: View, primitive: str) -> None:
     )
 
 
+def picked(walk: Walk, eqn: compat.Eqn, values: list[Any]) -> list[Any] | None:
+    """Pick from a stack; refuse a look-up."""
+    if isinstance(values[0], View) and walk.tables.intersection(values[0].sites):
+        refuse(values[0], "a look-up")
+    return RULES[eqn.primitive](walk, eqn, values)
+
+
 # Joined weights have one output between them, and inside a shard_map an array is only a device's part.
 UNMEASURED = ("concatenate", "stack", "tile", "shard_map")
 MEASURED = {primitive: rule for primitive, rule in RULES.items() if primitive.name not in UNMEASURED}
+MEASURED[primitives.gather_p] = picked

@@ -6,6 +6,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from tests.random_programs.scope import table
+from tests.random_programs.unknown import UNKNOWN_CHANGES
 
 
 def transpose(w, s):
@@ -199,4 +200,5 @@ CHANGES = table(
     *(slice_strided, slice_traced, reverse, index, index_static, index_traced, index_vector, cast_narrow),
     *(cast_bfloat16, barrier, concatenate, stack, pad, scale, scale_axis, add_weight, normalise, mask, scatter),
     *(product_of_weights, running, stop_gradient, pointwise, choose, fuse, repeat, roll, reduce, copy),
+    *UNKNOWN_CHANGES.values(),
 )

@@ -213,7 +213,7 @@ def adapt(program: Program, fn: Callable, params: Any, x: Any) -> tuple[rslora.L
             if (
                 "no weight is left" in str(error)
                 or "matches no weight" in str(error)
-                or "which no matrix" in str(error)
+                or "cannot be adapted as it is used" in str(error)
             ):
                 return None, [str(error)]
             raise

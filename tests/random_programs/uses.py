@@ -8,6 +8,7 @@ import numpy as np
 from jax import lax
 
 from tests.random_programs.scope import WIDEST, flat, rows, table, widths
+from tests.random_programs.unknown import UNKNOWN_USES
 
 
 def einsum(w, s):
@@ -132,5 +133,5 @@ def bilinear(w, s):
 
 USES = table(
     *(einsum, dense, dense_left, dense_and_back, both_sides, lookup, lookup_tied, convolution, ragged_dot),
-    *(pointwise_use, bilinear),
+    *(pointwise_use, bilinear, *UNKNOWN_USES.values()),
 )
