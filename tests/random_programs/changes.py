@@ -191,6 +191,12 @@ def reduce(w, s):
     return s.pick([jnp.sum, jnp.max])(w, axis=s.pick(w.ndim)) if w.ndim > 1 else w
 
 
+def dead(w, s):
+    """A use of a further parameter on which nothing depends."""
+    jnp.tanh(w @ s.more((w.shape[-1], 2)))
+    return w
+
+
 def copy(w, s):
     return jnp.array(w, copy=True)
 
@@ -199,6 +205,6 @@ CHANGES = table(
     *(transpose, split_axis, merge_axes, reshape_any, expand, squeeze, broadcast, broadcast_inside, slice_part),
     *(slice_strided, slice_traced, reverse, index, index_static, index_traced, index_vector, cast_narrow),
     *(cast_bfloat16, barrier, concatenate, stack, pad, scale, scale_axis, add_weight, normalise, mask, scatter),
-    *(product_of_weights, running, stop_gradient, pointwise, choose, fuse, repeat, roll, reduce, copy),
+    *(product_of_weights, running, stop_gradient, pointwise, choose, fuse, repeat, roll, reduce, dead, copy),
     *UNKNOWN_CHANGES.values(),
 )

@@ -19,11 +19,12 @@ def operation(name: str, fn: Callable[..., Any]) -> Callable[..., Any]:
     mlir.register_lowering(primitive, mlir.lower_fun(fn, multiple_results=False))
 
     def jvp(primals: Any, tangents: Any) -> Any:
-        tangents = [jnp.zeros_like(p) if type(t) is ad.Zero else t for p, t in zip(primals, tangents, strict=True)]
+        tangents = tuple(jnp.zeros_like(p) if type(t) is ad.Zero else t for p, t in zip(primals, tangents, strict=True))
+        primals = tuple(primals)
         return primitive.bind(*primals), jax.jvp(fn, primals, tangents)[1]
 
     def batch(values: Any, axes: Any) -> Any:
-        return jax.vmap(fn, in_axes=tuple(None if a is batching.not_mapped else a for a in axes))(*values), 0
+        return jax.vmap(fn, in_axes=tuple(axes))(*values), 0
 
     ad.primitive_jvps[primitive] = jvp
     batching.primitive_batchers[primitive] = batch
