@@ -202,6 +202,7 @@ def ranked(
     """Return the sites with their ranks, and what is to be said of these."""
     sites: dict[str, Site] = {}
     capped: list[tuple[Site, int]] = []
+    large: list[str] = []
     notes = []
     for path, (shape, role) in weights.items():
         rank: int = first_match(path, config.rank_pattern, None)  # type: ignore[arg-type]
@@ -211,13 +212,15 @@ def ranked(
         full = min(site.in_size, site.out_size)
         text = f"rank {rank} is above {full}, the full rank of {path} ({site.in_size} x {site.out_size})"
         if rank > full and config.allow_large_rank:
-            notes.append(text)
+            large.append(text)
         elif rank > full and own:
             raise ValueError(f"{text}: lower it in rank_pattern, or set allow_large_rank=True")
         elif rank > full:
             rank = full
             capped.append((site, full))
         sites[path] = dataclasses.replace(site, rank=rank, gamma=scaling.gamma(rank, alpha, config.scaling))
+    if large:
+        notes.append(large[0] + (f", and so of {len(large) - 1} more" if large[1:] else ""))
     if capped:
         site, full = capped[0]
         notes.append(

@@ -1,6 +1,8 @@
 """Law 5b: every parameter is adapted, left out with its reason, or unused, and nothing is left out in silence."""
 
+import importlib.util
 import warnings
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -178,6 +180,14 @@ def test_a_rank_above_a_weights_own_is_cut_down_and_said(rank, want):
     with pytest.raises(ValueError, match="rank 11 is above 10"):
         wrapped(fn, params, X, rank_pattern={"w": 11})
     assert wrapped(fn, params, X, rank_pattern={"w": 11}, allow_large_rank=True)[0].sites["w"].rank == 11
+
+
+def test_the_documentations_table_is_what_the_tests_ran():
+    script = Path(__file__).parent.parent / "scripts/adapted_table.py"
+    spec = importlib.util.spec_from_file_location("adapted_table", script)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    assert module.PAGE.read_text() == module.page()
 
 
 def test_the_table_shows_what_is_left_out_by_reason():

@@ -101,14 +101,16 @@ def test_globs_choose_the_weights(fields, want):
     [
         ({"targets": "*/q_porj"}, ["'*/q_porj' matches no weight", "layers/0/q_proj"]),
         ({"targets": ["*/q_proj", "*/k_proj"]}, ["'*/k_proj' matches no weight"]),
-        ({"targets": "*/bias"}, ["layers/0/bias of shape (8,)", "cannot be factored"]),
-        ({"targets": "unused"}, ["unused of shape (8, 8)", "cannot be factored"]),
+        ({"targets": "*/bias"}, ["layers/0/bias of shape (8,)", "cannot be adapted as it is used (norm or bias"]),
+        ({"targets": "unused"}, ["unused of shape (8, 8)", "no output depends on it"]),
         ({"exclude": "*/o_proj"}, ["exclude '*/o_proj' matches no weight"]),
         ({"exclude": "*"}, ["no weight is left to adapt"]),
         ({"rank_pattern": {"*/k_proj": 2}}, ["rank_pattern '*/k_proj' matches no adapted weight"]),
         ({"targets": "*/q_proj", "alpha_pattern": {"*/v_proj": 2}}, ["alpha_pattern '*/v_proj' matches no adapted"]),
-        ({"rank": 5}, ["rank 5 is above 4, the full rank of layers/0/v_proj (8 x 4)", "allow_large_rank"]),
-        ({"rank_pattern": {"*/q_proj": 9}}, ["rank 9 is above 8, the full rank of layers/0/q_proj"]),
+        (
+            {"rank_pattern": {"*/q_proj": 9}},
+            ["rank 9 is above 8, the full rank of layers/0/q_proj", "allow_large_rank"],
+        ),
     ],
 )
 def test_a_config_that_does_not_fit_says_what_would(fields, said):
