@@ -118,9 +118,6 @@ def while_(walk: Walk, eqn: compat.Eqn, values: list[Any]) -> list[Any]:
 
 def cond(walk: Walk, eqn: compat.Eqn, values: list[Any]) -> list[Any]:
     """Enter every branch of a conditional."""
-    if walk.otherwise is not None and not any(map(compat.is_tracer, values)):
-        branches = [walk.run(jaxpr, values[1:]) for jaxpr in eqn.params["branches"]]
-        return branches[0]
     values = [walk.array(values[0], "cond"), *values[1:]]
 
     def build():

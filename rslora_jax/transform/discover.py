@@ -9,7 +9,8 @@ import jax
 from rslora_jax.transform import compat
 from rslora_jax.transform.head import last_products
 from rslora_jax.transform.interpreter import Walk, as_arrays
-from rslora_jax.transform.scout import Log, Meeting, Use, beginning, scouting
+from rslora_jax.transform.log import Log, Meeting, Use, beginning
+from rslora_jax.transform.scout import scouting
 from rslora_jax.transform.views import View
 
 

@@ -1,11 +1,10 @@
-"""How discovery goes through a program: the walk's own renaming rules, and what it notes where a weight is used.
+"""How discovery goes through a program: by the walk's own renaming rules, and noting where a weight meets data.
 
-A value is one of four things: *data* (a tracer), a *weight* (a view that is made of parameters alone), *rows* picked
-from a weight, which are data unless data meet them in a product, or a *constant*, which depends on none of them.
+What is data, a weight, rows or a constant: see `transform/log.py`.
 """
 
 import dataclasses
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import jax.numpy as jnp
@@ -14,170 +13,24 @@ from jax.extend.core import primitives
 
 from rslora_jax.transform import calls, compat, joins
 from rslora_jax.transform.interpreter import Rule, Walk
+from rslora_jax.transform.log import Log, all_sites, base, is_data, is_weight, known, numeric
 from rslora_jax.transform.picks import is_single, pick_of, take
 from rslora_jax.transform.rules import RULES
 from rslora_jax.transform.views import Axes, Past, View, one_past
 
-
-@dataclasses.dataclass(frozen=True)
-class Use:
-    """One way in which the program consumes a weight.
-
-    Attributes:
-      site: the weight's path.
-      kind: "product", "lookup", "convolution", or "guessed" where the operation has no rule and sizes tell the axes.
-      contracted, batch: the stored axes summed over (or indexed, in a look-up), and shared with the data.
-      free: the stored axes left in the result.
-      summed: the stored axes that a product with another weight has summed over before.
-      eqn: the equation; it identifies the use in the jaxpr.
-    """
-
-    site: str
-    kind: str
-    contracted: frozenset[int]
-    batch: frozenset[int]
-    free: frozenset[int]
-    eqn: compat.Eqn
-    summed: frozenset[int] = frozenset()
-
-
-@dataclasses.dataclass(frozen=True)
-class Meeting:
-    """A place where a weight meets data in an operation of which its axes cannot be told.
-
-    Attributes:
-      primitive: the operation's name.
-      loud: whether the weight might serve as a matrix there; entry by entry, or as a vector, it does not.
-      vector: whether at most one of its axes was there.
-    """
-
-    primitive: str
-    loud: bool
-    vector: bool
-
-
-@dataclasses.dataclass
-class Log:
-    """What discovery has seen so far.
-
-    Attributes:
-      uses: every use, in the order of the program.
-      right: the numbers of those in which the weight stands on the right of its product.
-      withdrawn: the numbers of the uses that do not count: what came out of them served as a weight.
-      meetings: by path.
-      apart: the stored axes, as (path, axis), that a scan takes apart.
-    """
-
-    uses: list[Use] = dataclasses.field(default_factory=list)
-    right: set[int] = dataclasses.field(default_factory=set)
-    withdrawn: set[int] = dataclasses.field(default_factory=set)
-    meetings: dict[str, list[Meeting]] = dataclasses.field(default_factory=dict)
-    apart: set[tuple[str, int]] = dataclasses.field(default_factory=set)
-
-    def use(self, view: View, kind: str, contracted: Sequence[int], batch: Sequence[int], eqn: compat.Eqn) -> set[int]:
-        """Note the use of a view by some of its axes, for each weight it is made of; return the uses' numbers."""
-        rest = [n for n in range(len(view.shape)) if n not in (*contracted, *batch)]
-
-        def stored(site: str, wanted: Iterable[int]) -> frozenset[int]:
-            return frozenset(axis for n in wanted for name, axis in view.axes[n] if name == site)
-
-        first = len(self.uses)
-        for site in view.sites:
-            summed = frozenset(axis for name, axis in view.past.summed if name == site)
-            use = Use(site, kind, stored(site, contracted), stored(site, batch), stored(site, rest), eqn, summed)
-            inner = [n for n in sorted(view.past.waiting) if self.uses[n].site == site]
-            if use.contracted or use.free or use.batch:
-                self.uses.append(use)
-            elif inner:  # between two weights: the one on its left is nearer to the data
-                self.uses.append(self.uses[next((n for n in inner if n in self.right), inner[0])])
-            else:
-                self.meet(dataclasses.replace(view, sites=(site,)), view.past.through or eqn.primitive.name)
-        return set(range(first, len(self.uses)))
-
-    def serve(self, view: View, kind: str, contracted: Sequence[int], batch: Sequence[int], eqn: compat.Eqn) -> None:
-        """Note that data meet a view as a weight: what it was used for on its way here does not count.
-
-        But rows that are summed over (a bag of embeddings), or of which each row of data has its own, are looked up.
-        """
-        if view.past.rows:
-            axes = {n: view.axes[n] for n in range(len(view.shape))}
-            looked_up = {(u.site, n) for w in view.past.waiting for u in [self.uses[w]] for n in u.contracted}
-            summed = looked_up & frozenset().union(*(axes[n] for n in contracted))
-            own = looked_up & frozenset().union(*(axes[n] for n in batch))
-            rest = frozenset().union(*(axes[n] for n in axes if n not in (*contracted, *batch)))
-            if summed or own & rest:
-                return
-        of = frozenset().union(*(view.axes[n] for n in contracted))
-        if view.past.mapped and not of & view.past.mapped:
-            return  # the result of a product with a constant, not a weight that a constant resizes
-        self.withdrawn |= view.past.waiting
-        self.use(view, kind, contracted, batch, eqn)
-
-    def meet(self, view: View, primitive: str, loud: bool = True) -> None:
-        """Note that a weight is lost among data."""
-        if view.past.rows:
-            return  # its look-up is noted
-        for site in view.sites:
-            there = [n for n, label in enumerate(view.axes) if view.shape[n] != 1 and any(s == site for s, _ in label)]
-            known = any(s == site for label in view.axes for s, _ in label)
-            vector = known and len(there) < 2
-            self.meetings.setdefault(site, []).append(Meeting(primitive, loud and not vector, vector))
-
-
-def is_weight(value: Any) -> bool:
-    return isinstance(value, View) and bool(value.sites) and not value.past.rows
-
-
-def is_data(value: Any) -> bool:
-    return compat.is_tracer(value) or (isinstance(value, View) and value.past.rows)
-
-
-def base(value: Any) -> Any:
-    return value.base if isinstance(value, View) else value
-
-
-def known(w: Any) -> View:
-    """Return a value that depends on no data, and is no weight either."""
-    return View(w, None, None, (frozenset(),) * w.ndim, w.dtype, ())
-
-
-def numeric(dtype: Any) -> bool:
-    return jnp.issubdtype(dtype, jnp.number)
-
-
 # What works entry by entry, or puts arrays beside each other: a weight that meets data there is a table of numbers.
 ENTRYWISE = frozenset(
-    {
-        *(primitives.add_p, primitives.add_jaxvals_p, primitives.sub_p, primitives.mul_p, primitives.div_p),
-        *(primitives.rem_p, primitives.max_p, primitives.min_p, primitives.pow_p, primitives.atan2_p),
-        *(
-            primitives.nextafter_p,
-            primitives.and_p,
-            primitives.or_p,
-            primitives.xor_p,
-            primitives.eq_p,
-            primitives.ne_p,
-        ),
-        *(
-            primitives.lt_p,
-            primitives.le_p,
-            primitives.gt_p,
-            primitives.ge_p,
-            primitives.select_n_p,
-            primitives.clamp_p,
-        ),
-        *(primitives.concatenate_p, lax.stack_p, primitives.pad_p, primitives.gather_p, primitives.scatter_p),
-        *(primitives.scatter_add_p, primitives.scatter_mul_p, primitives.scatter_max_p, primitives.scatter_min_p),
-        *(primitives.dynamic_slice_p, primitives.dynamic_update_slice_p, primitives.sort_p, primitives.complex_p),
-        *(primitives.reduce_p, lax.optimization_barrier_p, primitives.shift_left_p),
-    }
-)
+    getattr(primitives, f"{name}_p")
+    for name in (
+        "add add_jaxvals sub mul div rem max min pow atan2 nextafter and or xor shift_left eq ne lt le gt ge clamp complex "
+        "select_n concatenate pad gather scatter scatter_add scatter_mul scatter_max scatter_min dynamic_slice "
+        "dynamic_update_slice sort reduce"
+    ).split()
+) | {lax.stack_p, lax.optimization_barrier_p}
 # Among them, those in which a weight that meets data of its own shape keeps its axes.
 KEEPING = frozenset(
-    {
-        *(primitives.mul_p, primitives.div_p, primitives.select_n_p, primitives.scatter_p, primitives.scatter_add_p),
-        *(primitives.scatter_mul_p, primitives.dynamic_update_slice_p),
-    }
+    getattr(primitives, f"{name}_p")
+    for name in "mul div select_n scatter scatter_add scatter_mul dynamic_update_slice".split()
 )
 SCALING = (primitives.mul_p, primitives.div_p)
 JOINING = (*SCALING, primitives.concatenate_p, lax.stack_p)
@@ -261,10 +114,6 @@ def written_out(value: Any, gone: Sequence[int]) -> bool:
         return False
     label = lambda n: value.axes[n] if value.shape[n] != 1 else frozenset()
     return any(map(label, gone)) and any(label(n) for n in range(len(value.shape)) if n not in gone)
-
-
-def all_sites(weights: Sequence[View]) -> tuple[str, ...]:
-    return tuple(dict.fromkeys(site for v in weights for site in v.sites))
 
 
 def keeps_its_axes(view: View, outs: Sequence[Any]) -> bool:
@@ -479,10 +328,3 @@ def choosing(log: Log) -> Rule:
         return [one(outs) for outs in zip(*branches, strict=True)]
 
     return rule
-
-
-def beginning(w: Any, name: str) -> View:
-    """Return a parameter as discovery starts with it: one without the axes or numbers of a weight is a constant."""
-    if w.ndim < 2 or not numeric(w.dtype):
-        return known(w)
-    return View(w, None, None, tuple(frozenset({(name, n)}) for n in range(w.ndim)), w.dtype, (name,), past=Past())
