@@ -28,8 +28,9 @@ ENTRYWISE = frozenset(
         primitives.eq_p, primitives.ne_p, primitives.lt_p, primitives.le_p, primitives.gt_p, primitives.ge_p,
         primitives.clamp_p, primitives.complex_p, primitives.select_n_p, primitives.concatenate_p,
         primitives.pad_p, primitives.gather_p, primitives.scatter_p, primitives.scatter_add_p, primitives.scatter_mul_p,
-        primitives.scatter_max_p, primitives.scatter_min_p, primitives.dynamic_slice_p, primitives.dynamic_update_slice_p,
-        primitives.sort_p, primitives.reduce_p, lax.stack_p, lax.optimization_barrier_p,
+        primitives.scatter_max_p, primitives.scatter_min_p, primitives.dynamic_slice_p,
+        primitives.dynamic_update_slice_p, primitives.sort_p, primitives.reduce_p, lax.stack_p,
+        lax.optimization_barrier_p,
     )
 )
 # Among them, those in which a weight that meets data of its own shape keeps its axes.
