@@ -184,6 +184,8 @@ def reason(
         return f"no weight: it holds {leaf.dtype}"
     if leaf.ndim < 2:
         return "norm or bias: fewer than two axes"
+    if sum(size != 1 for size in leaf.shape) < 2:
+        return VECTOR
     meetings = found.meetings.get(path, ())
     loud = [m for m in meetings if m.loud]
     if loud:

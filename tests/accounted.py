@@ -73,6 +73,7 @@ PARAMS = {
     "kernel3": (3, 12, 8),
     "mask": (12, 16),
     "scale": (12,),
+    "row": (1, 16),
     "norms": (3, 12),
 }
 
@@ -212,6 +213,13 @@ ENTRIES = [
         "(x + position) @ w",
         {"w": "io"},
         left_out={"position": "no matrix: meets data entry by entry, in add"},
+    ),
+    E(
+        "No matrices",
+        "x @ (row * w / jnp.linalg.norm(w, axis=0))",
+        {"w": "io"},
+        "mul",
+        left_out={"row": "norm or bias: used as a vector"},
     ),
     E("No matrices", "(x * scale) @ w", {"w": "io"}, left_out={"scale": "norm or bias: fewer than two axes"}),
     E(
