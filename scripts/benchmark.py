@@ -8,10 +8,13 @@
 A step is the value and the gradients of the adapters (float32) and of the layers' input; no optimiser. The model is
 a stack of Llama layers of random weights, without table and head. Before a rank is timed, all methods are given the
 same A and B, and must give the same loss and gradients. Methods take turns, so that a slow minute meets all alike.
+What cannot be measured is a row that says why, and the others go on.
 
-FLOPs and temporary bytes are the compiled program's; of torch, the FLOPs of its matrix products without attention's,
-and the bytes on a GPU only. "to least" is FLOPs over the least: the floor's as compiled, and the adapters' on paper
-over all orders; planned_flops in the CSV has in its place the count of the orders that rslora_jax chooses.
+FLOPs and temporary bytes are the compiled program's; on a GPU, whose compiler does not count the products that it hands
+to a library, the FLOPs of the products in the traced gradient; of torch, the FLOPs of its matrix products without
+attention's, and the bytes on a GPU only. "to least" is FLOPs over the least: the floor's as compiled, and the
+adapters' on paper over all orders; planned_flops in the CSV has in its place the count of the orders that rslora_jax
+chooses. "TFLOP/s" is FLOPs over the step's time.
 "trace s" is the time from the model to the lowered program, adapters put in; "compile s" is XLA's.
 
 CSV, PNG and a Markdown table go to --out; the CSV is written after each rank, so that what is measured is kept.
@@ -69,7 +72,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     add("--ranks", type=numbers, default=[8, 64, 256, 1024, 2048], help="(8,64,256,1024,2048, up to the width)")
     add("--alpha", type=float, default=16.0, help="the scale is alpha / sqrt(rank) in every method (16)")
     add("--dtype", choices=measure.TOLERANCE, default="float32", help="of weights and products (float32)")
-    add("--repeats", type=int, default=5, help="timed steps of each method at each rank (5)")
+    add("--repeats", type=int, default=5, help="timings of each method at each rank, of 8 steps but on a CPU (5)")
     add("--methods", type=names, default=list(methods.METHODS), help="several with commas (all that are installed)")
     add(
         "--out",
@@ -104,24 +107,28 @@ def available(wanted: list[str], console: Console) -> list[str]:
     return [name for name in wanted if not methods.missing(name)]
 
 
-def prepare_all(problem: Problem, data: Data, wanted: list[str], kept: dict, console: Console) -> dict[str, Any]:
-    """Return the methods ready to run; those in which the rank plays no part are compiled once and kept."""
-    ready = {}
+def prepare_all(problem: Problem, data: Data, wanted: list[str], kept: dict) -> tuple[dict[str, Any], dict[str, str]]:
+    """Return the methods ready to run, and why others are not; one in which no rank plays a part is compiled once."""
+    ready, failed = {}, {}
     for name in wanted:
         try:
-            if name == "peft":
-                from benchmarks import torch_peft
+            made = kept.get(name) or prepare(name, problem, data)
+            made.wait(made.step())
+        except Exception as error:  # out of memory, or a change in another library: no reason to lose the others
+            failed[name] = f"{type(error).__name__}: {[*str(error).splitlines(), ''][0]}"
+            continue
+        ready[name] = made
+        if name not in methods.ADAPTED:
+            kept[name] = made
+    return ready, failed
 
-                ready[name] = torch_peft.prepare(problem, data)
-            elif name in methods.ADAPTED:
-                ready[name] = measure.prepare(name, problem, data)
-            else:
-                kept[name] = ready[name] = kept.get(name) or measure.prepare(name, problem, data)
-            ready[name].step()
-        except jax.errors.JaxRuntimeError as error:  # out of the device's memory
-            ready.pop(name, None)
-            console.print(f"left out at rank {problem.rank}: {name}: {str(error).splitlines()[0]}")
-    return ready
+
+def prepare(name: str, problem: Problem, data: Data) -> measure.Ready:
+    if name in ("peft", "torch"):
+        from benchmarks import torch_peft
+
+        return torch_peft.prepare(name, problem, data)
+    return measure.prepare(name, problem, data)
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -132,6 +139,7 @@ def main(argv: list[str] | None = None) -> None:
     if len(ranks) < len(arguments.ranks):
         console.print(f"ranks up to the width of {config.width}: {', '.join(map(str, ranks))}")
     device = jax.devices()[0]
+    steps = 1 if device.platform == "cpu" else 8
     sizes = f"width {config.width}, {config.num_layers} layers, {arguments.dtype}"
     title = f"{sizes}; JAX {jax.__version__}, {device.device_kind}"
     facts = {
@@ -143,6 +151,7 @@ def main(argv: list[str] | None = None) -> None:
         "length": arguments.length,
         "dtype": arguments.dtype,
         "alpha": arguments.alpha,
+        "steps": steps,
         "jax": jax.__version__,
         "platform": device.platform,
         "device": device.device_kind,
@@ -164,21 +173,25 @@ def main(argv: list[str] | None = None) -> None:
                 progress.update(task, description=f"{tokens} tokens, rank {rank}: compile")
                 data = make_data(problem, variables)
                 variables = data.variables
-                ready = prepare_all(problem, data, wanted, kept, console)
-                differences = measure.check(ready, arguments.dtype)
+                ready, failed = prepare_all(problem, data, wanted, kept)
+                differences, wrong = measure.check(ready, arguments.dtype)
+                failed |= wrong
+                ready = {name: made for name, made in ready.items() if name not in failed}
                 progress.update(task, advance=tokens * len(wanted))
 
                 def advance(name: str, tokens: int = tokens, rank: int = rank) -> None:
                     progress.update(task, advance=tokens, description=f"{tokens} tokens, rank {rank}: {name}")
 
-                timings = measure.in_turn(ready, arguments.repeats, advance)
+                timings = measure.in_turn(ready, arguments.repeats, steps, advance)
                 floor = timings.get("floor")
                 floor_flops = ready["floor"].flops if "floor" in ready else None
                 new = [
                     report.make_row(problem, n, r, timings[n], floor, floor_flops, disagreement=differences.get(n))
                     for n, r in ready.items()
                 ]
-                rows += new
+                rows += new + [report.Row(tokens, rank, name, why=why) for name, why in failed.items()]
+                for name, why in failed.items():
+                    console.print(f"not measured at {tokens} tokens, rank {rank}: {name}: {why}", markup=False)
                 for r in new:
                     ratio = "" if r.to_floor is None else f", {r.to_floor:.2f} of the floor"
                     console.print(f"{tokens} tokens, rank {rank}, {r.method}: {r.step_s:.4g} s{ratio}")

@@ -67,13 +67,19 @@ def sharded(array: Array) -> bool:
     return any(axis is not None for axis in jax.typeof(array).sharding.spec)
 
 
-@functools.partial(jax.custom_jvp, nondiff_argnums=(1,))
 def rank_first(factor: Array, axis: int) -> Array:
-    """Return a factor, whose rank is at `axis`, as it is; its gradient is formed with the rank first."""
+    """Return a factor, whose rank is at `axis`, as it is; on a CPU, its gradient is formed with the rank first."""
+    # On a GPU the barrier only keeps the cast to float32 out of the product that makes the gradient: a pass over it
+    # more (H200, rank 64: 1.19 of the base's step with it and 1.18 without at 1B's widths, 1.14 and 1.13 at 7B's).
+    return gradient_rank_first(factor, axis) if jax.default_backend() == "cpu" else factor
+
+
+@functools.partial(jax.custom_jvp, nondiff_argnums=(1,))
+def gradient_rank_first(factor: Array, axis: int) -> Array:
     return factor
 
 
-@rank_first.defjvp
+@gradient_rank_first.defjvp
 def _(axis: int, primals: tuple[Array], tangents: tuple[Array]) -> tuple[Array, Array]:
     # Without the barrier, XLA makes one product, rank last, of the product and the transposition that follows it.
     moved = lax.optimization_barrier(jnp.moveaxis(tangents[0], axis, 0))

@@ -96,7 +96,7 @@ JAX_METHODS: dict[str, tuple[Callable[[Problem], Step], tuple[int, ...]]] = {
     "qwix": (qwix, (ADAPTERS, INPUT)),
     "factored": (factored, (ADAPTERS, INPUT)),
 }
-PACKAGES = {"qwix": ("qwix",), "peft": ("torch", "transformers", "peft")}
+PACKAGES = {"qwix": ("qwix",)} | dict.fromkeys(("peft", "torch"), ("torch", "transformers", "peft"))
 METHODS = {
     "floor": "base forward and gradient to the input, no adapters",
     "full": "gradient to all weights",
@@ -104,6 +104,7 @@ METHODS = {
     "qwix": "qwix.LoraProvider on the Linen module",
     "factored": "hand-written x W + gamma (x A) B in every nn.Dense",
     "peft": "Hugging Face PEFT on torch, use_rslora=True",
+    "torch": "the floor on torch, by the model that PEFT adapts",
 }
 ADAPTED = ("factored", "rslora", "qwix", "peft")  # the first that is measured is the one the others must agree with
 

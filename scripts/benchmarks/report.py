@@ -15,24 +15,28 @@ from benchmarks.problem import Problem
 
 @dataclasses.dataclass(frozen=True)
 class Row:
-    """The figures of one method at one rank and number of tokens; times are medians, in seconds."""
+    """The figures of one method at one rank and number of tokens; times are medians, in seconds.
+
+    `why` says what kept a method from being measured; it then has no figures.
+    """
 
     tokens: int
     rank: int
     method: str
-    step_s: float
-    step_min_s: float
-    step_max_s: float
-    to_floor: float | None
-    cpu_s: float
-    flops: float | None
-    least_flops: float | None
-    planned_flops: float | None
-    temp_bytes: int | None
-    trace_s: float | None
-    compile_s: float | None
-    disagreement: float | None
-    repeats: int
+    step_s: float | None = None
+    step_min_s: float | None = None
+    step_max_s: float | None = None
+    to_floor: float | None = None
+    cpu_s: float | None = None
+    flops: float | None = None
+    least_flops: float | None = None
+    planned_flops: float | None = None
+    temp_bytes: int | None = None
+    trace_s: float | None = None
+    compile_s: float | None = None
+    disagreement: float | None = None
+    repeats: int = 0
+    why: str = ""
 
 
 def make_row(
@@ -56,7 +60,7 @@ def make_row(
         cpu_s=statistics.median(timing.cpu),
         flops=ready.flops,
         # Torch counts matrix products only, and none of those in its attention: a ratio would mean nothing.
-        least_flops=floor_flops + problem.least(method) if floor_flops and method != "peft" else None,
+        least_flops=floor_flops + problem.least(method) if floor_flops and method not in ("peft", "torch") else None,
         planned_flops=floor_flops + problem.planned() if floor_flops and method == "rslora" else None,
         temp_bytes=ready.temp_bytes,
         trace_s=ready.trace_s,
@@ -68,13 +72,13 @@ def make_row(
 
 def busy(rows: Sequence[Row]) -> list[Row]:
     """Return the rows whose repeats differ so much that the machine must have done something else."""
-    return [r for r in rows if r.step_max_s > 1.5 * r.step_min_s]
+    return [r for r in rows if r.step_max_s and r.step_min_s and r.step_max_s > 1.5 * r.step_min_s]
 
 
 def table(rows: Sequence[Row], title: str) -> Table:
     """Return the rows as a table, a section for each rank and number of tokens."""
     out = Table(title=title, caption="to floor: median of the ratios within each repeat; from - to: least and most")
-    names = "tokens rank method|step s|from - to|to floor|CPU s|GFLOPs|to least|temp MB|trace s|compile s"
+    names = "tokens rank method|step s|from - to|to floor|CPU s|GFLOPs|to least|TFLOP/s|temp MB|trace s|compile s"
     for name in names.replace(" rank method", "|rank|method").split("|"):
         out.add_column(name, justify="left" if name == "method" else "right")
     show = lambda value, form, unit=1: "" if value is None else format(value / unit, form)
@@ -85,12 +89,13 @@ def table(rows: Sequence[Row], title: str) -> Table:
             str(r.tokens),
             str(r.rank),
             r.method,
-            f"{r.step_s:.4g}",
-            f"{r.step_min_s:.4g} - {r.step_max_s:.4g}",
+            show(r.step_s, ".4g"),
+            "not measured" if r.why else f"{r.step_min_s:.4g} - {r.step_max_s:.4g}",
             show(r.to_floor, ".3f"),
-            f"{r.cpu_s:.4g}",
+            show(r.cpu_s, ".4g"),
             show(r.flops, ".4g", 1e9),
             show(r.flops and r.least_flops and r.flops / r.least_flops, ".3f"),
+            show(r.flops and r.step_s and r.flops / r.step_s, ".4g", 1e12),
             show(r.temp_bytes, ".1f", 1e6),
             show(r.trace_s, ".2f"),
             show(r.compile_s, ".2f"),
@@ -112,6 +117,8 @@ def markdown(rows: Sequence[Row], title: str, facts: dict[str, Any]) -> str:
         lines.append("")
 
     def time(r: Row) -> str:
+        if r.step_s is None:
+            return "not measured"
         return f"{r.step_s:.3g} s" + (f", {r.to_floor:.2f}" if r.to_floor and r.method != "floor" else "")
 
     def space(r: Row) -> str:
@@ -119,7 +126,10 @@ def markdown(rows: Sequence[Row], title: str, facts: dict[str, Any]) -> str:
         return ("" if r.temp_bytes is None else f"{r.temp_bytes / 1e6:.0f} MB") + least
 
     add("Step time, and its ratio to the floor (medians):", time)
-    add("Temporary memory, and compiled FLOPs relative to the least there is:", space)
+    # A GPU's compiler does not count the products that it hands to a library.
+    kind = "the products' FLOPs as traced" if facts["platform"] == "gpu" else "compiled FLOPs"
+    add(f"Temporary memory, and {kind} relative to the least there is:", space)
+    lines += [f"- Not measured at {r.tokens} tokens, rank {r.rank}: {r.method}: {r.why}" for r in rows if r.why]
     return "\n".join(lines)
 
 

@@ -51,6 +51,18 @@ def test_gradients_need_no_transposed_copy_and_are_formed_with_the_rank_first(ba
     assert (width, rank) not in products and (out, rank) not in products
 
 
+@pytest.mark.parametrize(("platform", "barriers"), [("cpu", 2), ("gpu", 0), ("tpu", 0)])
+def test_only_a_cpu_is_told_how_to_form_gradients(monkeypatch, platform, barriers):
+    params, x = {"w": normal(0, 12, 8)}, normal(1, 5, 12)
+    lora = rslora.wrap(lambda p, x: x @ p["w"], params, x, config=rslora.LoraConfig(rank=3, alpha=4))
+    adapters = lora.init(jax.random.key(0))
+    monkeypatch.setattr(jax, "default_backend", lambda: platform)
+    jax.clear_caches()
+    program = jax.make_jaxpr(jax.grad(lambda a: lora.apply(params, a, x).sum()))(adapters)
+    jax.clear_caches()  # what was traced for another platform
+    assert str(program).count("optimization_barrier") == barriers
+
+
 def in_memory(shape, minor_to_major):
     """Return a shape in the order in which XLA lays it out."""
     sizes = shape.split(",")
