@@ -16,7 +16,7 @@ from jax import Array
 from jax.ad_checkpoint import checkpoint_name
 from jax.custom_derivatives import SymbolicZero
 
-from rslora_jax.transform.contract import rank_first
+from rslora_jax.transform.contract import apart, gradient_apart, rank_first
 from rslora_jax.transform.cost import Plan, Sizes, plan
 
 # The names by which checkpoint policies know what is kept from the value for its gradients: the weight with its
@@ -136,7 +136,7 @@ class Parts:
         return self.op.by_weight(x, self.cast(dw), *self.extra)
 
     def meet(self, x: Array, first: Array) -> Array:
-        return self.op.gamma * self.op.meet(x, self.cast(first), *self.extra)
+        return self.op.gamma * self.op.meet(apart(x), self.cast(first), *self.extra)
 
     def leave(self, xa: Array, second: Array) -> Array:
         return self.op.leave(xa, self.cast(second), *self.extra)
@@ -148,7 +148,7 @@ class Parts:
         return self.with_update(self.base(x, w), self.meet(x, first), second)
 
     def with_update(self, y: Array, met: Array, second: Array) -> Array:
-        return y + self.leave(met, second).astype(y.dtype)
+        return y + gradient_apart(self.leave(met, second)).astype(y.dtype)
 
     def merged(self, w: Array, first: Array, second: Array) -> Callable[[Array], Array]:
         """Return the product with the adapted weight as a function of the data."""

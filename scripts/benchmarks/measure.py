@@ -7,12 +7,14 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from benchmarks import methods
 from benchmarks.problem import Data, Problem
 
-# Largest difference of a gradient's entries, relative to the gradient's largest entry.
+# Largest norm of a gradient's difference, relative to the gradient's norm. In bfloat16, torch's rotary embedding and
+# attention round otherwise than JAX's: at width 512 its gradients are 0.043 from those in float32, JAX's 0.013.
 TOLERANCE = {"float32": 2e-4, "bfloat16": 0.1}
 
 
@@ -90,13 +92,13 @@ def counted(compiled: Any) -> tuple[float | None, int | None]:
 
 
 def disagreement(got: tuple[Any, Any], want: tuple[Any, Any]) -> float:
-    """Return the largest difference in loss and adapter gradients, each relative to its own largest entry."""
+    """Return the largest difference in loss and adapter gradients, each in norm and relative to its own."""
     if jax.tree.structure(got[1]) != jax.tree.structure(want[1]):
         raise AssertionError("the methods adapt different weights")
     found = [abs(float(got[0]) / float(want[0]) - 1)]
     for g, w in zip(jax.tree.leaves(got[1]), jax.tree.leaves(want[1]), strict=True):
-        g, w = (np.asarray(leaf, np.float32) for leaf in (g, w))
-        found.append(np.abs(g - w).max() / np.abs(w).max())
+        g, w = (jnp.asarray(leaf, jnp.float32) for leaf in (g, w))
+        found.append(float(jnp.linalg.norm(g - w) / jnp.linalg.norm(w)))
     return float(np.max(found))  # NaN if any is: Python's max would pass over it
 
 
@@ -121,8 +123,8 @@ def check(ready: Mapping[str, Ready], dtype: Any) -> tuple[dict[str, float], dic
         if not found[method] <= TOLERANCE[str(dtype)]:
             other = next(iter(found))
             wrong[method] = (
-                f"{method} and {other} were given the same adapters and differ by {found[method]:.1e} of the largest "
-                f"gradient entry (losses {values[method]:.6g} and {values[other]:.6g}): their times cannot be compared"
+                f"{method} and {other} were given the same adapters and differ by {found[method]:.1e} of a gradient's "
+                f"norm (losses {values[method]:.6g} and {values[other]:.6g}): their times cannot be compared"
             )
     return found, wrong
 
