@@ -107,3 +107,38 @@ def test_methods_that_differ_are_not_timed(parts, wrong):
     }
     found, refused = measure.check(ready, "float32")
     assert list(refused) == ["rslora"] and "rslora and factored" in refused["rslora"] and found["factored"] == 0
+
+
+def test_a_method_that_fails_is_a_row_that_says_why(parts, monkeypatch, tmp_path):
+    _, methods, _, _ = parts
+    import benchmark
+    from benchmarks import measure
+
+    def prepare(name, *rest):
+        if name == "factored":
+            raise RuntimeError("no room\nfor it")
+        return measure.prepare(name, *rest)
+
+    monkeypatch.setattr(benchmark, "prepare", prepare)
+    sizes = [
+        "--width",
+        "32",
+        "--layers",
+        "1",
+        "--heads",
+        "2",
+        "--tokens",
+        "24",
+        "--length",
+        "12",
+        "--ranks",
+        "3",
+        "--repeats",
+        "2",
+    ]
+    benchmark.main([*sizes, "--methods", "floor,factored,rslora", "--out", str(tmp_path)])
+    with (tmp_path / "benchmark.csv").open() as file:
+        rows = {row["method"]: row for row in csv.DictReader(file)}
+    assert rows["factored"]["why"] == "RuntimeError: no room" and rows["factored"]["step_s"] == ""
+    assert float(rows["floor"]["step_s"]) > 0 and float(rows["rslora"]["step_s"]) > 0
+    assert "Not measured at 24 tokens, rank 3: factored" in (tmp_path / "benchmark.md").read_text()

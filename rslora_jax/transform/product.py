@@ -136,7 +136,7 @@ class Parts:
         return self.op.by_weight(x, self.cast(dw), *self.extra)
 
     def meet(self, x: Array, first: Array) -> Array:
-        return self.op.gamma * self.op.meet(apart(x), self.cast(first), *self.extra)
+        return self.op.gamma * self.op.meet(apart(x, first.shape[-1]), self.cast(first), *self.extra)
 
     def leave(self, xa: Array, second: Array) -> Array:
         return self.op.leave(xa, self.cast(second), *self.extra)
@@ -148,7 +148,8 @@ class Parts:
         return self.with_update(self.base(x, w), self.meet(x, first), second)
 
     def with_update(self, y: Array, met: Array, second: Array) -> Array:
-        return y + gradient_apart(self.leave(met, second)).astype(y.dtype)
+        update = gradient_apart(self.leave(met, second), second.shape[self.op.rank_axis])
+        return y + update.astype(y.dtype)
 
     def merged(self, w: Array, first: Array, second: Array) -> Callable[[Array], Array]:
         """Return the product with the adapted weight as a function of the data."""

@@ -132,12 +132,13 @@ def check(ready: Mapping[str, Ready], dtype: Any) -> tuple[dict[str, float], dic
 def in_turn(ready: Mapping[str, Ready], repeats: int, steps: int, advance: Callable[[str], None]) -> dict[str, Timing]:
     """Time the methods one after the other, over and over, so that a slow minute of the machine meets all.
 
-    A repeat is some steps, asked for at once as in training, so that a device need not wait for its host.
+    A repeat is some steps, asked for at once as in training, so that a device need not wait for its host. Every other
+    repeat goes backwards: what ran before leaves a GPU warmer or cooler, and so its clock lower or higher.
     """
     wall: dict[str, list[float]] = {name: [] for name in ready}
     cpu: dict[str, list[float]] = {name: [] for name in ready}
-    for _ in range(repeats):
-        for name, method in ready.items():
+    for repeat in range(repeats):
+        for name, method in reversed(ready.items()) if repeat % 2 else ready.items():
             cpu_begun, begun = time.process_time(), time.perf_counter()
             for _ in range(steps):
                 result = method.step()

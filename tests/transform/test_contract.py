@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 import rslora_jax as rslora
+from rslora_jax.transform import contract as contracting
 from rslora_jax.transform.contract import contract, neighbours
 from tests.program_models import normal
 
@@ -51,8 +52,12 @@ def test_gradients_need_no_transposed_copy_and_are_formed_with_the_rank_first(ba
     assert (width, rank) not in products and (out, rank) not in products
 
 
-@pytest.mark.parametrize(("platform", "forward", "backward"), [("cpu", 0, 2), ("gpu", 1, 2), ("tpu", 0, 0)])
-def test_each_platform_has_the_barriers_that_help_there(monkeypatch, platform, forward, backward):
+@pytest.mark.parametrize(
+    ("platform", "from_rank", "forward", "backward"),
+    [("cpu", 3, 0, 2), ("gpu", 3, 1, 2), ("gpu", 4, 0, 0), ("tpu", 3, 0, 0)],
+)
+def test_each_platform_has_the_barriers_that_help_there(monkeypatch, platform, from_rank, forward, backward):
+    monkeypatch.setattr(contracting, "APART_FROM_RANK", from_rank)
     params, x = {"w": normal(0, 12, 8)}, normal(1, 3, 12)  # so few rows that all is factored
     lora = rslora.wrap(lambda p, x: x @ p["w"], params, x, config=rslora.LoraConfig(rank=3, alpha=4))
     adapters = jax.tree.map(lambda a: normal(2, *a.shape), lora.init(jax.random.key(0)))
