@@ -110,9 +110,9 @@ def test_methods_that_differ_are_not_timed(parts, wrong):
 
 
 def test_a_method_that_fails_is_a_row_that_says_why(parts, monkeypatch, tmp_path):
-    _, methods, _, _ = parts
     import benchmark
-    from benchmarks import measure
+
+    measure, *_ = parts
 
     def prepare(name, *rest):
         if name == "factored":
