@@ -15,6 +15,7 @@ from rslora_jax.table import fold, shared_name
 from rslora_jax.transform.discover import Found, roles
 
 SIDES = ("in", "out", "stack")
+PRODUCTS = ("dot_general", "conv_general_dilated", "ragged_dot_general")
 VECTOR = "norm or bias: used as a vector"
 BY_NAME = {"embedding": "embedding: by name only", "convolution": "convolution: by name only"}
 
@@ -193,6 +194,8 @@ def reason(
     used = any(use.site == path for use in found.uses)
     if used or (meetings and all(m.vector for m in meetings)):
         return VECTOR
+    if meetings and meetings[0].primitive in PRODUCTS:
+        return f"no matrix: stands where data do, in {meetings[0].primitive}"
     if meetings:
         return f"no matrix: meets data entry by entry, in {meetings[0].primitive}"
     return "no matrix: reaches an output without meeting data"

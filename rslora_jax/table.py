@@ -69,6 +69,7 @@ NOUNS = {
     "output head: by name only": ("head by name only", "heads by name only"),
     "convolution: by name only": ("convolution by name only", "convolutions by name only"),
     "norm or bias": ("norm or bias", "norms and biases"),
+    "no matrix: stands": ("that stands where data do", "that stand where data do"),
     "no matrix: meets data": ("that meets data entry by entry", "that meet data entry by entry"),
 }
 

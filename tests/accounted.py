@@ -73,6 +73,7 @@ PARAMS = {
     "kernel3": (3, 12, 8),
     "mask": (12, 16),
     "scale": (12,),
+    "latents": (4, 12),
     "row": (1, 16),
     "norms": (3, 12),
 }
@@ -220,6 +221,12 @@ ENTRIES = [
         {"w": "io"},
         "mul",
         left_out={"row": "norm or bias: used as a vector"},
+    ),
+    E(
+        "No matrices",
+        "jnp.einsum('bnd,bdt->bnt', jnp.broadcast_to(latents, (2, 4, 12)) @ square, jnp.stack([x.T, -x.T]))",
+        {"square": "io"},
+        left_out={"latents": "no matrix: stands where data do, in dot_general"},
     ),
     E("No matrices", "(x * scale) @ w", {"w": "io"}, left_out={"scale": "norm or bias: fewer than two axes"}),
     E(

@@ -217,17 +217,15 @@ def product(log: Log) -> Rule:
         out = compat.bind(eqn, base(lhs), base(rhs))
         (lhs_c, rhs_c), (lhs_b, rhs_b) = eqn.params["dimension_numbers"]
         sides = [(lhs, rhs, lhs_c, lhs_b), (rhs, lhs, rhs_c, rhs_b)]
-        if is_weight(lhs) and is_weight(rhs) and not any(v.past.met or v.past.through for v in values):
+        if is_weight(lhs) and is_weight(rhs) and not any(map(is_computed, values)):
             return [of_weights(log, eqn, values, out[0])]
         if any(map(is_weight, values)) and not any(map(is_data, values)) and not all(map(is_weight, values)):
             return [of_weights(log, eqn, values, out[0])]  # a weight that a constant resizes, or meets
         for view, other, contracted, batch in sides:
-            computed = isinstance(view, View) and bool(view.past.through or view.past.met)
             if is_weight(view):
-                if computed and not is_data(other):
+                if is_computed(view) and not is_data(other):
                     # What was computed from a weight (latent queries) is no weight where it meets one.
-                    both = isinstance(other, View) and bool(other.past.through or other.past.met)
-                    log.meet(view, eqn.primitive.name, loud=both)
+                    log.meet(view, eqn.primitive.name, loud=is_computed(other))
                 else:
                     log.serve(view, "product", contracted, batch, eqn)
             elif isinstance(view, View) and view.past.rows and compat.is_tracer(other) and not view.past.met:
@@ -235,6 +233,17 @@ def product(log: Log) -> Rule:
         return out
 
     return rule
+
+
+def is_computed(value: Any) -> bool:
+    """Say whether more was done to a weight than to rename it: among weights it then stands where data do.
+
+    So does what is repeated for every row of the data.
+    """
+    if not isinstance(value, View):
+        return False
+    repeated = any(size != 1 and not label for size, label in zip(value.shape, value.axes, strict=True))
+    return bool(value.past.through or value.past.met) or repeated
 
 
 def of_weights(log: Log, eqn: compat.Eqn, values: list[Any], out: Any) -> View:
