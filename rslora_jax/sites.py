@@ -2,10 +2,12 @@
 
 import dataclasses
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
+from flax import nnx
+from flax.core.meta import AxisMetadata
 
 
 @dataclasses.dataclass(frozen=True)
@@ -67,6 +69,29 @@ def path_name(path: Sequence[Any]) -> str:
     return jax.tree_util.keystr(tuple(path), simple=True, separator="/")
 
 
+BOXES = (AxisMetadata, nnx.Variable)  # nodes that say something of an array, such as `nn.Partitioned`
+
+
 def named_leaves(tree: Any) -> dict[str, Any]:
-    """Return the leaves of a pytree by path, in its order."""
-    return {path_name(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(tree)}
+    """Return the leaves of a pytree by path, in its order.
+
+    What is in a box of Flax (`nn.Partitioned`, `nnx.Param`) has the path that it would have without one.
+
+    >>> import flax.linen as nn
+    >>> list(named_leaves({"dense": {"kernel": nn.Partitioned(0, names=("rows", None)), "bias": 0}}))
+    ['dense/bias', 'dense/kernel']
+    """
+    return {path_name(path): leaf for path, leaf in unboxed(tree)}
+
+
+def unboxed(tree: Any) -> Iterator[tuple[tuple[Any, ...], Any]]:
+    """Yield the leaves of a pytree with their key paths, in which boxes are no step."""
+    is_box = lambda node: isinstance(node, BOXES)
+    for path, node in jax.tree_util.tree_leaves_with_path(tree, is_leaf=is_box):
+        if not is_box(node):
+            yield path, node
+            continue
+        parts = jax.tree_util.tree_leaves_with_path(node, is_leaf=lambda part, box=node: part is not box)
+        for step, part in parts:
+            for rest, leaf in unboxed(part):
+                yield (*path, *(step if len(parts) > 1 else ()), *rest), leaf

@@ -33,7 +33,7 @@ from rslora_jax.interop.peft.layout import (
     sorted_layers,
     weight_from_torch,
 )
-from rslora_jax.sites import Site, named_leaves, path_name
+from rslora_jax.sites import Site, named_leaves
 from rslora_jax.wrap import Adapters, Lora
 
 
@@ -205,7 +205,8 @@ def replace(params: Any, replaced: Mapping[str, Any]) -> Any:
     >>> replace({"w": jnp.ones(2), "b": jnp.ones(2)}, {"w": np.zeros(2)})["w"].tolist()
     [0.0, 0.0]
     """
-    if unknown := sorted(set(replaced) - set(named_leaves(params))):
+    leaves = named_leaves(params)
+    if unknown := sorted(set(replaced) - set(leaves)):
         raise ValueError(f"the parameters have no {unknown[0]}")
-    put = lambda path, leaf: jnp.asarray(replaced[path_name(path)], leaf.dtype) if path_name(path) in replaced else leaf
-    return jax.tree_util.tree_map_with_path(put, params)
+    put = lambda path, leaf: jnp.asarray(replaced[path], leaf.dtype) if path in replaced else leaf
+    return jax.tree.unflatten(jax.tree.structure(params), [put(path, leaf) for path, leaf in leaves.items()])
