@@ -84,7 +84,7 @@ def measure(
         def run(*args: Any, **kwargs: Any) -> Any:
             jaxpr, tree, leaves = lora._program.trace(params, args, kwargs)
             outs = walk.run(jaxpr, views_of(leaves, names, lora.sites, adapters))
-            return jax.tree.unflatten(tree, as_arrays(walk, outs))
+            return lora._program.returned(tree, as_arrays(walk, outs), args, kwargs)
 
         return loss(run, *args)
 

@@ -78,7 +78,7 @@ class Lora:
         jaxpr, tree, leaves = self._program.trace(params, args, kwargs)
         values = views_of(leaves, list(array_leaves(params)), self.sites, adapters)
         outs = self._walk.run(jaxpr, values)
-        return jax.tree.unflatten(tree, as_arrays(self._walk, outs))
+        return self._program.returned(tree, as_arrays(self._walk, outs), args, kwargs)
 
     def merge(self, params: Any, adapters: Adapters) -> Any:
         """Return the parameters with every adapter added in: W + gamma A B.

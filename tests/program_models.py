@@ -111,7 +111,7 @@ class NnxTransformer(nnx.Module):
 
 
 def nnx_transformer() -> Case:
-    fn, params = rslora.from_nnx(NnxTransformer(nnx.Rngs(0)))
+    fn, params = rslora.from_nnx(NnxTransformer(nnx.Rngs(0)), state=False)
     return Case(fn, params, (tokens(),), sites=12, tolerance=3e-5)
 
 

@@ -8,6 +8,7 @@ import jax
 import numpy as np
 
 from rslora_jax.transform import compat
+from rslora_jax.transform.objects import change, changes, values_of, variables_of
 
 ARRAYS = (jax.Array, np.ndarray, np.generic, jax.ShapeDtypeStruct)
 
@@ -29,13 +30,15 @@ class Program:
             given, fixed = iter(arrays), iter(static.leaves)
             leaves = [next(given) if is_array else next(fixed) for is_array in static.is_array]
             params, args, kwargs = jax.tree.unflatten(static.tree, leaves)
-            return fn(params, *args, **kwargs)
+            objects = variables_of((args, kwargs))
+            before = values_of(objects)
+            return fn(params, *args, **kwargs), changes(objects, before)
 
         flat.__name__ = flat.__qualname__ = getattr(fn, "__name__", type(fn).__name__)
         self.jitted = jax.jit(flat, static_argnums=0)
 
     def trace(self, params: Any, args: tuple, kwargs: dict) -> tuple[compat.Jaxpr, Any, list[Any]]:
-        """Return (jaxpr, tree of its outputs, the arrays it takes: those of `params` come first)."""
+        """Return (jaxpr, tree of what it returns, the arrays it takes: those of `params` come first)."""
         leaves, tree = jax.tree.flatten((params, args, kwargs))
         is_array = tuple(isinstance(leaf, ARRAYS) for leaf in leaves)
         arrays = [leaf for leaf, yes in zip(leaves, is_array, strict=True) if yes]
@@ -50,3 +53,9 @@ class Program:
                 ) from None
         jaxpr, out_tree = compat.trace(self.jitted, Static(tree, fixed, is_array), *arrays)
         return compat.live(jaxpr), out_tree, arrays
+
+    def returned(self, tree: Any, outs: list[Any], args: tuple, kwargs: dict) -> Any:
+        """Return the function's result from its program's outputs; the NNX objects it was given change too."""
+        out, changed = jax.tree.unflatten(tree, outs)
+        change(variables_of((args, kwargs)), changed)
+        return out

@@ -11,8 +11,9 @@ from tests.zoo.model import Model, filled
 
 
 def from_nnx(make: Callable[[nnx.Rngs], Any], *args: Any, **known: Any) -> Model:
-    fn, params = rslora.from_nnx(nnx.eval_shape(lambda: make(nnx.Rngs(0))))
-    return Model(fn, filled(params), args, **known)
+    fn, params, state = rslora.from_nnx(nnx.eval_shape(lambda: make(nnx.Rngs(0))), state=True)
+    state = filled(state)
+    return Model(lambda params, *args: fn(params, state, *args)[0], filled(params), args, **known)
 
 
 class Linears(nnx.Module):
