@@ -24,7 +24,7 @@ from rslora_jax.checksum import checksums
 from rslora_jax.config import LoraConfig
 from rslora_jax.keys import as_data, as_keys
 from rslora_jax.processes import first_decides
-from rslora_jax.sites import named_leaves, path_name
+from rslora_jax.sites import from_paths, named_leaves, path_name
 
 
 class Damaged(ValueError):
@@ -230,6 +230,32 @@ def load_adapters(
         of = lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
         like = jax.tree.map(of, like, shardings)
     return LoraConfig.from_dict(about["config"]), read_arrays(where, about, {"adapters": like})["adapters"]
+
+
+def load_model_state(folder: str | Path, like: Any, *, step: int | Literal["last", "best"] = "last") -> Any:
+    """Read what a model with state carried on (`fit(model_state=...)`): batch statistics, keys and counts, caches.
+
+    Args:
+      folder: what was given to `fit`.
+      like: a pytree of the state's structure, such as what the run began with.
+      step: which checkpoint: the last, the one with the least held-out loss, or that of a step.
+
+    Returns:
+      The structure of `like`, of numpy arrays, and of typed keys where there were keys.
+
+    Raises:
+      ValueError: there is no such checkpoint, it is damaged, or has no state of this structure.
+    """
+    where = find(Path(folder).absolute(), step)
+    about = read_about(where)
+    item = "training"
+    arrays = jax.tree.map(lambda leaf: np.empty(leaf.shape, leaf.dtype), metadata(where, item))
+    read = as_keys(read_arrays(where, about, {item: arrays}), about.get("keys", {}))[item]
+    found = read.get("model_state", {})
+    if {*found} != {*named_leaves(like)}:
+        differing = sorted({*found} ^ {*named_leaves(like)})
+        raise ValueError(f"{where} holds a model state of another structure: {differing[0]} is not in both")
+    return from_paths(like, found)
 
 
 def load_about(folder: str | Path) -> dict[str, Any]:

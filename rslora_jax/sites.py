@@ -1,5 +1,6 @@
 """Sites: the weights that get adapters, found by how the program uses them."""
 
+import collections
 import dataclasses
 import math
 from collections.abc import Iterator, Mapping, Sequence
@@ -82,6 +83,27 @@ def named_leaves(tree: Any) -> dict[str, Any]:
     ['dense/bias', 'dense/kernel']
     """
     return {path_name(path): leaf for path, leaf in unboxed(tree)}
+
+
+def by_path(tree: Any) -> dict[str, Any]:
+    """Return the leaves of a pytree by path, to be put back by `from_paths`.
+
+    Raises:
+      ValueError: two of them have one path.
+    """
+    names = collections.Counter(path_name(path) for path, _ in unboxed(tree))
+    if double := [name for name, count in names.items() if count > 1]:
+        raise ValueError(f"two arrays have the path {double[0]}: rename one of what they are in")
+    return named_leaves(tree)
+
+
+def from_paths(like: Any, leaves: Mapping[str, Any]) -> Any:
+    """Return a pytree of the structure of `like` with leaves by path.
+
+    >>> from_paths([0, {"a": 0}], {"1/a": 2, "0": 1})
+    [1, {'a': 2}]
+    """
+    return jax.tree.unflatten(jax.tree.structure(like), [leaves[name] for name in named_leaves(like)])
 
 
 def unboxed(tree: Any) -> Iterator[tuple[tuple[Any, ...], Any]]:

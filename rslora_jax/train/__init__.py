@@ -4,6 +4,7 @@ What needs the extra `train` (batches, the progress bar, the picture of the loss
 """
 
 from rslora_jax.train.batches import Batch, Rows, heldout_batches, prepare, train_batches
+from rslora_jax.train.carry import with_state
 from rslora_jax.train.docstrings import docstring_pairs
 from rslora_jax.train.examples import Example, Message, read_jsonl
 from rslora_jax.train.feed import Feed
@@ -47,4 +48,5 @@ __all__ = [
     "sweep",
     "token_loss",
     "train_batches",
+    "with_state",
 ]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -9,6 +10,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array, lax
 
+from rslora_jax.train.carry import averaged, call_loss
 from rslora_jax.train.loss import Loss
 from rslora_jax.wrap import Adapters
 
@@ -25,12 +27,14 @@ class Measured(NamedTuple):
       grads: the gradient of `value`.
       value_fn: the mean loss on this batch as a pure function of adapters, for optimisers that try some out. It
         costs nothing where it is not called.
+      model_state: what the model carries on, or None.
     """
 
     value: Array
     tokens: Array
     grads: Adapters
     value_fn: Callable[[Adapters], Array]
+    model_state: Any = None
 
 
 def measure(
@@ -42,43 +46,54 @@ def measure(
     parts: int = 1,
     key: Array | None = None,
     axis: str | None = None,
+    model_state: Any = None,
 ) -> Measured:
     """Measure the mean loss of a batch and its gradient.
 
     Args:
-      loss: `loss(run, batch)`, or `loss(run, batch, key)` where there is a key.
+      loss: `loss(run, batch)`; where there is a state, a key or both, it takes them too, in this order.
       bind: gives the model that has adapters bound.
       adapters: where to measure.
       batch: its arrays have their rows first; its scalars are given whole to each part.
       parts: in how many parts to take it, one after the other. Each draws from `fold_in(key, number)`.
       key: a typed key.
-      axis: the name of a mapped axis of devices, each with a batch of its own: means are over all of them.
+      axis: the name of a mapped axis of devices, each with a batch of its own: means are over all of them, those of
+        the numbers in the state too.
+      model_state: what the model starts with, if it has state; each part takes up what the one before it left.
     """
     first = lax.axis_index(axis) * parts if axis else 0
 
-    def total(adapters: Adapters, part: Any, number: Any) -> tuple[Array, Array]:
-        return loss(bind(adapters), part, *(() if key is None else (jax.random.fold_in(key, number),)))
+    def total(adapters: Adapters, state: Any, part: Any, number: Any) -> tuple[Array, tuple[Array, Any]]:
+        keys = () if key is None else (jax.random.fold_in(key, number),)
+        value, count, state = call_loss(loss, bind(adapters), part, state, *keys)
+        return value, (count, state)
 
-    with_gradient = jax.value_and_grad(total, has_aux=True)
+    def sums_alone(adapters: Adapters, *given: Any) -> tuple[Any, Any]:
+        value, (count, state) = total(adapters, *given)
+        return (value, count), state
 
-    def summed(of: Callable[..., Any], adapters: Adapters) -> Any:
-        sums = over_parts(of, adapters, batch, parts, first)
-        return lax.psum(sums, axis) if axis else sums
+    def with_gradient(adapters: Adapters, *given: Any) -> tuple[Any, Any]:
+        (value, (count, state)), grads = jax.value_and_grad(total, has_aux=True)(adapters, *given)
+        return (value, count, grads), state
+
+    def summed(of: Callable[..., Any], adapters: Adapters) -> tuple[Any, Any]:
+        sums, state = over_parts(functools.partial(of, adapters), model_state, batch, parts, first)
+        return (lax.psum(sums, axis), averaged(state, axis)) if axis else (sums, state)
 
     def mean(adapters: Adapters) -> Array:
-        value, count = summed(total, adapters)
+        (value, count), _ = summed(sums_alone, adapters)
         return per(count, value)
 
     def mean_and_gradient(adapters: Adapters) -> tuple[Array, Adapters]:
-        (value, count), grads = summed(with_gradient, adapters)
+        (value, count, grads), _ = summed(with_gradient, adapters)
         return per(count, (value, grads))
 
     # With a rule of its own the gradient, too, is summed part by part and over devices, and keeps no part's values.
     value_fn = jax.custom_vjp(mean)
     value_fn.defvjp(mean_and_gradient, lambda grads, g: (jax.tree.map(lambda x: x * jnp.asarray(g, x.dtype), grads),))
-    (value, count), grads = summed(with_gradient, adapters)
+    (value, count, grads), state = summed(with_gradient, adapters)
     value, grads = per(count, (value, grads))
-    return Measured(value, jnp.asarray(count, jnp.float32), grads, value_fn)
+    return Measured(value, jnp.asarray(count, jnp.float32), grads, value_fn, state)
 
 
 def per(count: Any, tree: Any) -> Any:
@@ -86,18 +101,23 @@ def per(count: Any, tree: Any) -> Any:
     return jax.tree.map(lambda x: x / jnp.maximum(jnp.asarray(count, jnp.float32), 1).astype(x.dtype), tree)
 
 
-def over_parts(of: Callable[..., Any], adapters: Adapters, batch: Any, parts: int, first: Any) -> Any:
-    """Return the sum of `of(adapters, part, number)` over a batch's parts, whose numbers begin with `first`."""
-    if parts == 1:
-        return of(adapters, batch, first)
+def over_parts(of: Callable[..., Any], state: Any, batch: Any, parts: int, first: Any) -> tuple[Any, Any]:
+    """Return (the sum over a batch's parts, the last state) of `of(state, part, number) -> (sums, state)`.
 
-    def one(sums: Any, numbered: tuple[Array, Any]) -> tuple[Any, None]:
-        return jax.tree.map(jnp.add, sums, of(adapters, numbered[1], numbered[0])), None
+    The numbers begin with `first`.
+    """
+    if parts == 1:
+        return of(state, batch, first)
+
+    def one(carry: tuple[Any, Any], numbered: tuple[Array, Any]) -> tuple[Any, None]:
+        number, part = numbered
+        sums, state = of(carry[1], part, number)
+        return (jax.tree.map(jnp.add, carry[0], sums), state), None
 
     dealt = split(batch, parts)
-    shapes = jax.eval_shape(of, adapters, jax.tree.map(lambda x: x[0], dealt), first)
+    shapes, _ = jax.eval_shape(of, state, jax.tree.map(lambda x: x[0], dealt), first)
     zeros = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes)
-    return lax.scan(one, zeros, (first + jnp.arange(parts), dealt))[0]
+    return lax.scan(one, (zeros, state), (first + jnp.arange(parts), dealt))[0]
 
 
 def split(batch: Any, parts: int) -> Any:

@@ -16,6 +16,8 @@ import optax
 
 from rslora_jax import checkpoint
 from rslora_jax.processes import is_first, stop_requests
+from rslora_jax.sites import by_path, from_paths
+from rslora_jax.train.carry import call_loss
 from rslora_jax.train.events import event_file
 from rslora_jax.train.feed import Feed, put
 from rslora_jax.train.flops import peak_flops, step_flops
@@ -44,6 +46,7 @@ class Result:
       signal: the signal that stopped the run before its last step (Ctrl-C is SIGINT), or None.
       early: whether the held-out loss stopped it (`patience`).
       saved: the step of the last checkpoint, `step` unless the disk failed.
+      model_state: what the model carries on after the last step, where it has state.
     """
 
     adapters: Adapters
@@ -52,6 +55,7 @@ class Result:
     signal: int | None
     early: bool
     saved: int | None
+    model_state: Any = None
 
     @property
     def heldout(self) -> dict[int, float]:
@@ -70,6 +74,8 @@ def fit(
     steps: int,
     folder: str | Path,
     heldout: Any = None,
+    heldout_loss: Loss | None = None,
+    model_state: Any = None,
     batch_sharding: jax.sharding.Sharding | None = None,
     accumulate: int = 1,
     key: jax.Array | None = None,
@@ -96,6 +102,11 @@ def fit(
       steps: how many steps to have done at the end, those before a resume included.
       folder: where to write.
       heldout: batches to evaluate on: before, every `eval_every` steps (by default three times), and after.
+      heldout_loss: the loss on them, such as that of the model without dropout; by default `loss`.
+      model_state: what the model carries from call to call (batch statistics, rng counts, caches), any pytree of
+        arrays: `loss(run, batch, model_state[, key])` is given it and returns `(sum, count, model_state)`, where
+        `run(model_state, *args)` is the wrapped `fn(params, model_state, *args)` (see `with_state`). It goes with the
+        adapters: into checkpoints, and back on a skipped batch. Held-out batches read it and leave it as it is.
       batch_sharding: where batches lie, such as `sharding.batch_sharding(mesh)`; base and adapters stay where they
         are given (`sharding.param_shardings`, `sharding.adapter_shardings`), and the optimiser's state lies with them.
       accumulate: in how many parts to take each batch, one after the other, for less memory.
@@ -123,11 +134,11 @@ def fit(
     folder = Path(folder)
     rehearse(optimizer, adapters)
     about = checkpoint.describe(lora.config, params, settings)
-    state = TrainState.create(adapters, optimizer, key)
+    state = TrainState.create(adapters, optimizer, key, model_state)
     on_mesh = {isinstance(leaf.sharding, jax.sharding.NamedSharding) for leaf in jax.tree.leaves(state)} == {True}
     shardings = jax.tree.map(lambda leaf: leaf.sharding, state) if on_mesh else None
     step = make_step(lora, loss, optimizer, accumulate=accumulate, skip=on_nonfinite == "skip", shardings=shardings)
-    evaluate = make_evaluate(lora, loss, keyed=key is not None)
+    evaluate = make_evaluate(lora, heldout_loss or loss, keyed=key is not None)
     feed = Feed(batches, batch_sharding)
     eval_every = eval_every or max(1, math.ceil(steps / 3))
     save_every = save_every or max(1, min(math.ceil(steps / 4), 500))
@@ -162,7 +173,7 @@ def fit(
                 return None
             sums, adapters = [], state.to_use
             for batch in heldout:
-                sums.append(evaluate(params, adapters, put(batch, batch_sharding)))
+                sums.append(evaluate(params, adapters, put(batch, batch_sharding), state.model_state))
                 if signal_at(at):
                     return None
             total, count = (sum(float(s[n]) for s in sums) for n in (0, 1))
@@ -262,12 +273,14 @@ def fit(
                     display.line(f"there is no loss.png: {error}")
     on_disk = checkpoint.steps_in(folder)
     early = at < steps and came is None
-    return Result(state.to_use, int(state.step), tuple(records), came, early, on_disk[-1] if on_disk else None)
+    last_saved = on_disk[-1] if on_disk else None
+    return Result(state.to_use, int(state.step), tuple(records), came, early, last_saved, state.model_state)
 
 
 def count_flops(lora: Lora, loss: Loss, params: Any, state: TrainState, batch: Any, accumulate: int) -> int:
     """Count a step's model FLOPs; 0 where the program cannot be counted, which is no reason not to train it."""
-    of = loss if state.key is None else lambda run, batch: loss(run, batch, state.key)
+    keys = () if state.key is None else (state.key,)
+    of = lambda run, batch: call_loss(loss, run, batch, state.model_state, *keys)[:2]
     try:
         part = batch
         if accumulate > 1:
@@ -319,6 +332,8 @@ def training(state: TrainState) -> dict[str, Any]:
     held = {"step": state.step, "opt_state": state.opt_state, "skipped": state.skipped}
     if averages(state.opt_state):
         held["trained"] = state.adapters
+    if jax.tree.leaves(state.model_state):
+        held["model_state"] = by_path(state.model_state)
     return held if state.key is None else held | {"key": state.key}
 
 
@@ -326,6 +341,7 @@ def from_checkpoint(state: TrainState, restored: tuple[Any, Any, Any]) -> TrainS
     """Return a state with what `checkpoint.restore` gave."""
     adapters, rest, _ = restored
     adapters = rest.pop("trained", adapters)
+    model_state = from_paths(state.model_state, rest.pop("model_state", {}))
     # What is restored is bound to its devices: were this not, the second step would compile again.
     finite = jax.device_put(state.finite, rest["step"].sharding)
-    return dataclasses.replace(state, adapters=adapters, finite=finite, **rest)
+    return dataclasses.replace(state, adapters=adapters, finite=finite, model_state=model_state, **rest)

@@ -14,8 +14,9 @@ from rslora_jax.train.batches import Batch
 
 # A loss takes a model whose parameters are bound (`run(tokens, ...)`) and a batch, and returns the sum of the
 # losses and their number. Sums add up over batches of unequal numbers; means do not.
-# One that draws at random takes a key as well (`fit(key=...)`).
-Loss = Callable[..., tuple[Array, Array]]
+# One that draws at random takes a key as well (`fit(key=...)`). One of a model with state takes that before the key,
+# and returns (sum, count, state); its model is `run(state, ...) -> (out, state)` (`fit(model_state=...)`).
+Loss = Callable[..., tuple[Any, ...]]
 
 
 def token_loss(places: int) -> Loss:

@@ -14,6 +14,7 @@ from jax import Array, lax
 from jax.sharding import NamedSharding, PartitionSpec, Sharding
 
 from rslora_jax.keys import is_key, typed
+from rslora_jax.train.carry import call_loss
 from rslora_jax.train.gradient import Bind, Measured, measure
 from rslora_jax.train.loss import Loss
 from rslora_jax.train.update import begin, own, to_use, update
@@ -35,6 +36,7 @@ class TrainState:
         however late that is noticed. With `skip` only that batch moves nothing, and this stays true.
       skipped: int32, how many batches were passed over in a row, up to the last.
       key: a typed PRNG key, or None; step n draws from `fold_in(key, n)`.
+      model_state: what the model carries from call to call, any pytree of arrays, or None. It moves as the adapters do.
     """
 
     step: Array
@@ -43,12 +45,17 @@ class TrainState:
     finite: Array
     skipped: Array
     key: Array | None = None
+    model_state: Any = None
 
     @classmethod
     def create(
-        cls, adapters: Adapters, optimizer: optax.GradientTransformation, key: Array | None = None
+        cls,
+        adapters: Adapters,
+        optimizer: optax.GradientTransformation,
+        key: Array | None = None,
+        model_state: Any = None,
     ) -> TrainState:
-        """Start at step 0 with copies of `adapters`: steps give their state's memory away.
+        """Start at step 0 with copies of what is given: steps give their state's memory away.
 
         The optimiser's moments lie as the adapters do, and the rest is whole on every device of their mesh.
 
@@ -56,6 +63,7 @@ class TrainState:
           adapters: where to start, from `lora.init`.
           optimizer: any optax optimiser.
           key: for a loss that draws: typed or raw, of any implementation.
+          model_state: what a model with state starts with, any pytree of arrays.
 
         Raises:
           ValueError: the optimiser cannot train adapters, or the key is none.
@@ -63,7 +71,7 @@ class TrainState:
         adapters = own(adapters)
         zero = lambda: jnp.zeros((), jnp.int32)
         key = None if key is None else own(typed(key))
-        state = cls(zero(), adapters, begin(optimizer, adapters), jnp.ones((), bool), zero(), key)
+        state = cls(zero(), adapters, begin(optimizer, adapters), jnp.ones((), bool), zero(), key, own(model_state))
         lies = [getattr(leaf, "sharding", None) for leaf in jax.tree.leaves(adapters)]  # traced, an array does not say
         meshes = [sharding.mesh for sharding in lies if isinstance(sharding, NamedSharding)]
         if not meshes:
@@ -98,7 +106,8 @@ def make_step(
 
     Args:
       lora: from `wrap`.
-      loss: `loss(run, batch)`, or `loss(run, batch, key)` where the state has a key.
+      loss: `loss(run, batch) -> (sum, count)`, or `loss(run, batch, key)` where the state has a key. Where it has a
+        model state, `loss(run, batch, model_state[, key]) -> (sum, count, model_state)`.
       optimizer: any optax optimiser.
       accumulate: in how many parts to take a batch, one after the other, for less memory; the result is that of
         the whole batch, to rounding. Every array of the batch has its rows first, in a multiple of this number; a
@@ -136,8 +145,7 @@ def _make_step(
 
     @functools.partial(jax.jit, donate_argnums=0, out_shardings=kept)
     def step(state: TrainState, params: Any, batch: Any) -> tuple[TrainState, dict[str, Array]]:
-        bind, key = bound(lora, params), step_key(state)
-        measured = measure(loss, bind, state.adapters, batch, parts=accumulate, key=key)
+        measured = measure(loss, bound(lora, params), state.adapters, batch, parts=accumulate, **drawn(state))
         return advance(optimizer, state, measured, skip)
 
     return step
@@ -148,9 +156,10 @@ def bound(lora: Lora, params: Any) -> Bind:
     return lambda adapters: functools.partial(lora.apply, params, adapters)
 
 
-def step_key(state: TrainState) -> Array | None:
-    """Return the key that the next step draws from, where the state has one."""
-    return None if state.key is None else jax.random.fold_in(state.key, state.step)
+def drawn(state: TrainState) -> dict[str, Any]:
+    """Return the key that the next step draws from, and the model's state, where there are such."""
+    key = None if state.key is None else jax.random.fold_in(state.key, state.step)
+    return {"key": key, "model_state": state.model_state}
 
 
 def advance(
@@ -160,12 +169,13 @@ def advance(
     norm = optax.tree.norm(measured.grads)
     moves = jnp.isfinite(measured.value) & jnp.isfinite(norm) & state.finite
     moved = update(optimizer, state.opt_state, state.adapters, measured)
-    adapters, opt_state = keep(moves, moved, (state.adapters, state.opt_state))
+    new, old = (*moved, measured.model_state), (state.adapters, state.opt_state, state.model_state)
+    adapters, opt_state, model_state = keep(moves, new, old)
     skipped = jnp.where(moves, 0, state.skipped + 1)
     done = state.step + (1 if skip else moves.astype(jnp.int32))
     finite = state.finite if skip else moves
     metrics = {"loss": measured.value, "grad_norm": norm, "tokens": measured.tokens, "skipped": skipped}
-    return TrainState(done, adapters, opt_state, finite, skipped, state.key), metrics
+    return TrainState(done, adapters, opt_state, finite, skipped, state.key, model_state), metrics
 
 
 def keep(moves: Array, new: Any, old: Any) -> Any:
@@ -184,13 +194,15 @@ def make_pmap_step(
     """Make the step of `make_step` for `jax.pmap`: everything is replicated, and each device takes its own batch.
 
     State, base and batch have a leading axis of devices (`replicate`). The gradients are means over the tokens of
-    all devices. `jit` on a mesh does this and more; this is for programs built on pmap.
+    all devices. A model's state is each device's own, but that its floating numbers, such as batch statistics, are
+    averaged after each step. `jit` on a mesh does this and more, with the statistics of the whole batch; this is for
+    programs built on pmap.
     """
 
     @functools.partial(jax.pmap, axis_name="devices", donate_argnums=0)
     def step(state: TrainState, params: Any, batch: Any) -> tuple[TrainState, dict[str, Array]]:
-        bind, key = bound(lora, params), step_key(state)
-        measured = measure(loss, bind, state.adapters, batch, parts=accumulate, key=key, axis="devices")
+        bind, given = bound(lora, params), drawn(state)
+        measured = measure(loss, bind, state.adapters, batch, parts=accumulate, axis="devices", **given)
         return advance(optimizer, state, measured, skip)
 
     return step
@@ -206,16 +218,16 @@ def replicate(tree: Any) -> Any:
 
 
 @functools.lru_cache(maxsize=8)
-def make_evaluate(
-    lora: Lora, loss: Loss, *, keyed: bool = False
-) -> Callable[[Any, Adapters, Any], tuple[Array, Array]]:
-    """Make the compiled `evaluate(params, adapters, batch) -> (sum of the losses, their number)`.
+def make_evaluate(lora: Lora, loss: Loss, *, keyed: bool = False) -> Callable[..., tuple[Array, Array]]:
+    """Make the compiled `evaluate(params, adapters, batch, model_state=None) -> (sum of the losses, their number)`.
 
-    A loss that takes a key (`keyed`) is given None for it: nothing is to be drawn.
+    A loss that takes a key (`keyed`) is given None for it: nothing is to be drawn. A model's state is read, and what
+    the loss returns of it is dropped.
     """
 
     @jax.jit
-    def evaluate(params: Any, adapters: Adapters, batch: Any) -> tuple[Array, Array]:
-        return loss(functools.partial(lora.apply, params, adapters), batch, *((None,) if keyed else ()))
+    def evaluate(params: Any, adapters: Adapters, batch: Any, model_state: Any = None) -> tuple[Array, Array]:
+        run = functools.partial(lora.apply, params, adapters)
+        return call_loss(loss, run, batch, model_state, *((None,) if keyed else ()))[:2]
 
     return evaluate

@@ -16,9 +16,10 @@ from jax import Array
 
 from rslora_jax.keys import typed
 from rslora_jax.scaling import gamma
+from rslora_jax.train.carry import call_loss
 from rslora_jax.train.gradient import measure
 from rslora_jax.train.loss import Loss
-from rslora_jax.train.state import TrainState, advance, step_key
+from rslora_jax.train.state import TrainState, advance, drawn
 from rslora_jax.train.update import to_use
 from rslora_jax.wrap import Adapters, Lora
 
@@ -68,6 +69,7 @@ class Outcome:
       heldout: held-out loss by the number of steps done.
       diverged: the first step whose loss or gradient was not finite, or None. From there on nothing moved.
       adapters: the last, for `lora.config` with the trial's scaling.
+      model_state: what the model carries on after the last step, where it has state.
     """
 
     trial: Trial
@@ -77,6 +79,7 @@ class Outcome:
     heldout: Mapping[int, Heldout]
     diverged: int | None
     adapters: Adapters
+    model_state: Any = None
 
 
 def sweep(
@@ -91,6 +94,8 @@ def sweep(
     heldout: Iterable[Any] = (),
     evaluate_at: Collection[int] | None = None,
     key: Array | None = None,
+    heldout_loss: Loss | None = None,
+    model_state: Any = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> list[Outcome]:
     """Train several runs of one rank together, by `vmap` over all that differs; the base is there once.
@@ -112,6 +117,7 @@ def sweep(
       evaluate_at: after how many steps, 0 for before the first; by default after the last.
       key: a PRNG key, for a loss that takes one, as in `fit`: a trial's steps draw from `fold_in(key, seed)`, as
         they would alone with a threefry key. Of "rbg" JAX draws others under `vmap`.
+      heldout_loss, model_state: as in `fit`; every trial starts with this state and has its own from there on.
       progress: called with (steps done, steps), when a step is done.
 
     Returns:
@@ -138,8 +144,9 @@ def sweep(
         raise ValueError(f"evaluate_at has {max(evaluate_at, key=abs)}, which is no step of 0 to {steps}")
     rates = jnp.asarray([trial.learning_rate for trial in trials], jnp.float32)
     factors = scaling_factors(lora, trials)
-    step, evaluate = make_sweep_step(lora, loss, optimizer), make_sweep_evaluate(lora, loss, keyed=key is not None)
-    state = start(lora, trials, optimizer, rates, key)
+    step = make_sweep_step(lora, loss, optimizer)
+    evaluate = make_sweep_evaluate(lora, heldout_loss or loss, keyed=key is not None)
+    state = start(lora, trials, optimizer, rates, key, model_state)
     sources = {trial.seed: batches(trial.seed) for trial in trials}
     heldout = list(heldout)
     scores: dict[int, list[Any]] = {}
@@ -148,7 +155,8 @@ def sweep(
     def look(at: int) -> None:
         if heldout and at in evaluate_at:
             adapters = jax.vmap(to_use)(state.opt_state, state.adapters)
-            scores[at] = [jax.device_get(evaluate(adapters, factors, params, batch)) for batch in heldout]
+            score = functools.partial(evaluate, adapters, factors, params)
+            scores[at] = [jax.device_get(score(batch, model_state=state.model_state)) for batch in heldout]
 
     def finish(metrics: dict[str, Array]) -> None:
         """Wait for a step; the device may be at work on the next."""
@@ -181,19 +189,27 @@ def sweep(
             heldout={at: mean_loss(np.array([[s[k], c[k]] for s, c in found])) for at, found in scores.items()},
             diverged=int(bad[0]) + 1 if len(bad) else None,
             adapters=jax.tree.map(lambda leaf: leaf[k], adapters),
+            model_state=jax.tree.map(lambda leaf: leaf[k], state.model_state),
         )
 
     return [outcome(k) for k in range(len(trials))]
 
 
 def start(
-    lora: Lora, trials: Sequence[Trial], optimizer: Callable[[Any], Any], rates: Array, key: Array | None = None
+    lora: Lora,
+    trials: Sequence[Trial],
+    optimizer: Callable[[Any], Any],
+    rates: Array,
+    key: Array | None = None,
+    model_state: Any = None,
 ) -> TrainState:
     """Return the states of all trials as one, with a first axis of trials."""
     adapters = stack([lora.init(jax.random.key(trial.seed)) for trial in trials], jnp)
     keys = None if key is None else jnp.stack([jax.random.fold_in(typed(key), trial.seed) for trial in trials])
-    create = lambda adapters, rate, key: TrainState.create(adapters, optimizer(rate), key)
-    return jax.jit(jax.vmap(create), donate_argnums=0)(adapters, rates, keys)
+    create = lambda adapters, rate, key, model: TrainState.create(adapters, optimizer(rate), key, model)
+    # The model's state, too, gets an axis of trials, though they all begin with one.
+    trials_of = jax.vmap(create, in_axes=(0, 0, 0, None))
+    return jax.jit(trials_of, donate_argnums=0)(adapters, rates, keys, model_state)
 
 
 def scaling_factors(lora: Lora, trials: Sequence[Trial]) -> Factors:
@@ -221,17 +237,15 @@ def make_sweep_step(lora: Lora, loss: Loss, optimizer: Callable[[Any], optax.Gra
 
     def one(state: TrainState, rate: Array, factors: Factors, params: Any, batch: Any) -> Any:
         bind = lambda adapters: functools.partial(lora.apply, params, scaled(adapters, factors))
-        measured = measure(loss, bind, state.adapters, batch, key=step_key(state))
+        measured = measure(loss, bind, state.adapters, batch, **drawn(state))
         state, metrics = advance(optimizer(rate), state, measured, skip=False)
         return state, metrics | {"factor_norm": factor_norm(lora, measured.grads)}
 
     return jax.jit(jax.vmap(one, in_axes=(0, 0, 0, None, 0)), donate_argnums=0)
 
 
-def make_sweep_evaluate(
-    lora: Lora, loss: Loss, *, keyed: bool = False
-) -> Callable[[Adapters, Factors, Any, Any], tuple[Array, Array]]:
-    """Make the compiled `(adapters, factors, params, batch) -> (sums, counts)` of all trials on one batch.
+def make_sweep_evaluate(lora: Lora, loss: Loss, *, keyed: bool = False) -> Callable[..., tuple[Array, Array]]:
+    """Make the compiled `(adapters, factors, params, batch, model_state=None) -> (sums, counts)` of all trials.
 
     A loss that takes a key (`keyed`) is given None for it.
     """
@@ -240,12 +254,13 @@ def make_sweep_evaluate(
 
 @functools.lru_cache(maxsize=8)
 def _make_sweep_evaluate(lora: Lora, loss: Loss, keyed: bool) -> Any:
-    def one(adapters: Adapters, factors: Factors, params: Any, batch: Any) -> tuple[Array, Array]:
+    def one(adapters: Adapters, factors: Factors, params: Any, batch: Any, model_state: Any) -> tuple[Array, Array]:
         run = functools.partial(lora.apply, params, scaled(adapters, factors))
-        return loss(run, batch, *((None,) if keyed else ()))
+        return call_loss(loss, run, batch, model_state, *((None,) if keyed else ()))[:2]
 
     # A count that is the same for all trials would have no axis of theirs.
-    return jax.jit(jax.vmap(one, in_axes=(0, 0, None, None), out_axes=0))
+    of_all = jax.vmap(one, in_axes=(0, 0, None, None, 0), out_axes=0)
+    return jax.jit(lambda *given, model_state=None: of_all(*given, model_state))  # type: ignore[call-arg]
 
 
 def scaled(adapters: Adapters, factors: Factors) -> Adapters:
