@@ -42,3 +42,21 @@ def test_the_notebook_program_trains_the_real_model_and_writes(tmp_path, monkeyp
     assert len(capsys.readouterr().out.splitlines()[-1]) > 3
     config, adapters = checkpoint.load_adapters("notebook-run", params=names["variables"])
     assert config.rank == 32 and set(adapters) == set(names["lora"].sites)
+
+
+@pytest.mark.by_day_on("oldest")
+@pytest.mark.usefixtures("compile_fast")
+def test_models_with_state_train_as_the_guide_says(tmp_path, monkeypatch):
+    guide = (Path(__file__).parent.parent / "docs" / "training" / "README.md").read_text()
+    _, section = guide.split("## Models with state")
+    of_nnx, of_linen = re.findall(r"```python\n(.*?)```", section.split("\n## ")[0], re.DOTALL)
+    monkeypatch.chdir(tmp_path)
+    draw = lambda n: jax.random.normal(jax.random.key(n), (16, 8))
+    names: dict = {"batches": [{"x": draw(n), "y": jnp.flip(draw(n), -1)} for n in range(20)]}
+    for source, statistics in ((of_nnx, "state"), (of_linen, "stats")):
+        exec(source, names)
+        losses = [r["loss"] for r in names["result"].records if "loss" in r]
+        assert losses[-1] < losses[0]
+        moved = jax.tree.leaves(names["result"].model_state)
+        assert jax.tree.structure(names["result"].model_state) == jax.tree.structure(names[statistics])
+        assert all(jnp.isfinite(leaf).all() for leaf in moved if jnp.issubdtype(leaf.dtype, jnp.floating))
