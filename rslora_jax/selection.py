@@ -4,6 +4,7 @@ import dataclasses
 import math
 import re
 from collections.abc import Iterable, Mapping, Sequence
+from types import MappingProxyType
 from typing import Any
 
 import jax.numpy as jnp
@@ -37,20 +38,23 @@ class Selection:
     notes: list[str]
 
 
-def select(config: LoraConfig, leaves: Mapping[str, Any], found: Found) -> Selection:
+def select(
+    config: LoraConfig, leaves: Mapping[str, Any], found: Found, others: Mapping[str, str] = MappingProxyType({})
+) -> Selection:
     """Return what a config asks for of a program's parameters.
 
     Args:
       config: what to adapt.
       leaves: the parameters, or their shapes, by path.
       found: what the program does with them.
+      others: those that are no parameters (`no_parameters`), by path, with their kind.
 
     Raises:
       ValueError: where a pattern matches nothing, a target is no weight of a matrix product, a rank that a pattern
         gives is above the weight's own, or nothing is left to adapt.
     """
     shapes = {path: tuple(leaf.shape) for path, leaf in leaves.items()}
-    stored = {path for path, leaf in leaves.items() if jnp.issubdtype(leaf.dtype, jnp.floating)}
+    stored = {p for p, leaf in leaves.items() if jnp.issubdtype(leaf.dtype, jnp.floating) and p not in others}
     everything = roles(shapes, found)
     weights = {path: role for path, role in everything.items() if path in stored} | stated(
         config, shapes, stored, everything
@@ -58,6 +62,7 @@ def select(config: LoraConfig, leaves: Mapping[str, Any], found: Found) -> Selec
     tables = {math.prod(shapes[p][n] for n in r["in_axes"]) for p, r in weights.items() if r["kind"] == "embedding"}
     heads = {p for p in found.heads & weights.keys() if out_size(shapes, weights, p) in tables}
     reasons = {p: reason(p, leaves, everything, weights, heads, found) for p in leaves if p in found.used}
+    reasons |= {p: f"no parameter: {kind}" for p, kind in others.items() if p in reasons}
 
     chosen = targeted(config, shapes, weights, heads, reasons)
     left = {p: why for p, why in reasons.items() if p not in chosen}
@@ -153,7 +158,7 @@ def targeted(
 
 def remedy(path: str, shape: Sequence[int], reasons: Mapping[str, str]) -> str:
     """Say how to adapt a weight all the same, if there is a way."""
-    if len(shape) < 2 or path not in reasons:
+    if len(shape) < 2 or path not in reasons or reasons[path].startswith("no parameter"):
         return ""
     return f"; to adapt it exactly wherever it is used, by forming the sum, state its axes: {axes_line([path], shape)}"
 

@@ -85,6 +85,19 @@ def named_leaves(tree: Any) -> dict[str, Any]:
     return {path_name(path): leaf for path, leaf in unboxed(tree)}
 
 
+def no_parameters(tree: Any) -> dict[str, str]:
+    """Return the kind, by path, of the NNX variables in a pytree that are no parameters and so never get adapters.
+
+    >>> no_parameters({"kernel": nnx.Param(0), "seen": nnx.Cache(0)})
+    {'seen': 'Cache'}
+    """
+    is_variable = lambda node: isinstance(node, nnx.Variable)
+    nodes = jax.tree.leaves(tree, is_leaf=is_variable)
+    kinds = [type(n).__name__ if is_variable(n) and not isinstance(n, nnx.Param) else "" for n in nodes]
+    each = [kind for n, kind in zip(nodes, kinds, strict=True) for _ in jax.tree.leaves(n)]
+    return {path_name(path): kind for (path, _), kind in zip(unboxed(tree), each, strict=True) if kind}
+
+
 def by_path(tree: Any) -> dict[str, Any]:
     """Return the leaves of a pytree by path, to be put back by `from_paths`.
 

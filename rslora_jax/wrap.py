@@ -16,7 +16,7 @@ from jax import Array
 from rslora_jax.config import LoraConfig
 from rslora_jax.init import init_adapters
 from rslora_jax.selection import select
-from rslora_jax.sites import Site, named_leaves
+from rslora_jax.sites import Site, named_leaves, no_parameters
 from rslora_jax.table import fold, table
 from rslora_jax.transform.discover import discover
 from rslora_jax.transform.interpreter import Walk, as_arrays
@@ -173,7 +173,7 @@ def wrap(fn: Callable[..., Any], params: Any, *args: Any, config: LoraConfig = D
     jaxpr, _, leaves = program.trace(params, args, kwargs)
     given = array_leaves(params)
     shapes = {name: tuple(leaf.shape) for name, leaf in given.items()}
-    selection = select(config, given, discover(jaxpr, list(shapes), leaves))
+    selection = select(config, given, discover(jaxpr, list(shapes), leaves), no_parameters(params))
     sites, notes = selection.sites, selection.notes
 
     fallbacks: dict[str, set[str]] = {name: set() for name in sites}

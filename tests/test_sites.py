@@ -109,6 +109,26 @@ def test_adapters_of_boxed_and_plain_parameters_are_one(tmp_path):
     assert jax.tree.structure(new) == jax.tree.structure(boxed) and named_leaves(new)["params/last/kernel"].sum() == 60
 
 
+def test_variables_that_are_no_parameters_are_never_sites():
+    class Mixing(nnx.Module):
+        def __init__(self):
+            self.fixed = nnx.Variable(jnp.eye(8))
+            self.seen = nnx.Cache(jnp.eye(8))
+            self.own = nnx.LoRAParam(jnp.eye(8))
+            self.dense = nnx.Linear(8, 8, rngs=nnx.Rngs(0))
+
+        def __call__(self, x):
+            return self.dense(x @ self.fixed[...] @ self.seen[...] @ self.own[...])
+
+    graph, state = nnx.split(Mixing())
+    lora = rslora.wrap(lambda state, x: nnx.merge(graph, state)(x), state, X, config=CONFIG)
+    assert set(lora.sites) == {"own", "dense/kernel"}
+    assert lora.left_out["seen"] == "no parameter: Cache"
+    lora = rslora.wrap(lambda module, x: module(x), Mixing(), X, config=CONFIG)  # a module is a pytree too
+    assert set(lora.sites) == {"own", "dense/kernel"}
+    assert lora.left_out["seen"] == "no parameter: Cache"
+
+
 def test_adapters_of_an_nnx_state_and_of_its_values_are_one():
     graph, state = nnx.split(nnx.Sequential(nnx.Linear(8, 6, rngs=nnx.Rngs(0)), nnx.Linear(6, 5, rngs=nnx.Rngs(1))))
     of_state = rslora.wrap(lambda state, x: nnx.merge(graph, state)(x), state, X, config=CONFIG)
