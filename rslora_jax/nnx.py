@@ -72,7 +72,7 @@ def from_nnx(model: nnx.Module, method: Method = None, *, state: bool | None = N
     """
     graph, *parts = nnx.split(model, nnx.Param, ...)
     weights, others = parts
-    held = values(others)
+    held, known = values(others), variables(others)
     if not state and (shapes := [path for path, value in held.items() if isinstance(value, jax.ShapeDtypeStruct)]):
         raise ValueError(
             f"the module has no values for {named(shapes)}, which are no parameters: give them to each call, with "
@@ -95,7 +95,7 @@ def from_nnx(model: nnx.Module, method: Method = None, *, state: bool | None = N
         if state:
             dropped = [path for path in after if path not in held]
         else:
-            dropped = [path for path in changed(before, new) if path not in variables(others)]
+            dropped = [path for path in changed(before, new) if path not in known]
         if dropped and state is not False:
             warnings.warn(
                 f"a call of the module changes {named(dropped)}, which the function that is made of it does not return",
