@@ -87,15 +87,16 @@ def from_nnx(model: nnx.Module, method: Method = None, *, state: bool | None = N
         )
 
     def call(params: Mapping, rest: Mapping, args: tuple, kwargs: dict) -> tuple[Any, dict[Path, Any]]:
-        before = filled(others, rest)
-        module = nnx.merge(graph, filled(weights, params), before)
+        given = filled(others, rest)
+        before = values(given)
+        module = nnx.merge(graph, filled(weights, params), given)
         out = (module if method is None else method.__get__(module))(*args, **kwargs)
         new: Any = nnx.split(module, nnx.Param, ...)[-1]
-        after = values(new)
+        after = before | values(new)  # what a call takes away stays
         if state:
             dropped = [path for path in after if path not in held]
         else:
-            dropped = [path for path in changed(before, new) if path not in known]
+            dropped = [path for path in held if path not in known and not same(before[path], after[path])]
         if dropped and state is not False:
             warnings.warn(
                 f"a call of the module changes {named(dropped)}, which the function that is made of it does not return",
@@ -104,10 +105,10 @@ def from_nnx(model: nnx.Module, method: Method = None, *, state: bool | None = N
             )
         return out, after
 
-    def pure(params: Mapping, *args: Any, **kwargs: Any) -> Any:
+    def pure(params: Mapping, /, *args: Any, **kwargs: Any) -> Any:
         return call(params, nested(held), args, kwargs)[0]
 
-    def stateful(params: Mapping, state: Mapping, *args: Any, **kwargs: Any) -> tuple[Any, dict]:
+    def stateful(params: Mapping, state: Mapping, /, *args: Any, **kwargs: Any) -> tuple[Any, dict]:
         out, after = call(params, state, args, kwargs)
         return out, nested({path: after[path] for path in held})
 
@@ -156,12 +157,6 @@ def filled(state: nnx.State, tree: Mapping) -> nnx.State:
 
 def variables(state: nnx.State) -> set[Path]:
     return {path for path, leaf in nnx.to_flat_state(state) if isinstance(leaf, nnx.Variable)}
-
-
-def changed(before: nnx.State, after: nnx.State) -> list[Path]:
-    """Return the paths of which the arrays are not the same objects any more."""
-    old, new = values(before), values(after)
-    return [path for path in old if path in new and not same(old[path], new[path])]
 
 
 def by_kind(state: nnx.State) -> str:

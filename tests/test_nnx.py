@@ -222,6 +222,18 @@ def test_what_a_call_drops_is_said():
     assert_same(out, 2 * X @ jnp.ones((8, 8)))
     assert after == state == {}
 
+    class Pops(nnx.Module):
+        def __init__(self):
+            self.seen = nnx.Intermediate(jnp.zeros(()))
+
+        def __call__(self, x, state):
+            return x + nnx.pop(self, nnx.Intermediate)["seen"].get_value() + state
+
+    fn, params, state = rslora.from_nnx(Pops(), state=True)
+    out, after = fn(params, state, X, state=1)  # a name that the call itself may use
+    assert_same(out, X + 1)
+    assert_same(after, state)
+
 
 def test_a_method_of_a_module_has_state_too():
     alone, model = make(["dropout"]), make(["dropout"])
