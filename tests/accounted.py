@@ -74,6 +74,7 @@ PARAMS = {
     "mask": (12, 16),
     "scale": (12,),
     "latents": (4, 12),
+    "patches": (4, 6),
     "row": (1, 16),
     "norms": (3, 12),
 }
@@ -227,6 +228,12 @@ ENTRIES = [
         "jnp.einsum('bnd,bdt->bnt', jnp.broadcast_to(latents, (2, 4, 12)) @ square, jnp.stack([x.T, -x.T]))",
         {"square": "io"},
         left_out={"latents": "no matrix: stands where data do, in dot_general"},
+    ),
+    E(
+        "No matrices",
+        "(x + jax.image.resize(patches, (5, 12), 'linear')) @ w",
+        {"w": "io"},
+        left_out={"patches": "no matrix: meets data entry by entry, in add"},
     ),
     E("No matrices", "(x * scale) @ w", {"w": "io"}, left_out={"scale": "norm or bias: fewer than two axes"}),
     E(

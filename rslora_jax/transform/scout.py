@@ -251,7 +251,14 @@ def of_weights(log: Log, eqn: compat.Eqn, values: list[Any], out: Any) -> View:
     (lhs_c, rhs_c), (lhs_b, rhs_b) = eqn.params["dimension_numbers"]
     lhs, rhs = (v if isinstance(v, View) else known(jnp.asarray(v)) for v in values)
     waiting: set[int] = set()
+    constant = not (lhs.sites and rhs.sites)
+    if constant and (lhs.past.resized or rhs.past.resized):
+        # Mapped along one axis after the other, as an image is resized: no product but that with data counts.
+        log.withdrawn |= lhs.past.waiting | rhs.past.waiting
+        lhs, rhs = (dataclasses.replace(v, past=dataclasses.replace(v.past, waiting=frozenset())) for v in (lhs, rhs))
     for view, contracted, batch in ((lhs, lhs_c, lhs_b), (rhs, rhs_c, rhs_b)):
+        if constant and view.past.resized:
+            continue
         noted = log.use(view, "product", contracted, batch, eqn) if view.sites else set()
         waiting |= noted
         log.right |= noted if view is rhs else set()
@@ -267,7 +274,7 @@ def of_weights(log: Log, eqn: compat.Eqn, values: list[Any], out: Any) -> View:
         past = dataclasses.replace(past, summed=past.summed | gone)
     elif rhs.sites:
         past = dataclasses.replace(past, mapped=past.mapped | gone)
-    past = dataclasses.replace(past, waiting=past.waiting | waiting)
+    past = dataclasses.replace(past, waiting=past.waiting | waiting, resized=past.resized or constant)
     return View(out, None, None, tuple(axes), out.dtype, all_sites([v for v in (lhs, rhs) if v.sites]), past=past)
 
 

@@ -29,6 +29,7 @@ class Past:
       rows: whether rows of it were picked: to what comes next they are data, unless data meet them in a product.
       summed: the stored axes that products with other weights have summed over.
       mapped: the stored axes that a constant on its left has mapped to others.
+      resized: whether a constant has mapped an axis of it, on whichever side.
       waiting: the uses, by number, that do not count if it serves as a weight later.
     """
 
@@ -37,6 +38,7 @@ class Past:
     rows: bool = False
     summed: Axes = frozenset()
     mapped: Axes = frozenset()
+    resized: bool = False
     waiting: frozenset[int] = frozenset()
 
 
@@ -99,6 +101,7 @@ def one_past(views: Sequence[View]) -> Past:
         any(p.rows for p in pasts),
         frozenset().union(*(p.summed for p in pasts)),
         frozenset().union(*(p.mapped for p in pasts)),
+        any(p.resized for p in pasts),
         frozenset().union(*(p.waiting for p in pasts)),
     )
 
