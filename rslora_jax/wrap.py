@@ -18,6 +18,7 @@ from rslora_jax.init import init_adapters
 from rslora_jax.selection import select
 from rslora_jax.sites import Site, named_leaves, no_parameters
 from rslora_jax.table import fold, table
+from rslora_jax.transform import compat, renames
 from rslora_jax.transform.discover import discover
 from rslora_jax.transform.interpreter import Walk, as_arrays
 from rslora_jax.transform.program import ARRAYS, Program
@@ -75,6 +76,7 @@ class Lora:
             path and both shapes.
         """
         self.check(params, adapters)
+        params, adapters = varied(params, self.sites, adapters)
         jaxpr, tree, leaves = self._program.trace(params, args, kwargs)
         values = views_of(leaves, list(array_leaves(params)), self.sites, adapters)
         outs = self._walk.run(jaxpr, values)
@@ -222,6 +224,19 @@ def array_leaves(params: Any) -> dict[str, Any]:
     return {name: leaf for name, leaf in named_leaves(params).items() if isinstance(leaf, ARRAYS)}
 
 
+def varied(params: Any, sites: Mapping[str, Site], adapters: Adapters) -> tuple[Any, Adapters]:
+    """Inside a `shard_map`, let each weight and its factors vary over the same devices, as their sum would."""
+    found = {
+        name: compat.vary_together(leaf, adapters[name]["a"], adapters[name]["b"])
+        for name, leaf in named_leaves(params).items()
+        if name in sites
+    }
+    leaves = [found[name][0] if name in found else leaf for name, leaf in named_leaves(params).items()]
+    return jax.tree.unflatten(jax.tree.structure(params), leaves), {
+        name: {"a": a, "b": b} for name, (_, a, b) in found.items()
+    }
+
+
 def views_of(leaves: Sequence[Any], names: Sequence[str], sites: Mapping[str, Site], adapters: Adapters) -> list[Any]:
     """Return a program's inputs, those that are adapted as views; the first are the parameters of `names`."""
     views = [
@@ -234,7 +249,7 @@ def view_of(w: Array, site: Site, factors: Mapping[str, Array]) -> View:
     """Return the view of a weight and its adapter."""
     axes = tuple(frozenset({(site.path, n)}) for n in range(len(site.shape)))
     a, b = align(site.shape, site.stack_axes, site.in_axes, site.out_axes, factors["a"], factors["b"])
-    return View(w, a, b, axes, w.dtype, (site.path,), site.gamma)
+    return renames.lay(View(w, a, b, axes, w.dtype, (site.path,), site.gamma), w)
 
 
 @functools.partial(jax.jit, static_argnums=range(4))  # layers of one kind are traced once

@@ -13,6 +13,7 @@ from jax._src.core import pvary_p
 from jax._src.interpreters.partial_eval import dce_jaxpr
 from jax._src.lax.lax import ragged_dot_general_p
 from jax._src.lax.parallel import all_gather_invariant_p
+from jax._src.pjit import reshard_p
 from jax._src.shard_map import shard_map_p
 from jax.extend.core import ClosedJaxpr, Literal, Primitive
 
@@ -20,7 +21,7 @@ Jaxpr = Any  # `Jaxpr` and `ClosedJaxpr` are two classes on JAX 0.10 and one on 
 Eqn = Any
 
 # The primitives for which JAX has no public name: one that is renamed is an ImportError here, not a rule never used.
-__all__ = ["Primitive", "all_gather_invariant_p", "pvary_p", "ragged_dot_general_p", "shard_map_p"]
+__all__ = ["Primitive", "all_gather_invariant_p", "pvary_p", "ragged_dot_general_p", "reshard_p", "shard_map_p"]
 
 
 def live(jaxpr: Jaxpr) -> Jaxpr:
@@ -104,3 +105,15 @@ def trace(jitted: Callable[..., Any], *args: Any) -> tuple[Jaxpr, Any]:
     """Trace a jitted function, or take the trace it keeps; return (jaxpr, tree of its output)."""
     traced = jitted.trace(*args)  # type: ignore[attr-defined]
     return traced.jaxpr, jax.tree.structure(traced.out_info)
+
+
+def varying(array: Any) -> frozenset[Any]:
+    """Return the mesh axes of a shard_map along which the type of an array says that it varies."""
+    return jax.typeof(array).mat.varying
+
+
+def vary_together(*arrays: Any) -> list[Any]:
+    """Say of arrays that they vary along all the mesh axes along which one of them does."""
+    axes = frozenset().union(*map(varying, arrays))
+    missing = [tuple(axis for axis in axes if axis not in varying(array)) for array in arrays]
+    return [jax.lax.pcast(a, m, to="varying") if m else a for a, m in zip(arrays, missing, strict=True)]

@@ -26,6 +26,8 @@ import jax
 import jax.numpy as jnp
 from jax import Array, lax
 
+from rslora_jax.transform.views import alike
+
 # Measured were 64, where keeping apart does not pay, and 512, where it does.
 APART_FROM_RANK = 256
 
@@ -41,6 +43,7 @@ def contract(subscripts: str, left: Array, right: Array, precision: Any = None, 
     >>> contract("abc,cd->abd", jnp.ones((2, 3, 4)), jnp.ones((4, 5))).shape
     (2, 3, 5)
     """
+    left, right = alike(left, right)
     operands, out = subscripts.split("->")
     terms = (*operands.split(","), out)
     einsum = functools.partial(jnp.einsum, precision=precision, preferred_element_type=dtype)

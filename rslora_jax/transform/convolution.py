@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from jax import Array, lax
 
 from rslora_jax.transform.cost import Sizes
-from rslora_jax.transform.views import LETTERS, RANK, View, spans
+from rslora_jax.transform.views import LETTERS, RANK, View, alike, spans
 
 # The window factor has the kernel's axes but the one that the pointwise factor spans, and the rank last; the
 # pointwise factor is (that axis, rank). With groups, every group's features meet the same window factor.
@@ -57,11 +57,14 @@ class Convolution:
         kernel = jnp.moveaxis(factor, -1, self.missing)
         if self.groups > 1:
             kernel = jnp.concatenate([kernel] * self.groups, self.missing)
-        return lax.conv_general_dilated_p.bind(x, kernel, **{**dict(self.params), "preferred_element_type": None})
+        return lax.conv_general_dilated_p.bind(
+            *alike(x, kernel), **{**dict(self.params), "preferred_element_type": None}
+        )
 
     def pointwise(self, x: Array, factor: Array, spec: int) -> Array:
         """Multiply the features of x, which lie where the data's (0) or the result's (2) do."""
         at = dict(self.params)["dimension_numbers"][spec][1]
+        x, factor = alike(x, factor)
         x, precision = jnp.moveaxis(x, at, -1), dict(self.params)["precision"]
         precision = precision[0] if isinstance(precision, tuple) else precision
         if self.pointwise_last:
@@ -77,7 +80,7 @@ class Convolution:
         window, pointwise = (first, second) if self.pointwise_last else (second, first)
         letters = LETTERS[: window.ndim]
         missing = letters[self.missing]
-        return jnp.einsum(f"{letters.replace(missing, '')}{RANK},{missing}{RANK}->{letters}", window, pointwise)
+        return jnp.einsum(f"{letters.replace(missing, '')}{RANK},{missing}{RANK}->{letters}", *alike(window, pointwise))
 
     def sizes(self, x: tuple[int, ...], w: tuple[int, ...], rank: int) -> Sizes:
         p = dict(self.params)

@@ -9,7 +9,7 @@ from jax import Array, lax
 
 from rslora_jax.transform.contract import contract
 from rslora_jax.transform.cost import Sizes
-from rslora_jax.transform.views import LETTERS, RANK, View, compact
+from rslora_jax.transform.views import LETTERS, RANK, View, alike, compact
 
 
 @dataclasses.dataclass(frozen=True)
@@ -51,7 +51,7 @@ class Dot:
         return self.contract(f"{self.between},{self.second}->{self.out}", xa, second)
 
     def full(self, first: Array, second: Array) -> Array:
-        return jnp.einsum(f"{self.first},{self.second}->{self.w}", first, second)
+        return jnp.einsum(f"{self.first},{self.second}->{self.w}", *alike(first, second))
 
     def contract(self, subscripts: str, left: Array, right: Array, dtype: Any = None) -> Array:
         return contract(subscripts, left, right, dict(self.params)["precision"], dtype)

@@ -7,17 +7,20 @@ products that the plan has counted.
 
 import dataclasses
 import functools
+import math
 from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 
 import jax
 import jax.numpy as jnp
-from jax import Array
+from jax import Array, lax
 from jax.ad_checkpoint import checkpoint_name
 from jax.custom_derivatives import SymbolicZero
 
 from rslora_jax.transform.contract import apart, gradient_apart, rank_first
 from rslora_jax.transform.cost import Plan, Sizes, plan
+from rslora_jax.transform.explicit import by_compiler, explicit_mesh, type_of
+from rslora_jax.transform.views import common, wide
 
 # The names by which checkpoint policies know what is kept from the value for its gradients: the weight with its
 # update, and the data that met the first factor.
@@ -67,11 +70,16 @@ def adapted_product(op: Bilinear, x: Array, w: Array, first: Array, second: Arra
         the operation's dtype where they meet data; their sum with the weight is formed before that cast.
       *extra: operands of `op` that have no derivative.
     """
+    if explicit_mesh(x, w):
+        return without_explicit_axes(op, x, w, first, second, *extra)
     # A sum with a weight stored in fewer bits than float32 would round the update away.
     summable = jnp.finfo(w.dtype).bits >= 32
-    best = plan(op.sizes(x.shape, w.shape, first.shape[-1]), summable)
+    sizes = op.sizes(x.shape, w.shape, first.shape[-1])
+    # Through a weight that the program computes with in float8, an update would be rounded to three bits.
+    best = plan(sizes, summable) if jnp.finfo(op.dtype).bits >= 16 else Plan()
 
-    first, second = rank_first(first, -1), rank_first(second, op.rank_axis)
+    first = first if slight(first.shape, -1, sizes.meet) else rank_first(first, -1)
+    second = second if slight(second.shape, op.rank_axis, sizes.leave) else rank_first(second, op.rank_axis)
 
     if best == Plan():  # then JAX's own derivative is the one that was counted
         return Parts(op, summable, extra).factored(x, w, first, second)
@@ -87,7 +95,7 @@ def adapted_product(op: Bilinear, x: Array, w: Array, first: Array, second: Arra
         dx, dw, dfirst, dsecond = (None if isinstance(t, SymbolicZero) else t for t in tangents[:4])
         parts = Parts(op, summable, extra)
         whole: Any = parts.merged(w, first, second) if best.forward or best.dx else None
-        met = checkpoint_name(parts.meet(x, first), MET)  # XLA drops what is not used
+        met = kept_as(parts.meet(x, first), MET)  # XLA drops what is not used
         y = whole(x) if best.forward else parts.with_update(parts.base(x, w), met, second)
         terms = []
         if best.factors:
@@ -118,6 +126,13 @@ def adapted_product(op: Bilinear, x: Array, w: Array, first: Array, second: Arra
     return jax.checkpoint(product, policy=policy)(x, w, first, second, *extra)
 
 
+def without_explicit_axes(op: Any, x: Array, w: Array, *others: Array) -> Array:
+    """Return the product where an array's type says how it lies: its result lies as the program's own does."""
+    where = type_of(Parts(op, True, others[2:]).base, x, w).sharding
+    op = dataclasses.replace(op, params=tuple((k, None if k == "out_sharding" else v) for k, v in op.params))
+    return by_compiler(functools.partial(adapted_product, op), where, x, w, *others)
+
+
 @dataclasses.dataclass(frozen=True)
 class Parts:
     """What a product is made of: an operation with its scale and its casts, and the operands without derivative."""
@@ -129,6 +144,9 @@ class Parts:
     def cast(self, array: Array) -> Array:
         return array.astype(self.op.dtype)
 
+    def cast_factor(self, factor: Array) -> Array:
+        return factor.astype(common(self.op.dtype))
+
     def base(self, x: Array, w: Array) -> Array:
         return self.op.base(x, self.cast(w), *self.extra)
 
@@ -136,10 +154,10 @@ class Parts:
         return self.op.by_weight(x, self.cast(dw), *self.extra)
 
     def meet(self, x: Array, first: Array) -> Array:
-        return self.op.gamma * self.op.meet(apart(x, first.shape[-1]), self.cast(first), *self.extra)
+        return self.op.gamma * self.op.meet(apart(x, first.shape[-1]), self.cast_factor(first), *self.extra)
 
     def leave(self, xa: Array, second: Array) -> Array:
-        return self.op.leave(xa, self.cast(second), *self.extra)
+        return self.op.leave(xa, self.cast_factor(second), *self.extra)
 
     def full(self, first: Array, second: Array) -> Array:
         return self.op.full(first, self.op.gamma * second)
@@ -154,10 +172,29 @@ class Parts:
     def merged(self, w: Array, first: Array, second: Array) -> Callable[[Array], Array]:
         """Return the product with the adapted weight as a function of the data."""
         if self.summable:
-            total = checkpoint_name(self.cast(w + self.full(first, second)), MERGED)
+            dtype = wide(w.dtype, first.dtype, second.dtype)
+            update = self.full(first.astype(dtype), second.astype(dtype))
+            total = kept_as(self.cast(w.astype(dtype) + update), MERGED)
             return lambda x: self.base(x, total)
-        update = checkpoint_name(self.cast(self.full(first, second)), MERGED)
+        update = kept_as(self.cast(self.full(first, second)), MERGED)
         return lambda x: self.base(x, w) + self.base(x, update)
+
+
+def slight(shape: tuple[int, ...], rank_axis: int, flops: int) -> bool:
+    """Say whether the product that makes a factor's gradient has two axes, or the rows, of fewer than four places.
+
+    Under vmap, the XLA of JAX 0.10 aborts on a CPU where it forms such a product transposed, as `rank_first` has it.
+    """
+    rank, *others = (shape[rank_axis], *(n for axis, n in enumerate(shape) if axis != rank_axis % len(shape)))
+    rows = flops // (2 * math.prod(shape))
+    return (isinstance(rows, int) and rows < 4) or (rank < 4 and min(others, default=0) < 4)
+
+
+def kept_as(array: Array, name: str) -> Array:
+    """Name an array for checkpoint policies; a complex one by its parts, as JAX cannot keep it whole."""
+    if not jnp.iscomplexobj(array):
+        return checkpoint_name(array, name)
+    return lax.complex(checkpoint_name(array.real, name), checkpoint_name(array.imag, name))
 
 
 def add(terms: list[Array]) -> Array:

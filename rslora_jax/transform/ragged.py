@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from jax import Array, lax
 
 from rslora_jax.transform.cost import Sizes
-from rslora_jax.transform.views import LETTERS, RANK, View, compact
+from rslora_jax.transform.views import LETTERS, RANK, View, alike, compact
 
 
 @dataclasses.dataclass(frozen=True)
@@ -39,9 +39,8 @@ class Ragged:
 
     def base(self, x: Array, w: Array, group_sizes: Array) -> Array:
         p = dict(self.params)
-        return lax.ragged_dot_general(
-            x, w, group_sizes, p["ragged_dot_dimension_numbers"], p["precision"], p["preferred_element_type"]
-        )
+        numbers, options = p["ragged_dot_dimension_numbers"], ("precision", "preferred_element_type", "out_sharding")
+        return lax.ragged_dot_general(x, w, group_sizes, numbers, **{name: p[name] for name in options})
 
     by_weight = base
 
@@ -60,12 +59,13 @@ class Ragged:
             at(x_letters, self.rows),
             at(w_letters, self.group),
         )
+        x, w = alike(x, w)
         y = lax.ragged_dot_general(x, w, group_sizes, numbers, dict(self.params)["precision"])
         free = [c for c in x_letters if c not in shared] + [c for c in w_letters if c not in shared and c != self.group]
         return jnp.transpose(y, at([*batch, *free], out))
 
     def full(self, first: Array, second: Array) -> Array:
-        return jnp.einsum(f"{self.first},{self.second}->{self.w}", first, second)
+        return jnp.einsum(f"{self.first},{self.second}->{self.w}", *alike(first, second))
 
     def sizes(self, x: tuple[int, ...], w: tuple[int, ...], rank: int) -> Sizes:
         size = dict(zip(self.x + self.w + RANK, (*x, *w, rank), strict=True))

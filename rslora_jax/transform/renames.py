@@ -12,7 +12,8 @@ import jax.numpy as jnp
 from jax import Array, lax
 
 from rslora_jax.transform import compat
-from rslora_jax.transform.views import Axes, View, spans
+from rslora_jax.transform.explicit import explicit_mesh, lay_factor
+from rslora_jax.transform.views import Axes, View, spans, wide
 
 
 def rename(view: View, act: Callable[[Array, tuple[bool, ...]], Array], axes: Sequence[Axes]) -> View:
@@ -178,16 +179,23 @@ def scale(view: View, by: Array, act: Callable[[Array, Array], Array]) -> View |
     varies = [n for n, size in enumerate(by.shape) if size != 1]
     w, a, b = act(view.base, by), view.a, view.b
     if view.a is not None:
-        of = by.astype(view.a.dtype)[..., None]
+        # A complex number makes a complex factor.
+        of = by.astype(wide(by.dtype, view.a.dtype) if jnp.iscomplexobj(by) else view.a.dtype)[..., None]
         if all(spans(view, view.b)[n] for n in varies):
-            b = act(view.b, of)
+            b = act(view.b.astype(of.dtype), of)
         elif all(spans(view, view.a)[n] for n in varies):
-            a = act(view.a, of)
+            a = act(view.a.astype(of.dtype), of)
         else:
             return None
     same = not compat.is_tracer(by)
     uniform = uniform_where(view, same or a is view.a, same or b is view.b)
     return dataclasses.replace(view, w=w, a=a, b=b, dtype=w.dtype, uniform=uniform)
+
+
+def lay(view: View, w: Array) -> View:
+    """Put `w`, which is the weight laid in another way, in its place; the factors are laid as it is."""
+    own = lambda f: lay_factor(f, spans(view, f), w) if f is not None and explicit_mesh(w, f) else f
+    return dataclasses.replace(view, w=w, a=own(view.a), b=own(view.b))
 
 
 def shift(view: View, by: Array, act: Callable[[Array, Array], Array]) -> View | None:

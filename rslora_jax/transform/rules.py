@@ -4,6 +4,7 @@ import dataclasses
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 from jax import Array, lax
 from jax.extend.core import primitives
@@ -46,8 +47,10 @@ def reshape(view: View, params: dict[str, Any]) -> View | None:
 
 
 def cast(view: View, params: dict[str, Any]) -> View | None:
-    if not jnp.issubdtype(params["new_dtype"], jnp.floating):
+    if not jnp.issubdtype(params["new_dtype"], jnp.inexact):
         return None
+    if jnp.issubdtype(view.dtype, jnp.complexfloating) > jnp.issubdtype(params["new_dtype"], jnp.complexfloating):
+        return None  # the imaginary part of a factor counts in the product with the other's
     # Only the first cast waits: a second one must see the base as the first has rounded it.
     w = view.w if view.dtype == view.w.dtype else view.base
     return dataclasses.replace(view, w=w, dtype=jnp.dtype(params["new_dtype"]))
@@ -148,6 +151,22 @@ def constrain_sharding(walk: Walk, eqn: compat.Eqn, values: list[Any]) -> list[A
     return [dataclasses.replace(view, w=w)]
 
 
+def reshard(walk: Walk, eqn: compat.Eqn, values: list[Any]) -> list[Any]:
+    """Lay a weight in another way, and its factors with it along the axes that they span."""
+    (view,) = values
+    return [renames.lay(view, compat.bind(eqn, view.w)[0])]
+
+
+def device_put(walk: Walk, eqn: compat.Eqn, values: list[Any]) -> list[Any] | None:
+    """Bring a weight to other memory, as a base that waits on the host; factors that lie elsewhere follow it."""
+    if len(values) > 1:
+        return None
+    (w,) = compat.bind(eqn, values[0].w)
+    space = jax.typeof(w).memory_space
+    own = lambda f: f if f is None or jax.typeof(f).memory_space == space else jax.device_put(f, space)
+    return [dataclasses.replace(values[0], w=w, a=own(values[0].a), b=own(values[0].b))]
+
+
 # Weights that meet data.
 
 
@@ -232,5 +251,7 @@ RULES: dict[compat.Primitive, Rule] = {
     primitives.all_gather_p: collectives.all_gather,
     compat.all_gather_invariant_p: collectives.all_gather,
     primitives.ppermute_p: collectives.ppermute,
+    compat.reshard_p: reshard,
+    primitives.device_put_p: device_put,
     **calls.RULES,
 }

@@ -6,12 +6,16 @@ every renaming acts on all three.
 """
 
 import dataclasses
+import functools
 from collections.abc import Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import Array
+
+from rslora_jax.transform.explicit import by_compiler, explicit_mesh
 
 Axes = frozenset[tuple[str, int]]
 
@@ -106,6 +110,28 @@ def one_past(views: Sequence[View]) -> Past:
     )
 
 
+def wide(*dtypes: Any) -> Any:
+    """Return the dtype in which numbers of some dtypes are summed: that of all, and no narrower than float32.
+
+    JAX's own promotion refuses float8, and under strict promotion all of it.
+    """
+    kinds = [jnp.dtype("float32") if jnp.finfo(d).bits < 32 else d for d in dtypes if jnp.issubdtype(d, jnp.inexact)]
+    return functools.reduce(np.promote_types, kinds, np.dtype("float32"))
+
+
+def common(*dtypes: Any) -> Any:
+    """Return the dtype in which data meets a factor: their own, but none of fewer than 16 bits."""
+    inexact = [jnp.dtype(d) for d in dtypes if jnp.issubdtype(d, jnp.inexact)]
+    kinds = {jnp.dtype("bfloat16") if jnp.finfo(d).bits < 16 else d for d in inexact}
+    return kinds.pop() if len(kinds) == 1 else wide(*kinds)
+
+
+def alike(*arrays: Array) -> list[Array]:
+    """Return arrays in the one dtype in which they meet."""
+    dtype = common(*(array.dtype for array in arrays))
+    return [array.astype(dtype) for array in arrays]
+
+
 def spans(view: View, factor: Array) -> tuple[bool, ...]:
     """Say for each axis of the weight whether a factor spans it."""
     return tuple(n == m for n, m in zip(view.w.shape, factor.shape, strict=False))
@@ -119,10 +145,14 @@ def compact(view: View, factor: Array, letters: str) -> tuple[str, Array]:
 
 
 def update(view: View) -> Array:
-    """Return gamma A B in the layout of the weight and the dtype of the factors."""
-    letters = LETTERS[: len(view.shape)]
+    """Return gamma A B in the layout of the weight, in the dtype in which it is summed with it."""
+    letters, dtype = LETTERS[: len(view.shape)], wide(view.w.dtype, view.a.dtype, view.b.dtype)
     (a, a_array), (b, b_array) = (compact(view, f, letters) for f in (view.a, view.b))
-    return jnp.einsum(f"{a},{b}->{letters}", a_array, view.gamma * b_array)
+    a_array, b_array = a_array.astype(dtype), b_array.astype(dtype)
+    form = lambda a_array, b_array: jnp.einsum(f"{a},{b}->{letters}", a_array, view.gamma * b_array)
+    if explicit_mesh(view.w):
+        return by_compiler(form, jax.typeof(view.w).sharding, a_array, b_array)
+    return form(a_array, b_array)
 
 
 def materialise(view: View) -> Array:
@@ -130,5 +160,7 @@ def materialise(view: View) -> Array:
     if view.a is None:
         return view.base
     delta = update(view)
-    total = view.w.astype(jnp.promote_types(view.w.dtype, delta.dtype)) + delta
-    return total.astype(view.dtype)
+    here, there = (jax.typeof(array).memory_space for array in (delta, view.w))
+    w = view.w if here == there else jax.device_put(view.w, here)
+    total = (w.astype(delta.dtype) + delta).astype(view.dtype)
+    return total if here == there else jax.device_put(total, there)

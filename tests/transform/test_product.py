@@ -1,5 +1,8 @@
 """The orders of a product: the factored one where another is cheaper, and the work that a plan has counted."""
 
+import subprocess
+import sys
+
 import jax
 import jax.numpy as jnp
 import pytest
@@ -50,3 +53,23 @@ def test_a_step_takes_the_flops_that_were_counted_and_no_more(tokens, rank):
     counted = layers * (2 * sizes.base + cost.flops(sizes, cost.plan(sizes, True), True))
     # An XLA that keeps a sum which the plan forms twice takes fewer.
     assert 0.85 < found / counted < 1.01, found / counted
+
+
+SMALL = """
+import jax, rslora_jax as rslora
+shape = jax.ShapeDtypeStruct
+for rows, rank, i, o in [(2, 3, 12, 20), (3, 2, 65, 7), (40, 3, 2, 3), (3, 8, 12, 20)]:
+    params, x = {"w": shape((i, o), "float32")}, shape((rows, i), "float32")
+    config = rslora.LoraConfig(rank=rank, alpha=7, allow_large_rank=True)
+    lora = rslora.wrap(lambda p, x: x @ p["w"], params, x, config=config)
+    many = lambda tree: jax.tree.map(lambda leaf: shape((4, *leaf.shape), leaf.dtype), tree)
+    grad = jax.vmap(jax.grad(lambda a, p, x: lora.apply(p, a, x).sum()), (0, None, 0))
+    jax.jit(grad).lower(many(jax.eval_shape(lora.init, jax.random.key(0))), params, many(x)).compile()
+print("compiled")
+"""
+
+
+def test_small_gradients_compile_under_vmap():
+    """The XLA of JAX 0.10 aborts the process where it forms a small product of a stack transposed."""
+    done = subprocess.run([sys.executable, "-c", SMALL], capture_output=True, text=True)
+    assert "compiled" in done.stdout, done.stderr[-2000:]

@@ -1,0 +1,50 @@
+"""Meshes with explicit axes, where the type of an array says how it is cut, and every operation must keep to it."""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+from jax import Array
+from jax.sharding import AxisType, NamedSharding, auto_axes, reshard
+from jax.sharding import PartitionSpec as P
+
+
+def explicit_mesh(*arrays: Any) -> Any:
+    """Return the mesh of the first array that lies on one with explicit axes, or None."""
+    meshes = (jax.typeof(array).sharding.mesh for array in arrays)
+    return next((mesh for mesh in meshes if AxisType.Explicit in mesh.axis_types), None)
+
+
+def cut(array: Any) -> tuple[Any, ...]:
+    """Return for each axis of an array the mesh axes along which its type says that it is cut."""
+    spec = jax.typeof(array).sharding.spec
+    return (*spec, *(None,) * (array.ndim - len(spec)))
+
+
+def lay_factor(factor: Array, spanned: Sequence[bool], like: Array) -> Array:
+    """Lay a factor as its weight lies along the axes that it spans; its rank stays as it is, where it can."""
+    # Op by op, the weight itself knows its devices.
+    mesh = (jax.typeof(like) if isinstance(like, jax.core.Tracer) else like).sharding.mesh  # type: ignore[union-attr]
+    own = tuple(of if there else None for of, there in zip(cut(like), spanned, strict=True))
+    rank = cut(factor)[-1]
+    free = set(mesh.explicit_axes) - {name for of in own for name in names(of)}
+    wanted = (*own, rank if names(rank) <= free else None)
+    same_mesh = jax.typeof(factor).sharding.mesh == jax.typeof(like).sharding.mesh
+    return factor if same_mesh and cut(factor) == wanted else reshard(factor, NamedSharding(mesh, P(*wanted)))
+
+
+def names(of: Any) -> set[str]:
+    """Return the mesh axes in an entry of a partition spec."""
+    return set(of) if isinstance(of, tuple) else set() if of is None else {of}
+
+
+def type_of(act: Callable[..., Array], *operands: Any) -> Any:
+    """Return the type of what a function returns."""
+    found = []
+    jax.eval_shape(lambda *operands: found.append(jax.typeof(act(*operands))), *operands)
+    return found[0]
+
+
+def by_compiler(act: Callable[..., Array], where: NamedSharding, *operands: Array) -> Array:
+    """Leave to the compiler how arrays lie within `act`, and say how its result does."""
+    return auto_axes(act, axes=where.mesh.explicit_axes, out_sharding=where)(*operands)
