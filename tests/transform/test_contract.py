@@ -58,7 +58,7 @@ def test_gradients_need_no_transposed_copy_and_are_formed_with_the_rank_first(ba
 )
 def test_each_platform_has_the_barriers_that_help_there(monkeypatch, platform, from_rank, forward, backward):
     monkeypatch.setattr(contracting, "APART_FROM_RANK", from_rank)
-    params, x = {"w": normal(0, 12, 8)}, normal(1, 3, 12)  # so few rows that all is factored
+    params, x = {"w": normal(0, 12, 8)}, normal(1, 4, 12)  # so few rows that all is factored
     lora = rslora.wrap(lambda p, x: x @ p["w"], params, x, config=rslora.LoraConfig(rank=3, alpha=4))
     adapters = jax.tree.map(lambda a: normal(2, *a.shape), lora.init(jax.random.key(0)))
     monkeypatch.setattr(jax, "default_backend", lambda: platform)

@@ -1,4 +1,4 @@
-"""Meshes with explicit axes: values, gradients and where they lie are those of the merged model."""
+"""Where arrays lie, by their types: explicit axes, devices that differ, other memory. All as in the merged model."""
 
 import os
 import subprocess
@@ -63,13 +63,62 @@ PROGRAM = """
 """
 
 
+VARIED = """
+    import jax, jax.numpy as jnp, numpy as np
+    from jax.sharding import PartitionSpec as P
+    import rslora_jax as rslora
+    from tests.program_models import normal
+    from tests.programs import merged_by_hand, trained
+    from tests.reference import assert_near, gradients_by_hand
+
+    mesh = jax.make_mesh((4,), ("n",), axis_types=(jax.sharding.AxisType.Auto,), devices=jax.devices()[:4])
+    fn = lambda p, x: jnp.tanh(x @ p["w"]) @ jnp.concatenate([p["w"], jnp.sin(p["w"])], 1)
+    params, x = {"w": normal(0, 12, 12)}, normal(1, 8, 12)
+    lora = rslora.wrap(fn, params, x, config=rslora.LoraConfig(rank=3, alpha=7))
+    each = [trained(lora, seed) for seed in range(4)]
+    loss = lambda y: jnp.sum(jnp.sin(y))
+
+    for rows in (P("n"), P()):  # the data of its own for each device, or the same
+        def body(adapters, x):
+            own = jax.tree.map(lambda a: a[0], adapters)
+            value = lambda a: lora.apply(params, a, x)
+            return value(own), jax.tree.map(lambda g: g[None], jax.grad(lambda a: loss(value(a)))(own))
+
+        there = jax.jit(jax.shard_map(body, mesh=mesh, in_specs=(P("n"), rows), out_specs=P("n")))
+        y, grads = jax.device_get(there(jax.tree.map(lambda *leaves: jnp.stack(leaves), *each), x))
+        for n, adapters in enumerate(each):
+            by_hand, mine = merged_by_hand(lora, params, adapters), x[2 * n : 2 * n + 2] if rows else x
+            assert_near(np.split(y, 4)[n], fn(by_hand, mine), 1e-5)
+            dw = jax.grad(lambda p: loss(fn(p, mine)))(by_hand)
+            assert_near(jax.tree.map(lambda g: g[n], grads), gradients_by_hand(lora, adapters, dw), 1e-4)
+
+    host = jax.sharding.SingleDeviceSharding(jax.devices()[0], memory_kind="pinned_host")
+    waiting = jax.device_put(params, host)
+    fn = lambda p, x: x @ jax.device_put(p["w"], jax.memory.Space.Device)
+    lora = rslora.wrap(fn, waiting, x, config=rslora.LoraConfig(rank=3, alpha=7, on_fallback="error"))
+    for adapters in (each[0], jax.device_put(each[0], host)):
+        assert_near(jax.jit(lora.apply)(waiting, adapters, x), x @ merged_by_hand(lora, params, each[0])["w"], 1e-5)
+        assert lora.merge(waiting, adapters)["w"].sharding.memory_kind == "pinned_host"
+    print("all held on", len(jax.devices()), "devices")
+"""
+
+
+def test_adapters_that_differ_by_device_and_a_base_in_other_memory():
+    assert "all held on 8 devices" in run(VARIED)
+
+
 @pytest.mark.parametrize(
     "names", [("split in", "scan", "resharded"), pytest.param((), id="all", marks=pytest.mark.nightly)]
 )
 def test_results_lie_as_those_of_the_merged_model(names):
+    assert "all held on 8 devices" in run(PROGRAM, *names)
+
+
+def run(program: str, *args: str) -> str:
+    """Return what a program prints on eight virtual devices."""
     environment = os.environ | {"XLA_FLAGS": "--xla_force_host_platform_device_count=8", "JAX_PLATFORMS": "cpu"}
     environment |= {"JAX_DISABLE_MOST_OPTIMIZATIONS": "1"}
-    run = subprocess.run(
-        [sys.executable, "-c", textwrap.dedent(PROGRAM), *names], capture_output=True, text=True, env=environment
-    )
-    assert "all held on 8 devices" in run.stdout, run.stderr[-3000:]
+    command = [sys.executable, "-c", textwrap.dedent(program), *args]
+    done = subprocess.run(command, capture_output=True, text=True, env=environment)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return done.stdout
