@@ -225,7 +225,7 @@ ENTRIES = [
     ),
     E(
         "No matrices",
-        "jnp.einsum('bnd,bdt->bnt', jnp.broadcast_to(latents, (2, 4, 12)) @ square, jnp.stack([x.T, -x.T]))",
+        "jnp.einsum('bnd,bdt->bnt', jnp.broadcast_to(latents, (2, 4, 12)) @ square, jnp.stack([x.T, 2 * x.T]))",
         {"square": "io"},
         left_out={"latents": "no matrix: stands where data do, in dot_general"},
     ),
