@@ -21,7 +21,7 @@ from rslora_jax.table import fold, table
 from rslora_jax.transform import compat, renames
 from rslora_jax.transform.discover import discover
 from rslora_jax.transform.interpreter import Walk, as_arrays
-from rslora_jax.transform.program import ARRAYS, Program
+from rslora_jax.transform.program import Program, is_array
 from rslora_jax.transform.rules import RULES
 from rslora_jax.transform.views import View, materialise
 
@@ -153,7 +153,8 @@ def wrap(fn: Callable[..., Any], params: Any, *args: Any, config: LoraConfig = D
       fn: a pure JAX function, such as a Flax model's `apply`.
       params: its parameters, any pytree of arrays or of `jax.ShapeDtypeStruct`.
       *args, **kwargs: an example of its other arguments; arrays or `jax.ShapeDtypeStruct`s. What is not
-        an array (`train=True`, None, a string) is static.
+        an array (`train=True`, 3, None, a string) is static: another value, or an equal one of another type, is
+        another trace. A float is traced, as by `jax.jit`, unless the function needs to know it.
       config: which weights, which rank, which scale.
 
     Raises:
@@ -221,7 +222,7 @@ def wrap(fn: Callable[..., Any], params: Any, *args: Any, config: LoraConfig = D
 
 def array_leaves(params: Any) -> dict[str, Any]:
     """Return the parameters that are arrays, by path."""
-    return {name: leaf for name, leaf in named_leaves(params).items() if isinstance(leaf, ARRAYS)}
+    return {name: leaf for name, leaf in named_leaves(params).items() if is_array(leaf)}
 
 
 def varied(params: Any, sites: Mapping[str, Site], adapters: Adapters) -> tuple[Any, Adapters]:
