@@ -1,6 +1,5 @@
 """Sites: the weights that get adapters, found by how the program uses them."""
 
-import collections
 import dataclasses
 import math
 from collections.abc import Iterator, Mapping, Sequence
@@ -81,8 +80,27 @@ def named_leaves(tree: Any) -> dict[str, Any]:
     >>> import flax.linen as nn
     >>> list(named_leaves({"dense": {"kernel": nn.Partitioned(0, names=("rows", None)), "bias": 0}}))
     ['dense/bias', 'dense/kernel']
+
+    Raises:
+      ValueError: two leaves have one path, as in `{"a/b": ..., "a": {"b": ...}}`.
     """
-    return {path_name(path): leaf for path, leaf in unboxed(tree)}
+    leaves = list(unboxed(tree))
+    named = {path_name(path): leaf for path, leaf in leaves}
+    if len(named) < len(leaves):
+        raise ValueError(shared_path([path for path, _ in leaves]))
+    return named
+
+
+def shared_path(paths: Sequence[Any]) -> str:
+    """Say which two of some pytree paths have one name."""
+    first: dict[str, Any] = {}
+    for path in paths:
+        name = path_name(path)
+        if name in first:
+            one, other = (jax.tree_util.keystr(p) for p in (first[name], path))
+            return f"two leaves have the path {name}: {one} and {other}; a leaf is known by its path, so rename one"
+        first[name] = path
+    return "every leaf has a path of its own"
 
 
 def no_parameters(tree: Any) -> dict[str, str]:
@@ -96,18 +114,6 @@ def no_parameters(tree: Any) -> dict[str, str]:
     kinds = [type(n).__name__ if is_variable(n) and not isinstance(n, nnx.Param) else "" for n in nodes]
     each = [kind for n, kind in zip(nodes, kinds, strict=True) for _ in jax.tree.leaves(n)]
     return {path_name(path): kind for (path, _), kind in zip(unboxed(tree), each, strict=True) if kind}
-
-
-def by_path(tree: Any) -> dict[str, Any]:
-    """Return the leaves of a pytree by path, to be put back by `from_paths`.
-
-    Raises:
-      ValueError: two of them have one path.
-    """
-    names = collections.Counter(path_name(path) for path, _ in unboxed(tree))
-    if double := [name for name, count in names.items() if count > 1]:
-        raise ValueError(f"two arrays have the path {double[0]}: rename one of what they are in")
-    return named_leaves(tree)
 
 
 def from_paths(like: Any, leaves: Mapping[str, Any]) -> Any:

@@ -10,7 +10,6 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax import Array
 
 from rslora_jax.config import LoraConfig
@@ -107,29 +106,16 @@ class Lora:
 
     def check(self, params: Any, adapters: Adapters) -> None:
         """Raise a ValueError that names the first path at which parameters or adapters do not fit."""
-        shapes = {name: tuple(leaf.shape) for name, leaf in array_leaves(params).items()}
+        leaves = array_leaves(params)
+        shapes = {name: tuple(leaf.shape) for name, leaf in leaves.items()}
         for name, shape in self._shapes.items():
             if name not in shapes:
                 raise ValueError(f"the parameters have no {name}, which was there when the function was wrapped")
             if shapes[name] != shape:
                 raise ValueError(f"parameter {name} has shape {shapes[name]}, and was wrapped with shape {shape}")
-        for name, site in self.sites.items():
-            if name not in adapters:
-                raise ValueError(
-                    f"the adapters have none for {name}: they were made for another config or another base"
-                )
-            for factor, shape in (("a", site.a_shape), ("b", site.b_shape)):
-                if factor not in adapters[name]:
-                    raise ValueError(f"adapter {name} has no {factor}: it needs one of shape {shape}")
-                found = tuple(np.shape(adapters[name][factor]))
-                if found != shape:
-                    raise ValueError(
-                        f"adapter {name}/{factor} has shape {found}, and this config asks for {shape} "
-                        f"(rank {site.rank}): they were made for another config or another base"
-                    )
-        extra = sorted(set(adapters) - set(self.sites))
-        if extra:
-            raise ValueError(f"the adapters have {extra[0]}, which this config does not adapt")
+            if name in self.sites and not jnp.issubdtype(leaves[name].dtype, jnp.floating):
+                raise ValueError(f"parameter {name} is {leaves[name].dtype}, and an adapted weight is to be floating")
+        check_adapters(self.sites, adapters)
 
     @property
     def num_parameters(self) -> int:
@@ -218,6 +204,37 @@ def wrap(fn: Callable[..., Any], params: Any, *args: Any, config: LoraConfig = D
     return Lora(
         fn, config, MappingProxyType(sites), left_out, selection.unused, program, walk, MappingProxyType(shapes)
     )
+
+
+def check_adapters(sites: Mapping[str, Site], adapters: Any) -> None:
+    """Raise a ValueError that says what about the adapters does not fit the sites."""
+    made = "they were made for another config or another base"
+    if not isinstance(adapters, Mapping):
+        raise ValueError(f"the adapters are of type {type(adapters).__name__}: `init` gives a dict of factors by path")
+    for name, site in sites.items():
+        if name not in adapters:
+            raise ValueError(f"the adapters have none for {name}: {made}")
+        factors, shapes = adapters[name], {"a": site.a_shape, "b": site.b_shape}
+        if not isinstance(factors, Mapping):
+            raise ValueError(f'adapter {name} is of type {type(factors).__name__}: it is to be {{"a": ..., "b": ...}}')
+        for factor, shape in shapes.items():
+            if factor not in factors:
+                raise ValueError(f"adapter {name} has no {factor}: it needs one of shape {shape}")
+            array = factors[factor]
+            if not is_array(array) or not jnp.issubdtype(array.dtype, jnp.floating):
+                what = getattr(array, "dtype", type(array).__name__)
+                raise ValueError(f"adapter {name}/{factor} is of type {what}: it is to be a floating array of {shape}")
+            if tuple(array.shape) != shape:
+                raise ValueError(
+                    f"adapter {name}/{factor} has shape {tuple(array.shape)}, and this config asks for {shape} "
+                    f"(rank {site.rank}): {made}"
+                )
+        for factor in factors:
+            if factor not in shapes:
+                raise ValueError(f"adapter {name} has a {factor}, which this config's method does not use: {made}")
+    for name in adapters:
+        if name not in sites:
+            raise ValueError(f"the adapters have {name}, which this config does not adapt")
 
 
 def array_leaves(params: Any) -> dict[str, Any]:

@@ -161,6 +161,79 @@ def test_adapters_or_parameters_of_another_make_are_named_by_path_and_shape():
     refuse({"layers": PARAMS["layers"]}, adapters, "no unused")
 
 
+@pytest.mark.parametrize(
+    ("factors", "said"),
+    [
+        (lambda ab: None, "is of type NoneType: it is to be {"),
+        (lambda ab: [ab["a"], ab["b"]], "is of type list: it is to be {"),
+        (lambda ab: jnp.ones(3), "is of type ArrayImpl"),
+        (lambda ab: {"lora": ab}, "has no a: it needs one of shape (8, 3)"),
+        (lambda ab: ab | {"magnitude": jnp.ones(8)}, "has a magnitude, which this config's method does not use"),
+        (lambda ab: ab | {"a": None}, "/a is of type NoneType: it is to be a floating array of (8, 3)"),
+        (lambda ab: ab | {"b": [[1.0] * 8] * 3}, "/b is of type list"),
+        (lambda ab: ab | {"b": jnp.ones((3, 8), int)}, "/b is of type int32"),
+        (lambda ab: ab | {"a": jnp.ones((8, 3), complex)}, "/a is of type complex64"),
+        (lambda ab: ab | {"a": jnp.ones((3, 8))}, "/a has shape (3, 8), and this config asks for (8, 3)"),
+    ],
+)
+def test_factors_of_another_make_are_named(factors, said):
+    lora = rslora.wrap(fn, PARAMS, X, config=rslora.LoraConfig(rank=3, alpha=7))
+    adapters = lora.init(jax.random.key(0))
+    for act in (lora.apply, lambda p, a, x: lora.merge(p, a)):
+        with pytest.raises(ValueError) as error:
+            act(PARAMS, adapters | {EVERY[2]: factors(adapters[EVERY[2]])}, X)
+        assert str(error.value).startswith(f"adapter {EVERY[2]}") and said in str(error.value)
+        for other in (None, [], jnp.ones(3)):
+            with pytest.raises(ValueError, match=f"the adapters are of type {type(other).__name__}: `init` gives"):
+                act(PARAMS, other, X)
+
+
+class Keyed:
+    """A pytree whose two children are an attribute and a key of one name."""
+
+    def __init__(self, *children):
+        self.children = children
+
+    def tree_flatten_with_keys(self):
+        kinds = (jax.tree_util.GetAttrKey, jax.tree_util.DictKey)
+        return [(kind("w"), child) for kind, child in zip(kinds, self.children, strict=True)], None
+
+    @classmethod
+    def tree_unflatten(cls, _, children):
+        return cls(*children)
+
+
+jax.tree_util.register_pytree_with_keys_class(Keyed)
+W = [normal(6, 8, 8), normal(7, 8, 8)]
+
+
+@pytest.mark.parametrize(
+    ("params", "said"),
+    [
+        ({"a/b": W[0], "a": {"b": W[1]}}, "the path a/b: ['a']['b'] and ['a/b']"),
+        ({"a": {"b/0": W[0], "b": [W[1]]}, "c": W[0]}, "the path a/b/0: ['a']['b'][0] and ['a']['b/0']"),
+        ({"": {"w": W[0]}, "/w": W[1]}, "the path /w: ['']['w'] and ['/w']"),
+        ({"m": Keyed(*W), "n": W[0]}, "the path m/w: ['m'].w and ['m']['w']"),
+    ],
+)
+def test_leaves_of_one_path_are_refused_and_not_mixed_up(params, said):
+    last = lambda p, x: x @ jax.tree.leaves(p)[0] @ jax.tree.leaves(p)[1]
+    with pytest.raises(ValueError, match="a leaf is known by its path, so rename one") as error:
+        rslora.wrap(last, params, X, config=rslora.LoraConfig(rank=3, alpha=7))
+    assert said in str(error.value)
+    # Numbers and the strings of numbers are one path only beside each other, which JAX itself refuses in a dict.
+    fine = {"m": [W[0]], "n": {"0": W[1]}, "o": {0: W[0]}}
+    lora = rslora.wrap(last, fine, X, config=rslora.LoraConfig(rank=3, alpha=7))
+    assert list(lora.sites) == ["m/0", "n/0"]
+
+
+def test_an_adapted_parameter_that_is_no_longer_floating_is_named():
+    lora = rslora.wrap(fn, PARAMS, X, config=rslora.LoraConfig(rank=3, alpha=7))
+    whole = jax.tree.map(lambda w: w.astype(int), PARAMS)
+    with pytest.raises(ValueError, match="layers/0/q_proj is int32, and an adapted weight is to be floating"):
+        lora.apply(whole, lora.init(jax.random.key(0)), X)
+
+
 def test_what_a_trace_cannot_depend_on_is_refused():
     with pytest.raises(TypeError, match="argument of type set is neither an array nor hashable"):
         rslora.wrap(lambda p, x, s: x @ p, PARAMS["unused"], X, {1})

@@ -16,7 +16,7 @@ import optax
 
 from rslora_jax import checkpoint
 from rslora_jax.processes import is_first, stop_requests
-from rslora_jax.sites import by_path, from_paths
+from rslora_jax.sites import from_paths, named_leaves
 from rslora_jax.train.carry import call_loss
 from rslora_jax.train.events import event_file
 from rslora_jax.train.feed import Feed, put
@@ -333,7 +333,7 @@ def training(state: TrainState) -> dict[str, Any]:
     if averages(state.opt_state):
         held["trained"] = state.adapters
     if jax.tree.leaves(state.model_state):
-        held["model_state"] = by_path(state.model_state)
+        held["model_state"] = named_leaves(state.model_state)
     return held if state.key is None else held | {"key": state.key}
 
 
