@@ -1,7 +1,8 @@
 """The walk over a jaxpr: plain equations are bound as they are, those that meet a view go by a rule."""
 
 import dataclasses
-from collections.abc import Callable, Mapping, Sequence
+import weakref
+from collections.abc import Callable, Mapping, MutableMapping, Sequence
 from typing import Any
 
 from rslora_jax.transform import compat
@@ -23,7 +24,9 @@ class Walk:
       product: makes the product of data and an adapted weight, with the arguments of `adapted_product`.
       tables: the paths of the weights that are looked up, row by row.
       otherwise: what is done where no rule applies; None materialises and reports.
-      calls: compiled calls by equation, kept so that the same call never traces twice.
+      calls_here: compiled calls of the program that is walked, by equation, so that none is traced twice.
+      calls: those of all programs. They live as long as the program, which `jax.jit` keeps until the function is
+        gone, or until `jax.clear_caches`.
     """
 
     rules: Mapping[compat.Primitive, Rule]
@@ -31,11 +34,13 @@ class Walk:
     product: Callable[..., Any] = adapted_product
     tables: frozenset[str] = frozenset()
     otherwise: Rule | None = None
-    calls: dict[int, Any] = dataclasses.field(default_factory=dict)
+    calls_here: dict[int, Any] = dataclasses.field(default_factory=dict)
+    calls: MutableMapping[compat.Jaxpr, dict[int, Any]] = dataclasses.field(default_factory=weakref.WeakKeyDictionary)
 
     def run(self, jaxpr: compat.Jaxpr, args: Sequence[Any], consts: Sequence[Any] | None = None) -> list[Any]:
         """Evaluate a jaxpr on arrays and views; return its outputs, some of which may be views."""
         jaxpr, own_consts = compat.opened(jaxpr)
+        here = dataclasses.replace(self, calls_here=self.calls.setdefault(jaxpr, {}))
         env: dict[Any, Any] = dict(zip(jaxpr.constvars, own_consts if consts is None else consts, strict=True))
         env.update(zip(jaxpr.invars, args, strict=True))
         read = lambda atom: atom.val if compat.is_literal(atom) else env[atom]
@@ -43,7 +48,7 @@ class Walk:
         keep = {v for v in jaxpr.outvars if not compat.is_literal(v)}
         for n, eqn in enumerate(jaxpr.eqns):
             with compat.provenance(eqn):
-                env.update(zip(eqn.outvars, self.evaluate(eqn, [read(v) for v in eqn.invars]), strict=True))
+                env.update(zip(eqn.outvars, here.evaluate(eqn, [read(v) for v in eqn.invars]), strict=True))
             for v in eqn.invars:  # so that an op-by-op run frees what it no longer needs
                 if not compat.is_literal(v) and last_use[v] == n and v not in keep:
                     env.pop(v, None)
@@ -72,12 +77,12 @@ class Walk:
         return materialise(value)
 
     def call(self, eqn: compat.Eqn, build: Callable[[], Callable[..., Any]]) -> Callable[..., Any]:
-        """Return the compiled function that stands for a call equation, built once per walk."""
+        """Return the compiled function that stands for a call equation of this program, built once per walk."""
         key = id(eqn)
-        if key not in self.calls:
+        if key not in self.calls_here:
             # The equation is kept beside its function, so that its id stays its own.
-            self.calls[key] = (eqn, build())
-        return self.calls[key][1]
+            self.calls_here[key] = (eqn, build())
+        return self.calls_here[key][1]
 
 
 def as_arrays(walk: Walk, outs: Sequence[Any]) -> list[Any]:
