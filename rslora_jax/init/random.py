@@ -1,5 +1,6 @@
 """Data-free initialisation: A random with a variance that does not depend on the rank, B zero."""
 
+import functools
 import math
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -22,7 +23,11 @@ def uniform(key: Array, shape: tuple[int, ...], dtype: Any, fan_in: int) -> Arra
 
 def gaussian(key: Array, shape: tuple[int, ...], dtype: Any, fan_in: int) -> Array:
     """Draw A from a normal distribution of variance 1 / fan_in."""
-    return jax.random.normal(key, shape, dtype) / math.sqrt(fan_in)
+    # Compiled, a division by a constant would be a product with its reciprocal, and rounded otherwise than op by op.
+    drawn, by = jax.lax.optimization_barrier(
+        (jax.random.normal(key, shape, dtype), jnp.asarray(math.sqrt(fan_in), dtype))
+    )
+    return drawn / by
 
 
 INITS: Mapping[str, Callable[..., Array]] = {"uniform": uniform, "gaussian": gaussian}
@@ -31,17 +36,35 @@ INITS: Mapping[str, Callable[..., Array]] = {"uniform": uniform, "gaussian": gau
 def init_adapters(sites: Mapping[str, Site], key: Array, how: str | Callable[..., Array], dtype: Any) -> dict:
     """Return fresh adapters for every site: `{path: {"a": (*stack, *in, r), "b": (*stack, r, *out)}}`.
 
-    Each path has a random stream of its own, so adding a site changes no other's start.
+    Each path has a random stream of its own, so adding a site changes no other's start. What is built in is one
+    compiled program for all sites of one shape: one for all sites would take longer to compile than all the rest. A
+    function of the caller's is called op by op, as it may be none that can be compiled.
     """
-    draw = how if callable(how) else INITS[how]
+    start = functools.partial(fresh, how) if callable(how) else functools.partial(fresh_compiled, INITS[how])
 
     def one(site: Site) -> dict[str, Array]:
         # A look-up meets one row of A, not a sum over all of them.
         fan_in = 1 if site.kind == "embedding" else site.in_size
-        stream = jax.random.fold_in(key, hash_name(site.path))
-        return {"a": draw(stream, site.a_shape, dtype, fan_in), "b": jnp.zeros(site.b_shape, dtype)}
+        return start(site.a_shape, site.b_shape, dtype, fan_in, key, hash_name(site.path))
 
     return {path: one(site) for path, site in sites.items()}
+
+
+def fresh(
+    draw: Callable[..., Array],
+    a_shape: tuple[int, ...],
+    b_shape: tuple[int, ...],
+    dtype: Any,
+    fan_in: int,
+    key: Array,
+    number: Any,
+) -> dict[str, Array]:
+    """Return the adapter of one site; `number` tells its random stream from others."""
+    stream = jax.random.fold_in(key, number)
+    return {"a": draw(stream, a_shape, dtype, fan_in), "b": jnp.zeros(b_shape, dtype)}
+
+
+fresh_compiled = jax.jit(fresh, static_argnums=range(5))
 
 
 def hash_name(name: str) -> int:
