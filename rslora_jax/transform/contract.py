@@ -48,7 +48,8 @@ def contract(subscripts: str, left: Array, right: Array, precision: Any = None, 
     terms = (*operands.split(","), out)
     einsum = functools.partial(jnp.einsum, precision=precision, preferred_element_type=dtype)
     # Elsewhere the compiler chooses layouts, and a partitioner may hold the rows cut along both of their axes.
-    if jax.default_backend() != "cpu" or any(map(sharded, (left, right))):
+    symbols = not all(isinstance(n, int) for n in (*left.shape, *right.shape))  # of which no product may be a size
+    if jax.default_backend() != "cpu" or symbols or any(map(sharded, (left, right))):
         return einsum(subscripts, left, right)
     size = dict(zip(terms[0] + terms[1], (*left.shape, *right.shape), strict=True))
     inner = neighbours(terms)

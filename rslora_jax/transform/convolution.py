@@ -103,7 +103,8 @@ class Convolution:
         for n, (low, high) in enumerate(p["padding"]):
             size = (x[lhs[2 + n]] - 1) * p["lhs_dilation"][n] + 1 + low + high
             reach = (w[rhs[2 + n]] - 1) * p["rhs_dilation"][n] + 1
-            sizes.append(max(0, (size - reach) // p["window_strides"][n] + 1))
+            places = (size - reach) // p["window_strides"][n] + 1
+            sizes.append(max(0, places) if isinstance(places, int) else places)
         return sizes
 
 

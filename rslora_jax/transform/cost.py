@@ -78,7 +78,7 @@ def flops(sizes: Sizes, plan: Plan, summable: bool) -> int:
 
 
 def plan(sizes: Sizes, summable: bool) -> Plan:
-    """Return the cheapest plan for a product.
+    """Return the cheapest plan for a product; all factored where a size is a symbol, as `jax.export` has them.
 
     Args:
       sizes: FLOPs of its parts.
@@ -92,6 +92,8 @@ def plan(sizes: Sizes, summable: bool) -> Plan:
     >>> plan(sizes, summable=False)
     Plan(value_alone=False, forward=False, dx=False, factors=False, keep=False)
     """
+    if not all(isinstance(n, int) for n in vars(sizes).values()):
+        return Plan()
     keep = sizes.kept_weight <= sizes.kept_rows
     apart = 0 if summable else sizes.base
     alone = sizes.full + apart < sizes.meet + sizes.leave
