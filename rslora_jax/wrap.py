@@ -32,9 +32,39 @@ class RsloraWarning(UserWarning):
     """Said once where a weight has no low-rank form or a rank is larger than it need be."""
 
 
+@dataclasses.dataclass
+class Fallbacks:
+    """What is done where a weight is materialised: each primitive is said once for each weight, or refused.
+
+    Attributes:
+      config: says which of the two.
+      seen: the primitives by weight.
+      quiet: say nothing, as while a function is wrapped, which says all at once.
+    """
+
+    config: LoraConfig
+    seen: dict[str, set[str]]
+    quiet: bool = True
+
+    def __call__(self, view: View, primitive: str) -> None:
+        for name in view.sites:
+            if primitive in self.seen[name]:
+                continue
+            text = (
+                f"{name} is materialised by a use that has no low-rank form ({primitive}): exact, but it costs memory"
+            )
+            if self.config.on_fallback == "error":
+                raise ValueError(f"{text}; exclude it, or set on_fallback='warn'")
+            self.seen[name].add(primitive)
+            if not self.quiet:
+                warnings.warn(text, RsloraWarning, stacklevel=2)
+
+
 @dataclasses.dataclass(frozen=True, eq=False)
 class Lora:
     """A function with adapters: what `wrap` returns.
+
+    It can be pickled and copied where `fn` can; what has been traced and compiled stays behind.
 
     Attributes:
       fn: the function that was wrapped.
@@ -122,6 +152,10 @@ class Lora:
         """Number of trainable numbers in all adapters."""
         return sum(site.num_parameters for site in self.sites.values())
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        known = {f.name: getattr(self, f.name) for f in dataclasses.fields(self) if f.name not in ("_program", "_walk")}
+        return restored, ({k: dict(v) if isinstance(v, MappingProxyType) else v for k, v in known.items()},)
+
     def __str__(self) -> str:
         text = table(self.sites, sum(math.prod(shape) for shape in self._shapes.values()))
         return "\n".join(part for part in (text, fold(self.left_out, self.unused)) if part)
@@ -165,33 +199,18 @@ def wrap(fn: Callable[..., Any], params: Any, *args: Any, config: LoraConfig = D
     selection = select(config, given, discover(jaxpr, list(shapes), leaves), no_parameters(params))
     sites, notes = selection.sites, selection.notes
 
-    fallbacks: dict[str, set[str]] = {name: set() for name in sites}
-    quiet = True
+    fallbacks = Fallbacks(config, {name: set() for name in sites})
+    walk = walk_of(sites, fallbacks)
+    shaped = lambda *shape: jax.ShapeDtypeStruct(shape, config.dtype)
+    adapters = {name: {"a": shaped(*site.a_shape), "b": shaped(*site.b_shape)} for name, site in sites.items()}
 
-    def on_fallback(view: View, primitive: str) -> None:
-        for name in view.sites:
-            if primitive in fallbacks[name]:
-                continue
-            text = (
-                f"{name} is materialised by a use that has no low-rank form ({primitive}): exact, but it costs memory"
-            )
-            if config.on_fallback == "error":
-                raise ValueError(f"{text}; exclude it, or set on_fallback='warn'")
-            fallbacks[name].add(primitive)
-            if not quiet:
-                warnings.warn(text, RsloraWarning, stacklevel=2)
-
-    tables = frozenset(name for name, site in sites.items() if site.kind == "embedding")
-    walk = Walk(RULES, on_fallback=on_fallback, tables=tables)
-    adapters = jax.eval_shape(lambda: init_adapters(sites, jax.random.key(0), config.init, config.dtype))
-
-    def rehearse(leaves: list[Array], adapters: Adapters) -> list[Array]:
+    def rehearse(leaves: list[Array], adapters: Any) -> list[Array]:
         return as_arrays(walk, walk.run(jaxpr, views_of(leaves, list(shapes), sites, adapters)))
 
     jax.eval_shape(rehearse, leaves, adapters)
-    quiet = False
+    fallbacks.quiet = False
 
-    sites = {name: dataclasses.replace(s, fallbacks=tuple(sorted(fallbacks[name]))) for name, s in sites.items()}
+    sites = {name: dataclasses.replace(s, fallbacks=tuple(sorted(fallbacks.seen[name]))) for name, s in sites.items()}
     loud = [s for s in sites.values() if s.fallbacks]
     if loud:
         notes.append(
@@ -204,6 +223,20 @@ def wrap(fn: Callable[..., Any], params: Any, *args: Any, config: LoraConfig = D
     return Lora(
         fn, config, MappingProxyType(sites), left_out, selection.unused, program, walk, MappingProxyType(shapes)
     )
+
+
+def walk_of(sites: Mapping[str, Site], fallbacks: Fallbacks) -> Walk:
+    """Return the walk that applies adapters."""
+    tables = frozenset(name for name, site in sites.items() if site.kind == "embedding")
+    return Walk(RULES, on_fallback=fallbacks, tables=tables)
+
+
+def restored(known: dict[str, Any]) -> Lora:
+    """Make a `Lora` again of its fields; it traces and compiles for itself."""
+    seen = {name: set(site.fallbacks) for name, site in known["sites"].items()}
+    walk = walk_of(known["sites"], Fallbacks(known["config"], seen, quiet=False))
+    fields: dict[str, Any] = {k: MappingProxyType(v) if isinstance(v, dict) else v for k, v in known.items()}
+    return Lora(**fields, _program=Program(known["fn"]), _walk=walk)
 
 
 def check_adapters(sites: Mapping[str, Site], adapters: Any) -> None:
