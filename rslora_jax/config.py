@@ -34,7 +34,7 @@ class LoraConfig:
         used in; where that has no low-rank form, the sum is formed.
       init: how A starts: "uniform" (PEFT's Kaiming-uniform: variance 1 / (3 in)), "gaussian" (variance
         1 / in), or a function (key, shape, dtype, fan_in) -> array. B starts at zero.
-      dtype: dtype in which adapters are held and trained.
+      dtype: dtype in which adapters are held and trained; below 32 bits small steps are lost, which is said.
       on_fallback: "warn" or "error", where a weight is used in a way that has no low-rank form.
       allow_large_rank: accept a rank above a weight's full rank, min(in, out), with a warning. Without it `rank` is cut
         down to that for weights narrower than it, and a rank above it in `rank_pattern` is an error.

@@ -111,10 +111,15 @@ class Lora:
         outs = self._walk.run(jaxpr, values)
         return self._program.returned(tree, as_arrays(self._walk, outs), args, kwargs)
 
-    def merge(self, params: Any, adapters: Adapters) -> Any:
+    def merge(self, params: Any, adapters: Adapters, *, copy: bool = False) -> Any:
         """Return the parameters with every adapter added in: W + gamma A B.
 
         The sum is formed in float32 (or the weight's own dtype if wider) and rounded once.
+
+        Args:
+          params, adapters: as of `apply`.
+          copy: copy the leaves that no adapter changes too. Without it they are those of `params`: no memory is
+            spent on them, but a function that is given the result to donate (`donate_argnums`) takes them from both.
 
         Returns:
           A pytree of the structure, dtypes and shardings of `params`.
@@ -128,8 +133,9 @@ class Lora:
             concrete = isinstance(leaf, jax.Array) and not isinstance(leaf, jax.core.Tracer)
             return jax.device_put(merged, leaf.sharding) if concrete else merged
 
+        same = lambda leaf: leaf.copy() if copy and is_array(leaf) else leaf
         merged = [
-            one(leaf, self.sites[name]) if name in self.sites else leaf
+            one(leaf, self.sites[name]) if name in self.sites else same(leaf)
             for name, leaf in zip(names, leaves, strict=True)
         ]
         return jax.tree.unflatten(tree, merged)
@@ -216,6 +222,11 @@ def wrap(fn: Callable[..., Any], params: Any, *args: Any, config: LoraConfig = D
         notes.append(
             f"{len(loud)} of {len(sites)} adapted weights are materialised by a use that has no low-rank form, first "
             f"{loud[0].path} ({', '.join(loud[0].fallbacks)}): exact, but it costs memory; see `lora.sites`"
+        )
+    if jnp.finfo(config.dtype).bits < 32:
+        notes.append(
+            f"adapters held in {config.dtype} lose small steps by rounding: hold them in float32 (they are cast where "
+            "they are used), or train with `rslora_jax.masters.float32_masters(optimizer)`"
         )
     for note in notes:
         warnings.warn(note, RsloraWarning, stacklevel=2)
