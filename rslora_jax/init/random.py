@@ -1,6 +1,5 @@
 """Data-free initialisation: A random with a variance that does not depend on the rank, B zero."""
 
-import functools
 import math
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -33,38 +32,25 @@ def gaussian(key: Array, shape: tuple[int, ...], dtype: Any, fan_in: int) -> Arr
 INITS: Mapping[str, Callable[..., Array]] = {"uniform": uniform, "gaussian": gaussian}
 
 
+# A's shape is what is compiled for, in a third of a second on a CPU: one program for all sites would have as many
+# generators of random bits, and take that for each. A function of the caller's may be none that can be compiled.
+COMPILED = {name: jax.jit(draw, static_argnums=(1, 2, 3)) for name, draw in INITS.items()}
+
+
 def init_adapters(sites: Mapping[str, Site], key: Array, how: str | Callable[..., Array], dtype: Any) -> dict:
     """Return fresh adapters for every site: `{path: {"a": (*stack, *in, r), "b": (*stack, r, *out)}}`.
 
-    Each path has a random stream of its own, so adding a site changes no other's start. What is built in is one
-    compiled program for all sites of one shape: one for all sites would take longer to compile than all the rest. A
-    function of the caller's is called op by op, as it may be none that can be compiled.
+    Each path has a random stream of its own, so adding a site changes no other's start.
     """
-    start = functools.partial(fresh, how) if callable(how) else functools.partial(fresh_compiled, INITS[how])
+    draw = how if callable(how) else COMPILED[how]
 
     def one(site: Site) -> dict[str, Array]:
         # A look-up meets one row of A, not a sum over all of them.
         fan_in = 1 if site.kind == "embedding" else site.in_size
-        return start(site.a_shape, site.b_shape, dtype, fan_in, key, hash_name(site.path))
+        stream = jax.random.fold_in(key, hash_name(site.path))
+        return {"a": draw(stream, site.a_shape, dtype, fan_in), "b": jnp.zeros(site.b_shape, dtype)}
 
     return {path: one(site) for path, site in sites.items()}
-
-
-def fresh(
-    draw: Callable[..., Array],
-    a_shape: tuple[int, ...],
-    b_shape: tuple[int, ...],
-    dtype: Any,
-    fan_in: int,
-    key: Array,
-    number: Any,
-) -> dict[str, Array]:
-    """Return the adapter of one site; `number` tells its random stream from others."""
-    stream = jax.random.fold_in(key, number)
-    return {"a": draw(stream, a_shape, dtype, fan_in), "b": jnp.zeros(b_shape, dtype)}
-
-
-fresh_compiled = jax.jit(fresh, static_argnums=range(5))
 
 
 def hash_name(name: str) -> int:
