@@ -104,6 +104,12 @@ class Program:
             raise ValueError("the function keeps a number for later, as a derivative rule that closes over it does")
         return compat.live(jaxpr), out_tree, arrays
 
+    def returned(self, tree: Any, outs: list[Any], args: tuple, kwargs: dict) -> Any:
+        """Return the function's result from its program's outputs; the NNX objects it was given change too."""
+        out, changed = jax.tree.unflatten(tree, outs)
+        change(variables_of((args, kwargs)), changed)
+        return out
+
 
 def static(tree: Any, leaves: Sequence[Any], numbers: Collection[int] = ()) -> Static:
     """Return the static part of a call in which some leaves, `numbers`, are traced as arrays are."""
