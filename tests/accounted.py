@@ -137,6 +137,9 @@ ENTRIES = [
     E("Changed on its way", "x @ jnp.concatenate([w, v], 1)", {"w": "io", "v": "io"}),
     E("Changed on its way", "x @ (w + v)", {"w": "io", "v": "io"}),
     E("Changed on its way", "x @ (w + up @ down)", {"w": "io", "up": "io", "down": "io"}, "dot_general of two weights"),
+    E("Changed on its way", "x @ (square - square.T)", {"square": "io"}),
+    E("Changed on its way", "x @ w.ravel()[:96].reshape(12, 8)", {"w": "io"}, "reshape"),
+    E("Changed on its way", "jax.vmap(lambda x: x @ (w * jnp.tanh(x)[:, None]))(x)", {"w": "io"}, "mul"),
     E("Changed on its way", "x @ jax.image.resize(w, (12, 20), 'linear')", {"w": "io"}),
     E("Changed on its way", "x @ jnp.tanh(w)", {"w": "io"}, "tanh"),
     E("Changed on its way", "x @ straight_through(w)", {"w": "io"}, "custom_vjp_call"),
@@ -203,6 +206,12 @@ ENTRIES = [
         "jax.vmap(lambda i: table[i])(ids) @ square @ table.T",
         {"square": "io"},
         left_out={"table": "embedding: by name only"},
+    ),
+    E(
+        "By name only",
+        "lax.scan(lambda h, i: (jnp.tanh(h @ square + table[i]), h @ head), x[0], ids)[1]",
+        {"square": "io"},
+        left_out={"table": "embedding: by name only", "head": "output head: by name only"},
     ),
     E(
         "By name only",

@@ -153,6 +153,12 @@ def test_lookups_of_every_form_are_lookups():
         "vmap twice": lambda e, i: jax.vmap(jax.vmap(lambda i: e[i]))(i[None])[0],
         "map": lambda e, i: jax.lax.map(lambda i: e[i[None]][0], i),
         "columns": lambda e, i: e.T[:, i].T,
+        "scan of index": lambda e, i: jax.lax.scan(lambda c, i: (c, e[i]), 0, i)[1],
+        "scan of dynamic_slice": lambda e, i: jax.lax.scan(
+            lambda c, i: (c, jax.lax.dynamic_index_in_dim(e, i, keepdims=False)), 0, i
+        )[1],
+        "scan of take": lambda e, i: jax.lax.scan(lambda c, i: (c, jnp.take(e, i, axis=0)), 0, i)[1],
+        "one": lambda e, i: e[i[0]][None],
         "one hot": None,
     }
     del forms["one hot"]

@@ -96,6 +96,10 @@ def sides(shape: tuple[int, ...], use: Use) -> tuple[tuple[int, ...], tuple[int,
     axes = range(len(shape))
     ins = tuple(n for n in axes if n in use.contracted)
     outs = tuple(n for n in axes if n in use.free and n not in use.contracted)
+    # A weight that meets its own transpose, or that was flattened, has the same axes on both sides: the last is left.
+    both = [n for n in ins if n in use.free]
+    if not outs and len(both) > 1:
+        return tuple(n for n in ins if n != both[-1]), (both[-1],)
     # What another weight has summed over lies on the side of that weight; an axis of size 1 (the one output of a
     # reward head) may be gone by the time that the weight is used.
     rest = [n for n in axes if n not in (*ins, *outs, *use.batch)]

@@ -56,8 +56,18 @@ def cast(view: View, params: dict[str, Any]) -> View | None:
     return dataclasses.replace(view, w=w, dtype=jnp.dtype(params["new_dtype"]))
 
 
-def dynamic_slice(view: View, params: dict[str, Any], *starts: Array) -> View | None:
-    return renames.dynamic_slice(view, starts, params["slice_sizes"]) if len(starts) == len(view.shape) else None
+def dynamic_slice(walk: Walk, eqn: compat.Eqn, values: list[Any]) -> list[Any] | None:
+    """Cut a weight where data say; of a table, a row is looked up at once, with its update."""
+    view, *starts = values
+    if not isinstance(view, View) or any(isinstance(v, View) for v in starts) or len(starts) != len(view.shape):
+        return None
+    sizes = eqn.params["slice_sizes"]
+    out = renames.dynamic_slice(view, starts, sizes)
+    cut_axes = [n for n, size in enumerate(view.shape) if sizes[n] != size]
+    row = any(not all(spans(view, f)[n] for f in (view.a, view.b)) for n in cut_axes if view.a is not None)
+    if out is None or not row or not walk.tables.intersection(view.sites):
+        return None if out is None else [out]
+    return [out.base + update(out).astype(out.dtype)]
 
 
 def split(walk: Walk, eqn: compat.Eqn, values: list[Any]) -> list[Any]:
@@ -225,7 +235,7 @@ RULES: dict[compat.Primitive, Rule] = {
     primitives.slice_p: renaming(
         lambda view, p: renames.slice_axes(view, p["start_indices"], p["limit_indices"], p["strides"])
     ),
-    primitives.dynamic_slice_p: renaming(dynamic_slice),
+    primitives.dynamic_slice_p: dynamic_slice,
     lax.split_p: split,
     primitives.concatenate_p: concatenate,
     lax.stack_p: stack,

@@ -4,6 +4,7 @@ What is data, a weight, rows or a constant: see `transform/log.py`.
 """
 
 import dataclasses
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -59,6 +60,7 @@ def scouting(log: Log) -> tuple[dict[compat.Primitive, Rule], Rule]:
         primitives.conv_general_dilated_p: convolution(log),
         compat.ragged_dot_general_p: ragged(log),
         primitives.gather_p: picking(log),
+        primitives.dynamic_slice_p: slicing(log),
         primitives.cond_p: choosing(log),
         primitives.scan_p: taking_apart(log, entering(calls.RULES[primitives.scan_p])),
     }
@@ -92,7 +94,7 @@ def following(log: Log) -> Rule:
             if axes is None:
                 log.meet(view, eqn.primitive.name, loud=eqn.primitive not in ENTRYWISE)
                 if eqn.primitive is primitives.mul_p and outs[0].ndim == len(view.shape):
-                    past = dataclasses.replace(view.past, met="mul", rows=True)
+                    past = dataclasses.replace(view.past, met="mul", rows=True, copies=lacking(view, values))
                     return [dataclasses.replace(view, w=outs[0], dtype=outs[0].dtype, past=past)]
             else:
                 i, o, sure = axes
@@ -117,12 +119,19 @@ def followed(eqn: compat.Eqn, out: Any, weights: Sequence[View]) -> View:
     return View(out, None, None, tuple(axes), out.dtype, all_sites(weights), past=past)
 
 
-def written_out(value: Any, gone: Sequence[int]) -> bool:
+def written_out(value: Any, gone: Sequence[int], shared: Sequence[int] = ()) -> bool:
     """Say whether a sum is over what was multiplied entry by entry, as a matrix product written out is."""
     if not isinstance(value, View) or value.past.met != "mul":
         return False
     label = lambda n: value.axes[n] if value.shape[n] != 1 else frozenset()
-    return any(map(label, gone)) and any(label(n) for n in range(len(value.shape)) if n not in gone)
+    return any(map(label, gone)) and any(label(n) for n in range(len(value.shape)) if n not in (*gone, *shared))
+
+
+def lacking(view: View, values: Sequence[Any]) -> bool:
+    """Say whether the data that a weight meets entry by entry lack one of its axes, as a gate by rows does."""
+    data = [base(v).shape for v in values if is_data(v)]
+    return any(label and size != 1 and all(math.prod(s[n : n + 1]) == 1 for s in data)
+        for n, (label, size) in enumerate(zip(view.axes, view.shape, strict=True)))
 
 
 def keeps_its_axes(view: View, outs: Sequence[Any]) -> bool:
@@ -228,8 +237,11 @@ def product(log: Log) -> Rule:
                     log.meet(view, eqn.primitive.name, loud=is_computed(other))
                 else:
                     log.serve(view, "product", contracted, batch, eqn)
-            elif isinstance(view, View) and view.past.rows and compat.is_tracer(other) and not view.past.met:
-                log.serve(view, "product", contracted, batch, eqn)
+            elif isinstance(view, View) and view.past.rows and compat.is_tracer(other):
+                if not view.past.met:
+                    log.serve(view, "product", contracted, batch, eqn)
+                elif view.past.copies and written_out(view, contracted, batch):
+                    log.use(dataclasses.replace(view, past=Past()), "product", contracted, batch, eqn)
         return out
 
     return rule
@@ -322,11 +334,38 @@ def picking(log: Log) -> Rule:
         picked = None if pick is None else take(view, pick, base(indices))
         if pick is None or picked is None:
             return None
-        if is_single(pick, base(indices)):
+        if is_single(pick, base(indices)) and not is_row(view, pick.row, indices):
             return [picked]
         waiting = log.use(view, "lookup", [pick.row], pick.stack, eqn) if not view.past.rows else set()
         past = dataclasses.replace(view.past, rows=True, waiting=view.past.waiting | waiting)
         return [dataclasses.replace(picked, past=past)]
+
+    return rule
+
+
+def is_row(view: View, axis: int, index: Any) -> bool:
+    """Say whether one place is picked by data, and only a vector is left: a table's row, and not one of a stack."""
+    rest = [size for n, size in enumerate(view.shape) if n != axis and size != 1]
+    return is_data(index) and len(rest) == 1
+
+
+def slicing(log: Log) -> Rule:
+    """Return the rule of a slice that starts where it is told, which may be a look-up of one row."""
+
+    def rule(walk: Walk, eqn: compat.Eqn, values: list[Any]) -> list[Any] | None:
+        view, *starts = values
+        if not (isinstance(view, View) and view.sites) or any(map(is_weight, starts)):
+            return None
+        (out,) = RULES[eqn.primitive](walk, eqn, [view, *map(base, starts)]) or [None]
+        sizes = eqn.params["slice_sizes"]
+        rows = [n for n, size in enumerate(view.shape) if sizes[n] != size]
+        if out is None or view.past.rows or len(rows) != 1 or sizes[rows[0]] != 1:
+            return None if out is None else [out]
+        if not is_row(view, rows[0], starts[rows[0]]):
+            return [out]
+        waiting = log.use(view, "lookup", rows, (), eqn)
+        past = dataclasses.replace(view.past, rows=True, waiting=view.past.waiting | waiting)
+        return [dataclasses.replace(out, past=past)]
 
     return rule
 

@@ -31,6 +31,7 @@ class Past:
       through: the first operation without a rule that it went through.
       met: the operation in which it met data entry by entry, and kept its axes (a mask, a choice).
       rows: whether rows of it were picked: to what comes next they are data, unless data meet them in a product.
+      copies: whether the data that it met lack one of its axes, so that each row of data has a weight of its own.
       summed: the stored axes that products with other weights have summed over.
       mapped: the stored axes that a constant on its left has mapped to others.
       resized: whether a constant has mapped an axis of it, on whichever side.
@@ -40,6 +41,7 @@ class Past:
     through: str = ""
     met: str = ""
     rows: bool = False
+    copies: bool = False
     summed: Axes = frozenset()
     mapped: Axes = frozenset()
     resized: bool = False
@@ -103,6 +105,7 @@ def one_past(views: Sequence[View]) -> Past:
         next((p.through for p in pasts if p.through), ""),
         next((p.met for p in pasts if p.met), ""),
         any(p.rows for p in pasts),
+        any(p.copies for p in pasts),
         frozenset().union(*(p.summed for p in pasts)),
         frozenset().union(*(p.mapped for p in pasts)),
         any(p.resized for p in pasts),
