@@ -209,7 +209,7 @@ ENTRIES = [
     ),
     E(
         "By name only",
-        "lax.scan(lambda h, i: (jnp.tanh(h @ square + table[i]), h @ head), x[0], ids)[1]",
+        "lax.scan(lambda h, i: (jnp.tanh(h @ square + table[i]), h @ head), x[0], ids + (x[:, 0] > 9))[1]",
         {"square": "io"},
         left_out={"table": "embedding: by name only", "head": "output head: by name only"},
     ),
