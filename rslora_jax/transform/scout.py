@@ -130,8 +130,10 @@ def written_out(value: Any, gone: Sequence[int], shared: Sequence[int] = ()) -> 
 def lacking(view: View, values: Sequence[Any]) -> bool:
     """Say whether the data that a weight meets entry by entry lack one of its axes, as a gate by rows does."""
     data = [base(v).shape for v in values if is_data(v)]
-    return any(label and size != 1 and all(math.prod(s[n : n + 1]) == 1 for s in data)
-        for n, (label, size) in enumerate(zip(view.axes, view.shape, strict=True)))
+    return any(
+        label and size != 1 and all(math.prod(s[n : n + 1]) == 1 for s in data)
+        for n, (label, size) in enumerate(zip(view.axes, view.shape, strict=True))
+    )
 
 
 def keeps_its_axes(view: View, outs: Sequence[Any]) -> bool:
