@@ -24,7 +24,7 @@ def wrapped(fn: Callable[..., Any], params: Any, *args: Any, **config: Any) -> t
 
 
 def assert_exact(lora: rslora.Lora, params: Any, *args: Any, tolerance: float = 2e-5, gradients: bool = True) -> None:
-    """Compare fresh and trained adapters, and their gradients, with the unwrapped function at weights merged by hand."""
+    """Compare fresh and trained adapters, and their gradients, with the function itself at weights merged by hand."""
     plain = jax.jit(lora.fn)(params, *args)
     fresh = lora.init(jax.random.key(0))
     assert_near(jax.jit(lora.apply)(params, fresh, *args), plain, 1e-6)
