@@ -254,8 +254,8 @@ def warnings_of(
     notes = []
     for paths in grouped(p for p in left if p not in stored and p in everything and "stored in" in left[p]):
         notes.append(
-            f"{shared_name(paths)} has no adapter: {left[paths[0]]}; give the function the numbers that it stands for, as "
-            "floating parameters"
+            f"{shared_name(paths)} has no adapter: {left[paths[0]]}; give the function the numbers that it stands for, "
+            "as floating parameters"
         )
     lost = (p for p, why in left.items() if p in stored and why.startswith("meets data in"))
     for paths in grouped(lost):

@@ -134,6 +134,7 @@ ENTRIES = [
     E("Changed on its way", "x @ (0.5 * w * scale[:, None])", {"w": "io"}, left_out={"scale": "norm or bias"}),
     E("Changed on its way", "x @ w[:, idx]", {"w": "io"}),
     E("Changed on its way", "x @ jnp.take(w, idx, axis=1)", {"w": "io"}),
+    E("Changed on its way", "x[:, :5] @ w[idx]", {"w": "io"}),
     E("Changed on its way", "x @ jnp.concatenate([w, v], 1)", {"w": "io", "v": "io"}),
     E("Changed on its way", "x @ (w + v)", {"w": "io", "v": "io"}),
     E("Changed on its way", "x @ (w + up @ down)", {"w": "io", "up": "io", "down": "io"}, "dot_general of two weights"),

@@ -58,6 +58,7 @@ class Log:
     Attributes:
       uses: every use, in the order of the program.
       right: the numbers of those in which the weight stands on the right of its product.
+      by_data: the numbers of the look-ups whose places are data.
       withdrawn: the numbers of the uses that do not count: what came out of them served as a weight.
       meetings: by path.
       apart: the stored axes, as (path, axis), that a scan takes apart.
@@ -65,6 +66,7 @@ class Log:
 
     uses: list[Use] = dataclasses.field(default_factory=list)
     right: set[int] = dataclasses.field(default_factory=set)
+    by_data: set[int] = dataclasses.field(default_factory=set)
     withdrawn: set[int] = dataclasses.field(default_factory=set)
     meetings: dict[str, list[Meeting]] = dataclasses.field(default_factory=dict)
     apart: set[tuple[str, int]] = dataclasses.field(default_factory=set)
@@ -100,7 +102,7 @@ class Log:
             summed = looked_up & frozenset().union(*(axes[n] for n in contracted))
             own = looked_up & frozenset().union(*(axes[n] for n in batch))
             rest = frozenset().union(*(axes[n] for n in axes if n not in (*contracted, *batch)))
-            if summed or own & rest:
+            if (summed and view.past.waiting & self.by_data) or own & rest:
                 return
         of = frozenset().union(*(view.axes[n] for n in contracted))
         if view.past.mapped and not of & view.past.mapped:

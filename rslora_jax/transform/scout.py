@@ -339,6 +339,7 @@ def picking(log: Log) -> Rule:
         if is_single(pick, base(indices)) and not is_row(view, pick.row, indices):
             return [picked]
         waiting = log.use(view, "lookup", [pick.row], pick.stack, eqn) if not view.past.rows else set()
+        log.by_data |= waiting if is_data(indices) else set()
         past = dataclasses.replace(view.past, rows=True, waiting=view.past.waiting | waiting)
         return [dataclasses.replace(picked, past=past)]
 
