@@ -184,6 +184,14 @@ ENTRIES = [
     ),
     E(
         "Operations without a rule",
+        "x @ v + x @ (w + mask)",
+        {"v": "io"},
+        left_out={"w": MEETS.format("add and dot_general")},
+        warning="LoraConfig(axes={'w': ('in', 'out')})",
+        data=("mask",),
+    ),
+    E(
+        "Operations without a rule",
         "x @ w + lax.fori_loop(0, 2, lambda n, c: (c[0] @ c[1], 0.9 * c[1]), (x, square))[0].sum()",
         {"w": "io"},
         left_out={"square": MEETS.format("scan carry")},

@@ -42,6 +42,8 @@ KEEPING = frozenset(
     )
 )
 # fmt: on
+# And those in which data of its own shape change it: whether it is a weight shows where data meet the result.
+MOVING = (primitives.add_p, primitives.sub_p, primitives.max_p, primitives.min_p, primitives.clamp_p)
 SCALING = (primitives.mul_p, primitives.div_p)
 JOINING = (*SCALING, primitives.concatenate_p, lax.stack_p)
 
@@ -95,6 +97,11 @@ def following(log: Log) -> Rule:
                 log.meet(view, eqn.primitive.name, loud=eqn.primitive not in ENTRYWISE)
                 if eqn.primitive is primitives.mul_p and outs[0].ndim == len(view.shape):
                     past = dataclasses.replace(view.past, met="mul", rows=True, copies=lacking(view, values))
+                    return [dataclasses.replace(view, w=outs[0], dtype=outs[0].dtype, past=past)]
+                if eqn.primitive in MOVING and keeps_its_axes(
+                    view, outs
+                ):  # a position table, or a weight and its change
+                    past = dataclasses.replace(view.past, met=eqn.primitive.name, rows=True)
                     return [dataclasses.replace(view, w=outs[0], dtype=outs[0].dtype, past=past)]
             else:
                 i, o, sure = axes
@@ -244,6 +251,9 @@ def product(log: Log) -> Rule:
                     log.serve(view, "product", contracted, batch, eqn)
                 elif view.past.copies and written_out(view, contracted, batch):
                     log.use(dataclasses.replace(view, past=Past()), "product", contracted, batch, eqn)
+                elif view.past.met in {primitive.name for primitive in MOVING}:
+                    lost = dataclasses.replace(view, past=Past())
+                    log.meet(lost, f"{view.past.met} and {eqn.primitive.name}")
         return out
 
     return rule
