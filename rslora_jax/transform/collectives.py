@@ -7,7 +7,7 @@ from jax import Array
 from rslora_jax.transform import compat
 from rslora_jax.transform.interpreter import Walk
 from rslora_jax.transform.renames import rename
-from rslora_jax.transform.views import spans
+from rslora_jax.transform.views import View, spans
 
 
 def all_gather(walk: Walk, eqn: compat.Eqn, values: list[Any]) -> list[Any] | None:
@@ -28,7 +28,7 @@ def all_gather(walk: Walk, eqn: compat.Eqn, values: list[Any]) -> list[Any] | No
     def act(array: Array, spanned: tuple[bool, ...]) -> Array:
         if tiled and not spanned[dim]:
             return array
-        return compat.bind(eqn, array)[0]
+        return compat.bind(eqn, varied(array, view))[0]
 
     axes = view.axes if tiled else (*view.axes[:dim], frozenset(), *view.axes[dim:])
     return [rename(view, act, axes)]
@@ -37,7 +37,12 @@ def all_gather(walk: Walk, eqn: compat.Eqn, values: list[Any]) -> list[Any] | No
 def ppermute(walk: Walk, eqn: compat.Eqn, values: list[Any]) -> list[Any]:
     """Pass a weight on with both factors; a device that is sent nothing has zeros, and no update."""
     (view,) = values
-    return [rename(view, lambda array, spanned: compat.bind(eqn, array)[0], view.axes)]
+    return [rename(view, lambda array, spanned: compat.bind(eqn, varied(array, view))[0], view.axes)]
+
+
+def varied(array: Array, view: View) -> Array:
+    """Let a factor vary over devices as its weight does: JAX takes none into a collective that is the same on all."""
+    return compat.vary_together(array, view.w)[0]
 
 
 def names_of(axis_name: Any) -> frozenset[Any]:
