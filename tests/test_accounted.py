@@ -113,6 +113,7 @@ def test_what_is_dead_is_unused_and_takes_no_part():
 
     def fn(p, x):
         jnp.take(p["stack"], jnp.array([0, 1]), axis=0)
+        x @ jnp.tanh(p["w"][:, :2])  # which would be a fallback
         _, y = jax.jit(lambda w, x: (x @ w, x + 1))(p["dead"], x)
         y = jax.lax.scan(lambda x, w: (x @ w, (x @ p["other"]).sum()), y, p["stack"])[0]
         return y @ p["w"]
@@ -125,7 +126,7 @@ def test_what_is_dead_is_unused_and_takes_no_part():
     }
     lora, said = wrapped(fn, params, X)
     assert set(lora.unused) == {"dead", "other"} and not lora.left_out and not said
-    assert letters(lora.sites["stack"]) == "sio"
+    assert letters(lora.sites["stack"]) == "sio" and not lora.sites["w"].fallbacks
     assert "2 unused" in str(lora)
     changed = params | {name: 5 * params[name] for name in lora.unused}
     assert (fn(changed, X) == fn(params, X)).all()

@@ -2,15 +2,13 @@
 
 import functools
 import json
-import os
-import subprocess
-import sys
 
 import jax
 import numpy as np
 import pytest
 
 from rslora_jax import LoraConfig, sharding, wrap
+from tests.devices import run_on
 
 pytestmark = pytest.mark.by_day_on("newest")
 
@@ -23,15 +21,8 @@ RESUMED_AT_NIGHT = pytest.param("fsdp=4,tensor=2 then data=8", marks=pytest.mark
 
 @functools.cache
 def run(*ways: str) -> dict:
-    flags = os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
-    done = subprocess.run(
-        [sys.executable, "-m", "tests.mesh_program", *ways],
-        capture_output=True,
-        text=True,
-        env=os.environ | {"XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu", "JAX_DISABLE_MOST_OPTIMIZATIONS": "1"},
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
-    return json.loads(done.stdout.splitlines()[-1])
+    said = run_on(8, "tests.mesh_program", *ways, JAX_DISABLE_MOST_OPTIMIZATIONS="1")
+    return json.loads(said.splitlines()[-1])
 
 
 def result(way: str) -> dict:

@@ -1,13 +1,11 @@
 """Optimisers that try adapters out, on a mesh and by pmap: all devices agree, and are where one device would be."""
 
 import json
-import os
-import subprocess
-import sys
 
 import numpy as np
 import pytest
 
+from tests.devices import run_on
 from tests.optimizer_program import OPTIMIZERS
 
 pytestmark = [pytest.mark.by_day_on("newest"), pytest.mark.xdist_group("meshes")]
@@ -17,15 +15,8 @@ AT_NIGHT = sorted({*OPTIMIZERS} - {*BY_DAY})
 
 @pytest.mark.parametrize("names", [BY_DAY, pytest.param(AT_NIGHT, marks=pytest.mark.nightly)])
 def test_many_devices_take_the_step_of_one(names):
-    flags = os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=4"
-    done = subprocess.run(
-        [sys.executable, "-m", "tests.optimizer_program", *names],
-        capture_output=True,
-        text=True,
-        env=os.environ | {"XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu", "JAX_DISABLE_MOST_OPTIMIZATIONS": "1"},
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
-    found = json.loads(done.stdout.splitlines()[-1])
+    said = run_on(4, "tests.optimizer_program", *names, JAX_DISABLE_MOST_OPTIMIZATIONS="1")
+    found = json.loads(said.splitlines()[-1])
     assert list(found) == names
     for name, ways in found.items():
         one = ways["one"]["adapters"]

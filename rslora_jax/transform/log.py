@@ -151,3 +151,22 @@ def beginning(w: Any, name: str) -> View:
     if w.ndim < 2 or not numeric(w.dtype):
         return known(w)
     return View(w, None, None, tuple(frozenset({(name, n)}) for n in range(w.ndim)), w.dtype, (name,))
+
+
+def guess(view: View, values: Sequence[Any], outs: Sequence[Any]) -> tuple[int, int, bool] | None:
+    """Return the in- and the out-axis of a weight in an operation that nobody knows, by the sizes of what it met.
+
+    And whether the sizes leave no other choice.
+
+    The in-axis has a size that the data have, and the out-axis one that the result has; of the last two axes, since
+    what comes before them is stacked. Row by row, as kernels of products store their weights, is tried first.
+    """
+    floating = lambda arrays: {n for a in arrays if jnp.issubdtype(a.dtype, jnp.inexact) for n in a.shape if n != 1}
+    ins, made = floating([base(v) for v in values if is_data(v)]), floating(outs)
+    last = len(view.shape) - 1
+    options = [
+        (i, o)
+        for i, o in (((last - 1, last), (last, last - 1)) if last > 0 else ())
+        if view.shape[i] in ins and view.shape[o] in made and view.axes[i] and view.axes[o]
+    ]
+    return (*options[0], len(options) == 1) if options else None

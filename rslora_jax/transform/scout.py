@@ -5,7 +5,7 @@ What is data, a weight, rows or a constant: see `transform/log.py`.
 
 import dataclasses
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax.numpy as jnp
@@ -14,7 +14,7 @@ from jax.extend.core import primitives
 
 from rslora_jax.transform import calls, compat, joins
 from rslora_jax.transform.interpreter import Rule, Walk
-from rslora_jax.transform.log import Log, all_sites, base, is_data, is_weight, known, numeric
+from rslora_jax.transform.log import Log, all_sites, base, guess, is_data, is_weight, known, numeric
 from rslora_jax.transform.picks import is_single, pick_of, take
 from rslora_jax.transform.rules import RULES
 from rslora_jax.transform.views import Axes, Past, View, one_past
@@ -59,8 +59,8 @@ def scouting(log: Log) -> tuple[dict[compat.Primitive, Rule], Rule]:
         primitives.add_jaxvals_p: adding,
         primitives.sub_p: adding,
         primitives.dot_general_p: product(log),
-        primitives.conv_general_dilated_p: convolution(log),
-        compat.ragged_dot_general_p: ragged(log),
+        primitives.conv_general_dilated_p: kernel(log, "convolution", window),
+        compat.ragged_dot_general_p: kernel(log, "product", grouped),
         primitives.gather_p: picking(log),
         primitives.dynamic_slice_p: slicing(log),
         primitives.cond_p: choosing(log),
@@ -155,25 +155,6 @@ def met(view: View, out: Any, weights: Sequence[View], name: str) -> View:
     past = one_past(alike)
     past = dataclasses.replace(past, met=past.met or name)
     return View(out, None, None, axes, out.dtype, all_sites(alike), past=past)
-
-
-def guess(view: View, values: Sequence[Any], outs: Sequence[Any]) -> tuple[int, int, bool] | None:
-    """Return the in- and the out-axis of a weight in an operation that nobody knows, by the sizes of what it met.
-
-    And whether the sizes leave no other choice.
-
-    The in-axis has a size that the data have, and the out-axis one that the result has; of the last two axes, since
-    what comes before them is stacked. Row by row, as kernels of products store their weights, is tried first.
-    """
-    floating = lambda arrays: {n for a in arrays if jnp.issubdtype(a.dtype, jnp.inexact) for n in a.shape if n != 1}
-    ins, made = floating([base(v) for v in values if is_data(v)]), floating(outs)
-    last = len(view.shape) - 1
-    options = [
-        (i, o)
-        for i, o in (((last - 1, last), (last, last - 1)) if last > 0 else ())
-        if view.shape[i] in ins and view.shape[o] in made and view.axes[i] and view.axes[o]
-    ]
-    return (*options[0], len(options) == 1) if options else None
 
 
 def entering(rule: Rule) -> Rule:
@@ -302,35 +283,32 @@ def of_weights(log: Log, eqn: compat.Eqn, values: list[Any], out: Any) -> View:
     return View(out, None, None, tuple(axes), out.dtype, all_sites([v for v in (lhs, rhs) if v.sites]), past=past)
 
 
-def convolution(log: Log) -> Rule:
+def kernel(log: Log, kind: str, axes_of: Callable[[dict[str, Any]], tuple[Sequence[int], Sequence[int]]]) -> Rule:
+    """Return the rule of an operation whose second operand is the weight; `axes_of`: those summed, and those shared."""
+
     def rule(walk: Walk, eqn: compat.Eqn, values: list[Any]) -> list[Any] | None:
-        x, kernel = values
+        x, weight, *_ = values
         if not any(isinstance(v, View) and v.sites for v in values):
             return None
-        _, *rest = eqn.params["dimension_numbers"].rhs_spec
         if is_weight(x):
             log.meet(x, eqn.primitive.name, loud=False)
-        if isinstance(kernel, View) and kernel.sites:
-            log.serve(kernel, "convolution", rest, (), eqn)
-        return compat.bind(eqn, base(x), base(kernel))
-
-    return rule
-
-
-def ragged(log: Log) -> Rule:
-    def rule(walk: Walk, eqn: compat.Eqn, values: list[Any]) -> list[Any] | None:
-        x, experts, *_ = values
-        if not any(isinstance(v, View) and v.sites for v in values):
-            return None
-        numbers = eqn.params["ragged_dot_dimension_numbers"]
-        (_, contracted), (_, batch) = numbers.dot_dimension_numbers
-        if is_weight(x):
-            log.meet(x, eqn.primitive.name, loud=False)
-        if isinstance(experts, View) and experts.sites:
-            log.serve(experts, "product", contracted, (*batch, *numbers.rhs_group_dimensions), eqn)
+        if isinstance(weight, View) and weight.sites:
+            log.serve(weight, kind, *axes_of(eqn.params), eqn)
         return compat.bind(eqn, *map(base, values))
 
     return rule
+
+
+def window(params: dict[str, Any]) -> tuple[Sequence[int], Sequence[int]]:
+    """Return a convolution's summed axes: the window's and the input features'."""
+    return params["dimension_numbers"].rhs_spec[1:], ()
+
+
+def grouped(params: dict[str, Any]) -> tuple[Sequence[int], Sequence[int]]:
+    """Return a ragged product's summed and shared axes, the experts' among these."""
+    numbers = params["ragged_dot_dimension_numbers"]
+    (_, contracted), (_, batch) = numbers.dot_dimension_numbers
+    return contracted, (*batch, *numbers.rhs_group_dimensions)
 
 
 def picking(log: Log) -> Rule:
