@@ -27,6 +27,9 @@ def parts(monkeypatch):
     return measure, methods, problem, problem.Problem(config, tokens=24, length=12, rank=24, alpha=10.0)
 
 
+SMALL = ["--width", "32", "--layers", "1", "--heads", "2", "--tokens", "24", "--length", "12"]
+
+
 def installed(methods):
     return [name for name in NAMES if not methods.missing(name)]
 
@@ -34,22 +37,7 @@ def installed(methods):
 def test_the_script_writes_a_csv_and_a_picture(tmp_path, parts):
     _, methods, _, _ = parts
     names = installed(methods)
-    sizes = [
-        "--width",
-        "32",
-        "--layers",
-        "1",
-        "--heads",
-        "2",
-        "--tokens",
-        "24",
-        "--length",
-        "12",
-        "--ranks",
-        "3,24,48",
-        "--repeats",
-        "1",
-    ]
+    sizes = [*SMALL, "--ranks", "3,24,48", "--repeats", "1"]
     command = [sys.executable, str(SCRIPTS / "benchmark.py"), *sizes, "--methods", ",".join(names)]
     done = subprocess.run([*command, "--out", str(tmp_path)], capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
@@ -120,22 +108,7 @@ def test_a_method_that_fails_is_a_row_that_says_why(parts, monkeypatch, tmp_path
         return measure.prepare(name, *rest)
 
     monkeypatch.setattr(benchmark, "prepare", prepare)
-    sizes = [
-        "--width",
-        "32",
-        "--layers",
-        "1",
-        "--heads",
-        "2",
-        "--tokens",
-        "24",
-        "--length",
-        "12",
-        "--ranks",
-        "3",
-        "--repeats",
-        "2",
-    ]
+    sizes = [*SMALL, "--ranks", "3", "--repeats", "2"]
     benchmark.main([*sizes, "--methods", "floor,factored,rslora", "--out", str(tmp_path)])
     with (tmp_path / "benchmark.csv").open() as file:
         rows = {row["method"]: row for row in csv.DictReader(file)}
