@@ -226,7 +226,7 @@ def wrap(fn: Callable[..., Any], params: Any, *args: Any, config: LoraConfig = D
     if jnp.finfo(config.dtype).bits < 32:
         notes.append(
             f"adapters held in {config.dtype} lose small steps by rounding: hold them in float32 (they are cast where "
-            "they are used), or train with `rslora_jax.masters.float32_masters(optimizer)`"
+            "they are used), or train with `rslora_jax.train.masters.float32_masters(optimizer)`"
         )
     for note in notes:
         warnings.warn(note, RsloraWarning, stacklevel=2)

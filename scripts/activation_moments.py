@@ -4,7 +4,7 @@
     python scripts/activation_moments.py --data train.jsonl                     # SmolLM2-135M; into docs/paper
 
 Trains one run for each rank and scaling with AdamW at one constant rate, on the same batches, and measures along it
-the mean of |entry| and of its square over all adapters' outputs (`rslora_jax.stability.measure`, on the step's batch).
+the mean of |entry| and of its square over all adapters' outputs (`analysis.stability.measure`, on the step's batch).
 Writes activations.csv, a line for each run and step measured, and activations.png.
 """
 
@@ -29,8 +29,8 @@ from rank_sweep import cost_of_a_rank, load_model
 
 import rslora_jax as rslora
 from rslora_jax import train
+from rslora_jax.analysis.stability import measure
 from rslora_jax.commands.data import examples
-from rslora_jax.stability import measure
 from rslora_jax.train.report import clock
 
 DOCS = Path(__file__).parent.parent / "docs" / "paper"

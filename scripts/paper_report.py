@@ -26,7 +26,7 @@ ORDER = ("rslora", "lora", "quarter", "square", "constant", "init-only")
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--from", dest="taken", type=Path, action="append", default=[], help="a sweep's --out folder")
-    parser.add_argument("--rule", type=Path, help="the --out folder of trials at the rates of rslora_jax.rates")
+    parser.add_argument("--rule", type=Path, help="the --out folder of trials at the rates of rslora_jax.train.rates")
     parser.add_argument("--docs", type=Path, default=DOCS, help="the folder of CSVs, pictures and README.md")
     a = parser.parse_args(argv)
     try:

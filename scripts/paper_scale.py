@@ -33,9 +33,9 @@ from jax.experimental import topologies
 from rich.console import Console
 from rich.table import Table
 
-from rslora_jax import sharding
 from rslora_jax.models.configs import LLAMA2_7B
 from rslora_jax.models.llama import REMAT_POLICIES
+from rslora_jax.parallel import sharding
 
 # What the compiler leaves to a program of a chip's 16 and 95 GB.
 MEMORY = {"TPU v5 lite": 15.75 * 2**30, "TPU v5": 95.74 * 2**30}

@@ -37,8 +37,8 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 
 import rslora_jax as rslora
+from rslora_jax.analysis.stability import Stability, measure
 from rslora_jax.models.llama import Llama, LlamaConfig
-from rslora_jax.stability import Stability, measure
 
 if jax.__version_info__ < (0, 11):  # its XLA compiles three times as fast without these
     os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_cpu_use_fusion_emitters=false"

@@ -31,8 +31,9 @@ from rich.progress import track
 from rich.table import Table
 
 import rslora_jax as rslora
-from rslora_jax import checkpoint, train
+from rslora_jax import train
 from rslora_jax.models.llama import Llama, LlamaConfig
+from rslora_jax.store import checkpoint
 from rslora_jax.train.bytelevel import ByteTokenizer
 
 CONFIG = LlamaConfig(

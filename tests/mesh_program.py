@@ -14,8 +14,8 @@ import numpy as np
 import optax
 
 import rslora_jax as rslora
-from rslora_jax import sharding
 from rslora_jax.models.llama import SHARDING_RULES, Embed, Layer, Llama, LlamaConfig
+from rslora_jax.parallel import sharding
 from rslora_jax.sites import named_leaves, path_name
 from rslora_jax.train import TrainState, fit, make_pmap_step, make_step, replicate, token_loss
 from rslora_jax.train.batches import Batch

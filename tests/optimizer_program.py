@@ -13,7 +13,7 @@ import optax
 from optax import contrib
 
 import rslora_jax as rslora
-from rslora_jax import sharding
+from rslora_jax.parallel import sharding
 from rslora_jax.sites import named_leaves
 from rslora_jax.train import TrainState, make_pmap_step, make_step, replicate
 

@@ -19,8 +19,9 @@ def main() -> None:
     port, count, index, folder, steps, mesh_text, *rest = sys.argv[1:]
     if int(count) > 1:
         jax.distributed.initialize(f"127.0.0.1:{port}", int(count), int(index))
-    from rslora_jax import sharding, train
+    from rslora_jax import train
     from rslora_jax.models.llama import SHARDING_RULES
+    from rslora_jax.parallel import sharding
     from tests.train.tiny import Run
 
     run = Run()

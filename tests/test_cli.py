@@ -12,9 +12,9 @@ import time
 
 import pytest
 
-from rslora_jax import checkpoint
 from rslora_jax.cli import main, parser
 from rslora_jax.commands.data import examples
+from rslora_jax.store import checkpoint
 from tests.commands.conftest import SUMS, tiny_model
 
 SHORT = ["--max-len", "64", "--heldout", "2", "--rank", "3", "--alpha", "7", "--batch-size", "1"]

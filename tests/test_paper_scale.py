@@ -15,9 +15,9 @@ import jax.numpy as jnp
 import pytest
 from jax.sharding import AbstractMesh, AxisType
 
-from rslora_jax import sharding
 from rslora_jax.models.configs import LLAMA2_7B
 from rslora_jax.models.llama import LlamaConfig
+from rslora_jax.parallel import sharding
 
 pytestmark = pytest.mark.by_day_on("newest")
 
@@ -143,7 +143,7 @@ PROGRAM = """
     import json, jax, jax.numpy as jnp
     from jax.sharding import PartitionSpec as P
     from benchmarks import hlo
-    from rslora_jax.sharding import make_mesh
+    from rslora_jax.parallel.sharding import make_mesh
 
     mesh = make_mesh("fsdp=4")
     def layers(x, ws):

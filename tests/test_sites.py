@@ -12,10 +12,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import rslora_jax as rslora
-from rslora_jax import checkpoint, sharding
-from rslora_jax.checksum import checksums
 from rslora_jax.interop.peft.load import replace
+from rslora_jax.parallel import sharding
 from rslora_jax.sites import named_leaves, path_name
+from rslora_jax.store import checkpoint
+from rslora_jax.store.checksum import checksums
 from tests.reference import assert_near
 
 pytestmark = pytest.mark.usefixtures("compile_fast")

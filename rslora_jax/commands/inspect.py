@@ -63,7 +63,7 @@ def inspect(a: argparse.Namespace) -> int:
     from absl import logging
 
     logging.set_verbosity(logging.ERROR)  # grain and orbax warn through it of what no user here can act on
-    from rslora_jax import heatmap, spectrum
+    from rslora_jax.analysis import heatmap, spectrum
     from rslora_jax.sites import named_leaves
     from rslora_jax.train.report import progress_line
 

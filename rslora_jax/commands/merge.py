@@ -61,9 +61,9 @@ def merge(a: argparse.Namespace) -> int:
     from absl import logging
 
     logging.set_verbosity(logging.ERROR)  # grain and orbax warn through it of what no user here can act on
-    from rslora_jax.checkpoint import size_of
     from rslora_jax.interop.load import folder_of
     from rslora_jax.interop.merged import by_kind, meaning, together, write_merged
+    from rslora_jax.store.checkpoint import size_of
     from rslora_jax.train.report import progress_line
 
     opened = open_adapters(a.folder, step=step)

@@ -124,7 +124,7 @@ def parse_again(argv: Sequence[str] | None, settings: Mapping[str, Any]) -> argp
 
 def saved_settings(out: str) -> dict[str, Any]:
     """Return what the run in a folder was started with."""
-    from rslora_jax import checkpoint
+    from rslora_jax.store import checkpoint
 
     checkpoint.check_folder(out, resume=True)
     settings = checkpoint.load_about(out)["settings"]
@@ -171,7 +171,7 @@ def check_defaults(arguments: argparse.Namespace, names: Sequence[str], why: str
 
 def what_is_left(out: str) -> str:
     """Say what a run that was cut short has saved."""
-    from rslora_jax import checkpoint
+    from rslora_jax.store import checkpoint
 
     steps = checkpoint.steps_in(Path(out))
     if not steps:
@@ -213,11 +213,12 @@ def train(arguments: argparse.Namespace) -> int:
         join_processes(a.distributed)
 
     import rslora_jax as rslora
-    from rslora_jax import checkpoint, processes, sharding
     from rslora_jax.commands.data import examples
     from rslora_jax.interop import opened
     from rslora_jax.interop.load import load_model
     from rslora_jax.models.llama import SHARDING_RULES, Embed, Layer, Llama
+    from rslora_jax.parallel import processes, sharding
+    from rslora_jax.store import checkpoint
     from rslora_jax.train import NonFiniteLoss, batches, fit, loss, optimizers, report, samples
 
     for flag in ("steps", "batch_size", "accumulate", "learning_rate", "max_len", "keep"):
@@ -349,7 +350,7 @@ def sizes(out: Path, adapters: Any, variables: Any) -> str:
     """Say how large the last checkpoint is beside the base."""
     import jax
 
-    from rslora_jax import checkpoint
+    from rslora_jax.store import checkpoint
 
     last = out / "checkpoints" / str(checkpoint.steps_in(out)[-1])
     whole, alone = (checkpoint.size_of(path) / 1e6 for path in (last, last / "adapters"))

@@ -11,13 +11,13 @@ from typing import Any, Literal, NamedTuple
 import jax
 import numpy as np
 
-from rslora_jax import checkpoint
-from rslora_jax.checksum import checksums
 from rslora_jax.config import LoraConfig
 from rslora_jax.interop.load import load_model
 from rslora_jax.interop.model import Model
 from rslora_jax.models.llama import Llama
 from rslora_jax.sites import named_leaves
+from rslora_jax.store import checkpoint
+from rslora_jax.store.checksum import checksums
 from rslora_jax.wrap import Adapters, Lora, wrap
 
 Step = int | Literal["last", "best"]

@@ -34,7 +34,7 @@ from rslora_jax.models.llama_config import REMAT_POLICIES, LlamaConfig
 
 __all__ = ["REMAT_POLICIES", "Llama", "LlamaConfig", "init_cache", "lengthen"]
 
-# Where the weights lie on a mesh (`rslora_jax.sharding.param_shardings`): those that widen are split by column,
+# Where the weights lie on a mesh (`parallel.sharding.param_shardings`): those that widen are split by column,
 # those that narrow by row, so that a layer needs one sum over "tensor" for each pair; the rest of each by "fsdp".
 SHARDING_RULES = (
     ("*/{q_proj,k_proj,v_proj,gate_proj,up_proj,lm_head}/kernel", ("fsdp", "tensor")),

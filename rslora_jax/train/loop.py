@@ -14,9 +14,9 @@ import jax
 import numpy as np
 import optax
 
-from rslora_jax import checkpoint
-from rslora_jax.processes import is_first, stop_requests
+from rslora_jax.parallel.processes import is_first, stop_requests
 from rslora_jax.sites import from_paths, named_leaves
+from rslora_jax.store import checkpoint
 from rslora_jax.train.carry import call_loss
 from rslora_jax.train.events import event_file
 from rslora_jax.train.feed import Feed, put

@@ -14,10 +14,10 @@ import numpy as np
 import optax
 from jax import Array
 
-from rslora_jax.keys import typed
 from rslora_jax.scaling import gamma
 from rslora_jax.train.carry import call_loss
 from rslora_jax.train.gradient import measure
+from rslora_jax.train.keys import typed
 from rslora_jax.train.loss import Loss
 from rslora_jax.train.state import TrainState, advance, drawn
 from rslora_jax.train.update import to_use

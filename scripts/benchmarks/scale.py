@@ -11,8 +11,8 @@ import optax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 import rslora_jax as rslora
-from rslora_jax import sharding
 from rslora_jax.models.llama import SHARDING_RULES, Embed, Layer, Llama, LlamaConfig
+from rslora_jax.parallel import sharding
 from rslora_jax.sites import named_leaves, path_name
 from rslora_jax.train import TrainState, make_step, token_loss
 from rslora_jax.train.batches import Batch

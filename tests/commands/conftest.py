@@ -11,9 +11,9 @@ import pytest
 from tokenizers import pre_tokenizers
 
 import rslora_jax as rslora
-from rslora_jax import checkpoint
 from rslora_jax.interop.load import load_model
 from rslora_jax.models.llama import Llama
+from rslora_jax.store import checkpoint
 from tests.interop.conftest import HEAD_DIM, HEADS, KV_HEADS, LAYERS, MLP, WIDTH, TinyModel, exact_weight
 
 TEMPLATE = (

@@ -6,9 +6,9 @@ import jax
 import numpy as np
 
 import rslora_jax as rslora
-from rslora_jax import checkpoint
 from rslora_jax.interop.load import load_model
 from rslora_jax.models.llama import Llama
+from rslora_jax.store import checkpoint
 
 
 def make_run(folder: Path, model: Path | None, *, size=0.05, scan=True, steps=(4,), dtype="float32", **config):

@@ -286,7 +286,7 @@ def test_models_are_found_by_what_they_are_called(tmp_path, monkeypatch):
 def on_eight_devices(folder):
     """Load onto a mesh, and print where a weight lies."""
     from rslora_jax.models.llama import SHARDING_RULES
-    from rslora_jax.sharding import make_mesh, param_shardings
+    from rslora_jax.parallel.sharding import make_mesh, param_shardings
     from rslora_jax.sites import named_leaves
 
     mesh = make_mesh("data=2,fsdp=2,tensor=2")
@@ -324,7 +324,7 @@ def test_weights_are_read_straight_onto_a_mesh(tmp_path):
 def peak_while_loading(folder, mesh_text):
     """Load a model in a process that does nothing else, and print how much more memory that took at most."""
     from rslora_jax.models.llama import SHARDING_RULES
-    from rslora_jax.sharding import make_mesh, param_shardings
+    from rslora_jax.parallel.sharding import make_mesh, param_shardings
 
     def memory(field):
         status = dict(line.split(":") for line in Path("/proc/self/status").read_text().splitlines())

@@ -4,8 +4,8 @@ import json
 
 import pytest
 
-from rslora_jax import checkpoint
 from rslora_jax.cli import main
+from rslora_jax.store import checkpoint
 
 pytestmark = pytest.mark.by_day_on("newest")
 

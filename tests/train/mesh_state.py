@@ -15,7 +15,7 @@ import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 
 import rslora_jax as rslora
-from rslora_jax import sharding
+from rslora_jax.parallel import sharding
 from tests.train.test_model_state import CONFIG, X, fitted, numbers, of_linen, of_nnx
 
 

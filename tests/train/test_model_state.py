@@ -15,7 +15,8 @@ import pytest
 from flax import nnx
 
 import rslora_jax as rslora
-from rslora_jax import checkpoint, train
+from rslora_jax import train
+from rslora_jax.store import checkpoint
 from rslora_jax.train.gradient import measure
 from rslora_jax.train.state import bound
 

@@ -136,7 +136,7 @@ def test_a_step_in_lower_precision_keeps_float32_adapters_and_moments():
 @pytest.mark.parametrize("parts", [1, 2])
 def test_a_batch_may_have_scalars(parts, tmp_path):
     """A scalar goes whole to each part, lies whole on a mesh, and its FLOPs can be counted."""
-    from rslora_jax import sharding
+    from rslora_jax.parallel import sharding
     from rslora_jax.train.feed import put
     from rslora_jax.train.loop import count_flops
 

@@ -12,7 +12,8 @@ import numpy as np
 import optax
 import pytest
 
-from rslora_jax import checkpoint, train
+from rslora_jax import train
+from rslora_jax.store import checkpoint
 from tests.train.tiny import Run
 
 pytestmark = [pytest.mark.by_day_on("oldest"), pytest.mark.xdist_group("fit"), pytest.mark.usefixtures("compile_fast")]

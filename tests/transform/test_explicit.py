@@ -13,7 +13,7 @@ PROGRAM = """
     from jax import lax
     from jax.sharding import AxisType, NamedSharding, PartitionSpec as P, reshard
     import rslora_jax as rslora
-    from rslora_jax import sharding
+    from rslora_jax.parallel import sharding
     from tests.program_models import normal
     from tests.programs import merged_by_hand, trained
     from tests.reference import assert_near, gradients_by_hand

@@ -12,12 +12,12 @@ import pytest
 from safetensors.numpy import load_file
 
 import rslora_jax as rslora
-from rslora_jax import checkpoint
 from rslora_jax.cli import main
 from rslora_jax.interop.peft import check_vllm, load_peft, read_config, save_peft
 from rslora_jax.interop.whole import written_whole
 from rslora_jax.models.llama import Llama
 from rslora_jax.sites import named_leaves
+from rslora_jax.store import checkpoint
 
 from .folders import CONFIG, Q0, TOKENS, edit, edit_tensors, llama, random_adapters, same, shapes_of, wrapped
 

@@ -7,8 +7,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array, lax
 
-from rslora_jax.keys import is_key
 from rslora_jax.sites import named_leaves
+from rslora_jax.train.keys import is_key
 
 
 def checksums(tree: Any) -> dict[str, str]:

@@ -7,7 +7,7 @@ import optax
 import pytest
 
 import rslora_jax as rslora
-from rslora_jax.rates import scale_by_rank
+from rslora_jax.train.rates import scale_by_rank
 
 pytestmark = [pytest.mark.by_day_on("newest"), pytest.mark.usefixtures("compile_fast")]
 

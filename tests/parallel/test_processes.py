@@ -10,7 +10,7 @@ import sys
 import numpy as np
 import pytest
 
-from rslora_jax import checkpoint
+from rslora_jax.store import checkpoint
 from tests.train.tiny import Run
 
 pytestmark = [

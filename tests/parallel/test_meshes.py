@@ -7,7 +7,8 @@ import jax
 import numpy as np
 import pytest
 
-from rslora_jax import LoraConfig, sharding, wrap
+from rslora_jax import LoraConfig, wrap
+from rslora_jax.parallel import sharding
 from tests.devices import run_on
 
 pytestmark = pytest.mark.by_day_on("newest")

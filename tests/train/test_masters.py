@@ -9,8 +9,8 @@ import optax
 import pytest
 
 import rslora_jax as rslora
-from rslora_jax.masters import float32_masters
 from rslora_jax.train import TrainState, make_step
+from rslora_jax.train.masters import float32_masters
 
 pytestmark = [pytest.mark.usefixtures("compile_fast")]
 

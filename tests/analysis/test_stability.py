@@ -13,11 +13,11 @@ import scipy.stats
 from jax import lax
 
 import rslora_jax as rslora
-from rslora_jax.stability import MOMENTS, measure
+from rslora_jax.analysis.stability import MOMENTS, measure
 from tests.program_models import normal
 
 pytestmark = [pytest.mark.by_day_on("oldest"), pytest.mark.usefixtures("compile_fast")]
-SCRIPTS = Path(__file__).parent.parent / "scripts"
+SCRIPTS = Path(__file__).parents[2] / "scripts"
 
 
 def adapted(fn, params, *args, rank=3, **config):

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import numpy as np
 
-from rslora_jax.spectrum import SHARE, Matrix
+from rslora_jax.analysis.spectrum import SHARE, Matrix
 
 
 def write_csv(matrices: Sequence[Matrix], path: Path) -> None:

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 import rslora_jax as rslora
-from rslora_jax import heatmap, spectrum
+from rslora_jax.analysis import heatmap, spectrum
 from rslora_jax.models.llama import Llama, LlamaConfig
 from rslora_jax.sites import named_leaves
 

@@ -1,0 +1,1 @@
+"""What adapters do to the weights: their spectra, heat maps of them, and the paper's quantities by rank."""

@@ -1,0 +1,1 @@
+"""Many devices and many processes: how weights, adapters and batches lie on a mesh."""

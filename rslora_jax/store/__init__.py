@@ -1,0 +1,1 @@
+"""Adapters on disk: checkpoints with orbax, and checksums that tell bases apart."""
