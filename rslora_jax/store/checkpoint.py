@@ -24,7 +24,7 @@ from rslora_jax.config import LoraConfig
 from rslora_jax.parallel.processes import first_decides
 from rslora_jax.sites import from_paths, named_leaves, path_name
 from rslora_jax.store.checksum import checksums
-from rslora_jax.train.keys import as_data, as_keys
+from rslora_jax.store.keys import as_data, as_keys
 
 
 class Damaged(ValueError):

@@ -8,7 +8,7 @@ import numpy as np
 from jax import Array, lax
 
 from rslora_jax.sites import named_leaves
-from rslora_jax.train.keys import is_key
+from rslora_jax.store.keys import is_key
 
 
 def checksums(tree: Any) -> dict[str, str]:

@@ -13,9 +13,9 @@ import optax
 from jax import Array, lax
 from jax.sharding import NamedSharding, PartitionSpec, Sharding
 
+from rslora_jax.store.keys import is_key, typed
 from rslora_jax.train.carry import call_loss
 from rslora_jax.train.gradient import Bind, Measured, measure
-from rslora_jax.train.keys import is_key, typed
 from rslora_jax.train.loss import Loss
 from rslora_jax.train.update import begin, own, to_use, update
 from rslora_jax.wrap import Adapters, Lora

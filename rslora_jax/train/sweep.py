@@ -15,9 +15,9 @@ import optax
 from jax import Array
 
 from rslora_jax.scaling import gamma
+from rslora_jax.store.keys import typed
 from rslora_jax.train.carry import call_loss
 from rslora_jax.train.gradient import measure
-from rslora_jax.train.keys import typed
 from rslora_jax.train.loss import Loss
 from rslora_jax.train.state import TrainState, advance, drawn
 from rslora_jax.train.update import to_use

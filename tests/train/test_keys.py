@@ -13,7 +13,7 @@ from rslora_jax import train
 from rslora_jax.parallel import sharding
 from rslora_jax.store import checkpoint
 from rslora_jax.store.checksum import checksums
-from rslora_jax.train.keys import as_data, as_keys, typed
+from rslora_jax.store.keys import as_data, as_keys, typed
 from tests.train.test_every_optimizer import equal
 
 pytestmark = [pytest.mark.by_day_on("oldest"), pytest.mark.usefixtures("compile_fast")]
