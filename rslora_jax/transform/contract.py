@@ -11,10 +11,10 @@ the product itself (measured on 2 cores, float32, 4 x 512 rows, width 1024, rank
 
 On a GPU, XLA joins products that share an operand, and for it writes their other operands side by side: W and A, which
 both meet x, and W and B, which both meet the gradient of the result. That copies the frozen weights at every step
-(H200, 7B's widths, 4096 tokens, bfloat16, beside the base alone): a step of rank 512 took 1.34 times the base's and
-1.30 where they are kept apart, of rank 2048 2.06 and 1.98, with 0.37 GB less. Products of a small rank it splits along
-what they sum and does not join with the base's; keeping them apart only keeps it from joining those of q, k and v
-(rank 64: its kernels took 1.16 times the base's, and 1.14 without).
+(H200, bfloat16, 4096 tokens, beside the base alone). At 1B's widths XLA does so from rank 128: there a step takes 1.24
+times the base's and 1.21 where they are kept apart, with 0.35 GB less. At 7B's it does from rank 256: there 1.24 and
+1.18, at rank 2048 2.06 and 1.98. Products of a smaller rank it splits along what they sum and does not join with the
+base's; keeping them apart then changes a step by less than 1 %.
 """
 
 import functools
@@ -28,8 +28,8 @@ from jax import Array, lax
 
 from rslora_jax.transform.views import alike
 
-# Measured were 64, where keeping apart does not pay, and 512, where it does.
-APART_FROM_RANK = 256
+# At 64 keeping apart does not pay, at 128 it does at width 2048 and costs nothing at 4096 (docs/benchmark/README.md).
+APART_FROM_RANK = 128
 
 
 def contract(subscripts: str, left: Array, right: Array, precision: Any = None, dtype: Any = None) -> Array:

@@ -167,7 +167,7 @@ def write_png(path: Path, rows: Sequence[Row], title: str) -> None:
             axis.set_xlabel("rank")
             axis.set_ylim(bottom=0)
             axis.grid(alpha=0.3)
-    axes[0][0].legend()
+    figure.legend(*axes[0][0].get_legend_handles_labels(), loc="outside right upper")  # beside the lines, not on them
     figure.suptitle(title, fontsize=11)
     figure.savefig(path, dpi=120)
     plt.close(figure)
