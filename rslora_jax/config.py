@@ -11,6 +11,7 @@ from typing import Any
 import jax.numpy as jnp
 
 from rslora_jax import scaling as scalings
+from rslora_jax.methods.method import Method, method_of
 
 Patterns = tuple[tuple[str, Any], ...]
 
@@ -38,6 +39,7 @@ class LoraConfig:
       on_fallback: "warn" or "error", where a weight is used in a way that has no low-rank form.
       allow_large_rank: accept a rank above a weight's full rank, min(in, out), with a warning. Without it `rank` is cut
         down to that for weights narrower than it, and a rank above it in `rank_pattern` is an error.
+      method: what an adapter is, by the name of its file in `methods/` ("lora"), or a `Method` of your own.
 
     Raises:
       ValueError: for a rank below 1, an unknown name, or an alpha that is not a positive number.
@@ -59,6 +61,7 @@ class LoraConfig:
     dtype: str = "float32"
     on_fallback: str = "warn"
     allow_large_rank: bool = False
+    method: str | Method = "lora"
 
     def __post_init__(self) -> None:
         for name in ("targets", "exclude"):
@@ -96,11 +99,14 @@ class LoraConfig:
             floating = False
         if not floating:
             raise ValueError(f"dtype={self.dtype!r} is not a floating dtype: use 'float32' or 'bfloat16'")
+        method_of(self.method)  # refuses an unknown name
         if self.on_fallback not in ("warn", "error"):
             raise ValueError(f"on_fallback={self.on_fallback!r} is not known: use 'warn' or 'error'")
 
     def to_dict(self) -> dict[str, Any]:
-        """Return the config as plain JSON values; a function in it cannot be written and is an error."""
+        """Return the config as plain JSON values; a function in it, or a method of your own, is an error."""
+        if not isinstance(self.method, str):
+            raise ValueError("method is an object, which JSON cannot hold: name one in `methods/` to save this config")
         for name in ("scaling", "init"):
             if callable(getattr(self, name)):
                 raise ValueError(

@@ -11,6 +11,7 @@ import jax.numpy as jnp
 
 from rslora_jax import scaling
 from rslora_jax.config import LoraConfig, first_match, matches, near_misses
+from rslora_jax.methods.method import method_of
 from rslora_jax.sites import Site
 from rslora_jax.table import fold, shared_name
 from rslora_jax.transform.discover import Found, roles
@@ -218,7 +219,7 @@ def ranked(
         rank: int = first_match(path, config.rank_pattern, None)  # type: ignore[arg-type]
         own, rank = rank is not None, config.rank if rank is None else rank
         alpha = first_match(path, config.alpha_pattern, config.alpha)  # type: ignore[arg-type]
-        site = Site(path, shape, rank=rank, alpha=alpha, gamma=0.0, **role)
+        site = Site(path, shape, rank=rank, alpha=alpha, gamma=0.0, method=method_of(config.method), **role)
         full = min(site.in_size, site.out_size)
         text = f"rank {rank} is above {full}, the full rank of {path} ({site.in_size} x {site.out_size})"
         if rank > full and config.allow_large_rank:

@@ -9,6 +9,9 @@ import jax
 from flax import nnx
 from flax.core.meta import AxisMetadata
 
+from rslora_jax.methods.method import RANK, Method
+from rslora_jax.stored.form import is_stored
+
 
 @dataclasses.dataclass(frozen=True)
 class Site:
@@ -20,6 +23,7 @@ class Site:
       in_axes, out_axes, stack_axes: its axes that are summed over (or indexed), free, and stacked.
       kind: "linear", "expert" (a stack used in one batched product), "convolution" or "embedding".
       rank, alpha, gamma: this adapter's own; gamma is the whole factor on A B.
+      method: what its adapter is (`methods/`).
       fallbacks: the uses that have no low-rank form, by primitive; there the weight is materialised.
     """
 
@@ -32,20 +36,27 @@ class Site:
     rank: int
     alpha: float
     gamma: float
+    method: Method
     fallbacks: tuple[str, ...] = ()
 
-    def sizes(self, axes: Sequence[int]) -> tuple[int, ...]:
-        return tuple(self.shape[n] for n in axes)
+    @property
+    def factors(self) -> Mapping[str, tuple[int | str, ...]]:
+        """The adapter's arrays by name: of each axis, which of the weight's it is, or "rank"."""
+        return self.method.factors(self)
 
     @property
-    def a_shape(self) -> tuple[int, ...]:
-        """(*stack, *in, rank)"""
-        return (*self.sizes(self.stack_axes), *self.sizes(self.in_axes), self.rank)
+    def factor_shapes(self) -> dict[str, tuple[int, ...]]:
+        """The shapes of the adapter's arrays, by name."""
+
+        def size(axis: int | str) -> int:
+            return self.rank if axis == RANK else self.shape[axis]  # type: ignore[index]
+
+        return {name: tuple(map(size, axes)) for name, axes in self.factors.items()}
 
     @property
-    def b_shape(self) -> tuple[int, ...]:
-        """(*stack, rank, *out)"""
-        return (*self.sizes(self.stack_axes), self.rank, *self.sizes(self.out_axes))
+    def labels(self) -> tuple[frozenset[tuple[str, int]], ...]:
+        """Each axis of the weight by (path, number)."""
+        return tuple(frozenset({(self.path, n)}) for n in range(len(self.shape)))
 
     @property
     def in_size(self) -> int:
@@ -57,7 +68,25 @@ class Site:
 
     @property
     def num_parameters(self) -> int:
-        return math.prod(self.a_shape) + math.prod(self.b_shape)
+        """How many numbers the adapter has."""
+        return sum(map(math.prod, self.factor_shapes.values()))
+
+    def sizes(self, axes: Sequence[int]) -> tuple[int, ...]:
+        """Return the weight's sizes along some axes."""
+        return tuple(self.shape[n] for n in axes)
+
+    def element(self) -> "Site":
+        """Return the site of one element of the stack's first axis, which is the weight's first.
+
+        Raises:
+          ValueError: the first axis is none of the stack.
+        """
+        if self.stack_axes[:1] != (0,):
+            raise ValueError(f"{self.path} holds layers on its first axis, but its adapter is one for all of them")
+        axes: dict[str, Any] = {
+            name: tuple(n - 1 for n in getattr(self, name) if n) for name in ("in_axes", "out_axes", "stack_axes")
+        }
+        return dataclasses.replace(self, shape=self.shape[1:], **axes)
 
 
 def path_name(path: Sequence[Any]) -> str:
@@ -110,9 +139,9 @@ def no_parameters(tree: Any) -> dict[str, str]:
     {'seen': 'Cache'}
     """
     is_variable = lambda node: isinstance(node, nnx.Variable)
-    nodes = jax.tree.leaves(tree, is_leaf=is_variable)
+    nodes = jax.tree.leaves(tree, is_leaf=lambda node: is_variable(node) or is_stored(node))
     kinds = [type(n).__name__ if is_variable(n) and not isinstance(n, nnx.Param) else "" for n in nodes]
-    each = [kind for n, kind in zip(nodes, kinds, strict=True) for _ in jax.tree.leaves(n)]
+    each = [kind for n, kind in zip(nodes, kinds, strict=True) for _ in leaves_of(n)]
     return {path_name(path): kind for (path, _), kind in zip(unboxed(tree), each, strict=True) if kind}
 
 
@@ -122,13 +151,23 @@ def from_paths(like: Any, leaves: Mapping[str, Any]) -> Any:
     >>> from_paths([0, {"a": 0}], {"1/a": 2, "0": 1})
     [1, {'a': 2}]
     """
-    return jax.tree.unflatten(jax.tree.structure(like), [leaves[name] for name in named_leaves(like)])
+    return jax.tree.unflatten(structure_of(like), [leaves[name] for name in named_leaves(like)])
+
+
+def leaves_of(tree: Any) -> list[Any]:
+    """Return the leaves of a pytree, of which a stored weight is one."""
+    return jax.tree.leaves(tree, is_leaf=is_stored)
+
+
+def structure_of(tree: Any) -> Any:
+    """Return the structure of a pytree in which a stored weight is one leaf."""
+    return jax.tree.structure(tree, is_leaf=is_stored)
 
 
 def unboxed(tree: Any) -> Iterator[tuple[tuple[Any, ...], Any]]:
     """Yield the leaves of a pytree with their key paths, in which boxes are no step."""
     is_box = lambda node: isinstance(node, BOXES)
-    for path, node in jax.tree_util.tree_leaves_with_path(tree, is_leaf=is_box):
+    for path, node in jax.tree_util.tree_leaves_with_path(tree, is_leaf=lambda node: is_box(node) or is_stored(node)):
         if not is_box(node):
             yield path, node
             continue

@@ -1,10 +1,9 @@
 """`wrap`: make a function of (parameters, data) a function of (parameters, adapters, data)."""
 
 import dataclasses
-import functools
 import math
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from types import MappingProxyType
 from typing import Any
 
@@ -12,19 +11,18 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
+from rslora_jax.adapters import Adapters, array_leaves, check_adapters, init_adapters, varied, view_of, views_of
 from rslora_jax.config import LoraConfig
-from rslora_jax.init import init_adapters
 from rslora_jax.selection import select
-from rslora_jax.sites import Site, named_leaves, no_parameters
+from rslora_jax.sites import Site, from_paths, named_leaves, no_parameters
+from rslora_jax.stored.form import is_stored, like_dense
 from rslora_jax.table import fold, table
-from rslora_jax.transform import compat, renames
 from rslora_jax.transform.discover import discover
 from rslora_jax.transform.interpreter import Walk, as_arrays
 from rslora_jax.transform.program import Program, is_array
 from rslora_jax.transform.rules import RULES
 from rslora_jax.transform.views import View, materialise
 
-Adapters = dict[str, dict[str, Array]]
 DEFAULT = LoraConfig()
 
 
@@ -72,6 +70,8 @@ class Lora:
       sites: the adapted weights by path, in the order in which the function uses them.
       left_out: the reason, by path, for each parameter on which the outputs depend and that is not adapted.
       unused: the paths of the parameters on which no output depends.
+      shapes: the shape of each parameter that is an array, by path.
+      platform: what it is compiled for; None for JAX's own backend. See `on`.
     """
 
     fn: Callable[..., Any]
@@ -79,20 +79,26 @@ class Lora:
     sites: Mapping[str, Site]
     left_out: Mapping[str, str]
     unused: tuple[str, ...]
+    shapes: Mapping[str, tuple[int, ...]]
+    platform: str | None
     _program: Program
     _walk: Walk
-    _shapes: Mapping[str, tuple[int, ...]]
 
-    def init(self, key: Array) -> Adapters:
-        """Return fresh adapters: A random, B zero, so that `apply` starts as `fn`.
+    def init(self, key: Array, params: Any = None) -> Adapters:
+        """Return fresh adapters, with which `apply` starts as `fn`: of LoRA, A random and B zero.
 
         Args:
           key: a PRNG key.
+          params: the base, for methods that start from its values.
 
         Returns:
-          `{path: {"a": (*stack, *in, r), "b": (*stack, r, *out)}}` in the config's dtype, and nothing else.
+          `{path: {name: array}}` in the config's dtype, and nothing else: of LoRA, "a" of shape (*stack, *in, r) and
+          "b" of shape (*stack, r, *out).
+
+        Raises:
+          ValueError: the method needs the base, and it was not given.
         """
-        return init_adapters(self.sites, key, self.config.init, jnp.dtype(self.config.dtype))
+        return init_adapters(self.sites, key, self.config, params)
 
     def apply(self, params: Any, adapters: Adapters, *args: Any, **kwargs: Any) -> Any:
         """Evaluate the function with every adapted weight W acting as W + gamma A B.
@@ -106,15 +112,35 @@ class Lora:
         """
         self.check(params, adapters)
         params, adapters = varied(params, self.sites, adapters)
+        return self.walked(self._walk, params, adapters, args, kwargs)
+
+    def walked(
+        self,
+        walk: Walk,
+        params: Any,
+        adapters: Adapters,
+        args: tuple,
+        kwargs: dict[str, Any],
+        dress: Callable[[View], View] = lambda view: view,
+    ) -> Any:
+        """Evaluate the function by a walk of the caller's own, and with views that `dress` gives what goes along."""
         jaxpr, tree, leaves = self._program.trace(params, args, kwargs)
-        values = views_of(leaves, list(array_leaves(params)), self.sites, adapters)
-        outs = self._walk.run(jaxpr, values)
-        return self._program.returned(tree, as_arrays(self._walk, outs), args, kwargs)
+        views = views_of(leaves, list(array_leaves(params)), self.sites, adapters)
+        outs = walk.run(jaxpr, [dress(v) if isinstance(v, View) and v.sites else v for v in views])
+        return self._program.returned(tree, as_arrays(walk, outs), args, kwargs)
+
+    def on(self, platform: str) -> "Lora":
+        """Return the same, to be compiled for another platform than JAX's backend: "cpu", "gpu" or "tpu".
+
+        What products are made of differs by platform, and none of the results do.
+        """
+        return restored(self._known() | {"platform": platform})
 
     def merge(self, params: Any, adapters: Adapters, *, copy: bool = False) -> Any:
-        """Return the parameters with every adapter added in: W + gamma A B.
+        """Return the parameters with every adapter added in: of LoRA, W + gamma A B.
 
-        The sum is formed in float32 (or the weight's own dtype if wider) and rounded once.
+        A weight that is stored in a form of its own becomes an array where it has an adapter. The sum is formed in
+        float32 (or the weight's own dtype if wider) and rounded once.
 
         Args:
           params, adapters: as of `apply`.
@@ -125,26 +151,27 @@ class Lora:
           A pytree of the structure, dtypes and shardings of `params`.
         """
         self.check(params, adapters)
-        leaves, tree = jax.tree.flatten(params)
-        names = list(named_leaves(params))
 
         def one(leaf: Any, site: Site) -> Array:
-            merged = materialise(view_of(jnp.asarray(leaf), site, adapters[site.path]))
+            whole = leaf if is_stored(leaf) else jnp.asarray(leaf)
+            merged = materialise(view_of(whole, site, adapters[site.path]))
             concrete = isinstance(leaf, jax.Array) and not isinstance(leaf, jax.core.Tracer)
             return jax.device_put(merged, leaf.sharding) if concrete else merged
 
-        same = lambda leaf: leaf.copy() if copy and is_array(leaf) else leaf
-        merged = [
-            one(leaf, self.sites[name]) if name in self.sites else same(leaf)
-            for name, leaf in zip(names, leaves, strict=True)
-        ]
-        return jax.tree.unflatten(tree, merged)
+        def same(leaf: Any) -> Any:
+            return jax.tree.map(jnp.copy, leaf) if copy and is_array(leaf) else leaf
+
+        merged = {
+            name: one(leaf, self.sites[name]) if name in self.sites else same(leaf)
+            for name, leaf in named_leaves(params).items()
+        }
+        return from_paths(params, merged)
 
     def check(self, params: Any, adapters: Adapters) -> None:
         """Raise a ValueError that names the first path at which parameters or adapters do not fit."""
         leaves = array_leaves(params)
         shapes = {name: tuple(leaf.shape) for name, leaf in leaves.items()}
-        for name, shape in self._shapes.items():
+        for name, shape in self.shapes.items():
             if name not in shapes:
                 raise ValueError(f"the parameters have no {name}, which was there when the function was wrapped")
             if shapes[name] != shape:
@@ -158,12 +185,16 @@ class Lora:
         """Number of trainable numbers in all adapters."""
         return sum(site.num_parameters for site in self.sites.values())
 
+    def _known(self) -> dict[str, Any]:
+        """Return the fields but for what has been traced, as plain values."""
+        known = {f.name: getattr(self, f.name) for f in dataclasses.fields(self) if not f.name.startswith("_")}
+        return {k: dict(v) if isinstance(v, MappingProxyType) else v for k, v in known.items()}
+
     def __reduce__(self) -> tuple[Any, ...]:
-        known = {f.name: getattr(self, f.name) for f in dataclasses.fields(self) if f.name not in ("_program", "_walk")}
-        return restored, ({k: dict(v) if isinstance(v, MappingProxyType) else v for k, v in known.items()},)
+        return restored, (self._known(),)
 
     def __str__(self) -> str:
-        text = table(self.sites, sum(math.prod(shape) for shape in self._shapes.values()))
+        text = table(self.sites, sum(math.prod(shape) for shape in self.shapes.values()))
         return "\n".join(part for part in (text, fold(self.left_out, self.unused)) if part)
 
     __repr__ = __str__
@@ -202,13 +233,16 @@ def wrap(fn: Callable[..., Any], params: Any, *args: Any, config: LoraConfig = D
     jaxpr, _, leaves = program.trace(params, args, kwargs)
     given = array_leaves(params)
     shapes = {name: tuple(leaf.shape) for name, leaf in given.items()}
-    selection = select(config, given, discover(jaxpr, list(shapes), leaves), no_parameters(params))
+    found = discover(jaxpr, list(shapes), [like_dense(leaf) for leaf in leaves])
+    selection = select(config, given, found, no_parameters(params))
     sites, notes = selection.sites, selection.notes
 
     fallbacks = Fallbacks(config, {name: set() for name in sites})
     walk = walk_of(sites, fallbacks)
-    shaped = lambda *shape: jax.ShapeDtypeStruct(shape, config.dtype)
-    adapters = {name: {"a": shaped(*site.a_shape), "b": shaped(*site.b_shape)} for name, site in sites.items()}
+    adapters = {
+        path: {name: jax.ShapeDtypeStruct(shape, config.dtype) for name, shape in site.factor_shapes.items()}
+        for path, site in sites.items()
+    }
 
     def rehearse(leaves: list[Array], adapters: Any) -> list[Array]:
         return as_arrays(walk, walk.run(jaxpr, views_of(leaves, list(shapes), sites, adapters)))
@@ -231,103 +265,24 @@ def wrap(fn: Callable[..., Any], params: Any, *args: Any, config: LoraConfig = D
     for note in notes:
         warnings.warn(note, RsloraWarning, stacklevel=2)
     left_out = MappingProxyType(selection.left_out)
-    return Lora(
-        fn, config, MappingProxyType(sites), left_out, selection.unused, program, walk, MappingProxyType(shapes)
-    )
+    known: dict[str, Any] = {"fn": fn, "config": config, "sites": MappingProxyType(sites), "left_out": left_out}
+    known |= {"unused": selection.unused, "shapes": MappingProxyType(shapes), "platform": None}
+    return Lora(**known, _program=program, _walk=walk)
 
 
-def walk_of(sites: Mapping[str, Site], fallbacks: Fallbacks) -> Walk:
+def walk_of(sites: Mapping[str, Site], fallbacks: Fallbacks, platform: str | None = None) -> Walk:
     """Return the walk that applies adapters."""
-    tables = frozenset(name for name, site in sites.items() if site.kind == "embedding")
-    return Walk(RULES, on_fallback=fallbacks, tables=tables)
+    return Walk(RULES, on_fallback=fallbacks, tables=tables_of(sites), platform=platform)
+
+
+def tables_of(sites: Mapping[str, Site]) -> frozenset[str]:
+    """Return the paths of the weights that are looked up."""
+    return frozenset(path for path, site in sites.items() if site.kind == "embedding")
 
 
 def restored(known: dict[str, Any]) -> Lora:
     """Make a `Lora` again of its fields; it traces and compiles for itself."""
     seen = {name: set(site.fallbacks) for name, site in known["sites"].items()}
-    walk = walk_of(known["sites"], Fallbacks(known["config"], seen, quiet=False))
+    walk = walk_of(known["sites"], Fallbacks(known["config"], seen, quiet=False), known["platform"])
     fields: dict[str, Any] = {k: MappingProxyType(v) if isinstance(v, dict) else v for k, v in known.items()}
     return Lora(**fields, _program=Program(known["fn"]), _walk=walk)
-
-
-def check_adapters(sites: Mapping[str, Site], adapters: Any) -> None:
-    """Raise a ValueError that says what about the adapters does not fit the sites."""
-    made = "they were made for another config or another base"
-    if not isinstance(adapters, Mapping):
-        raise ValueError(f"the adapters are of type {type(adapters).__name__}: `init` gives a dict of factors by path")
-    for name, site in sites.items():
-        if name not in adapters:
-            raise ValueError(f"the adapters have none for {name}: {made}")
-        factors, shapes = adapters[name], {"a": site.a_shape, "b": site.b_shape}
-        if not isinstance(factors, Mapping):
-            raise ValueError(f'adapter {name} is of type {type(factors).__name__}: it is to be {{"a": ..., "b": ...}}')
-        for factor, shape in shapes.items():
-            if factor not in factors:
-                raise ValueError(f"adapter {name} has no {factor}: it needs one of shape {shape}")
-            array = factors[factor]
-            if not is_array(array) or not jnp.issubdtype(array.dtype, jnp.floating):
-                what = getattr(array, "dtype", type(array).__name__)
-                raise ValueError(f"adapter {name}/{factor} is of type {what}: it is to be a floating array of {shape}")
-            if tuple(array.shape) != shape:
-                raise ValueError(
-                    f"adapter {name}/{factor} has shape {tuple(array.shape)}, and this config asks for {shape} "
-                    f"(rank {site.rank}): {made}"
-                )
-        for factor in factors:
-            if factor not in shapes:
-                raise ValueError(f"adapter {name} has a {factor}, which this config's method does not use: {made}")
-    for name in adapters:
-        if name not in sites:
-            raise ValueError(f"the adapters have {name}, which this config does not adapt")
-
-
-def array_leaves(params: Any) -> dict[str, Any]:
-    """Return the parameters that are arrays, by path."""
-    return {name: leaf for name, leaf in named_leaves(params).items() if is_array(leaf)}
-
-
-def varied(params: Any, sites: Mapping[str, Site], adapters: Adapters) -> tuple[Any, Adapters]:
-    """Inside a `shard_map`, let each weight and its factors vary over the same devices, as their sum would."""
-    found = {
-        name: compat.vary_together(leaf, adapters[name]["a"], adapters[name]["b"])
-        for name, leaf in named_leaves(params).items()
-        if name in sites
-    }
-    leaves = [found[name][0] if name in found else leaf for name, leaf in named_leaves(params).items()]
-    return jax.tree.unflatten(jax.tree.structure(params), leaves), {
-        name: {"a": a, "b": b} for name, (_, a, b) in found.items()
-    }
-
-
-def views_of(leaves: Sequence[Any], names: Sequence[str], sites: Mapping[str, Site], adapters: Adapters) -> list[Any]:
-    """Return a program's inputs, those that are adapted as views; the first are the parameters of `names`."""
-    views = [
-        view_of(w, sites[name], adapters[name]) if name in sites else w for w, name in zip(leaves, names, strict=False)
-    ]
-    return [*views, *leaves[len(names) :]]
-
-
-def view_of(w: Array, site: Site, factors: Mapping[str, Array]) -> View:
-    """Return the view of a weight and its adapter."""
-    axes = tuple(frozenset({(site.path, n)}) for n in range(len(site.shape)))
-    a, b = align(site.shape, site.stack_axes, site.in_axes, site.out_axes, factors["a"], factors["b"])
-    return renames.lay(View(w, a, b, axes, w.dtype, (site.path,), site.gamma), w)
-
-
-@functools.partial(jax.jit, static_argnums=range(4))  # layers of one kind are traced once
-def align(
-    shape: tuple[int, ...],
-    stack: tuple[int, ...],
-    ins: tuple[int, ...],
-    outs: tuple[int, ...],
-    a: Array,
-    b: Array,
-) -> tuple[Array, Array]:
-    """Return A and B aligned to their weight's axes, the rank last."""
-
-    def to(axes: tuple[int, ...], factor: Array) -> Array:
-        order = sorted(range(len(axes)), key=axes.__getitem__)
-        sizes = [n if axis in axes else 1 for axis, n in enumerate(shape)]
-        return jnp.reshape(jnp.transpose(factor, (*order, len(axes))), (*sizes, factor.shape[-1]))
-
-    return to(stack + ins, a), to(stack + outs, jnp.moveaxis(b, len(stack), -1))

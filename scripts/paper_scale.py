@@ -106,7 +106,9 @@ def make_job(case: Case, arguments: argparse.Namespace) -> scale.Job:
     sizes = math.prod(int(n) for n in re.findall(r"=(\d+)", case.mesh))
     mesh = sharding.make_mesh(case.mesh, devices[:1] if sizes == 1 else devices)
     pin, split = case.activations == "by rows", case.adapters == "rank too"
-    return scale.Job(config, mesh, case.rank, arguments.batch, arguments.length, pin=pin, split_rank=split)
+    return scale.Job(
+        config, mesh, case.rank, arguments.batch, arguments.length, pin=pin, split_rank=split, platform="tpu"
+    )
 
 
 def compile_row(case: Case, job: scale.Job, base: tuple[int, int] | None, seconds: float, compiled: Any) -> Row:
@@ -203,8 +205,6 @@ def main() -> None:
         )
         of = lambda rank: Case(arguments.topology, arguments.mesh, rank, arguments.remat, activations, adapters)
         cases = [of(rank) for rank in ranks]
-    # What the library does on a CPU alone is not to be compiled for a TPU.
-    jax.default_backend = lambda: "tpu"
     console, bases, found = Console(), {}, []
     for case in cases:
         job = make_job(case, arguments)

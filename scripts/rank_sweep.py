@@ -31,8 +31,8 @@ from paper.plan import GAMMAS, INIT_ONLY, Grid, Spec
 import rslora_jax as rslora
 from rslora_jax import train
 from rslora_jax.commands.data import examples
-from rslora_jax.init.random import uniform
 from rslora_jax.interop.load import load_model as load_file
+from rslora_jax.methods.random import uniform
 from rslora_jax.models.llama import Llama, LlamaConfig
 from rslora_jax.train.bytelevel import ByteTokenizer
 from rslora_jax.train.report import clock

@@ -60,8 +60,8 @@ QUANTITIES: Mapping[str, tuple[Callable[[Stability], Array], Callable[[float], f
     "output, m = 2": (lambda s: s.output[2], lambda c: 2 * (2 * c + 1)),
     "output, m = 4": (lambda s: s.output[4], lambda c: 4 * (2 * c + 1)),
     "input gradient": (lambda s: jnp.sqrt(s.input_grad[2]), lambda c: 2 * c + 1),
-    "gradient of A": (lambda s: s.a_grad, lambda c: 2 * c + 0.5),
-    "gradient of B": (lambda s: s.b_grad, lambda c: c + 0.5),
+    "gradient of A": (lambda s: s.factor_grads["a"], lambda c: 2 * c + 0.5),
+    "gradient of B": (lambda s: s.factor_grads["b"], lambda c: c + 0.5),
 }
 
 

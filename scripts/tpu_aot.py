@@ -28,9 +28,6 @@ from rich.table import Table
 
 from rslora_jax.transform import cost
 
-# What the library does on a CPU alone is not to be compiled for a TPU.
-jax.default_backend = lambda: "tpu"
-
 
 def orders(problem: Problem) -> str:
     """Name the orders chosen: which parts go through the weight, and for how many weights."""
@@ -61,7 +58,7 @@ def main() -> None:
     wrong, console = [], Console()
     for tokens in arguments.tokens:
         for rank in arguments.ranks:
-            problem = Problem(config, tokens, min(arguments.length, tokens), rank, 16.0)
+            problem = Problem(config, tokens, min(arguments.length, tokens), rank, 16.0, "tpu")
             figures = {}
             for method in ("floor", "rslora", "factored"):
                 compiled = measure.lower(method, problem, methods.shapes(problem, sharding)).compile()

@@ -128,7 +128,7 @@ def test_the_first_pattern_that_matches_gives_a_weight_its_rank_and_alpha():
         "layers/1/v_proj": (3, 11),
     }
     assert found["layers/1/q_proj"].gamma == pytest.approx(11 / math.sqrt(2))
-    assert found["layers/0/q_proj"].a_shape == (8, 5) and found["layers/0/q_proj"].b_shape == (5, 8)
+    assert found["layers/0/q_proj"].factor_shapes == {"a": (8, 5), "b": (5, 8)}
 
 
 def test_a_rank_above_the_full_one_is_exact_where_it_is_asked_for_and_said():
@@ -164,8 +164,8 @@ def test_adapters_or_parameters_of_another_make_are_named_by_path_and_shape():
 @pytest.mark.parametrize(
     ("factors", "said"),
     [
-        (lambda ab: None, "is of type NoneType: it is to be {"),
-        (lambda ab: [ab["a"], ab["b"]], "is of type list: it is to be {"),
+        (lambda ab: None, "is of type NoneType: it is to be a dict of a, b"),
+        (lambda ab: [ab["a"], ab["b"]], "is of type list: it is to be a dict of a, b"),
         (lambda ab: jnp.ones(3), "is of type ArrayImpl"),
         (lambda ab: {"lora": ab}, "has no a: it needs one of shape (8, 3)"),
         (lambda ab: ab | {"magnitude": jnp.ones(8)}, "has a magnitude, which this config's method does not use"),

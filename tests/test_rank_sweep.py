@@ -302,7 +302,7 @@ def test_a_smaller_start_is_the_usual_one_over_the_root_of_the_rank(script):
     import jax
 
     draw = lambda init: init(jax.random.key(3), (4, 7, 6), "float32", 7)
-    from rslora_jax.init.random import uniform
+    from rslora_jax.methods.random import uniform
 
     np.testing.assert_allclose(draw(script.smaller_by_rank), np.asarray(draw(uniform)) / math.sqrt(6), rtol=1e-6)
     assert script.GAMMAS["quarter"](16) == 0.5 and script.GAMMAS["square"](4) == 1 / 16

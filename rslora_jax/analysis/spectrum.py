@@ -10,8 +10,8 @@ from typing import Any
 
 import numpy as np
 
-from rslora_jax import scaling
 from rslora_jax.config import LoraConfig, first_match
+from rslora_jax.methods.method import asked, method_of
 from rslora_jax.sites import Site
 
 SHARE = 0.01  # of the largest singular value: what counts as one that is used
@@ -76,77 +76,61 @@ def measure(
 
     Args:
       config: the adapters' config.
-      adapters: `{path: {"a": (*stack, *in, r), "b": (*stack, r, *out)}}`, of any array type.
+      adapters: `{path: {name: array}}`, of any array type.
       sites: of `wrap`; needed where there are `weights`.
       weights: the base weights by path; without them, norms are absolute.
-      shapes: the weights' shapes by path, where there are neither; without them too, axes that both factors have in
-        front of the rank are taken for a stack.
+      shapes: the weights' shapes by path, where there are neither; without them too, axes that all factors have in
+        front are taken for a stack.
       progress: told the number of matrices done and their number in all.
+
+    Raises:
+      ValueError: the config's method has no factors of low rank.
 
     >>> factors = {"a": np.eye(4, 2), "b": np.diag([3.0, 4.0])}
     >>> (found,) = measure(LoraConfig(rank=2, alpha=8, scaling="lora"), {"w": factors})
     >>> found.gamma, found.update_frobenius, found.update_spectral, found.relative_frobenius
     (4.0, 20.0, 16.0, None)
     """
-    stacks = {path: _stack(path, factors, sites, shapes) for path, factors in adapters.items()}
-    total = sum(math.prod(np.shape(factors["a"])[: stacks[path]]) for path, factors in adapters.items())
+    if sites is None:
+        sites = {path: _site_of(config, path, factors, (shapes or {}).get(path)) for path, factors in adapters.items()}
+    total = sum(math.prod(sites[path].sizes(sites[path].stack_axes)) for path in adapters)
     found: list[Matrix] = []
-    for path in (
-        list(adapters) if sites is None else list(sites)
-    ):  # sites come in the order in which the model uses them
-        factors, weight = adapters[path], None
-        if sites is not None and weights is not None:
-            site = sites[path]
+    for path, site in sites.items():  # they come in the order in which the model uses them
+        weight = None
+        if weights is not None:
             weight = np.transpose(np.asarray(weights[path]), (*site.stack_axes, *site.in_axes, *site.out_axes))
-        for one in _measure(path, factors, gamma_of(config, path, factors), stacks[path], weight):
+        for one in _measure(site, adapters[path], weight):
             found.append(one)
             progress(len(found), total)
     return found
 
 
-def gamma_of(config: LoraConfig, path: str, factors: Mapping[str, Any]) -> float:
-    """Return the whole factor on a weight's A B, with the rank that the factors have."""
+def _site_of(config: LoraConfig, path: str, factors: Mapping[str, Any], shape: Sequence[int] | None) -> Site:
+    """Return the site of a weight of which only the adapter is known, and perhaps the shape."""
     alpha = first_match(path, config.alpha_pattern, config.alpha)  # type: ignore[arg-type]
-    return scaling.gamma(int(np.shape(factors["a"])[-1]), alpha, config.scaling)
+    infer = asked(method_of(config.method), "site_of", "be measured without its base")
+    return infer(path, factors, shape, alpha=alpha, scaling=config.scaling)
 
 
-def _stack(
-    path: str,
-    factors: Mapping[str, Any],
-    sites: Mapping[str, Site] | None,
-    shapes: Mapping[str, tuple[int, ...]] | None,
-) -> int:
-    """Return how many axes of a weight are stacked."""
-    a, b = np.shape(factors["a"]), np.shape(factors["b"])
-    if sites is not None:
-        return len(sites[path].stack_axes)
-    if shapes is not None and path in shapes:
-        return len(a) + len(b) - 2 - len(shapes[path])  # both have the stack, and the rank
-    return max(n for n in range(min(len(a), len(b))) if a[:n] == b[:n] and b[n] == a[-1])
-
-
-def _measure(
-    path: str, factors: Mapping[str, Any], gamma: float, stack: int, weight: np.ndarray | None
-) -> Iterator[Matrix]:
-    a, b = np.asarray(factors["a"]), np.asarray(factors["b"])
-    rank = a.shape[-1]
-    for index in np.ndindex(a.shape[:stack]):
-        a_IxR = a[index].astype(np.float64).reshape(-1, rank)
-        b_RxO = b[index].astype(np.float64).reshape(rank, -1)
+def _measure(site: Site, factors: Mapping[str, Any], weight: np.ndarray | None) -> Iterator[Matrix]:
+    low_rank = asked(site.method, "low_rank", "be measured by its factors")
+    first, second = low_rank(site, {name: np.asarray(factor) for name, factor in factors.items()})
+    for index in np.ndindex(site.sizes(site.stack_axes)):
+        a_IxR, b_RxO = first[index].astype(np.float64), second[index].astype(np.float64)
         values = singular_values(a_IxR, b_RxO)
-        module, layer = place(path, index)
+        module, layer = place(site.path, index)
         w_IxO = None if weight is None else weight[index].reshape(len(a_IxR), -1)
         yield Matrix(
-            path,
+            site.path,
             index,
             module,
             layer,
             in_size=a_IxR.shape[0],
             out_size=b_RxO.shape[1],
-            rank=rank,
-            gamma=gamma,
-            update_frobenius=gamma * float(np.linalg.norm(values)),
-            update_spectral=gamma * float(values[0]),
+            rank=a_IxR.shape[1],
+            gamma=site.gamma,
+            update_frobenius=site.gamma * float(np.linalg.norm(values)),
+            update_spectral=site.gamma * float(values[0]),
             weight_frobenius=None if w_IxO is None else float(np.linalg.norm(w_IxO.astype(np.float64))),
             weight_spectral=None if w_IxO is None else spectral_norm(w_IxO),
             effective_rank=effective_rank(values),

@@ -4,21 +4,22 @@ An adapter is rank-stabilised where these keep their size as its rank grows (arX
 """
 
 import dataclasses
+import functools
 from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax import Array
+from jax import Array, lax
 from jax.extend.core import primitives
 
 from rslora_jax.sites import Site
 from rslora_jax.transform import compat
-from rslora_jax.transform.interpreter import Walk, as_arrays
-from rslora_jax.transform.product import Bilinear, Parts
+from rslora_jax.transform.interpreter import Walk
+from rslora_jax.transform.product import Parts, Product, times
 from rslora_jax.transform.rules import RULES
 from rslora_jax.transform.views import View
-from rslora_jax.wrap import Adapters, Lora, array_leaves, views_of
+from rslora_jax.wrap import Adapters, Lora, tables_of
 
 MOMENTS = (1, 2, 4)
 READING = 1 + len(MOMENTS)  # a count, and the sum of each power
@@ -30,19 +31,19 @@ class Stability:
     """The size of one adapter's output and of the gradients that it passes on and gets.
 
     Every array has the shape of the site's stack, () for a weight that is not stacked. Experts used in one batched
-    product share their first two values. Both are NaN where no gradient of the loss arrives.
+    product share their first two values. Both are NaN where no gradient of
+    the loss arrives, and the second is for a look-up.
 
     Attributes:
       output: by m, the mean of |entry|^m of the adapter's own output, gamma x A B.
       input_grad: by m, the mean of |entry|^m of the loss's gradient by the adapter's input along its own path,
         gamma dy B' A'.
-      a_grad, b_grad: the Frobenius norms of the loss's gradients by A and by B.
+      factor_grads: by name, the Frobenius norms of the loss's gradients by the adapter's arrays.
     """
 
     output: Mapping[int, Array]
     input_grad: Mapping[int, Array]
-    a_grad: Array
-    b_grad: Array
+    factor_grads: Mapping[str, Array]
 
 
 def measure(
@@ -64,7 +65,7 @@ def measure(
       What was found, by path.
 
     Raises:
-      ValueError: for a use of a weight in which its adapter has no output of its own: a look-up, a join with
+      ValueError: for a use of a weight in which its adapter has no output of its own: a join with
         other weights, a materialised weight, a `shard_map`.
 
     >>> import rslora_jax as rslora
@@ -76,55 +77,63 @@ def measure(
     (30.0, 900.0, 24.0)
     """
     lora.check(params, adapters)
-    tables = frozenset(path for path, site in lora.sites.items() if site.kind == "embedding")
-    walk = Walk(MEASURED, on_fallback=refuse, product=measured_product, tables=tables)
-    names = list(array_leaves(params))
+    walk = Walk(MEASURED, on_fallback=refuse, product=measured_product, tables=tables_of(lora.sites))
+    meters = {path: jnp.ones((*site.sizes(site.stack_axes), 2 * READING), float) for path, site in lora.sites.items()}
 
-    def value(adapters: Adapters) -> Array:
+    def value(adapters: Adapters, meters: Mapping[str, Array]) -> Array:
         def run(*args: Any, **kwargs: Any) -> Any:
-            jaxpr, tree, leaves = lora._program.trace(params, args, kwargs)
-            outs = walk.run(jaxpr, views_of(leaves, names, lora.sites, adapters))
-            return lora._program.returned(tree, as_arrays(walk, outs), args, kwargs)
+            return lora.walked(walk, params, adapters, args, kwargs, functools.partial(with_meter, lora, meters))
 
         return loss(run, *args)
 
-    metered = {path: {"a": with_meter(ab["a"]), "b": ab["b"]} for path, ab in adapters.items()}
-    grads = jax.grad(value)(metered)
-    return {path: stability(site, grads[path]) for path, site in lora.sites.items()}
+    grads, readings = jax.grad(value, (0, 1))(widened(adapters), meters)
+    return {path: stability(site, grads[path], readings[path]) for path, site in lora.sites.items()}
 
 
 # How a reading gets out of a scan, a remat or a call of the program: as a gradient, which JAX carries to its weight,
-# and to its element of a stack, whatever lies between. A has columns of ones behind its rank, which no product
-# meets; they are the meter m. What the program does to a weight on its way is linear, m' = L m, so a gradient
+# and to its element of a stack, whatever lies between. Beside its adapter, each weight has a meter m, ones for each
+# element of its stack. What the program does to it on its way is linear, m' = L m, so a gradient
 # c = reading m' / <m', m'> there is L'c at the weight, and <m, L'c> = <m', c> = reading.
 
 
-def with_meter(a: Array) -> Array:
-    """Return A with the meter's columns of ones behind its rank."""
-    ones = jnp.ones((*a.shape[:-1], 2 * READING), float)
-    return jnp.concatenate([a.astype(ones.dtype), ones], -1)
+def with_meter(lora: Lora, meters: Mapping[str, Array], view: View) -> View:
+    """Return a view with its weight's meter along."""
+    site = lora.sites[view.sites[0]]
+    sizes = [n if axis in site.stack_axes else 1 for axis, n in enumerate(site.shape)]
+    # The stack's axes may lie anywhere in the weight; the meter's are in their order.
+    order = [sorted(site.stack_axes).index(axis) for axis in site.stack_axes]
+    meter = jnp.transpose(meters[site.path], (*(order.index(n) for n in range(len(order))), len(order)))
+    return dataclasses.replace(view, along={**view.along, "meter": jnp.reshape(meter, (*sizes, 2 * READING))})
 
 
-def stability(site: Site, grads: Mapping[str, Array]) -> Stability:
-    """Take the gradients by a metered A and by B apart."""
+def widened(adapters: Adapters) -> Adapters:
+    """Return adapters in JAX's widest float, in which readings are summed."""
+    return jax.tree.map(lambda factor: factor.astype(float), adapters)
+
+
+def stability(site: Site, grads: Mapping[str, Array], readings: Array) -> Stability:
+    """Put the gradients by an adapter and the readings of its meter together."""
     stack = len(site.stack_axes)
-    norm = lambda g: jnp.sqrt(jnp.sum(jnp.square(g.astype(float)), range(stack, g.ndim)))
-    a, meter = grads["a"][..., : site.rank], grads["a"][..., site.rank :]
-    readings = jnp.sum(meter, range(stack, meter.ndim - 1))
-    moments = lambda r: {m: r[..., n] / r[..., 0] for n, m in enumerate(MOMENTS, 1)}
-    return Stability(moments(readings[..., :READING]), moments(readings[..., READING:]), norm(a), norm(grads["b"]))
+
+    def norm(grad: Array) -> Array:
+        return jnp.sqrt(jnp.sum(jnp.square(grad.astype(float)), range(stack, grad.ndim)))
+
+    def moments(of: Array) -> dict[int, Array]:
+        return {m: of[..., n] / of[..., 0] for n, m in enumerate(MOMENTS, 1)}
+
+    norms = {name: norm(grad) for name, grad in grads.items()}
+    return Stability(moments(readings[..., :READING]), moments(readings[..., READING:]), norms)
 
 
-def measured_product(op: Bilinear, x: Array, w: Array, first: Array, second: Array, *extra: Array) -> Array:
-    """Return what `adapted_product` does; one of the factors has a meter, which takes the readings."""
-    second = jnp.moveaxis(second, op.rank_axis, -1)
-    rank = min(first.shape[-1], second.shape[-1])
-    meter = (first if first.shape[-1] > rank else second)[..., rank:]
-    first, second = first[..., :rank], jnp.moveaxis(second[..., :rank], -1, op.rank_axis)
-    parts = Parts(op, True, extra)
-    met = parts.meet(read_gradient(x, meter[..., READING:]), first)
-    y, update = parts.base(x, w), read_value(parts.leave(met, second), meter[..., :READING])
-    return y + update.astype(y.dtype)
+def measured_product(view: View, product: Product, x: Array, *extra: Array) -> Array:
+    """Return what `product.adapted` does, all factored; the view's meter takes the readings."""
+    meter, parts = view.along["meter"], Parts(product.op, True, extra)
+    x = times(x, product.before)
+    seen = read_gradient(x, meter[..., READING:]) if jnp.issubdtype(x.dtype, jnp.inexact) else x
+    first, second = product.factors
+    update = read_value(parts.leave(parts.meet(seen, first), second), meter[..., :READING])
+    y = parts.base(x, view.w)
+    return times(y + update.astype(y.dtype), product.after)
 
 
 def reading(array: Array, meter: Array) -> Array:
@@ -165,14 +174,6 @@ def refuse(view: View, primitive: str) -> None:
     )
 
 
-def picked(walk: Walk, eqn: compat.Eqn, values: list[Any]) -> list[Any] | None:
-    """Pick from a stack; refuse a look-up."""
-    if isinstance(values[0], View) and walk.tables.intersection(values[0].sites):
-        refuse(values[0], "a look-up")
-    return RULES[eqn.primitive](walk, eqn, values)
-
-
 # Joined weights have one output between them, and inside a shard_map an array is only a device's part.
-UNMEASURED = ("concatenate", "stack", "tile", "shard_map")
-MEASURED = {primitive: rule for primitive, rule in RULES.items() if primitive.name not in UNMEASURED}
-MEASURED[primitives.gather_p] = picked
+UNMEASURED = (primitives.concatenate_p, lax.stack_p, lax.tile_p, compat.shard_map_p)
+MEASURED = {primitive: rule for primitive, rule in RULES.items() if primitive not in UNMEASURED}

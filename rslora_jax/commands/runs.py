@@ -13,6 +13,7 @@ import numpy as np
 from rslora_jax.config import LoraConfig
 from rslora_jax.interop.load import load_model
 from rslora_jax.interop.opened import attach, load_base, open_adapters, parse_step
+from rslora_jax.methods.method import rescaled as with_update_times
 from rslora_jax.models.layout import unstack_adapters, unstack_layers
 from rslora_jax.models.llama import Llama, LlamaConfig
 from rslora_jax.wrap import Adapters, Lora, wrap
@@ -130,18 +131,12 @@ def same_shapes(one: Lora, other: Lora) -> bool:
 
 
 def rescaled(adapters: Mapping[str, Any], lora: Lora, other: Lora) -> Adapters:
-    """Give adapters that do in another `Lora` what these do in theirs: gamma is in the program, B is an array.
+    """Give adapters that do in another `Lora` what these do in theirs: gamma is in the program.
 
     The same numbers where the gammas are the same.
     """
     ratio = {path: site.gamma / other.sites[path].gamma for path, site in lora.sites.items()}
-    scaled: dict[str, Any] = {
-        path: {"a": factors["a"], "b": factors["b"] if ratio[path] == 1 else scale(factors["b"], ratio[path])}
-        for path, factors in adapters.items()
+    return {
+        path: dict(own) if ratio[path] == 1 else with_update_times(lora.sites[path], own, np.float32(ratio[path]))
+        for path, own in adapters.items()
     }
-    return scaled
-
-
-def scale(b: Any, ratio: float) -> np.ndarray:
-    """Multiply once, in float32, and round to the dtype of `b`."""
-    return (np.asarray(b, np.float32) * np.float32(ratio)).astype(b.dtype)

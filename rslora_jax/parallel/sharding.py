@@ -5,14 +5,16 @@
 
 import itertools
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import jax
 from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec, Sharding
 
 from rslora_jax.config import matches, near_misses
-from rslora_jax.sites import Site, named_leaves
+from rslora_jax.methods.method import RANK
+from rslora_jax.sites import Site, from_paths, named_leaves
+from rslora_jax.stored.form import is_stored
 
 # A glob over paths, and the mesh axes along the last axes of the arrays that match: a stack of layers in front of
 # them is whole on every device.
@@ -84,11 +86,13 @@ def param_shardings(params: Any, mesh: Mesh, rules: Rules) -> Any:
         if len(last) > len(leaf.shape):
             raise ValueError(f"the sharding rule {last} has more axes than {path} of shape {tuple(leaf.shape)}")
         spec = (None,) * (len(leaf.shape) - len(last)) + tuple(last)
+        if is_stored(leaf):  # its arrays have the stack's axes in common, and no others
+            spec = spec[: len(leaf.stack)]
         return NamedSharding(
-            mesh, PartitionSpec(*(dividing(mesh, n, a) for n, a in zip(leaf.shape, spec, strict=True)))
+            mesh, PartitionSpec(*(dividing(mesh, n, a) for n, a in zip(leaf.shape, spec, strict=False)))
         )
 
-    return jax.tree.unflatten(jax.tree.structure(params), [one(path, leaf) for path, leaf in leaves.items()])
+    return from_paths(params, {path: one(path, leaf) for path, leaf in leaves.items()})
 
 
 def dividing(mesh: Mesh | AbstractMesh, size: int, axes: Any) -> Any:
@@ -103,7 +107,7 @@ def dividing(mesh: Mesh | AbstractMesh, size: int, axes: Any) -> Any:
 def adapter_shardings(
     sites: Mapping[str, Site], params: Any, *, split_rank: bool = False
 ) -> dict[str, dict[str, Sharding]]:
-    """Return where adapters lie: A as its weight along the input axes, B along the output axes, the rank whole.
+    """Return where adapters lie: each array as its weight along the axes that it has of it, the rank whole.
 
     Args:
       sites: `Lora.sites`.
@@ -112,7 +116,7 @@ def adapter_shardings(
         for more that moves. At high rank, where adapters are as large as the base, it can be what makes them fit.
 
     Returns:
-      `{path: {"a": ..., "b": ...}}`, for `jax.device_put(adapters, ...)`. Where a weight lies on one device, so do
+      `{path: {name: ...}}`, for `jax.device_put(adapters, ...)`. Where a weight lies on one device, so do
       its factors.
 
     >>> from rslora_jax import LoraConfig, wrap
@@ -126,23 +130,35 @@ def adapter_shardings(
     leaves = named_leaves(params)
 
     def one(site: Site) -> dict[str, Sharding]:
-        sharding = leaves[site.path].sharding
+        sharding = _sharding_of(leaves[site.path])
         if not isinstance(sharding, NamedSharding):
-            return {"a": sharding, "b": sharding}
+            return dict.fromkeys(site.factors, sharding)
         spec = (*sharding.spec, *(None,) * (len(site.shape) - len(sharding.spec)))
-        of = lambda axes: tuple(spec[n] for n in axes)
-        flat = lambda axes: [name for axis in of(axes) for name in ([axis] if isinstance(axis, str) else axis or ())]
 
-        def rank(own: tuple[int, ...], others: tuple[int, ...]) -> Any:
-            used = set(flat((*own, *site.stack_axes)))
-            free = tuple(name for name in flat(others) if name not in used)
-            return dividing(sharding.mesh, site.rank, free) if split_rank else None
+        def flat(axes: Iterable[int | str]) -> list[str]:
+            own = (spec[axis] for axis in axes if axis != RANK)  # type: ignore[index]
+            return [name for of in own for name in ([of] if isinstance(of, str) else of or ())]
 
-        a = PartitionSpec(*of(site.stack_axes), *of(site.in_axes), rank(site.in_axes, site.out_axes))
-        b = PartitionSpec(*of(site.stack_axes), rank(site.out_axes, site.in_axes), *of(site.out_axes))
-        return {"a": NamedSharding(sharding.mesh, a), "b": NamedSharding(sharding.mesh, b)}
+        def factor(axes: Sequence[int | str]) -> NamedSharding:
+            used = set(flat(axes))
+            free = tuple(name for name in flat(n for n in range(len(site.shape)) if n not in axes) if name not in used)
+            rank = dividing(sharding.mesh, site.rank, free) if split_rank else None
+            of = [rank if axis == RANK else spec[axis] for axis in axes]  # type: ignore[index]
+            return NamedSharding(sharding.mesh, PartitionSpec(*of))
+
+        return {name: factor(axes) for name, axes in site.factors.items()}
 
     return {path: one(site) for path, site in sites.items()}
+
+
+def _sharding_of(leaf: Any) -> Sharding:
+    """Return where a weight lies: of one in a form of its own, where its stack does."""
+    if not is_stored(leaf):
+        return leaf.sharding
+    sharding = jax.tree.leaves(leaf)[0].sharding
+    if not isinstance(sharding, NamedSharding):
+        return sharding
+    return NamedSharding(sharding.mesh, PartitionSpec(*sharding.spec[: len(leaf.stack)]))
 
 
 def batch_sharding(mesh: Mesh, rows: int | None = None) -> NamedSharding:

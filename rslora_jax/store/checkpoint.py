@@ -26,6 +26,9 @@ from rslora_jax.sites import from_paths, named_leaves, path_name
 from rslora_jax.store.checksum import checksums
 from rslora_jax.store.keys import as_data, as_keys
 
+# What a checkpoint's "about" is told by: 0, or none, before configs named a method; 1 since.
+FORMAT = 1
+
 
 class Damaged(ValueError):
     """A checkpoint cannot be read, or does not hold what was saved."""
@@ -144,7 +147,13 @@ def save(
         args=ocp.args.Composite(
             **{item: ocp.args.StandardSave(stored(tree)) for item, tree in arrays.items()},
             about=ocp.args.JsonSave(
-                {**about, "checksums": words, "keys": keys, "heldout_loss": checkpoints.heldout.get(step)}
+                {
+                    **about,
+                    "format": FORMAT,
+                    "checksums": words,
+                    "keys": keys,
+                    "heldout_loss": checkpoints.heldout.get(step),
+                }
             ),
         ),
         force=True,
@@ -291,8 +300,19 @@ def heldout_losses(folder: Path) -> dict[int, float]:
 
 
 def read_about(where: Path) -> dict[str, Any]:
-    """Read the item "about" of one checkpoint."""
-    return _read(where, "about", lambda: ocp.JsonCheckpointHandler().restore(where / "about"))
+    """Read the item "about" of one checkpoint.
+
+    Raises:
+      Damaged: it cannot be read.
+      ValueError: a later version wrote it, in a form that this one does not know.
+    """
+    about = _read(where, "about", lambda: ocp.JsonCheckpointHandler().restore(where / "about"))
+    if about.get("format", 0) > FORMAT:
+        raise ValueError(
+            f"{where} is of format {about['format']}, and this version reads up to {FORMAT}: install a newer rslora_jax"
+        )
+    # What a config did not have yet, it has by default.
+    return about | {"config": LoraConfig().to_dict() | about["config"]} if "config" in about else about
 
 
 def metadata(where: Path, item: str) -> Any:

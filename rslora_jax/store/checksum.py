@@ -9,6 +9,7 @@ from jax import Array, lax
 
 from rslora_jax.sites import named_leaves
 from rslora_jax.store.keys import is_key
+from rslora_jax.stored.form import is_stored
 
 
 def checksums(tree: Any) -> dict[str, str]:
@@ -28,16 +29,25 @@ def checksums(tree: Any) -> dict[str, str]:
 
 
 def form(leaf: Any) -> str:
-    """Write an array's dtype and shape.
+    """Write an array's dtype and shape, and the form in which it is stored if it is none.
 
     >>> form(np.ones((2, 3)))
     'float64[2,3]'
     """
-    return f"{leaf.dtype}[{','.join(map(str, leaf.shape))}]"
+    kind = f"{type(leaf).__name__} of {leaf.dtype}" if is_stored(leaf) else leaf.dtype
+    return f"{kind}[{','.join(map(str, leaf.shape))}]"
+
+
+def word(leaf: Any) -> Array:
+    """Return the checksum of an array, or of all arrays of a stored weight, each mixed with its place among them."""
+    if not is_stored(leaf):
+        return word_of_array(leaf)
+    words = [mix(word_of_array(part) + np.uint32(n)) for n, part in enumerate(jax.tree.leaves(leaf))]
+    return jnp.sum(jnp.stack(words), dtype=jnp.uint32)
 
 
 @jax.jit
-def word(x: Array) -> Array:
+def word_of_array(x: Array) -> Array:
     """Sum an array's bits, each element mixed with its place, modulo 2^32."""
     x = jax.random.key_data(x) if is_key(x) else x
     return jnp.sum(mix(bits_of(x) + places(bits_of(x).shape) * np.uint32(0x9E3779B9)), dtype=jnp.uint32)

@@ -14,6 +14,8 @@ import jax.numpy as jnp
 import optax
 from optax.contrib import MuonDimensionNumbers
 
+from rslora_jax.methods.method import RANK
+from rslora_jax.sites import Site
 from rslora_jax.train.update import rehearse
 from rslora_jax.wrap import Lora
 
@@ -135,7 +137,7 @@ def make_optimizer(
     return optax.chain(optax.clip_by_global_norm(clip) if clip else optax.identity(), optimizer)
 
 
-def muon_axes(lora: Lora) -> dict[str, dict[str, MuonDimensionNumbers]]:
+def muon_axes(lora: Lora) -> dict[str, dict[str, MuonDimensionNumbers | None]]:
     """Say which axes of each factor are the rows and which the columns of its matrix, for `optax.contrib.muon`.
 
     By itself muon takes arrays of two axes, and leaves others to its Adam: all factors of a scanned model, as they
@@ -149,15 +151,16 @@ def muon_axes(lora: Lora) -> dict[str, dict[str, MuonDimensionNumbers]]:
     MuonDimensionNumbers(reduction_axis=(1,), output_axis=(2,))
     """
 
-    def matrix(stack: int, ins: int, outs: int) -> MuonDimensionNumbers:
-        return MuonDimensionNumbers(tuple(range(stack, stack + ins)), tuple(range(stack + ins, stack + ins + outs)))
+    def matrix(site: Site, axes: Sequence[int | str]) -> MuonDimensionNumbers | None:
+        own = range(len(site.stack_axes), len(axes))
+        rank = [n for n in own if axes[n] == RANK]
+        if not rank or len(own) < 2:
+            return None  # no matrix: Adam's
+        others = tuple(n for n in own if n not in rank)
+        return MuonDimensionNumbers(*((tuple(rank), others) if rank[0] == own[0] else (others, tuple(rank))))
 
     return {
-        path: {
-            "a": matrix(len(site.stack_axes), len(site.in_axes), 1),
-            "b": matrix(len(site.stack_axes), 1, len(site.out_axes)),
-        }
-        for path, site in lora.sites.items()
+        path: {name: matrix(site, axes) for name, axes in site.factors.items()} for path, site in lora.sites.items()
     }
 
 

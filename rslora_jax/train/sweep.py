@@ -14,6 +14,7 @@ import numpy as np
 import optax
 from jax import Array
 
+from rslora_jax.methods.method import rescaled
 from rslora_jax.scaling import gamma
 from rslora_jax.store.keys import typed
 from rslora_jax.train.carry import call_loss
@@ -236,7 +237,7 @@ def make_sweep_step(lora: Lora, loss: Loss, optimizer: Callable[[Any], optax.Gra
     """
 
     def one(state: TrainState, rate: Array, factors: Factors, params: Any, batch: Any) -> Any:
-        bind = lambda adapters: functools.partial(lora.apply, params, scaled(adapters, factors))
+        bind = lambda adapters: functools.partial(lora.apply, params, scaled(lora, adapters, factors))
         measured = measure(loss, bind, state.adapters, batch, **drawn(state))
         state, metrics = advance(optimizer(rate), state, measured, skip=False)
         return state, metrics | {"factor_norm": factor_norm(lora, measured.grads)}
@@ -255,7 +256,7 @@ def make_sweep_evaluate(lora: Lora, loss: Loss, *, keyed: bool = False) -> Calla
 @functools.lru_cache(maxsize=8)
 def _make_sweep_evaluate(lora: Lora, loss: Loss, keyed: bool) -> Any:
     def one(adapters: Adapters, factors: Factors, params: Any, batch: Any, model_state: Any) -> tuple[Array, Array]:
-        run = functools.partial(lora.apply, params, scaled(adapters, factors))
+        run = functools.partial(lora.apply, params, scaled(lora, adapters, factors))
         return call_loss(loss, run, batch, model_state, *((None,) if keyed else ()))[:2]
 
     # A count that is the same for all trials would have no axis of theirs.
@@ -263,11 +264,11 @@ def _make_sweep_evaluate(lora: Lora, loss: Loss, keyed: bool) -> Any:
     return jax.jit(lambda *given, model_state=None: of_all(*given, model_state))  # type: ignore[call-arg]
 
 
-def scaled(adapters: Adapters, factors: Factors) -> Adapters:
-    """Return adapters with each B multiplied by its path's factor."""
+def scaled(lora: Lora, adapters: Adapters, factors: Factors) -> Adapters:
+    """Return adapters that do what they would with their path's gamma so many times as large."""
     if factors is None:
         return adapters
-    return {path: {"a": ab["a"], "b": ab["b"] * factors[path].astype(ab["b"].dtype)} for path, ab in adapters.items()}
+    return {path: rescaled(lora.sites[path], own, factors[path]) for path, own in adapters.items()}
 
 
 def factor_norm(lora: Lora, grads: Adapters) -> Array:
@@ -282,7 +283,7 @@ def factor_norm(lora: Lora, grads: Adapters) -> Array:
     norms = [
         jnp.sqrt(jnp.sum(jnp.square(leaf.astype(jnp.float32)), axis=range(len(site.stack_axes), leaf.ndim))).ravel()
         for path, site in lora.sites.items()
-        for leaf in (grads[path]["a"], grads[path]["b"])
+        for leaf in grads[path].values()
     ]
     return jnp.mean(jnp.concatenate(norms))
 

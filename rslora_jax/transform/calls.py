@@ -8,6 +8,7 @@ from jax import Array, lax
 from jax.extend.core import primitives
 from jax.sharding import PartitionSpec as P
 
+from rslora_jax.stored.form import is_stored
 from rslora_jax.transform import compat
 from rslora_jax.transform.interpreter import Rule, Walk
 from rslora_jax.transform.views import View, materialise
@@ -135,8 +136,6 @@ def custom_jvp(walk: Walk, eqn: compat.Eqn, values: list[Any]) -> list[Any]:
 
     The rule is written for the weight itself, so under differentiation the weight is materialised.
     """
-    if walk.otherwise is not None:
-        return walk.run(eqn.params["call_jaxpr"], values)
     for v in values:
         if isinstance(v, View):
             walk.on_fallback(v, "derivative rule of custom_jvp")
@@ -147,10 +146,8 @@ def custom_jvp(walk: Walk, eqn: compat.Eqn, values: list[Any]) -> list[Any]:
 def custom_vjp(walk: Walk, eqn: compat.Eqn, values: list[Any]) -> list[Any] | None:
     """Materialise under a backward rule of the function's own, which is written for the weight itself.
 
-    In discovery the call is entered all the same, to see what the weight is used for, and so it is op by op.
+    Op by op, the call is entered all the same.
     """
-    if walk.otherwise is not None:
-        return walk.run(eqn.params["call_jaxpr"], values)
     if not compat.op_by_op():
         return None
     return with_own_derivative(walk, eqn, [walk.array(v, eqn.primitive.name) for v in values])
@@ -177,36 +174,46 @@ def with_own_derivative(walk: Walk, eqn: compat.Eqn, values: list[Any]) -> list[
 def shard_map(walk: Walk, eqn: compat.Eqn, values: list[Any]) -> list[Any]:
     """Enter a shard_map: a factor is split as the weight is along the axes it spans, its rank is whole."""
 
+    values = [whole_where_cut(walk, v, spec) for v, spec in zip(values, eqn.params["in_specs"], strict=True)]
+
     def spec_of(value: Any, spec: Any) -> Any:
         if not isinstance(value, View):
             return spec
         full = (*spec, *[None] * (len(value.shape) - len(spec)))
 
-        def factor(f: Any) -> Any:
-            if f is None:
-                return None
-            return P(*(s if size == n else None for s, size, n in zip(full, f.shape, value.shape, strict=False)))
+        def part(array: Any) -> Any:
+            return P(*(s if size == n else None for s, size, n in zip(full, array.shape, value.shape, strict=False)))
 
-        return dataclasses.replace(value, w=spec, a=factor(value.a), b=factor(value.b))
+        return value.with_parts(spec, [part(array) for array in value.parts])
 
     def build():
-        specs = tuple(map(spec_of, values, eqn.params["in_specs"]))
         params = compat.shard_map_params(eqn)
 
         def enter(value: Any, spec: Any) -> Any:
-            """Note along which axes all devices have the same factor: those along which it is not split."""
+            """Note along which axes all devices have the same part: those along which it is not split."""
             if not isinstance(value, View):
                 return value
-            whole = lambda of: frozenset(params["axis_names"]) - split_over(of)
-            return dataclasses.replace(value, uniform=(whole(spec.a), whole(spec.b)))
+            same = tuple(frozenset(params["axis_names"]) - split_over(of) for of in spec.parts)
+            return dataclasses.replace(value, uniform=same)
 
-        def body(*args):
-            outs = walk.run(eqn.params["jaxpr"], [*map(enter, args, specs)])
-            return tuple(walk.array(o, "output of shard_map") for o in outs)
+        def mapped(*values):
+            specs = tuple(map(spec_of, values, eqn.params["in_specs"]))
 
-        return jax.jit(jax.shard_map(body, in_specs=specs, **params), inline=True)
+            def body(*args):
+                outs = walk.run(eqn.params["jaxpr"], [*map(enter, args, specs)])
+                return tuple(walk.array(o, "output of shard_map") for o in outs)
+
+            return jax.shard_map(body, in_specs=specs, **params)(*values)
+
+        return jax.jit(mapped, inline=True)
 
     return walk.call(eqn, build)(*values)
+
+
+def whole_where_cut(walk: Walk, value: Any, spec: Any) -> Any:
+    """Return a value as it is, or as an array where it is a stored weight that a mesh cuts behind its stack."""
+    cut = isinstance(value, View) and is_stored(value.w) and any(spec[len(value.w.stack) :])
+    return walk.array(value, "shard_map of a stored weight") if cut else value
 
 
 def split_over(spec: Any) -> frozenset[Any]:

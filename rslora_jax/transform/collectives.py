@@ -2,11 +2,13 @@
 
 from typing import Any
 
+import jax
 from jax import Array
 
+from rslora_jax.stored.form import is_stored
 from rslora_jax.transform import compat
 from rslora_jax.transform.interpreter import Walk
-from rslora_jax.transform.renames import rename
+from rslora_jax.transform.renames import rename, untouched
 from rslora_jax.transform.views import View, spans
 
 
@@ -18,10 +20,12 @@ def all_gather(walk: Walk, eqn: compat.Eqn, values: list[Any]) -> list[Any] | No
     """
     (view,), p = values, eqn.params
     dim, tiled = p["all_gather_dimension"], p["tiled"]
+    if is_stored(view.w):
+        return None
     names = names_of(p["axis_name"])
     if tiled and not all(
-        f is None or spans(view, f)[dim] or same or view.shape[dim] == 1
-        for f, same in ((f, names <= uniform) for f, uniform in zip((view.a, view.b), view.uniform, strict=True))
+        spans(view, part)[dim] or names <= same or view.shape[dim] == 1
+        for part, same in zip(view.parts, view.shared, strict=True)
     ):
         return None
 
@@ -31,18 +35,18 @@ def all_gather(walk: Walk, eqn: compat.Eqn, values: list[Any]) -> list[Any] | No
         return compat.bind(eqn, varied(array, view))[0]
 
     axes = view.axes if tiled else (*view.axes[:dim], frozenset(), *view.axes[dim:])
-    return [rename(view, act, axes)]
+    return [rename(view, act, axes, ())]
 
 
 def ppermute(walk: Walk, eqn: compat.Eqn, values: list[Any]) -> list[Any]:
-    """Pass a weight on with both factors; a device that is sent nothing has zeros, and no update."""
+    """Pass a weight on with its parts; a device that is sent nothing has zeros, and no update."""
     (view,) = values
-    return [rename(view, lambda array, spanned: compat.bind(eqn, varied(array, view))[0], view.axes)]
+    return [untouched(view, lambda array: compat.bind(eqn, varied(array, view))[0])]
 
 
 def varied(array: Array, view: View) -> Array:
     """Let a factor vary over devices as its weight does: JAX takes none into a collective that is the same on all."""
-    return compat.vary_together(array, view.w)[0]
+    return compat.vary_together(array, *jax.tree.leaves(view.w))[0]
 
 
 def names_of(axis_name: Any) -> frozenset[Any]:

@@ -32,13 +32,16 @@ from rslora_jax.transform.views import alike
 APART_FROM_RANK = 128
 
 
-def contract(subscripts: str, left: Array, right: Array, precision: Any = None, dtype: Any = None) -> Array:
+def contract(
+    subscripts: str, left: Array, right: Array, precision: Any = None, dtype: Any = None, platform: str = "cpu"
+) -> Array:
     """Return an einsum of two arrays; on a CPU, axes that stay neighbours are made one for it.
 
     Args:
       subscripts: as of `jnp.einsum`, explicit, each letter once in a term.
       left, right: the operands.
       precision, dtype: the einsum's `precision` and `preferred_element_type`.
+      platform: what it is compiled for.
 
     >>> contract("abc,cd->abd", jnp.ones((2, 3, 4)), jnp.ones((4, 5))).shape
     (2, 3, 5)
@@ -49,7 +52,7 @@ def contract(subscripts: str, left: Array, right: Array, precision: Any = None, 
     einsum = functools.partial(jnp.einsum, precision=precision, preferred_element_type=dtype)
     # Elsewhere the compiler chooses layouts, and a partitioner may hold the rows cut along both of their axes.
     symbols = not all(isinstance(n, int) for n in (*left.shape, *right.shape))  # of which no product may be a size
-    if jax.default_backend() != "cpu" or symbols or any(map(sharded, (left, right))):
+    if platform != "cpu" or symbols or any(map(sharded, (left, right))):
         return einsum(subscripts, left, right)
     size = dict(zip(terms[0] + terms[1], (*left.shape, *right.shape), strict=True))
     inner = neighbours(terms)
@@ -83,11 +86,11 @@ def sharded(array: Array) -> bool:
     return any(axis is not None for axis in jax.typeof(array).sharding.spec)
 
 
-def rank_first(factor: Array, axis: int) -> Array:
+def rank_first(factor: Array, axis: int, platform: str) -> Array:
     """Return a factor, whose rank is at `axis`, as it is; on a CPU, its gradient is formed with the rank first."""
     # On a GPU the barrier only keeps the cast to float32 out of the product that makes the gradient: a pass more (H200,
     # rank 64, beside the base alone: 1.19 with it and 1.18 without at 1B's widths, 1.14 and 1.13 at 7B's).
-    return gradient_rank_first(factor, axis) if jax.default_backend() == "cpu" else factor
+    return gradient_rank_first(factor, axis) if platform == "cpu" else factor
 
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(1,))
@@ -102,19 +105,19 @@ def _(axis: int, primals: tuple[Array], tangents: tuple[Array]) -> tuple[Array, 
     return primals[0], jnp.moveaxis(moved, 0, axis)
 
 
-def apart(x: Array, rank: int) -> Array:
+def apart(x: Array, rank: int, platform: str) -> Array:
     """Return data as it is, on its way to a factor; on a GPU, out of XLA's sight as that which meets the base."""
-    return lax.optimization_barrier(x) if joined(rank) else x
+    return lax.optimization_barrier(x) if joined(rank, platform) else x
 
 
-def gradient_apart(update: Array, rank: int) -> Array:
+def gradient_apart(update: Array, rank: int, platform: str) -> Array:
     """Return an update as it is; on a GPU, its gradient is out of XLA's sight as that of the base's result."""
-    return behind_barrier(update) if joined(rank) else update
+    return behind_barrier(update) if joined(rank, platform) else update
 
 
-def joined(rank: int) -> bool:
+def joined(rank: int, platform: str) -> bool:
     """Say whether XLA would join an adapter's products with the base's."""
-    return jax.default_backend() == "gpu" and rank >= APART_FROM_RANK
+    return platform == "gpu" and rank >= APART_FROM_RANK
 
 
 @jax.custom_jvp

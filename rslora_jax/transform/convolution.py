@@ -8,6 +8,7 @@ import jax.numpy as jnp
 from jax import Array, lax
 
 from rslora_jax.transform.cost import Sizes
+from rslora_jax.transform.product import Product
 from rslora_jax.transform.views import LETTERS, RANK, View, alike, spans
 
 # The window factor has the kernel's axes but the one that the pointwise factor spans, and the rank last; the
@@ -23,12 +24,14 @@ class Convolution:
       pointwise_last: whether the data meets the window factor first, as it does unless a tied kernel is used
         with its two feature axes exchanged.
       dtype, gamma: what the program casts the kernel to, and the adapter's scale.
+      platform: what the program is compiled for.
     """
 
     params: tuple[tuple[str, Any], ...]
     pointwise_last: bool
     dtype: Any
     gamma: float
+    platform: str
 
     @property
     def groups(self) -> int:
@@ -108,20 +111,43 @@ class Convolution:
         return sizes
 
 
-def convolution(view: View, params: dict[str, Any]) -> tuple[Convolution, Array, Array] | None:
-    """Return a convolution with a view as its kernel as (operation, first factor, second factor)."""
+def convolution(view: View, params: dict[str, Any], platform: str) -> Product | None:
+    """Return how data meets a view as the kernel of a convolution."""
     if params["batch_group_count"] != 1:
         return None
     out_axis, in_axis, *_ = params["dimension_numbers"].rhs_spec
-    axes = range(len(view.shape))
-    lacks = lambda factor, gone: all(view.shape[n] == 1 or not spans(view, factor)[n] for n in gone)
+    grouped = params["feature_group_count"] != 1
+    gains = _gains(view, params, out_axis, in_axis)
+    own = tuple(params.items())
+    if gains is None:
+        return None
+    if not view.factors:
+        return Product(Convolution(own, True, view.dtype, view.gamma, platform), (), *gains)
     for last, axis in ((True, out_axis), (False, in_axis)):
-        if not last and params["feature_group_count"] != 1:
+        if not last and grouped:
             continue
-        others = [n for n in axes if n != axis]
-        for window, pointwise in ((view.a, view.b), (view.b, view.a)):
-            if lacks(window, [axis]) and lacks(pointwise, others):
-                window, pointwise = jnp.squeeze(window, axis), jnp.squeeze(pointwise, others)
-                op = Convolution(tuple(params.items()), last, view.dtype, view.gamma)
-                return (op, window, pointwise) if last else (op, pointwise, window)
+        others = [n for n in range(len(view.shape)) if n != axis]
+        for window, pointwise in (view.factors, view.factors[::-1]):
+            if _lacks(view, window, [axis]) and _lacks(view, pointwise, others):
+                factors = (jnp.squeeze(window, axis), jnp.squeeze(pointwise, others))
+                op = Convolution(own, last, view.dtype, view.gamma, platform)
+                return Product(op, factors if last else factors[::-1], *gains)
+    return None
+
+
+def _lacks(view: View, part: Array, axes: list[int]) -> bool:
+    return all(view.shape[n] == 1 or not spans(view, part)[n] for n in axes)
+
+
+def _gains(view: View, params: dict[str, Any], out_axis: int, in_axis: int) -> tuple[Array | None, Array | None] | None:
+    """Return a gain as what the features of the data and of the result are multiplied by."""
+    if view.gain is None:
+        return None, None
+    lhs, _, out = params["dimension_numbers"]
+    for axis, spec in ((out_axis, out), (in_axis, lhs)):
+        if _lacks(view, view.gain, [n for n in range(len(view.shape)) if n != axis]):
+            if axis == in_axis and params["feature_group_count"] != 1:
+                return None
+            shaped = jnp.reshape(view.gain, [-1 if n == spec[1] else 1 for n in range(len(spec))])
+            return (None, shaped) if axis == out_axis else (shaped, None)
     return None

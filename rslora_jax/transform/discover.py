@@ -10,8 +10,8 @@ from rslora_jax.transform import compat
 from rslora_jax.transform.head import last_products
 from rslora_jax.transform.interpreter import Walk, as_arrays
 from rslora_jax.transform.log import Log, Meeting, Use, beginning
+from rslora_jax.transform.probe import Probe
 from rslora_jax.transform.scout import scouting
-from rslora_jax.transform.views import View
 
 
 @dataclasses.dataclass(frozen=True)
@@ -47,7 +47,7 @@ def discover(jaxpr: compat.Jaxpr, names: Sequence[str], arrays: Sequence[Any]) -
     walk = Walk(rules, on_fallback=lost, otherwise=follow)
 
     def scout(arrays: Sequence[Any]) -> list[Any]:
-        weights: list[View] = [beginning(w, name) for w, name in zip(arrays, names, strict=False)]
+        weights: list[Probe] = [beginning(w, name) for w, name in zip(arrays, names, strict=False)]
         return as_arrays(walk, walk.run(jaxpr, [*weights, *arrays[len(names) :]]))
 
     jax.eval_shape(scout, list(arrays))

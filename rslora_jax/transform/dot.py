@@ -9,6 +9,7 @@ from jax import Array, lax
 
 from rslora_jax.transform.contract import contract
 from rslora_jax.transform.cost import Sizes
+from rslora_jax.transform.product import Product
 from rslora_jax.transform.views import LETTERS, RANK, View, alike, compact
 
 
@@ -22,6 +23,7 @@ class Dot:
       weight_left: whether the weight is the left operand.
       params: the equation's own parameters.
       dtype, gamma: what the program casts the weight to, and the adapter's scale.
+      platform: what the program is compiled for.
     """
 
     x: str
@@ -34,6 +36,7 @@ class Dot:
     params: tuple[tuple[str, Any], ...]
     dtype: Any
     gamma: float
+    platform: str
 
     rank_axis = 0
 
@@ -54,7 +57,7 @@ class Dot:
         return jnp.einsum(f"{self.first},{self.second}->{self.w}", *alike(first, second))
 
     def contract(self, subscripts: str, left: Array, right: Array, dtype: Any = None) -> Array:
-        return contract(subscripts, left, right, dict(self.params)["precision"], dtype)
+        return contract(subscripts, left, right, dict(self.params)["precision"], dtype, self.platform)
 
     def sizes(self, x: tuple[int, ...], w: tuple[int, ...], rank: int) -> Sizes:
         size = dict(zip(self.x + self.w + RANK, (*x, *w, rank), strict=True))
@@ -72,10 +75,11 @@ class Dot:
         )
 
 
-def dot(view: View, x: Array, weight_left: bool, params: dict[str, Any]) -> tuple[Dot, Array, Array] | None:
-    """Return a product with a view as (operation, first factor, second factor).
+def dot(view: View, x: Array, weight_left: bool, params: dict[str, Any], platform: str) -> Product | None:
+    """Return how data meets a view in a product.
 
-    None where it has no low-rank form: an axis of the weight that neither factor spans.
+    None where it has no low-rank form: an axis of the weight that neither factor spans, or a gain along axes of which
+    some are summed over and some are not.
     """
     (lhs_contracted, rhs_contracted), (lhs_batch, rhs_batch) = params["dimension_numbers"]
     lhs, rhs = (view, x) if weight_left else (x, view)
@@ -89,28 +93,52 @@ def dot(view: View, x: Array, weight_left: bool, params: dict[str, Any]) -> tupl
         + [c for n, c in enumerate(rhs_letters) if n not in paired]
     )
     w_letters, x_letters = (lhs_letters, rhs_letters) if weight_left else (rhs_letters, lhs_letters)
-    a_letters, a = compact(view, view.a, w_letters)
-    b_letters, b = compact(view, view.b, w_letters)
-    contracted = set(x_letters) - set(out_letters)
-    meets_b = bool(contracted & (set(b_letters) - set(a_letters)))
-    if not set(w_letters) <= set(a_letters + b_letters):
+    met = meeting(view, x_letters, w_letters, out_letters)
+    gains = gains_of(view, x_letters, w_letters, out_letters)
+    if met is None or gains is None:
         return None
-    first, second = (b_letters, a_letters) if meets_b else (a_letters, b_letters)
-    # The rank leads in the second factor, so that its gradient is formed as (x first)' dy, and not transposed.
-    second = RANK + second[:-1]
-    arrays = (b, jnp.moveaxis(a, -1, 0)) if meets_b else (a, jnp.moveaxis(b, -1, 0))
-    needed = set(out_letters) | set(second)
-    between = "".join(dict.fromkeys(c for c in x_letters + first if c in needed and c != RANK)) + RANK
+    first, second, factors = met
+    if factors:
+        # The rank leads in the second factor, so that its gradient is formed as (x first)' dy, and not transposed.
+        second, factors = RANK + second[:-1], (factors[0], jnp.moveaxis(factors[1], -1, 0))
+    between = between_of(x_letters, first, set(out_letters) | set(second))
+    own = tuple(params.items())
     op = Dot(
-        x_letters,
-        w_letters,
-        out_letters,
-        first,
-        between,
-        second,
-        weight_left,
-        tuple(params.items()),
-        view.dtype,
-        view.gamma,
+        x_letters, w_letters, out_letters, first, between, second, weight_left, own, view.dtype, view.gamma, platform
     )
-    return op, *arrays
+    return Product(op, factors, *gains)
+
+
+def meeting(view: View, x: str, w: str, out: str) -> tuple[str, str, tuple[Array, ...]] | None:
+    """Return the letters of the factor that data meets first, those of the other, and both arrays in this order.
+
+    None where an axis of the weight is spanned by neither; without factors, empty.
+    """
+    if not view.factors:
+        return "", "", ()
+    (a_letters, a), (b_letters, b) = (compact(view, factor, w) for factor in view.factors)
+    if not set(w) <= set(a_letters + b_letters):
+        return None
+    contracted = set(x) - set(out)
+    if contracted & (set(b_letters) - set(a_letters)):
+        return b_letters, a_letters, (b, a)
+    return a_letters, b_letters, (a, b)
+
+
+def between_of(x: str, first: str, needed: set[str]) -> str:
+    """Return the letters of what data and the first factor make: those that are needed later, and the rank's."""
+    return "".join(dict.fromkeys(c for c in x + first if c in needed and c != RANK)) + RANK
+
+
+def gains_of(view: View, x: str, w: str, out: str) -> tuple[Array | None, Array | None] | None:
+    """Return a view's gain as what its data and its result are multiplied by; None where it is neither."""
+    if view.gain is None:
+        return None, None
+    letters, gain = compact(view, view.gain, w)
+    for n, term in enumerate((out, x)):
+        if set(letters) <= set(term):
+            order = [letters.index(c) for c in term if c in letters]
+            sizes = [gain.shape[letters.index(c)] if c in letters else 1 for c in term]
+            shaped = jnp.reshape(jnp.transpose(gain, order), sizes)
+            return (None, shaped) if n == 0 else (shaped, None)
+    return None

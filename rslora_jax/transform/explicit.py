@@ -11,7 +11,7 @@ from jax.sharding import PartitionSpec as P
 
 def explicit_mesh(*arrays: Any) -> Any:
     """Return the mesh of the first array that lies on one with explicit axes, or None."""
-    meshes = (jax.typeof(array).sharding.mesh for array in arrays)
+    meshes = (jax.typeof(leaf).sharding.mesh for array in arrays for leaf in jax.tree.leaves(array))
     return next((mesh for mesh in meshes if AxisType.Explicit in mesh.axis_types), None)
 
 

@@ -5,8 +5,10 @@ import weakref
 from collections.abc import Callable, Mapping, MutableMapping, Sequence
 from typing import Any
 
+import jax
+
 from rslora_jax.transform import compat
-from rslora_jax.transform.product import adapted_product
+from rslora_jax.transform.product import Product, adapted
 from rslora_jax.transform.views import View, materialise
 
 # A rule takes (walk, equation, values) and returns the equation's outputs, some of which may be views,
@@ -21,9 +23,10 @@ class Walk:
     Attributes:
       rules: the rule of each primitive.
       on_fallback: called with (view, primitive) where a weight is materialised.
-      product: makes the product of data and an adapted weight, with the arguments of `adapted_product`.
+      product: makes the result of data and an adapted weight, with the arguments of `product.adapted`.
       tables: the paths of the weights that are looked up, row by row.
-      otherwise: what is done where no rule applies; None materialises and reports.
+      platform: what the program is compiled for, by default JAX's own backend.
+      otherwise: in discovery, what is done where no rule applies; None materialises and reports.
       calls_here: compiled calls of the program that is walked, by equation, so that none is traced twice.
       calls: those of all programs. They live as long as the program, which `jax.jit` keeps until the function is
         gone, or until `jax.clear_caches`.
@@ -31,8 +34,9 @@ class Walk:
 
     rules: Mapping[compat.Primitive, Rule]
     on_fallback: Callable[[View, str], None] = lambda view, primitive: None
-    product: Callable[..., Any] = adapted_product
+    product: Callable[..., Any] = adapted
     tables: frozenset[str] = frozenset()
+    platform: str | None = None
     otherwise: Rule | None = None
     calls_here: dict[int, Any] = dataclasses.field(default_factory=dict)
     calls: MutableMapping[compat.Jaxpr, dict[int, Any]] = dataclasses.field(default_factory=weakref.WeakKeyDictionary)
@@ -75,6 +79,15 @@ class Walk:
             return value
         self.on_fallback(value, primitive)
         return materialise(value)
+
+    def use(self, view: View, product: Product | None, x: Any, *extra: Any) -> list[Any] | None:
+        """Return the outputs of an equation in which data meets a view, or None where it does so in no known way."""
+        return None if product is None else [self.product(view, product, x, *extra)]
+
+    @property
+    def target(self) -> str:
+        """What the program is compiled for."""
+        return self.platform or jax.default_backend()
 
     def call(self, eqn: compat.Eqn, build: Callable[[], Callable[..., Any]]) -> Callable[..., Any]:
         """Return the compiled function that stands for a call equation of this program, built once per walk."""

@@ -11,7 +11,7 @@ from typing import Any
 import jax.numpy as jnp
 
 from rslora_jax.transform import compat
-from rslora_jax.transform.views import View
+from rslora_jax.transform.probe import Probe
 
 
 @dataclasses.dataclass(frozen=True)
@@ -71,7 +71,7 @@ class Log:
     meetings: dict[str, list[Meeting]] = dataclasses.field(default_factory=dict)
     apart: set[tuple[str, int]] = dataclasses.field(default_factory=set)
 
-    def use(self, view: View, kind: str, contracted: Sequence[int], batch: Sequence[int], eqn: compat.Eqn) -> set[int]:
+    def use(self, view: Probe, kind: str, contracted: Sequence[int], batch: Sequence[int], eqn: compat.Eqn) -> set[int]:
         """Note the use of a view by some of its axes, for each weight it is made of; return the uses' numbers."""
         rest = [n for n in range(len(view.shape)) if n not in (*contracted, *batch)]
 
@@ -91,7 +91,7 @@ class Log:
                 self.meet(dataclasses.replace(view, sites=(site,)), view.past.through or eqn.primitive.name)
         return set(range(first, len(self.uses)))
 
-    def serve(self, view: View, kind: str, contracted: Sequence[int], batch: Sequence[int], eqn: compat.Eqn) -> None:
+    def serve(self, view: Probe, kind: str, contracted: Sequence[int], batch: Sequence[int], eqn: compat.Eqn) -> None:
         """Note that data meet a view as a weight: what it was used for on its way here does not count.
 
         But rows that are summed over (a bag of embeddings), or of which each row of data has its own, are looked up.
@@ -110,7 +110,7 @@ class Log:
         self.withdrawn |= view.past.waiting
         self.use(view, kind, contracted, batch, eqn)
 
-    def meet(self, view: View, primitive: str, loud: bool = True) -> None:
+    def meet(self, view: Probe, primitive: str, loud: bool = True) -> None:
         """Note that a weight is lost among data."""
         if view.past.rows:
             return  # its look-up is noted
@@ -122,38 +122,38 @@ class Log:
 
 
 def is_weight(value: Any) -> bool:
-    return isinstance(value, View) and bool(value.sites) and not value.past.rows
+    return isinstance(value, Probe) and bool(value.sites) and not value.past.rows
 
 
 def is_data(value: Any) -> bool:
-    return compat.is_tracer(value) or (isinstance(value, View) and value.past.rows)
+    return compat.is_tracer(value) or (isinstance(value, Probe) and value.past.rows)
 
 
 def base(value: Any) -> Any:
-    return value.base if isinstance(value, View) else value
+    return value.base if isinstance(value, Probe) else value
 
 
-def known(w: Any) -> View:
+def known(w: Any) -> Probe:
     """Return a value that depends on no data, and is no weight either."""
-    return View(w, None, None, (frozenset(),) * w.ndim, w.dtype, ())
+    return Probe(w, (frozenset(),) * w.ndim, w.dtype, ())
 
 
 def numeric(dtype: Any) -> bool:
     return jnp.issubdtype(dtype, jnp.number)
 
 
-def all_sites(weights: Sequence[View]) -> tuple[str, ...]:
+def all_sites(weights: Sequence[Probe]) -> tuple[str, ...]:
     return tuple(dict.fromkeys(site for v in weights for site in v.sites))
 
 
-def beginning(w: Any, name: str) -> View:
+def beginning(w: Any, name: str) -> Probe:
     """Return a parameter as discovery starts with it: one without the axes or numbers of a weight is a constant."""
     if w.ndim < 2 or not numeric(w.dtype):
         return known(w)
-    return View(w, None, None, tuple(frozenset({(name, n)}) for n in range(w.ndim)), w.dtype, (name,))
+    return Probe(w, tuple(frozenset({(name, n)}) for n in range(w.ndim)), w.dtype, (name,))
 
 
-def guess(view: View, values: Sequence[Any], outs: Sequence[Any]) -> tuple[int, int, bool] | None:
+def guess(view: Probe, values: Sequence[Any], outs: Sequence[Any]) -> tuple[int, int, bool] | None:
     """Return the in- and the out-axis of a weight in an operation that nobody knows, by the sizes of what it met.
 
     And whether the sizes leave no other choice.

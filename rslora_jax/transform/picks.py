@@ -8,7 +8,7 @@ from typing import Any
 import jax.numpy as jnp
 from jax import Array, lax
 
-from rslora_jax.transform.renames import rename, uniform_where
+from rslora_jax.transform.renames import renamed_weight, shared_where
 from rslora_jax.transform.views import Axes, View, spans
 
 
@@ -19,23 +19,34 @@ class Pick:
     Attributes:
       row: the axis.
       stack: the axes that operand and indices share, element by element.
-      params: the equation's own parameters.
+      params: the equation's own parameters, as pairs.
     """
 
     row: int
     stack: tuple[int, ...]
-    params: dict[str, Any]
+    params: tuple[tuple[str, Any], ...]
 
     @property
     def offset(self) -> tuple[int, ...]:
         """Where the operand's axes that are kept lie in the result."""
-        return tuple(map(int, self.params["dimension_numbers"].offset_dims))
+        return tuple(map(int, dict(self.params)["dimension_numbers"].offset_dims))
 
     @property
     def kept(self) -> list[int]:
         """The operand's axes that are kept, in the order of `offset`."""
-        gone = (*self.params["dimension_numbers"].collapsed_slice_dims, *self.stack)
-        return [n for n in range(len(self.params["slice_sizes"])) if n not in gone]
+        p = dict(self.params)
+        gone = (*p["dimension_numbers"].collapsed_slice_dims, *self.stack)
+        return [n for n in range(len(p["slice_sizes"])) if n not in gone]
+
+    @property
+    def batch(self) -> dict[int, int]:
+        """The operand's axes that indices share, by the index's axis."""
+        numbers = dict(self.params)["dimension_numbers"]
+        return dict(zip(map(int, numbers.start_indices_batching_dims), self.stack, strict=True))
+
+    def ndim(self, indices: Any) -> int:
+        """The number of axes of the result."""
+        return indices.ndim - 1 + len(self.offset)
 
 
 def pick_of(params: dict[str, Any], shape: Sequence[int]) -> Pick | None:
@@ -50,7 +61,21 @@ def pick_of(params: dict[str, Any], shape: Sequence[int]) -> Pick | None:
     fills = params["mode"] == lax.GatherScatterMode.FILL_OR_DROP
     if len(rows) != 1 or not whole or (fills and len(places) > 1):
         return None
-    return Pick(rows[0], stack, params)
+    return Pick(rows[0], stack, tuple(params.items()))
+
+
+def slice_as_pick(row: int, start: Array, shape: Sequence[int], sizes: Sequence[int]) -> tuple[Pick, Array]:
+    """Return a slice along one axis, at a place that data say, as a pick, and the index that it takes."""
+    ndim = len(shape)
+    params = {
+        "dimension_numbers": lax.GatherDimensionNumbers(tuple(range(ndim)), (), (row,)),
+        "slice_sizes": tuple(sizes[n] if n == row else shape[n] for n in range(ndim)),
+        "indices_are_sorted": True,
+        "unique_indices": True,
+        "mode": lax.GatherScatterMode.CLIP,
+        "fill_value": None,
+    }
+    return Pick(row, (), tuple(params.items())), jnp.reshape(start, (1,))
 
 
 def is_single(pick: Pick, indices: Array) -> bool:
@@ -59,51 +84,58 @@ def is_single(pick: Pick, indices: Array) -> bool:
 
 
 def take(view: View, pick: Pick, indices: Array) -> View | None:
-    """Pick from a weight, and from those of its factors that span the axis; the other stays.
+    """Pick from a weight, and from those of its parts that span the axis; the others stay.
 
-    None where the weight and the indices share an axis that a factor does not span.
+    None where the weight and the indices share an axis that a part does not span.
     """
-    numbers = pick.params["dimension_numbers"]
-    for factor in (view.a, view.b):
-        if factor is not None and not all(spans(view, factor)[n] for n in pick.stack):
+    for part in view.parts:
+        if not all(spans(view, part)[n] for n in pick.stack):
             return None
-    at = list(map(int, numbers.start_index_map)).index(pick.row)
-    shared = tuple(map(int, numbers.start_indices_batching_dims))
-    once = [size if n in shared else 1 for n, size in enumerate(indices.shape[:-1])]
-    ndim = indices.ndim - 1 + len(pick.offset)
-
-    def act(array: Array, spanned: tuple[bool, ...]) -> Array:
-        is_weight = array.ndim == len(spanned)
-        places = indices[..., at : at + 1] if spanned[pick.row] else jnp.zeros((*once, 1), indices.dtype)
-        sizes = [size if there else 1 for size, there in zip(pick.params["slice_sizes"], spanned, strict=True)]
-        rank = [] if is_weight else [array.shape[-1]]
-        return lax.gather(
-            array,
-            places,
-            lax.GatherDimensionNumbers(
-                (*pick.offset, *range(ndim, ndim + len(rank))),
-                tuple(map(int, numbers.collapsed_slice_dims)),
-                (pick.row,),
-                pick.stack,
-                shared,
-            ),
-            (*sizes, *rank),
-            indices_are_sorted=pick.params["indices_are_sorted"],
-            unique_indices=pick.params["unique_indices"] and spanned[pick.row],
-            mode=pick.params["mode"],
-            # What is filled in is no weight, and gets no update.
-            fill_value=pick.params["fill_value"] if is_weight else 0,
-        )
-
-    out = rename(view, act, labels(view, pick, ndim, shared))
+    ndim, depth, p = pick.ndim(indices), len(view.shape), dict(pick.params)
+    still = [axis for axis, at in zip(pick.kept, pick.offset, strict=True) if axis - depth == at - ndim]
+    filled = p["mode"] == lax.GatherScatterMode.FILL_OR_DROP  # with a number, which no packed array can hold
+    moved = {0, *(n for n in range(depth) if n not in still or filled)}
+    w = renamed_weight(view, picked, moved, (indices,), (pick, p["fill_value"]))
+    # What is filled in is no weight: it gets no update, and no gain scales it.
+    fills = {id(part): 0 for part in view.parts} | {id(view.gain): 1}
+    parts = [picked(part, indices, spans(view, part), pick, fills[id(part)]) for part in view.parts]
+    out = view.with_parts(w, parts, axes=tuple(_labels(view, pick, indices)))
     # Devices may pick different places.
-    keeps = lambda f: f is None or not spans(view, f)[pick.row]
-    return dataclasses.replace(out, uniform=uniform_where(view, keeps(view.a), keeps(view.b)))
+    return shared_where(view, out, [not spans(view, part)[pick.row] for part in view.parts])
 
 
-def labels(view: View, pick: Pick, ndim: int, shared: Sequence[int]) -> list[Axes]:
+def picked(array: Array, indices: Array, spanned: tuple[bool, ...], pick: Pick, fill: Any) -> Array:
+    """Pick from a weight or from a part of its adapter, of which `spanned` says which axes it has."""
+    p = dict(pick.params)
+    numbers = p["dimension_numbers"]
+    at = list(map(int, numbers.start_index_map)).index(pick.row)
+    shared = tuple(pick.batch)
+    once = [size if n in shared else 1 for n, size in enumerate(indices.shape[:-1])]
+    ndim = pick.ndim(indices)
+    places = indices[..., at : at + 1] if spanned[pick.row] else jnp.zeros((*once, 1), indices.dtype)
+    cut = (pick.row, *pick.stack)
+    sizes = [p["slice_sizes"][n] if there and n in cut else array.shape[n] for n, there in enumerate(spanned)]
+    tail = array.shape[len(spanned) :]
+    return lax.gather(
+        array,
+        places,
+        lax.GatherDimensionNumbers(
+            (*pick.offset, *range(ndim, ndim + len(tail))),
+            tuple(map(int, numbers.collapsed_slice_dims)),
+            (pick.row,),
+            pick.stack,
+            shared,
+        ),
+        (*sizes, *tail),
+        indices_are_sorted=p["indices_are_sorted"],
+        unique_indices=p["unique_indices"] and spanned[pick.row],
+        mode=p["mode"],
+        fill_value=fill,
+    )
+
+
+def _labels(view: View, pick: Pick, indices: Array) -> list[Axes]:
     """Return the stored axes that each axis of a pick's result is made of."""
     kept = dict(zip(pick.offset, pick.kept, strict=True))
-    batch = dict(zip(shared, pick.stack, strict=True))
-    index_axes = iter(range(ndim))
-    return [view.axes[kept[n] if n in kept else batch.get(next(index_axes), pick.row)] for n in range(ndim)]
+    ndim, index_axes = pick.ndim(indices), iter(range(pick.ndim(indices)))
+    return [view.axes[kept[n] if n in kept else pick.batch.get(next(index_axes), pick.row)] for n in range(ndim)]

@@ -13,14 +13,17 @@ from typing import Any, Protocol
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import Array, lax
 from jax.ad_checkpoint import checkpoint_name
 from jax.custom_derivatives import SymbolicZero
 
+from rslora_jax.stored.form import dense, is_stored
+from rslora_jax.transform import compat
 from rslora_jax.transform.contract import apart, gradient_apart, rank_first
 from rslora_jax.transform.cost import Plan, Sizes, plan
 from rslora_jax.transform.explicit import by_compiler, explicit_mesh, type_of
-from rslora_jax.transform.views import common, wide
+from rslora_jax.transform.views import View, common, wide
 
 # The names by which checkpoint policies know what is kept from the value for its gradients: the weight with its
 # update, and the data that met the first factor.
@@ -33,14 +36,16 @@ class Bilinear(Protocol):
     `base` is the program's own operation, linear in each operand, and `leave(meet(x, first), second)` is
     `base(x, full(first, second))`. `by_weight` is the same function, in the form whose transpose in the weight costs
     least. `dtype` is what the program casts the weight to, `gamma` the adapter's scale, which the operations leave
-    out. Operations are compared by value: equal ones on equal shapes are traced once, however many layers a model
-    has.
+    out, `platform` what the program is compiled for. Operations are compared by value: equal ones on equal shapes are
+    traced once, however many layers a model has.
     """
 
     @property
     def dtype(self) -> Any: ...
     @property
     def gamma(self) -> float: ...
+    @property
+    def platform(self) -> str: ...
     @property
     def rank_axis(self) -> int: ...  # of second; the last of first
     @property
@@ -58,31 +63,106 @@ class Bilinear(Protocol):
     def __hash__(self) -> int: ...
 
 
+@dataclasses.dataclass(frozen=True)
+class Product:
+    """A weight that meets data: the operation, and what of the adapter takes part in it.
+
+    Attributes:
+      op: the operation.
+      factors: the two factors in the order in which the data meets them, the rank last; none without an update.
+      before, after: the gain, in a shape that the data, or the result, can be multiplied by; of the two at most one.
+    """
+
+    op: Bilinear
+    factors: tuple[Array, ...]
+    before: Array | None = None
+    after: Array | None = None
+
+
+def adapted(view: View, product: Product, x: Array, *extra: Array) -> Array:
+    """Return the result of data and what a view stands for.
+
+    Args:
+      view: the weight.
+      product: how data meets it.
+      x: the data.
+      *extra: operands of the operation that have no derivative.
+    """
+    x = times(x, product.before)
+    seen = () if "mask" not in view.along else (dropped(x, view.along["mask"], view.rate),)
+    return times(adapted_product(product.op, x, view.w, product.factors, extra, *seen), product.after)
+
+
+def times(array: Array, gain: Array | None) -> Array:
+    """Multiply by a gain, in the gain's dtype at least; the result has the array's."""
+    if gain is None:
+        return array
+    dtype = wide(array.dtype, gain.dtype)
+    return (array.astype(dtype) * gain.astype(dtype)).astype(array.dtype)
+
+
+def dropped(x: Array, key: Array, rate: float) -> Array:
+    """Return data of which a part, drawn at random, is zero, and the rest as much larger (arXiv 1207.0580).
+
+    Args:
+      x: the data.
+      key: the raw data of a key, or of several, of which one is made.
+      rate: the part.
+    """
+    data = jnp.sum(key.reshape(-1, key.shape[-1]), 0, dtype=key.dtype)
+    drawn = jax.random.wrap_key_data(data, impl="threefry2x32" if key.shape[-1] == 2 else "rbg")
+    return jnp.where(jax.random.bernoulli(drawn, 1 - rate, x.shape), x / (1 - rate), 0).astype(x.dtype)
+
+
 @functools.partial(jax.jit, static_argnums=0)
-def adapted_product(op: Bilinear, x: Array, w: Array, first: Array, second: Array, *extra: Array) -> Array:
+def adapted_product(
+    op: Bilinear, x: Array, w: Any, factors: tuple[Array, ...], extra: tuple[Array, ...] = (), seen: Array | None = None
+) -> Array:
     """Return the result of `op` on data and an adapted weight.
 
     Args:
       op: the operation.
       x: the data.
-      w: the weight in the dtype it is stored in.
-      first, second: its factors in the order in which the data meets them, the rank last. They are cast to
+      w: the weight in the dtype or in the form it is stored in.
+      factors: in the order in which the data meets them, the rank last. They are cast to
         the operation's dtype where they meet data; their sum with the weight is formed before that cast.
-      *extra: operands of `op` that have no derivative.
+      extra: operands of `op` that have no derivative.
+      seen: the data as the adapter sees it, where that is not `x`; then all is factored.
     """
     if explicit_mesh(x, w):
-        return without_explicit_axes(op, x, w, first, second, *extra)
+        return without_explicit_axes(op, x, w, factors, extra, seen)
+    stored = is_stored(w)
     # A sum with a weight stored in fewer bits than float32 would round the update away.
-    summable = jnp.finfo(w.dtype).bits >= 32
+    parts = Parts(op, jnp.finfo(w.dtype).bits >= 32, extra)
+    if not factors:
+        return recomputed(parts.base, stored)(x, w)
+    first, second = factors
     sizes = op.sizes(x.shape, w.shape, first.shape[-1])
     # Through a weight that the program computes with in float8, an update would be rounded to three bits.
-    best = plan(sizes, summable) if jnp.finfo(op.dtype).bits >= 16 else Plan()
+    best = plan(sizes, parts.summable) if jnp.finfo(op.dtype).bits >= 16 and seen is None else Plan()
+    # The order is that of a dense weight, to the bit, but a weight that is not kept dense is not kept in a sum either.
+    best = dataclasses.replace(best, keep=False) if stored else best
 
-    first = first if slight(first.shape, -1, sizes.meet) else rank_first(first, -1)
-    second = second if slight(second.shape, op.rank_axis, sizes.leave) else rank_first(second, op.rank_axis)
+    first = first if slight(first.shape, -1, sizes.meet) else rank_first(first, -1, op.platform)
+    second = (
+        second if slight(second.shape, op.rank_axis, sizes.leave) else rank_first(second, op.rank_axis, op.platform)
+    )
 
     if best == Plan():  # then JAX's own derivative is the one that was counted
-        return Parts(op, summable, extra).factored(x, w, first, second)
+        return recomputed(parts.factored, stored)(x, w, first, second, seen)
+    return through_weight(op, best, x, w, first, second, extra)
+
+
+def recomputed(act: Callable[..., Array], stored: bool) -> Callable[..., Array]:
+    """Return a product that, where the weight is stored in a form of its own, keeps no dense one for its gradients."""
+    if not stored and not compat.op_by_op():  # in which all bases' gradients are summed in one order, to the bit
+        return act
+    return jax.checkpoint(act, policy=jax.checkpoint_policies.save_only_these_names(MET))
+
+
+def through_weight(op: Bilinear, best: Plan, x: Array, w: Any, first: Array, second: Array, extra: Any) -> Array:
+    """Return the product by a plan in which some part goes through the sum of the weight and its update."""
+    summable = jnp.finfo(w.dtype).bits >= 32
 
     # `extra` is an argument and not a closure: JAX traces the rule later, when values of this trace are gone.
     @jax.custom_jvp
@@ -92,7 +172,8 @@ def adapted_product(op: Bilinear, x: Array, w: Array, first: Array, second: Arra
 
     def rule(primals, tangents):
         x, w, first, second, *extra = primals
-        dx, dw, dfirst, dsecond = (None if isinstance(t, SymbolicZero) else t for t in tangents[:4])
+        dx, dfirst, dsecond = (None if isinstance(t, SymbolicZero) else t for t in (tangents[0], *tangents[2:4]))
+        dw = tangent_of_dense(w, tangents[1])
         parts = Parts(op, summable, extra)
         whole: Any = parts.merged(w, first, second) if best.forward or best.dx else None
         met = kept_as(parts.meet(x, first), MET)  # XLA drops what is not used
@@ -126,11 +207,25 @@ def adapted_product(op: Bilinear, x: Array, w: Array, first: Array, second: Arra
     return jax.checkpoint(product, policy=policy)(x, w, first, second, *extra)
 
 
-def without_explicit_axes(op: Any, x: Array, w: Array, *others: Array) -> Array:
+def tangent_of_dense(w: Any, tangent: Any) -> Array | None:
+    """Return the tangent of the array that a weight stands for; None where it has none."""
+    tree: Any = jax.tree.structure(w)
+    is_zero = lambda t: isinstance(t, SymbolicZero)
+    given = jax.tree.leaves(tangent, is_leaf=is_zero)
+    if all(map(is_zero, given)):
+        return None
+    if not is_stored(w):
+        return tangent
+    zero = lambda t: np.zeros(t.aval.shape, t.aval.dtype) if t.aval.dtype == jax.dtypes.float0 else t.instantiate()
+    return jax.jvp(dense, (w,), (jax.tree.unflatten(tree, [zero(t) if is_zero(t) else t for t in given]),))[1]
+
+
+def without_explicit_axes(op: Any, x: Array, w: Any, factors: Any, extra: Any, seen: Any) -> Array:
     """Return the product where an array's type says how it lies: its result lies as the program's own does."""
-    where = type_of(Parts(op, True, others[2:]).base, x, w).sharding
-    op = dataclasses.replace(op, params=tuple((k, None if k == "out_sharding" else v) for k, v in op.params))
-    return by_compiler(functools.partial(adapted_product, op), where, x, w, *others)
+    where = type_of(lambda x, w: Parts(op, True, extra).base(x, w), x, w).sharding
+    if hasattr(op, "params"):
+        op = dataclasses.replace(op, params=tuple((k, None if k == "out_sharding" else v) for k, v in op.params))
+    return by_compiler(functools.partial(adapted_product, op), where, x, w, factors, extra, seen)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -141,20 +236,22 @@ class Parts:
     summable: bool
     extra: Sequence[Array]
 
-    def cast(self, array: Array) -> Array:
-        return array.astype(self.op.dtype)
+    def cast(self, weight: Any) -> Array:
+        return dense(weight).astype(self.op.dtype)
 
     def cast_factor(self, factor: Array) -> Array:
         return factor.astype(common(self.op.dtype))
 
-    def base(self, x: Array, w: Array) -> Array:
+    def base(self, x: Array, w: Any) -> Array:
         return self.op.base(x, self.cast(w), *self.extra)
 
     def by_weight(self, x: Array, dw: Array) -> Array:
         return self.op.by_weight(x, self.cast(dw), *self.extra)
 
     def meet(self, x: Array, first: Array) -> Array:
-        return self.op.gamma * self.op.meet(apart(x, first.shape[-1]), self.cast_factor(first), *self.extra)
+        return self.op.gamma * self.op.meet(
+            apart(x, first.shape[-1], self.op.platform), self.cast_factor(first), *self.extra
+        )
 
     def leave(self, xa: Array, second: Array) -> Array:
         return self.op.leave(xa, self.cast_factor(second), *self.extra)
@@ -162,19 +259,21 @@ class Parts:
     def full(self, first: Array, second: Array) -> Array:
         return self.op.full(first, self.op.gamma * second)
 
-    def factored(self, x: Array, w: Array, first: Array, second: Array) -> Array:
-        return self.with_update(self.base(x, w), self.meet(x, first), second)
+    def factored(self, x: Array, w: Any, first: Array, second: Array, seen: Array | None = None) -> Array:
+        """Return the product; `seen` is the data that the factors meet, if it is other than the weight's."""
+        met = self.meet(x if seen is None else seen, first)
+        return self.with_update(self.base(x, w), kept_as(met, MET) if is_stored(w) else met, second)
 
     def with_update(self, y: Array, met: Array, second: Array) -> Array:
-        update = gradient_apart(self.leave(met, second), second.shape[self.op.rank_axis])
+        update = gradient_apart(self.leave(met, second), second.shape[self.op.rank_axis], self.op.platform)
         return y + update.astype(y.dtype)
 
-    def merged(self, w: Array, first: Array, second: Array) -> Callable[[Array], Array]:
+    def merged(self, w: Any, first: Array, second: Array) -> Callable[[Array], Array]:
         """Return the product with the adapted weight as a function of the data."""
         if self.summable:
             dtype = wide(w.dtype, first.dtype, second.dtype)
             update = self.full(first.astype(dtype), second.astype(dtype))
-            total = kept_as(self.cast(w.astype(dtype) + update), MERGED)
+            total = kept_as(self.cast(dense(w).astype(dtype) + update), MERGED)
             return lambda x: self.base(x, total)
         update = kept_as(self.cast(self.full(first, second)), MERGED)
         return lambda x: self.base(x, w) + self.base(x, update)

@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from rslora_jax.stored.form import is_stored, like_dense
 from rslora_jax.transform import compat
 from rslora_jax.transform.objects import change, changes, values_of, variables_of
 from rslora_jax.transform.static import exact, exact_structure, hashable
@@ -21,8 +22,8 @@ Trace = tuple[compat.Jaxpr, Any, list[Any]]
 
 
 def is_array(leaf: Any) -> bool:
-    """Say whether a leaf is an array or stands for one; a NumPy string is none."""
-    return isinstance(leaf, ARRAYS) and not isinstance(leaf, str | bytes)
+    """Say whether a leaf is an array or stands for one, as a stored weight does; a NumPy string is none."""
+    return is_stored(leaf) or (isinstance(leaf, ARRAYS) and not isinstance(leaf, str | bytes))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -76,7 +77,7 @@ class Program:
     def trace(self, params: Any, args: tuple, kwargs: dict) -> Trace:
         """Return (jaxpr, tree of what it returns, the arrays it takes: those of `params` come first)."""
         tree: Any
-        leaves, tree = jax.tree.flatten((params, args, kwargs))
+        leaves, tree = jax.tree.flatten((params, args, kwargs), is_leaf=is_stored)
         first = tree.children()[0].num_leaves
         numbers = [n for n, leaf in enumerate(leaves) if n >= first and type(leaf) in NUMBERS]
         known = static(tree, leaves)
@@ -99,7 +100,7 @@ class Program:
             for n, (leaf, yes) in enumerate(zip(leaves, call.traced, strict=True))
             if yes
         ]
-        jaxpr, out_tree = compat.trace(self.jitted, call, *arrays)
+        jaxpr, out_tree = compat.trace(self.jitted, call, *map(like_dense, arrays))
         if any_alive(call.stand_ins):
             raise ValueError("the function keeps a number for later, as a derivative rule that closes over it does")
         return compat.live(jaxpr), out_tree, arrays

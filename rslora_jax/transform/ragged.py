@@ -4,11 +4,14 @@ import dataclasses
 import math
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 from jax import Array, lax
 
 from rslora_jax.transform.cost import Sizes
-from rslora_jax.transform.views import LETTERS, RANK, View, alike, compact
+from rslora_jax.transform.dot import between_of, gains_of, meeting
+from rslora_jax.transform.product import Product
+from rslora_jax.transform.views import LETTERS, RANK, View, alike, spans
 
 
 @dataclasses.dataclass(frozen=True)
@@ -21,6 +24,7 @@ class Ragged:
       rows, group: the letter of the data's ragged axis, and that of the experts.
       params: the equation's own parameters.
       dtype, gamma: what the program casts the experts to, and the adapters' scale.
+      platform: what the program is compiled for.
     """
 
     x: str
@@ -34,6 +38,7 @@ class Ragged:
     params: tuple[tuple[str, Any], ...]
     dtype: Any
     gamma: float
+    platform: str
 
     rank_axis = -1
 
@@ -84,8 +89,8 @@ class Ragged:
         )
 
 
-def ragged(view: View, x: Array, params: dict[str, Any]) -> tuple[Ragged, Array, Array] | None:
-    """Return a ragged product with a view as its experts as (operation, first factor, second factor)."""
+def ragged(view: View, x: Array, params: dict[str, Any], sizes: Array, platform: str) -> Product | None:
+    """Return how the rows of data meet a view, of whose experts each has the next `sizes` rows."""
     numbers = params["ragged_dot_dimension_numbers"]
     (x_contracted, w_contracted), (x_batch, w_batch) = numbers.dot_dimension_numbers
     groups, rows = tuple(numbers.rhs_group_dimensions), tuple(numbers.lhs_ragged_dimensions)
@@ -101,16 +106,17 @@ def ragged(view: View, x: Array, params: dict[str, Any]) -> tuple[Ragged, Array,
         + [c for n, c in enumerate(x_letters) if n not in (*x_batch, *x_contracted)]
         + [c for n, c in enumerate(w_letters) if n not in paired and c != group]
     )
-    a_letters, a = compact(view, view.a, w_letters)
-    b_letters, b = compact(view, view.b, w_letters)
-    contracted = {x_letters[n] for n in x_contracted}
-    meets_a, meets_b = contracted & (set(a_letters) - set(b_letters)), contracted & (set(b_letters) - set(a_letters))
-    stacked = group in a_letters and group in b_letters
-    if (meets_a and meets_b) or not stacked or not set(w_letters) <= set(a_letters + b_letters):
+    met = meeting(view, x_letters, w_letters, out_letters)
+    if met is None:
         return None
-    first, second = (b_letters, a_letters) if meets_b else (a_letters, b_letters)
-    needed = (set(out_letters) | set(second)) - {group}
-    between = "".join(dict.fromkeys(c for c in x_letters + first if c in needed and c != RANK)) + RANK
+    first, second, factors = met
+    summed = {x_letters[n] for n in x_contracted}
+    if factors and (summed & (set(second) - set(first)) or not (group in first and group in second)):
+        return None
+    gains = gains_by_row(view, x_letters, w_letters, out_letters, x_letters[rows[0]], group, sizes, x.shape[rows[0]])
+    if gains is None:
+        return None
+    between = between_of(x_letters, first, (set(out_letters) | set(second)) - {group})
     op = Ragged(
         x_letters,
         w_letters,
@@ -123,5 +129,27 @@ def ragged(view: View, x: Array, params: dict[str, Any]) -> tuple[Ragged, Array,
         tuple(params.items()),
         view.dtype,
         view.gamma,
+        platform,
     )
-    return (op, b, a) if meets_b else (op, a, b)
+    return Product(op, factors, *gains)
+
+
+def gains_by_row(
+    view: View, x: str, w: str, out: str, rows: str, group: str, sizes: Array, number: int
+) -> tuple[Array | None, Array | None] | None:
+    """Return a gain as what data and result are multiplied by, for each row that of its expert."""
+    if view.gain is None:
+        return None, None
+    axis = w.index(group)
+    if not spans(view, view.gain)[axis]:
+        return gains_of(view, x, w, out)
+    if sizes.ndim != 1:
+        return None
+    by_row = jnp.repeat(view.gain, sizes, axis, total_repeat_length=number)
+    wide = dataclasses.replace(view, w=like_rows(view, axis, number), gain=by_row)
+    return gains_of(wide, x, w.replace(group, rows), out)
+
+
+def like_rows(view: View, axis: int, number: int) -> Any:
+    """Return the shape that the experts would have if every row of data had its own."""
+    return jax.ShapeDtypeStruct((*view.shape[:axis], number, *view.shape[axis + 1 :]), view.w.dtype)

@@ -1,6 +1,7 @@
 """What each primitive does to a view: leave it a weight, or use it where it meets data."""
 
 import dataclasses
+import operator
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -9,13 +10,15 @@ import jax.numpy as jnp
 from jax import Array, lax
 from jax.extend.core import primitives
 
+from rslora_jax.stored.form import is_stored
 from rslora_jax.transform import calls, collectives, compat, joins, renames
 from rslora_jax.transform.convolution import convolution
 from rslora_jax.transform.dot import dot
 from rslora_jax.transform.interpreter import Rule, Walk
-from rslora_jax.transform.picks import pick_of, take
+from rslora_jax.transform.lookup import lookup
+from rslora_jax.transform.picks import pick_of, slice_as_pick, take
 from rslora_jax.transform.ragged import ragged
-from rslora_jax.transform.views import View, spans, update
+from rslora_jax.transform.views import View, spans
 
 # Weights that stay weights.
 
@@ -34,9 +37,9 @@ def renaming(act: Callable[..., View | None]) -> Rule:
 
 
 def each(walk: Walk, eqn: compat.Eqn, values: list[Any]) -> list[Any]:
-    """Bind a primitive that has no regard to shapes to the weight and to both factors."""
+    """Bind a primitive that has no regard to shapes to the weight and to all parts."""
     (view,) = values
-    return [renames.rename(view, lambda array, spanned: compat.bind(eqn, array)[0], view.axes)]
+    return [renames.untouched(view, lambda array: compat.bind(eqn, array)[0])]
 
 
 def reshape(view: View, params: dict[str, Any]) -> View | None:
@@ -52,7 +55,7 @@ def cast(view: View, params: dict[str, Any]) -> View | None:
     if jnp.issubdtype(view.dtype, jnp.complexfloating) > jnp.issubdtype(params["new_dtype"], jnp.complexfloating):
         return None  # the imaginary part of a factor counts in the product with the other's
     # Only the first cast waits: a second one must see the base as the first has rounded it.
-    w = view.w if view.dtype == view.w.dtype else view.base
+    w = view.w if view.dtype == view.w.dtype else renames.cast(view.w, view.dtype)
     return dataclasses.replace(view, w=w, dtype=jnp.dtype(params["new_dtype"]))
 
 
@@ -62,12 +65,25 @@ def dynamic_slice(walk: Walk, eqn: compat.Eqn, values: list[Any]) -> list[Any] |
     if not isinstance(view, View) or any(isinstance(v, View) for v in starts) or len(starts) != len(view.shape):
         return None
     sizes = eqn.params["slice_sizes"]
-    out = renames.dynamic_slice(view, starts, sizes)
-    cut_axes = [n for n, size in enumerate(view.shape) if sizes[n] != size]
-    row = any(not all(spans(view, f)[n] for f in (view.a, view.b)) for n in cut_axes if view.a is not None)
-    if out is None or not row or not walk.tables.intersection(view.sites):
-        return None if out is None else [out]
-    return [out.base + update(out).astype(out.dtype)]
+    shape, table = view.shape, is_table(walk, view)
+    rows = [n for n in own_axes(view) if sizes[n] != shape[n]]
+    if not table or not rows:
+        return [renames.dynamic_slice(view, starts, sizes)]
+    others = renames.dynamic_slice(view, starts, [shape[n] if n == rows[0] else size for n, size in enumerate(sizes)])
+    pick, index = slice_as_pick(rows[0], starts[rows[0]], others.shape, sizes)
+    return walk.use(others, lookup(others, pick, index, walk.target), index)
+
+
+def is_table(walk: Walk, view: View) -> bool:
+    """Say whether picking rows of a weight is its use: of an adapted table, or of a stored weight without adapter."""
+    return bool(walk.tables.intersection(view.sites)) or (is_stored(view.w) and not view.sites)
+
+
+def own_axes(view: View) -> list[int]:
+    """Return the axes of a weight that are none of its stack: not all factors span them."""
+    if view.factors:
+        return [n for n in range(len(view.shape)) if not all(spans(view, factor)[n] for factor in view.factors)]
+    return [*range(len(view.w.stack), len(view.shape))] if is_stored(view.w) else []
 
 
 def split(walk: Walk, eqn: compat.Eqn, values: list[Any]) -> list[Any]:
@@ -121,12 +137,12 @@ def multiply(walk: Walk, eqn: compat.Eqn, values: list[Any]) -> list[Any] | None
     if isinstance(left, View) == isinstance(right, View):
         return None
     view, by = (left, right) if isinstance(left, View) else (right, left)
-    out = renames.scale(view, jnp.asarray(by), lambda w, by: w * by)
+    out = renames.scale(view, jnp.asarray(by), operator.mul)
     return None if out is None else [out]
 
 
 def divide(view: View, params: dict[str, Any], by: Array) -> View | None:
-    return renames.scale(view, jnp.asarray(by), lambda w, by: w / by)
+    return renames.scale(view, jnp.asarray(by), operator.truediv)
 
 
 def add(walk: Walk, eqn: compat.Eqn, values: list[Any]) -> list[Any] | None:
@@ -136,7 +152,7 @@ def add(walk: Walk, eqn: compat.Eqn, values: list[Any]) -> list[Any] | None:
         both = joins.total(left, right)
         if both is not None:
             return [both]
-    out = renames.shift(view, jnp.asarray(walk.array(by, "sum of two weights")), lambda w, by: w + by)
+    out = renames.shift(view, jnp.asarray(walk.array(by, "sum of two weights")), operator.add)
     return None if out is None else [out]
 
 
@@ -144,7 +160,7 @@ def subtract(walk: Walk, eqn: compat.Eqn, values: list[Any]) -> list[Any] | None
     left, right = values
     if isinstance(right, View):
         return add(walk, eqn, [left, renames.negate(right)])
-    out = renames.shift(left, jnp.asarray(right), lambda w, by: w - by)
+    out = renames.shift(left, jnp.asarray(right), operator.sub)
     return None if out is None else [out]
 
 
@@ -157,13 +173,17 @@ def optimization_barrier(walk: Walk, eqn: compat.Eqn, values: list[Any]) -> list
 def constrain_sharding(walk: Walk, eqn: compat.Eqn, values: list[Any]) -> list[Any]:
     # The constraint is on an array of the weight's shape; the factors are left to the compiler.
     (view,) = values
+    if is_stored(view.w):
+        return [view]
     (w,) = compat.bind(eqn, view.w)
     return [dataclasses.replace(view, w=w)]
 
 
-def reshard(walk: Walk, eqn: compat.Eqn, values: list[Any]) -> list[Any]:
+def reshard(walk: Walk, eqn: compat.Eqn, values: list[Any]) -> list[Any] | None:
     """Lay a weight in another way, and its factors with it along the axes that they span."""
     (view,) = values
+    if is_stored(view.w):
+        return None
     return [renames.lay(view, compat.bind(eqn, view.w)[0])]
 
 
@@ -171,10 +191,14 @@ def device_put(walk: Walk, eqn: compat.Eqn, values: list[Any]) -> list[Any] | No
     """Bring a weight to other memory, as a base that waits on the host; factors that lie elsewhere follow it."""
     if len(values) > 1:
         return None
-    (w,) = compat.bind(eqn, values[0].w)
-    space = jax.typeof(w).memory_space
-    own = lambda f: f if f is None or jax.typeof(f).memory_space == space else jax.device_put(f, space)
-    return [dataclasses.replace(values[0], w=w, a=own(values[0].a), b=own(values[0].b))]
+    (view,) = values
+    w = jax.tree.map(lambda array: compat.bind(eqn, array)[0], view.w)
+    space = jax.typeof(jax.tree.leaves(w)[0]).memory_space
+
+    def own(part: Array) -> Array:
+        return part if jax.typeof(part).memory_space == space else jax.device_put(part, space)
+
+    return [view.with_parts(w, [own(part) for part in view.parts])]
 
 
 # Weights that meet data.
@@ -187,8 +211,7 @@ def dot_general(walk: Walk, eqn: compat.Eqn, values: list[Any]) -> list[Any] | N
         lhs = walk.array(lhs, "dot_general of two weights")
     weight_left = isinstance(lhs, View)
     view, x = (lhs, rhs) if weight_left else (rhs, lhs)
-    how = dot(view, x, weight_left, eqn.params)
-    return None if how is None else [walk.product(how[0], x, view.w, *how[1:])]
+    return walk.use(view, dot(view, x, weight_left, eqn.params, walk.target), x)
 
 
 def conv_general_dilated(walk: Walk, eqn: compat.Eqn, values: list[Any]) -> list[Any] | None:
@@ -196,8 +219,7 @@ def conv_general_dilated(walk: Walk, eqn: compat.Eqn, values: list[Any]) -> list
     x, view = walk.array(values[0], "convolution of a weight"), values[1]
     if not isinstance(view, View):
         return compat.bind(eqn, x, view)
-    how = convolution(view, eqn.params)
-    return None if how is None else [walk.product(how[0], x, view.w, *how[1:])]
+    return walk.use(view, convolution(view, eqn.params, walk.target), x)
 
 
 def ragged_dot_general(walk: Walk, eqn: compat.Eqn, values: list[Any]) -> list[Any] | None:
@@ -205,8 +227,7 @@ def ragged_dot_general(walk: Walk, eqn: compat.Eqn, values: list[Any]) -> list[A
     x, view, *sizes = values
     if not isinstance(view, View) or isinstance(x, View):
         return None
-    how = ragged(view, x, eqn.params)
-    return None if how is None else [walk.product(how[0], x, view.w, *how[1:], *sizes)]
+    return walk.use(view, ragged(view, x, eqn.params, sizes[0], walk.target), x, *sizes)
 
 
 def gather(walk: Walk, eqn: compat.Eqn, values: list[Any]) -> list[Any] | None:
@@ -215,12 +236,12 @@ def gather(walk: Walk, eqn: compat.Eqn, values: list[Any]) -> list[Any] | None:
     if not isinstance(view, View) or isinstance(indices, View):
         return None
     pick = pick_of(eqn.params, view.shape)
-    picked = None if pick is None else take(view, pick, indices)
-    if pick is None or picked is None:
+    if pick is None:
         return None
-    if not walk.tables.intersection(view.sites) or all(spans(view, f)[pick.row] for f in (view.a, view.b)):
-        return [picked]
-    return [picked.base + update(picked).astype(picked.dtype)]
+    if is_table(walk, view) and pick.row in own_axes(view):
+        return walk.use(view, lookup(view, pick, indices, walk.target), indices)
+    picked = take(view, pick, indices)
+    return None if picked is None else [picked]
 
 
 RULES: dict[compat.Primitive, Rule] = {

@@ -16,8 +16,9 @@ from rslora_jax.transform import calls, compat, joins
 from rslora_jax.transform.interpreter import Rule, Walk
 from rslora_jax.transform.log import Log, all_sites, base, guess, is_data, is_weight, known, numeric
 from rslora_jax.transform.picks import is_single, pick_of, take
+from rslora_jax.transform.probe import Past, Probe, one_past
 from rslora_jax.transform.rules import RULES
-from rslora_jax.transform.views import Axes, Past, View, one_past
+from rslora_jax.transform.views import Axes
 
 # What works entry by entry, or puts arrays beside each other: a weight that meets data there is a table of numbers.
 # fmt: off
@@ -64,6 +65,9 @@ def scouting(log: Log) -> tuple[dict[compat.Primitive, Rule], Rule]:
         primitives.gather_p: picking(log),
         primitives.dynamic_slice_p: slicing(log),
         primitives.cond_p: choosing(log),
+        # Entered whatever their derivatives are, to see what the weight is used for.
+        primitives.custom_jvp_call_p: entering(calls.closed_call),
+        primitives.custom_vjp_call_p: entering(calls.closed_call),
         primitives.scan_p: taking_apart(log, entering(calls.RULES[primitives.scan_p])),
     }
     return rules, follow
@@ -112,7 +116,7 @@ def following(log: Log) -> Rule:
     return follow
 
 
-def followed(eqn: compat.Eqn, out: Any, weights: Sequence[View]) -> View:
+def followed(eqn: compat.Eqn, out: Any, weights: Sequence[Probe]) -> Probe:
     """Return what an operation makes of weights alone, with the axes that it can be taken to have."""
     if not weights or not numeric(out.dtype):
         return known(out)
@@ -123,18 +127,18 @@ def followed(eqn: compat.Eqn, out: Any, weights: Sequence[View]) -> View:
         axes = [label for n, label in enumerate(weights[0].axes) if n not in gone]
     past = one_past(weights)
     past = dataclasses.replace(past, through=past.through or eqn.primitive.name)
-    return View(out, None, None, tuple(axes), out.dtype, all_sites(weights), past=past)
+    return Probe(out, tuple(axes), out.dtype, all_sites(weights), past=past)
 
 
 def written_out(value: Any, gone: Sequence[int], shared: Sequence[int] = ()) -> bool:
     """Say whether a sum is over what was multiplied entry by entry, as a matrix product written out is."""
-    if not isinstance(value, View) or value.past.met != "mul":
+    if not isinstance(value, Probe) or value.past.met != "mul":
         return False
     label = lambda n: value.axes[n] if value.shape[n] != 1 else frozenset()
     return any(map(label, gone)) and any(label(n) for n in range(len(value.shape)) if n not in (*gone, *shared))
 
 
-def lacking(view: View, values: Sequence[Any]) -> bool:
+def lacking(view: Probe, values: Sequence[Any]) -> bool:
     """Say whether the data that a weight meets entry by entry lack one of its axes, as a gate by rows does."""
     data = [base(v).shape for v in values if is_data(v)]
     return any(
@@ -143,25 +147,25 @@ def lacking(view: View, values: Sequence[Any]) -> bool:
     )
 
 
-def keeps_its_axes(view: View, outs: Sequence[Any]) -> bool:
+def keeps_its_axes(view: Probe, outs: Sequence[Any]) -> bool:
     """Say whether a result is still a weight: it is no larger, and no axis of it only repeats the weight."""
     return outs[0].shape == view.shape and all(size == 1 or view.axes[n] for n, size in enumerate(view.shape))
 
 
-def met(view: View, out: Any, weights: Sequence[View], name: str) -> View:
+def met(view: Probe, out: Any, weights: Sequence[Probe], name: str) -> Probe:
     """Return a weight that met data and kept its axes, with all weights of its shape in it."""
     alike = [v for v in weights if v.shape == view.shape]
     axes = tuple(frozenset().union(*(v.axes[n] for v in alike)) for n in range(out.ndim))
     past = one_past(alike)
     past = dataclasses.replace(past, met=past.met or name)
-    return View(out, None, None, axes, out.dtype, all_sites(alike), past=past)
+    return Probe(out, axes, out.dtype, all_sites(alike), past=past)
 
 
 def entering(rule: Rule) -> Rule:
     """Return the rule of a call: inside, a constant would look like data."""
 
     def enter(walk: Walk, eqn: compat.Eqn, values: list[Any]) -> list[Any] | None:
-        inside = lambda v: v if isinstance(v, View) or compat.is_tracer(v) else known(jnp.asarray(v))
+        inside = lambda v: v if isinstance(v, Probe) or compat.is_tracer(v) else known(jnp.asarray(v))
         return rule(walk, eqn, [inside(v) for v in values])
 
     return enter
@@ -182,7 +186,7 @@ def keeping(rule: Rule) -> Rule:
     """Return a renaming rule for values that may be constants, which rules need not know."""
 
     def keep(walk: Walk, eqn: compat.Eqn, values: list[Any]) -> list[Any] | None:
-        views = [v for v in values if isinstance(v, View) and v.sites]
+        views = [v for v in values if isinstance(v, Probe) and v.sites]
         if not views:
             return None
         if eqn.primitive in JOINING:
@@ -190,7 +194,7 @@ def keeping(rule: Rule) -> Rule:
             mixed = any(compat.is_tracer(v) and (v.ndim or eqn.primitive not in SCALING) for v in values)
             if mixed or (len(views) > 1 and (eqn.primitive in SCALING or any(v.past.rows for v in views))):
                 return None
-        return rule(walk, eqn, [base(v) if isinstance(v, View) and not v.sites else v for v in values])
+        return rule(walk, eqn, [base(v) if isinstance(v, Probe) and not v.sites else v for v in values])
 
     return keep
 
@@ -211,7 +215,7 @@ def product(log: Log) -> Rule:
 
     def rule(walk: Walk, eqn: compat.Eqn, values: list[Any]) -> list[Any] | None:
         lhs, rhs = values
-        if not any(isinstance(v, View) and v.sites for v in values):
+        if not any(isinstance(v, Probe) and v.sites for v in values):
             return None
         out = compat.bind(eqn, base(lhs), base(rhs))
         (lhs_c, rhs_c), (lhs_b, rhs_b) = eqn.params["dimension_numbers"]
@@ -227,7 +231,7 @@ def product(log: Log) -> Rule:
                     log.meet(view, eqn.primitive.name, loud=is_computed(other))
                 else:
                     log.serve(view, "product", contracted, batch, eqn)
-            elif isinstance(view, View) and view.past.rows and compat.is_tracer(other):
+            elif isinstance(view, Probe) and view.past.rows and compat.is_tracer(other):
                 if not view.past.met:
                     log.serve(view, "product", contracted, batch, eqn)
                 elif view.past.copies and written_out(view, contracted, batch):
@@ -245,16 +249,16 @@ def is_computed(value: Any) -> bool:
 
     So does what is repeated for every row of the data.
     """
-    if not isinstance(value, View):
+    if not isinstance(value, Probe):
         return False
     repeated = any(size != 1 and not label for size, label in zip(value.shape, value.axes, strict=True))
     return bool(value.past.through or value.past.met) or repeated
 
 
-def of_weights(log: Log, eqn: compat.Eqn, values: list[Any], out: Any) -> View:
+def of_weights(log: Log, eqn: compat.Eqn, values: list[Any], out: Any) -> Probe:
     """Return the product of two weights, or of a weight and a constant, as a weight."""
     (lhs_c, rhs_c), (lhs_b, rhs_b) = eqn.params["dimension_numbers"]
-    lhs, rhs = (v if isinstance(v, View) else known(jnp.asarray(v)) for v in values)
+    lhs, rhs = (v if isinstance(v, Probe) else known(jnp.asarray(v)) for v in values)
     waiting: set[int] = set()
     constant = not (lhs.sites and rhs.sites)
     if constant and (lhs.past.resized or rhs.past.resized):
@@ -280,7 +284,7 @@ def of_weights(log: Log, eqn: compat.Eqn, values: list[Any], out: Any) -> View:
     elif rhs.sites:
         past = dataclasses.replace(past, mapped=past.mapped | gone)
     past = dataclasses.replace(past, waiting=past.waiting | waiting, resized=past.resized or constant)
-    return View(out, None, None, tuple(axes), out.dtype, all_sites([v for v in (lhs, rhs) if v.sites]), past=past)
+    return Probe(out, tuple(axes), out.dtype, all_sites([v for v in (lhs, rhs) if v.sites]), past=past)
 
 
 def kernel(log: Log, kind: str, axes_of: Callable[[dict[str, Any]], tuple[Sequence[int], Sequence[int]]]) -> Rule:
@@ -288,11 +292,11 @@ def kernel(log: Log, kind: str, axes_of: Callable[[dict[str, Any]], tuple[Sequen
 
     def rule(walk: Walk, eqn: compat.Eqn, values: list[Any]) -> list[Any] | None:
         x, weight, *_ = values
-        if not any(isinstance(v, View) and v.sites for v in values):
+        if not any(isinstance(v, Probe) and v.sites for v in values):
             return None
         if is_weight(x):
             log.meet(x, eqn.primitive.name, loud=False)
-        if isinstance(weight, View) and weight.sites:
+        if isinstance(weight, Probe) and weight.sites:
             log.serve(weight, kind, *axes_of(eqn.params), eqn)
         return compat.bind(eqn, *map(base, values))
 
@@ -318,7 +322,7 @@ def picking(log: Log) -> Rule:
         view, indices = values
         if is_weight(indices):
             log.meet(indices, "gather", loud=False)
-        if not (isinstance(view, View) and view.sites):
+        if not (isinstance(view, Probe) and view.sites):
             return None
         pick = pick_of(eqn.params, view.shape)
         picked = None if pick is None else take(view, pick, base(indices))
@@ -329,12 +333,12 @@ def picking(log: Log) -> Rule:
         waiting = log.use(view, "lookup", [pick.row], pick.stack, eqn) if not view.past.rows else set()
         log.by_data |= waiting if is_data(indices) else set()
         past = dataclasses.replace(view.past, rows=True, waiting=view.past.waiting | waiting)
-        return [dataclasses.replace(picked, past=past)]
+        return [dataclasses.replace(picked, past=past)]  # type: ignore[call-arg]
 
     return rule
 
 
-def is_row(view: View, axis: int, index: Any) -> bool:
+def is_row(view: Probe, axis: int, index: Any) -> bool:
     """Say whether one place is picked by data, and only a vector is left: a table's row, and not one of a stack."""
     rest = [size for n, size in enumerate(view.shape) if n != axis and size != 1]
     return is_data(index) and len(rest) == 1
@@ -345,7 +349,7 @@ def slicing(log: Log) -> Rule:
 
     def rule(walk: Walk, eqn: compat.Eqn, values: list[Any]) -> list[Any] | None:
         view, *starts = values
-        if not (isinstance(view, View) and view.sites) or any(map(is_weight, starts)):
+        if not (isinstance(view, Probe) and view.sites) or any(map(is_weight, starts)):
             return None
         (out,) = RULES[eqn.primitive](walk, eqn, [view, *map(base, starts)]) or [None]
         sizes = eqn.params["slice_sizes"]
@@ -365,7 +369,7 @@ def choosing(log: Log) -> Rule:
     """Return the rule of a conditional: every branch is walked, and a choice between weights is a weight."""
 
     def rule(walk: Walk, eqn: compat.Eqn, values: list[Any]) -> list[Any]:
-        inside = [v if isinstance(v, View) or compat.is_tracer(v) else known(jnp.asarray(v)) for v in values]
+        inside = [v if isinstance(v, Probe) or compat.is_tracer(v) else known(jnp.asarray(v)) for v in values]
         branches = [walk.run(jaxpr, inside[1:]) for jaxpr in eqn.params["branches"]]
 
         def one(outs: Sequence[Any]) -> Any:

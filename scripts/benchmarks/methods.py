@@ -38,6 +38,7 @@ def rslora_jax(problem: Problem) -> Step:
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "rank .* is above", rslora.RsloraWarning)
         lora = rslora.wrap(Stack(problem.config).apply, problem.variables, problem.x, config=config)
+    lora = lora.on(problem.platform) if problem.platform else lora
     return lambda adapters, variables, x, target: loss(lora.apply(variables, adapters, x), target)
 
 

@@ -54,6 +54,7 @@ class Problem:
       tokens: tokens a step.
       length: tokens a row; tokens / length rows make a batch.
       rank, alpha: of every adapter; its scale is alpha / sqrt(rank).
+      platform: what is compiled for, where that is not JAX's backend.
     """
 
     config: LlamaConfig
@@ -61,6 +62,7 @@ class Problem:
     length: int
     rank: int
     alpha: float
+    platform: str | None = None
 
     @property
     def gamma(self) -> float:

@@ -30,6 +30,7 @@ class Job:
       rows, length: of the batch, in tokens.
       pin: say where activations lie, by rows; else XLA finds a place for them.
       split_rank: let adapters lie along their rank too, over the axes that they do not use otherwise.
+      platform: what is compiled for, where that is not JAX's backend.
     """
 
     config: LlamaConfig
@@ -40,6 +41,7 @@ class Job:
     alpha: float = 16.0
     pin: bool = True
     split_rank: bool = False
+    platform: str | None = None
 
     @property
     def tokens(self) -> int:
@@ -54,7 +56,8 @@ class Job:
     @functools.cached_property
     def lora(self) -> rslora.Lora:
         config = rslora.LoraConfig(rank=self.rank, alpha=self.alpha)
-        return rslora.wrap(self.apply, self.params, TOKENS, config=config)
+        lora = rslora.wrap(self.apply, self.params, TOKENS, config=config)
+        return lora.on(self.platform) if self.platform else lora
 
     @functools.cached_property
     def state(self) -> TrainState:

@@ -56,8 +56,10 @@ class ByHand:
             for name, array in (("output", self.update), ("input_grad", self.input_grad)):
                 got = np.asarray(getattr(found, name)[m][n])
                 np.testing.assert_allclose(got, np.mean(np.abs(array) ** m), rtol=2e-5, err_msg=f"{name} {m}")
-        for got, want in ((found.a_grad, self.dw @ self.b.T), (found.b_grad, self.a.T @ self.dw)):
-            np.testing.assert_allclose(np.asarray(got[n]), np.linalg.norm(self.gamma * want), rtol=2e-5)
+        for got, want in (("a", self.dw @ self.b.T), ("b", self.a.T @ self.dw)):
+            np.testing.assert_allclose(
+                np.asarray(found.factor_grads[got][n]), np.linalg.norm(self.gamma * want), rtol=2e-5
+            )
 
 
 def test_a_linear_layer_by_hand_with_and_without_jit():
@@ -112,7 +114,7 @@ def test_a_stack_by_hand_has_values_for_each_layer(around):
         dy = layer.backward((1 - hidden**2) * dy)
         layer.a, layer.dw = layer.a / scale, scale * layer.dw  # of the stored weight
     found = measured(lora, squares, params, adapters, x, target)
-    assert found["w"].a_grad.shape == (3,)
+    assert found["w"].factor_grads["a"].shape == (3,)
     for n, layer in enumerate(layers):
         layer.check(found["w"], n)
 
@@ -162,6 +164,22 @@ def test_a_convolution_is_measured_as_that_of_its_update():
         np.testing.assert_allclose(found.input_grad[m], jnp.mean(jnp.abs(input_grad) ** m), rtol=1e-4)
 
 
+def test_a_look_up_has_an_output_and_no_input():
+    fn = lambda p, i: jnp.tanh(p["w"][i]) @ p["w"].T
+    params, ids, target = {"w": normal(0, 9, 5)}, jnp.array([[3, 3], [0, 8]]), normal(2, 2, 2, 9)
+    lora, adapters = adapted(lambda p, i: p["w"][i], {"w": params["w"]}, ids, targets="*")
+    found = measured(lora, lambda run, ids: jnp.sum(run(ids) ** 2), params, adapters, ids)["w"]
+    a, b = (np.asarray(adapters["w"][n], np.float64) for n in "ab")
+    rows = 7 / np.sqrt(3) * a[np.asarray(ids)] @ b
+    np.testing.assert_allclose(
+        [found.output[m] for m in MOMENTS], [np.mean(np.abs(rows) ** m) for m in MOMENTS], rtol=2e-5
+    )
+    assert all(np.isnan(found.input_grad[m]) for m in MOMENTS)
+    both, adapters = adapted(fn, params, ids, targets="*")  # tied: the head's data count for the input
+    found = measured(both, lambda run, *of: squares(run, *of), params, adapters, ids, target)["w"]
+    assert np.isfinite(found.input_grad[1]) and np.isfinite(found.output[1])
+
+
 def test_low_precision_rounds_no_count():
     params, x = {"w": normal(0, 64, 64, dtype=jnp.bfloat16)}, normal(1, 33, 64, dtype=jnp.bfloat16)
     lora, adapters = adapted(lambda p, x: x @ p["w"], params, x, rank=3, dtype="bfloat16")
@@ -183,7 +201,6 @@ opaque.defvjp(lambda x, w: (x @ w, (x, w)), lambda kept, g: (g @ kept[1].T, kept
 @pytest.mark.parametrize(
     ("fn", "x", "cause"),
     [
-        (lambda p, i: p["w"][i] @ p["v"].T, jnp.arange(3), "a look-up"),
         (lambda p, x: x @ jnp.concatenate([p["w"], p["v"]], 1), normal(1, 2, 6), "concatenate"),
         (lambda p, x: opaque(x @ p["v"], p["w"].T), normal(1, 2, 6), "custom_vjp_call"),
     ],

@@ -155,7 +155,10 @@ def check(program: Program, outer: str, op_by_op: bool) -> None:
     assert bool(loud) == any("materialised" in text for text in said)
 
     r = np.random.default_rng(1)  # not by lora.init, which compiles for every shape
-    fresh = {n: {"a": r.normal(size=s.a_shape), "b": np.zeros(s.b_shape)} for n, s in lora.sites.items()}
+    fresh = {
+        n: {"a": r.normal(size=s.factor_shapes["a"]), "b": np.zeros(s.factor_shapes["b"])}
+        for n, s in lora.sites.items()
+    }
     trained = jax.tree.map(lambda v: v + 0.2 * r.normal(size=v.shape), fresh)
     fresh, trained = jax.device_put((fresh, trained))
     by_hand = lambda off: lambda params, adapters, x: fn(summed_by_hand(lora, params, adapters, off), x)

@@ -61,14 +61,13 @@ def test_each_platform_has_the_barriers_that_help_there(monkeypatch, platform, f
     params, x = {"w": normal(0, 12, 8)}, normal(1, 4, 12)  # so few rows that all is factored
     lora = rslora.wrap(lambda p, x: x @ p["w"], params, x, config=rslora.LoraConfig(rank=3, alpha=4))
     adapters = jax.tree.map(lambda a: normal(2, *a.shape), lora.init(jax.random.key(0)))
-    monkeypatch.setattr(jax, "default_backend", lambda: platform)
-    jax.clear_caches()
-    apply = lambda a, x: lora.apply(params, a, x)
+    there = lora.on(platform)
+    jax.clear_caches()  # what was traced with another threshold
+    apply = lambda a, x: there.apply(params, a, x)
     loss = lambda a, x: jnp.sin(apply(a, x)).sum()
     programs = [jax.make_jaxpr(f)(adapters, x) for f in (apply, jax.grad(loss, argnums=(0, 1)))]
     merged = np.asarray(lora.merge(params, adapters)["w"], np.float64)
     got, (dx, _) = apply(adapters, x), jax.grad(lambda x, a: loss(a, x), argnums=(0, 1))(x, adapters)
-    jax.clear_caches()  # what was traced for another platform
     found = [str(program).count("optimization_barrier") for program in programs]
     assert found == [forward, forward + backward]
     want = np.asarray(x, np.float64) @ merged

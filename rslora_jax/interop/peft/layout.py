@@ -21,7 +21,7 @@ def site_modules(
     Raises:
       ValueError: an adapted weight has no form in PEFT: no name, or stacked axes other than that of the layers.
     """
-    shapes = dict(lora._shapes)
+    shapes = dict(lora.shapes)
     found = places(names, shapes)
     modules: dict[str, dict[int | None, str]] = {path: {} for path in lora.sites}
     for name, place in found.items():

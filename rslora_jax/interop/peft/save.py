@@ -79,7 +79,7 @@ def save_peft(
     """
     if dtype not in ("float32", "bfloat16", "float16"):
         raise ValueError(f"dtype={dtype!r} is not known: use 'float32', 'bfloat16' or 'float16'")
-    shapes = {path: jax.ShapeDtypeStruct(shape, "float32") for path, shape in lora._shapes.items()}
+    shapes = {path: jax.ShapeDtypeStruct(shape, "float32") for path, shape in lora.shapes.items()}
     lora.check(shapes, adapters)
     found, _, modules = site_modules(lora, names)
     table = tied_table(names, found)
@@ -121,7 +121,7 @@ def save_peft(
         if any(module.endswith(one) for one in saved) and leaf not in saved.get(module, ()):
             raise ValueError(f"PEFT's modules_to_save would take {name} too: replace it as well")
 
-    everything = modules_of(found, dict(lora._shapes))
+    everything = modules_of(found, dict(lora.shapes))
     adapted = {module: path for path, of in modules.items() for module in of.values()}
     config = {
         **FIELDS,

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 import rslora_jax as rslora
-from rslora_jax.init.random import hash_name
+from rslora_jax.methods.random import site_key
 
 PARAMS = {
     **{f"wide{n}": jax.ShapeDtypeStruct((24, 30), "float32") for n in range(12)},
@@ -27,7 +27,7 @@ def wrapped(**config):
 
 def op_by_op(how, key, path, fan_in, dtype):
     """As it is written down: not compiled, so that each number is rounded after each operation."""
-    stream = jax.random.fold_in(key, hash_name(path))
+    stream = site_key(key, path)
     if how == "uniform":
         bound = 1 / math.sqrt(fan_in)
         return jax.random.uniform(stream, (fan_in, 5), dtype, -bound, bound)
@@ -67,4 +67,4 @@ def test_a_function_that_cannot_be_compiled_may_draw():
     lora = wrapped(init=draw, targets="wide0")
     key = jax.random.key(1)
     a = lora.init(key)["wide0"]["a"]
-    assert float(a[0, 1]) == float(jax.random.uniform(jax.random.fold_in(key, hash_name("wide0"))))
+    assert float(a[0, 1]) == float(jax.random.uniform(site_key(key, "wide0")))

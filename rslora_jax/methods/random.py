@@ -1,14 +1,13 @@
-"""Data-free initialisation: A random with a variance that does not depend on the rank, B zero."""
+"""How A starts: random, with a variance that does not depend on the rank."""
 
 import math
+import zlib
 from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax import Array
-
-from rslora_jax.sites import Site
 
 
 def uniform(key: Array, shape: tuple[int, ...], dtype: Any, fan_in: int) -> Array:
@@ -37,24 +36,11 @@ INITS: Mapping[str, Callable[..., Array]] = {"uniform": uniform, "gaussian": gau
 COMPILED = {name: jax.jit(draw, static_argnums=(1, 2, 3)) for name, draw in INITS.items()}
 
 
-def init_adapters(sites: Mapping[str, Site], key: Array, how: str | Callable[..., Array], dtype: Any) -> dict:
-    """Return fresh adapters for every site: `{path: {"a": (*stack, *in, r), "b": (*stack, r, *out)}}`.
-
-    Each path has a random stream of its own, so adding a site changes no other's start.
-    """
-    draw = how if callable(how) else COMPILED[how]
-
-    def one(site: Site) -> dict[str, Array]:
-        # A look-up meets one row of A, not a sum over all of them.
-        fan_in = 1 if site.kind == "embedding" else site.in_size
-        stream = jax.random.fold_in(key, hash_name(site.path))
-        return {"a": draw(stream, site.a_shape, dtype, fan_in), "b": jnp.zeros(site.b_shape, dtype)}
-
-    return {path: one(site) for path, site in sites.items()}
+def drawer(how: str | Callable[..., Array]) -> Callable[..., Array]:
+    """Return the function (key, shape, dtype, fan_in) -> A that a config's `init` names or is."""
+    return how if callable(how) else COMPILED[how]
 
 
-def hash_name(name: str) -> int:
-    """Return a 31-bit number for a name, the same in every process."""
-    import zlib
-
-    return zlib.crc32(name.encode()) & 0x7FFFFFFF
+def site_key(key: Array, path: str) -> Array:
+    """Return a site's own key, so that adding a site changes no other's start; the same in every process."""
+    return jax.random.fold_in(key, zlib.crc32(path.encode()) & 0x7FFFFFFF)

@@ -1,0 +1,96 @@
+"""Adapters, `{path: {name: array}}`: how they start, what they have to be, and what they make of a program's inputs."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+
+from rslora_jax.config import LoraConfig
+from rslora_jax.methods.random import site_key
+from rslora_jax.sites import Site, from_paths, named_leaves
+from rslora_jax.stored.form import is_stored
+from rslora_jax.transform import compat
+from rslora_jax.transform.program import is_array
+from rslora_jax.transform.views import View
+
+Adapters = dict[str, dict[str, Array]]
+
+
+def init_adapters(sites: Mapping[str, Site], key: Array, config: LoraConfig, params: Any) -> Adapters:
+    """Return fresh adapters for every site.
+
+    Raises:
+      ValueError: a method starts from the base's values, and `params` is None.
+    """
+    leaves = named_leaves(params) if params is not None else {}
+
+    def one(site: Site) -> dict[str, Array]:
+        if site.method.needs_base and params is None:
+            name = type(site.method).__name__
+            raise ValueError(f"{name} starts from the values of {site.path}: give the base, `lora.init(key, params)`")
+        w = leaves[site.path] if site.method.needs_base else None
+        return site.method.init(site, site_key(key, site.path), w, config)
+
+    return {path: one(site) for path, site in sites.items()}
+
+
+def check_adapters(sites: Mapping[str, Site], adapters: Any) -> None:
+    """Raise a ValueError that says what about the adapters does not fit the sites."""
+    made = "they were made for another config or another base"
+    if not isinstance(adapters, Mapping):
+        raise ValueError(f"the adapters are of type {type(adapters).__name__}: `init` gives a dict of factors by path")
+    for name, site in sites.items():
+        if name not in adapters:
+            raise ValueError(f"the adapters have none for {name}: {made}")
+        factors, shapes = adapters[name], site.factor_shapes
+        if not isinstance(factors, Mapping):
+            raise ValueError(
+                f"adapter {name} is of type {type(factors).__name__}: it is to be a dict of {', '.join(shapes)}"
+            )
+        for factor, shape in shapes.items():
+            if factor not in factors:
+                raise ValueError(f"adapter {name} has no {factor}: it needs one of shape {shape}")
+            array = factors[factor]
+            if not is_array(array) or not jnp.issubdtype(array.dtype, jnp.floating):
+                what = getattr(array, "dtype", type(array).__name__)
+                raise ValueError(f"adapter {name}/{factor} is of type {what}: it is to be a floating array of {shape}")
+            if tuple(array.shape) != shape:
+                raise ValueError(
+                    f"adapter {name}/{factor} has shape {tuple(array.shape)}, and this config asks for {shape} "
+                    f"(rank {site.rank}): {made}"
+                )
+        for factor in factors:
+            if factor not in shapes:
+                raise ValueError(f"adapter {name} has a {factor}, which this config's method does not use: {made}")
+    for name in adapters:
+        if name not in sites:
+            raise ValueError(f"the adapters have {name}, which this config does not adapt")
+
+
+def array_leaves(params: Any) -> dict[str, Any]:
+    """Return the parameters that are arrays, or stored in a form of their own, by path."""
+    return {name: leaf for name, leaf in named_leaves(params).items() if is_array(leaf)}
+
+
+def varied(params: Any, sites: Mapping[str, Site], adapters: Adapters) -> tuple[Any, Adapters]:
+    """Inside a `shard_map`, let each weight and its factors vary over the same devices, as their sum would."""
+    leaves, made = named_leaves(params), {}
+    for path in sites:
+        own, tree = jax.tree.flatten((leaves[path], adapters[path]))
+        leaves[path], made[path] = jax.tree.unflatten(tree, compat.vary_together(*own))
+    return from_paths(params, leaves), made
+
+
+def views_of(leaves: Sequence[Any], names: Sequence[str], sites: Mapping[str, Site], adapters: Adapters) -> list[Any]:
+    """Return a program's inputs, those that are adapted or stored as views; the first are the parameters of `names`."""
+    own = [view_of(w, sites.get(path), adapters.get(path, {})) for w, path in zip(leaves, names, strict=False)]
+    return [*own, *(view_of(w, None, {}) for w in leaves[len(names) :])]
+
+
+def view_of(w: Any, site: Site | None, factors: Mapping[str, Array]) -> Any:
+    """Return the view of a weight and its adapter, that of a stored weight without one, or an array as it is."""
+    if site is not None:
+        return site.method.view(site, w, factors)
+    return View(w, (frozenset(),) * w.ndim, w.dtype, ()) if is_stored(w) else w

@@ -1,0 +1,75 @@
+"""LoRA: a weight and the product of two factors of low rank (arXiv 2106.09685), rank-stabilised (arXiv 2312.03732)."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+import jax.numpy as jnp
+from jax import Array
+
+from rslora_jax.methods.method import RANK, Axis, aligned
+from rslora_jax.methods.random import drawer
+from rslora_jax.scaling import gamma
+from rslora_jax.transform.renames import lay
+from rslora_jax.transform.views import View, wide
+
+if TYPE_CHECKING:
+    from rslora_jax.config import LoraConfig
+    from rslora_jax.sites import Site
+
+
+@dataclasses.dataclass(frozen=True)
+class LoRA:
+    """`W + gamma A B`, with A of shape (*stack, *in, r) and B of shape (*stack, r, *out)."""
+
+    needs_base = False
+
+    def factors(self, site: Site) -> Mapping[str, tuple[Axis, ...]]:
+        return {
+            "a": (*site.stack_axes, *site.in_axes, RANK),
+            "b": (*site.stack_axes, RANK, *site.out_axes),
+        }
+
+    def init(self, site: Site, key: Array, w: Any, config: LoraConfig) -> dict[str, Array]:
+        """Draw A as the config says; B is zero."""
+        # A look-up meets one row of A, not a sum over all of them.
+        fan_in = 1 if site.kind == "embedding" else site.in_size
+        shapes, dtype = site.factor_shapes, jnp.dtype(config.dtype)
+        return {"a": drawer(config.init)(key, shapes["a"], dtype, fan_in), "b": jnp.zeros(shapes["b"], dtype)}
+
+    def view(self, site: Site, w: Any, factors: Mapping[str, Array]) -> View:
+        own = aligned(site, factors)
+        view = View(w, site.labels, w.dtype, (site.path,), (own["a"], own["b"]), site.gamma)
+        return lay(view, w)
+
+    def scaled(self, factors: Mapping[str, Array], by: Any) -> dict[str, Array]:
+        # Once, in float32 at least, and rounded to the dtype of B.
+        b = factors["b"]
+        return {**factors, "b": (b.astype(wide(b.dtype)) * by).astype(b.dtype)}
+
+    def low_rank(self, site: Site, factors: Mapping[str, Any]) -> tuple[Any, Any]:
+        stack = site.sizes(site.stack_axes)
+        return factors["a"].reshape(*stack, -1, site.rank), factors["b"].reshape(*stack, site.rank, -1)
+
+    def site_of(
+        self, path: str, factors: Mapping[str, Any], shape: Sequence[int] | None, *, alpha: float, scaling: Any
+    ) -> Site:
+        """Return the site by its factors; without a shape, axes that both have in front are taken for a stack."""
+        from rslora_jax.sites import Site
+
+        a, b = factors["a"].shape, factors["b"].shape
+        if shape is not None:
+            stack = len(a) + len(b) - 2 - len(shape)  # both have the stack, and the rank
+        else:
+            stack = max(n for n in range(min(len(a), len(b))) if a[:n] == b[:n] and b[n] == a[-1])
+        ins, outs = a[stack:-1], b[stack + 1 :]
+        axes = iter(range(stack + len(ins) + len(outs)))
+        stacked, summed, free = (tuple(next(axes) for _ in of) for of in (a[:stack], ins, outs))
+        sizes, rank = (*a[:stack], *ins, *outs), a[-1]
+        scale = gamma(rank, alpha, scaling)
+        return Site(path, sizes, summed, free, stacked, "linear", rank, alpha, scale, self)
+
+
+METHOD = LoRA()

@@ -1,0 +1,118 @@
+"""What every method defines, and how a config names one."""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import pkgutil
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any, Protocol
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+
+from rslora_jax.transform.views import View
+
+if TYPE_CHECKING:
+    from rslora_jax.config import LoraConfig
+    from rslora_jax.sites import Site
+
+RANK = "rank"
+Axis = int | str  # an axis of the weight, by its number, or RANK
+
+
+class Method(Protocol):
+    """An adapter's form: which arrays it is made of, how they start, and what they make of their weight.
+
+    A method is a frozen dataclass, compared by value, in a file of its own that names it `METHOD`. All else goes over
+    these: checks, the table, sharding, checksums, checkpoints, merging.
+
+    Attributes:
+      needs_base: whether `init` needs the weight's values.
+    """
+
+    needs_base: bool
+
+    def factors(self, site: Site) -> Mapping[str, tuple[Axis, ...]]:
+        """Return the name of each array, and of each of its axes, which of the weight's it is, or `RANK`.
+
+        The stack's axes come first, in all arrays.
+        """
+
+    def init(self, site: Site, key: Array, w: Any, config: LoraConfig) -> dict[str, Array]:
+        """Return the arrays as training starts with them, in the config's dtype.
+
+        The key is the site's own; `w`, the base weight, is None unless `needs_base`.
+        """
+
+    def view(self, site: Site, w: Any, factors: Mapping[str, Array]) -> View:
+        """Return what acts in place of the weight `w`, an array or `Stored`."""
+
+
+class LowRank(Method, Protocol):
+    """A method whose update is a product of two factors; who lacks one of these, of that nothing is asked (`asked`)."""
+
+    def scaled(self, factors: Mapping[str, Array], by: Any) -> dict[str, Array]:
+        """Return the adapter whose update is `by` times as large, as another scale would make it."""
+
+    def low_rank(self, site: Site, factors: Mapping[str, Any]) -> tuple[Any, Any]:
+        """Return the update but for gamma as two factors, (*stack, in, r) and (*stack, r, out)."""
+
+    def site_of(
+        self, path: str, factors: Mapping[str, Any], shape: Sequence[int] | None, *, alpha: float, scaling: Any
+    ) -> Site:
+        """Return the site that an adapter fits, by its arrays, and the weight's shape where it is known."""
+
+
+def method_of(method: str | Method) -> Method:
+    """Return a method by the name of its file in this room, or the one that is given.
+
+    Raises:
+      ValueError: there is none of this name; it says which there are.
+
+    >>> method_of("lora").needs_base
+    False
+    """
+    if not isinstance(method, str):
+        return method
+    import rslora_jax.methods as room
+
+    known = sorted(m.name for m in pkgutil.iter_modules(room.__path__))
+    module = importlib.import_module(f"rslora_jax.methods.{method}") if method in known else None
+    if not hasattr(module, "METHOD"):
+        names = [name for name in known if hasattr(importlib.import_module(f"rslora_jax.methods.{name}"), "METHOD")]
+        raise ValueError(f"method={method!r} is not known: use {', '.join(map(repr, names))}, or a Method")
+    return module.METHOD  # type: ignore[union-attr]
+
+
+def asked(method: Method, name: str, what: str) -> Any:
+    """Return a function that a method may lack.
+
+    Raises:
+      ValueError: it does; `what` says what cannot be done.
+    """
+    found = getattr(method, name, None)
+    if found is None:
+        raise ValueError(f"the method {type(method).__name__} cannot {what}: it has no function {name}")
+    return found
+
+
+def rescaled(site: Site, factors: Mapping[str, Any], by: Any) -> dict[str, Any]:
+    """Return the adapter of a site whose update is `by` times as large, as another gamma would make it."""
+    return asked(site.method, "scaled", "have its scale changed")(factors, by)
+
+
+def aligned(site: Site, factors: Mapping[str, Array]) -> dict[str, Array]:
+    """Return an adapter's arrays with all axes of their weight, of size 1 where they lack one, and the rank last."""
+    axes = site.factors
+    return {name: _align(site.shape, axes[name], array) for name, array in factors.items() if name in axes}
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1))  # layers of one kind are traced once
+def _align(shape: tuple[int, ...], axes: Sequence[Axis], factor: Array) -> Array:
+    own = [axis for axis in axes if axis != RANK]
+    rank = [n for n, axis in enumerate(axes) if axis == RANK]
+    order = sorted((n for n, axis in enumerate(axes) if axis != RANK), key=lambda n: axes[n])
+    sizes = [n if axis in own else 1 for axis, n in enumerate(shape)]
+    return jnp.reshape(jnp.transpose(factor, (*order, *rank)), (*sizes, *(factor.shape[n] for n in rank)))

@@ -1,0 +1,66 @@
+"""The one thing that the transform knows of a weight that is no array: it stands for one."""
+
+import math
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+
+
+class Stored:
+    """A weight held in a form of its own, that stands for an array: what every format in this room is a kind of.
+
+    A format is a dataclass, registered as a pytree node (`jax.tree_util.register_dataclass`), whose arrays all have
+    the stack's axes first; what lies behind these in each is the format's own. So what cuts or moves the stack alone,
+    as a scan over layers does, is done to the arrays as they are. All else waits until the weight is used: there
+    it becomes dense, and again in the backward pass, and is not kept between.
+
+    A format defines `stack`, the sizes of the axes that all its arrays have in front; `inner`, the shape
+    of the array behind these; `dtype`, that of the array; and `dense()`, which makes the array, for any stack.
+    """
+
+    @property
+    def stack(self) -> tuple[int, ...]:
+        raise NotImplementedError
+
+    @property
+    def inner(self) -> tuple[int, ...]:
+        raise NotImplementedError
+
+    dtype: Any
+
+    def dense(self) -> Array:
+        raise NotImplementedError
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return (*self.stack, *self.inner)
+
+    @property
+    def ndim(self) -> int:
+        return len(self.shape)
+
+    @property
+    def size(self) -> int:
+        return math.prod(self.shape)
+
+    @property
+    def nbytes(self) -> int:
+        """The bytes of the arrays that it is made of."""
+        return sum(leaf.size * jnp.dtype(leaf.dtype).itemsize for leaf in jax.tree.leaves(self))
+
+
+def is_stored(node: Any) -> bool:
+    """Say whether a node of a pytree is one weight in a form of its own."""
+    return isinstance(node, Stored)
+
+
+def dense(weight: Any) -> Array:
+    """Return a weight as an array."""
+    return weight.dense() if is_stored(weight) else weight
+
+
+def like_dense(weight: Any) -> Any:
+    """Return the shape and dtype of the array that a weight stands for; what is no stored weight is returned."""
+    return jax.ShapeDtypeStruct(weight.shape, weight.dtype) if is_stored(weight) else weight
