@@ -138,9 +138,9 @@ def no_parameters(tree: Any) -> dict[str, str]:
     >>> no_parameters({"kernel": nnx.Param(0), "seen": nnx.Cache(0)})
     {'seen': 'Cache'}
     """
-    is_variable = lambda node: isinstance(node, nnx.Variable)
-    nodes = jax.tree.leaves(tree, is_leaf=lambda node: is_variable(node) or is_stored(node))
-    kinds = [type(n).__name__ if is_variable(n) and not isinstance(n, nnx.Param) else "" for n in nodes]
+    nodes = jax.tree.leaves(tree, is_leaf=lambda node: isinstance(node, nnx.Variable) or is_stored(node))
+    others = [isinstance(n, nnx.Variable) and not isinstance(n, nnx.Param) for n in nodes]
+    kinds = [type(n).__name__ if other else "" for n, other in zip(nodes, others, strict=True)]
     each = [kind for n, kind in zip(nodes, kinds, strict=True) for _ in leaves_of(n)]
     return {path_name(path): kind for (path, _), kind in zip(unboxed(tree), each, strict=True) if kind}
 
@@ -166,9 +166,10 @@ def structure_of(tree: Any) -> Any:
 
 def unboxed(tree: Any) -> Iterator[tuple[tuple[Any, ...], Any]]:
     """Yield the leaves of a pytree with their key paths, in which boxes are no step."""
-    is_box = lambda node: isinstance(node, BOXES)
-    for path, node in jax.tree_util.tree_leaves_with_path(tree, is_leaf=lambda node: is_box(node) or is_stored(node)):
-        if not is_box(node):
+    for path, node in jax.tree_util.tree_leaves_with_path(
+        tree, is_leaf=lambda node: isinstance(node, BOXES) or is_stored(node)
+    ):
+        if not isinstance(node, BOXES):
             yield path, node
             continue
         parts = jax.tree_util.tree_leaves_with_path(node, is_leaf=lambda part, box=node: part is not box)

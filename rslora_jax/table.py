@@ -95,7 +95,10 @@ def fold(left_out: Mapping[str, str], unused: Sequence[str] = (), width: int | N
         groups["unused"] = list(unused)
     if not groups:
         return ""
-    noun = lambda kind, paths: NOUNS[kind][len(paths) > 1] if kind in NOUNS else kind
+
+    def noun(kind: str, paths: Sequence[str]) -> str:
+        return NOUNS[kind][len(paths) > 1] if kind in NOUNS else kind
+
     counts = ", ".join(f"{len(paths)} {noun(kind, paths)}" for kind, paths in groups.items())
     width = width or shutil.get_terminal_size((120, 24)).columns
     lines = textwrap.wrap(f"not adapted: {counts}", width, subsequent_indent="  ", break_on_hyphens=False)

@@ -192,7 +192,8 @@ def pin_rows(apply: Callable[..., Any], where: Sharding, modules: tuple[type, ..
     """
     from flax import linen as nn
 
-    pin = lambda x: jax.lax.with_sharding_constraint(x, where)
+    def pin(x: Any) -> Any:
+        return jax.lax.with_sharding_constraint(x, where)
 
     def interceptor(call: Any, args: Any, kwargs: Any, context: Any) -> Any:
         out = call(*args, **kwargs)

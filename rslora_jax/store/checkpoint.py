@@ -236,8 +236,7 @@ def load_adapters(
         check_same(where, about, {"base": checksums(params)})
     like = jax.tree.map(lambda leaf: np.empty(leaf.shape, leaf.dtype), metadata(where, "adapters"))
     if shardings is not None:
-        of = lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
-        like = jax.tree.map(of, like, shardings)
+        like = jax.tree.map(lambda leaf, at: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=at), like, shardings)
     return LoraConfig.from_dict(about["config"]), read_arrays(where, about, {"adapters": like})["adapters"]
 
 
@@ -347,7 +346,10 @@ def read_arrays(where: Path, about: Mapping[str, Any], like: Mapping[str, Any]) 
     def one(item: str) -> Any:
         arguments = ocp.args.StandardRestore(stored(like[item]))
         read = iter(jax.tree.leaves(ocp.StandardCheckpointHandler().restore(where / item, args=arguments)))
-        whole = lambda leaf: next(read) if leaf.size else jnp.zeros(leaf.shape, leaf.dtype, device=leaf.sharding)
+
+        def whole(leaf: Any) -> Any:
+            return next(read) if leaf.size else jnp.zeros(leaf.shape, leaf.dtype, device=leaf.sharding)
+
         return jax.tree.map(whole, like[item])
 
     read = {item: _read(where, item, functools.partial(one, item)) for item in like}

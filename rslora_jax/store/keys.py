@@ -65,5 +65,9 @@ def as_keys(tree: Any, impls: Mapping[str, str]) -> Any:
     >>> as_keys({"key": jnp.array([0, 1], jnp.uint32)}, {"key": "threefry2x32"})["key"] == jax.random.key(1)
     Array(True, dtype=bool)
     """
-    wrap = lambda name, leaf: jax.random.wrap_key_data(leaf, impl=impls[name]) if name in impls else leaf
-    return jax.tree_util.tree_map_with_path(lambda path, leaf: wrap(path_name(path), leaf), tree)
+
+    def one(path: Any, leaf: Any) -> Any:
+        name = path_name(path)
+        return jax.random.wrap_key_data(leaf, impl=impls[name]) if name in impls else leaf
+
+    return jax.tree_util.tree_map_with_path(one, tree)

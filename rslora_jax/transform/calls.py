@@ -94,7 +94,9 @@ def while_(walk: Walk, eqn: compat.Eqn, values: list[Any]) -> list[Any]:
         def whole(*values):
             cond_consts, body_consts, carry = split(values, *counts)
             fixed, moving = hold(carry)
-            full = lambda moving: [fixed.get(n, c) for n, c in enumerate(moving)]
+
+            def full(moving):
+                return [fixed.get(n, c) for n, c in enumerate(moving)]
 
             def going(moving):
                 return walk.run(p["cond_jaxpr"], [*cond_consts, *full(moving)])[0]
@@ -163,7 +165,9 @@ def with_own_derivative(walk: Walk, eqn: compat.Eqn, values: list[Any]) -> list[
 
         @value.defjvp
         def rule(primals, tangents):
-            exact = lambda *args: compat.bind(eqn, *(materialise(v) if isinstance(v, View) else v for v in args))
+            def exact(*args):
+                return compat.bind(eqn, *(materialise(v) if isinstance(v, View) else v for v in args))
+
             return jax.jvp(exact, primals, tangents)
 
         return jax.jit(value, inline=True)

@@ -56,12 +56,16 @@ def contract(
         return einsum(subscripts, left, right)
     size = dict(zip(terms[0] + terms[1], (*left.shape, *right.shape), strict=True))
     inner = neighbours(terms)
-    heads = lambda term: "".join(c for c in term if c not in inner.values())
+
+    def heads(term: str) -> str:
+        return "".join(c for c in term if c not in inner.values())
 
     def run(letter: str) -> list[int]:
         return [size[letter], *(run(inner[letter]) if letter in inner else [])]
 
-    flat = lambda array, term: jnp.reshape(array, [math.prod(run(c)) for c in heads(term)])
+    def flat(array: Array, term: str) -> Array:
+        return jnp.reshape(array, [math.prod(run(c)) for c in heads(term)])
+
     text = f"{heads(terms[0])},{heads(terms[1])}->{heads(out)}"
     return jnp.reshape(einsum(text, flat(left, terms[0]), flat(right, terms[1])), [size[c] for c in out])
 

@@ -8,7 +8,7 @@ import jax
 
 from rslora_jax.transform import compat
 from rslora_jax.transform.head import last_products
-from rslora_jax.transform.interpreter import Walk, as_arrays
+from rslora_jax.transform.interpreter import as_arrays
 from rslora_jax.transform.log import Log, Meeting, Use, beginning
 from rslora_jax.transform.probe import Probe
 from rslora_jax.transform.scout import scouting
@@ -42,9 +42,7 @@ def discover(jaxpr: compat.Jaxpr, names: Sequence[str], arrays: Sequence[Any]) -
       arrays: all inputs, or their shapes.
     """
     log = Log()
-    rules, follow = scouting(log)
-    lost = lambda view, primitive: log.meet(view, primitive, loud=primitive != "output of the function")
-    walk = Walk(rules, on_fallback=lost, otherwise=follow)
+    walk = scouting(log)
 
     def scout(arrays: Sequence[Any]) -> list[Any]:
         weights: list[Probe] = [beginning(w, name) for w, name in zip(arrays, names, strict=False)]

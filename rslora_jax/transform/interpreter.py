@@ -26,7 +26,6 @@ class Walk:
       product: makes the result of data and an adapted weight, with the arguments of `product.adapted`.
       tables: the paths of the weights that are looked up, row by row.
       platform: what the program is compiled for, by default JAX's own backend.
-      otherwise: in discovery, what is done where no rule applies; None materialises and reports.
       calls_here: compiled calls of the program that is walked, by equation, so that none is traced twice.
       calls: those of all programs. They live as long as the program, which `jax.jit` keeps until the function is
         gone, or until `jax.clear_caches`.
@@ -37,7 +36,6 @@ class Walk:
     product: Callable[..., Any] = adapted
     tables: frozenset[str] = frozenset()
     platform: str | None = None
-    otherwise: Rule | None = None
     calls_here: dict[int, Any] = dataclasses.field(default_factory=dict)
     calls: MutableMapping[compat.Jaxpr, dict[int, Any]] = dataclasses.field(default_factory=weakref.WeakKeyDictionary)
 
@@ -47,7 +45,10 @@ class Walk:
         here = dataclasses.replace(self, calls_here=self.calls.setdefault(jaxpr, {}))
         env: dict[Any, Any] = dict(zip(jaxpr.constvars, own_consts if consts is None else consts, strict=True))
         env.update(zip(jaxpr.invars, args, strict=True))
-        read = lambda atom: atom.val if compat.is_literal(atom) else env[atom]
+
+        def read(atom: Any) -> Any:
+            return atom.val if compat.is_literal(atom) else env[atom]
+
         last_use = {v: n for n, eqn in enumerate(jaxpr.eqns) for v in eqn.invars if not compat.is_literal(v)}
         keep = {v for v in jaxpr.outvars if not compat.is_literal(v)}
         for n, eqn in enumerate(jaxpr.eqns):
@@ -61,14 +62,9 @@ class Walk:
     def evaluate(self, eqn: compat.Eqn, values: list[Any]) -> list[Any]:
         """Evaluate one equation."""
         # Op by op, a call is entered whatever it meets: bound as it is, it would be compiled, and rounded otherwise.
-        met = any(isinstance(v, View) for v in values)
-        met = met or (self.otherwise is None and compat.op_by_op() and compat.holds_program(eqn))
-        if self.otherwise is None and not met:
-            return compat.bind(eqn, *values)
-        rule = self.rules.get(eqn.primitive)
-        outs = rule(self, eqn, values) if rule and met else None
-        if outs is None and self.otherwise is not None:
-            outs = self.otherwise(self, eqn, values)
+        met = any(isinstance(v, View) for v in values) or (compat.op_by_op() and compat.holds_program(eqn))
+        rule = self.rules.get(eqn.primitive) if met else None
+        outs = rule(self, eqn, values) if rule else None
         if outs is None:
             outs = compat.bind(eqn, *(self.array(v, eqn.primitive.name) for v in values))
         return outs

@@ -161,8 +161,7 @@ def guess(view: Probe, values: Sequence[Any], outs: Sequence[Any]) -> tuple[int,
     The in-axis has a size that the data have, and the out-axis one that the result has; of the last two axes, since
     what comes before them is stacked. Row by row, as kernels of products store their weights, is tried first.
     """
-    floating = lambda arrays: {n for a in arrays if jnp.issubdtype(a.dtype, jnp.inexact) for n in a.shape if n != 1}
-    ins, made = floating([base(v) for v in values if is_data(v)]), floating(outs)
+    ins, made = _float_sizes([base(v) for v in values if is_data(v)]), _float_sizes(outs)
     last = len(view.shape) - 1
     options = [
         (i, o)
@@ -170,3 +169,7 @@ def guess(view: Probe, values: Sequence[Any], outs: Sequence[Any]) -> tuple[int,
         if view.shape[i] in ins and view.shape[o] in made and view.axes[i] and view.axes[o]
     ]
     return (*options[0], len(options) == 1) if options else None
+
+
+def _float_sizes(arrays: Sequence[Any]) -> set[int]:
+    return {n for a in arrays if jnp.issubdtype(a.dtype, jnp.inexact) for n in a.shape if n != 1}

@@ -210,14 +210,18 @@ def through_weight(op: Bilinear, best: Plan, x: Array, w: Any, first: Array, sec
 def tangent_of_dense(w: Any, tangent: Any) -> Array | None:
     """Return the tangent of the array that a weight stands for; None where it has none."""
     tree: Any = jax.tree.structure(w)
-    is_zero = lambda t: isinstance(t, SymbolicZero)
-    given = jax.tree.leaves(tangent, is_leaf=is_zero)
-    if all(map(is_zero, given)):
+    given = jax.tree.leaves(tangent, is_leaf=lambda t: isinstance(t, SymbolicZero))
+    if all(isinstance(t, SymbolicZero) for t in given):
         return None
     if not is_stored(w):
         return tangent
-    zero = lambda t: np.zeros(t.aval.shape, t.aval.dtype) if t.aval.dtype == jax.dtypes.float0 else t.instantiate()
-    return jax.jvp(dense, (w,), (jax.tree.unflatten(tree, [zero(t) if is_zero(t) else t for t in given]),))[1]
+    tangents = [_instantiated(t) if isinstance(t, SymbolicZero) else t for t in given]
+    return jax.jvp(dense, (w,), (jax.tree.unflatten(tree, tangents),))[1]
+
+
+def _instantiated(zero: SymbolicZero) -> Any:
+    """Return a zero tangent as an array; that of integers has a dtype that only numpy has."""
+    return np.zeros(zero.shape, zero.dtype) if zero.dtype == jax.dtypes.float0 else zero.instantiate()
 
 
 def without_explicit_axes(op: Any, x: Array, w: Any, factors: Any, extra: Any, seen: Any) -> Array:

@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import jax
@@ -58,7 +59,10 @@ class Ragged:
     def product(self, x: Array, x_letters: str, w: Array, w_letters: str, out: str, group_sizes: Array) -> Array:
         shared = [c for c in x_letters if c in w_letters]
         batch, contracted = [c for c in shared if c in out], [c for c in shared if c not in out]
-        at = lambda letters, wanted: tuple(letters.index(c) for c in wanted)
+
+        def at(letters: Sequence[str], wanted: Iterable[str]) -> tuple[int, ...]:
+            return tuple(letters.index(c) for c in wanted)
+
         numbers = lax.RaggedDotDimensionNumbers(
             ((at(x_letters, contracted), at(w_letters, contracted)), (at(x_letters, batch), at(w_letters, batch))),
             at(x_letters, self.rows),
@@ -75,10 +79,12 @@ class Ragged:
     def sizes(self, x: tuple[int, ...], w: tuple[int, ...], rank: int) -> Sizes:
         size = dict(zip(self.x + self.w + RANK, (*x, *w, rank), strict=True))
 
-        def count(letters: str) -> int:  # a row meets one expert
+        def count(letters: str) -> int:
             return math.prod(size[c] for c in set(letters))
 
-        met = lambda *letters: 2 * count("".join(letters).replace(self.group, ""))
+        def met(*letters: str) -> int:  # a row meets one expert
+            return 2 * count("".join(letters).replace(self.group, ""))
+
         return Sizes(
             base=met(self.x, self.w),
             meet=met(self.x, self.first),

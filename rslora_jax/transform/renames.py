@@ -216,7 +216,10 @@ def _reversed(array: Array, spanned: Spanned, dimensions: tuple[int, ...]) -> Ar
 def pad(view: View, value: Array, config: Sequence[tuple[int, int, int]]) -> View:
     """Pad the weight with a value, and its adapter so that it changes nothing there."""
     config = tuple((low, high, inner) for low, high, inner in config)
-    act = lambda part, fill: _padded(part, jnp.asarray(fill, part.dtype), spans(view, part), config)
+
+    def act(part: Array, fill: int) -> Array:
+        return _padded(part, jnp.asarray(fill, part.dtype), spans(view, part), config)
+
     w = renamed_weight(view, _padded, [n for n, c in enumerate(config) if any(c)], (value,), (config,))
     # The value is no weight, which a gain would scale.
     gain = None if view.gain is None else act(view.gain, 1)
@@ -314,8 +317,8 @@ def _negative(w: Array) -> Array:
 
 def lay(view: View, w: Any) -> View:
     """Put `w`, which is the weight laid in another way, in its place; the parts are laid as it is."""
-    own = lambda part: lay_factor(part, spans(view, part), w) if explicit_mesh(w, part) else part
-    return view.with_parts(w, [own(part) for part in view.parts])
+    parts = [lay_factor(part, spans(view, part), w) if explicit_mesh(w, part) else part for part in view.parts]
+    return view.with_parts(w, parts)
 
 
 def without_gain(view: View) -> View | None:

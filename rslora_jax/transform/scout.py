@@ -4,6 +4,7 @@ What is data, a weight, rows or a constant: see `transform/log.py`.
 """
 
 import dataclasses
+import functools
 import math
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -49,9 +50,24 @@ SCALING = (primitives.mul_p, primitives.div_p)
 JOINING = (*SCALING, primitives.concatenate_p, lax.stack_p)
 
 
-def scouting(log: Log) -> tuple[dict[compat.Primitive, Rule], Rule]:
-    """Return discovery's rule for each primitive, and what it does for all others."""
-    follow = following(log)
+@dataclasses.dataclass(frozen=True)
+class Scout(Walk):
+    """The walk of discovery: no view has an adapter, each is a `Probe`, and nothing is materialised.
+
+    Attributes:
+      follow: what is done where no rule applies.
+    """
+
+    follow: Rule = lambda walk, eqn, values: None
+
+    def evaluate(self, eqn: compat.Eqn, values: list[Any]) -> list[Any]:
+        rule = self.rules.get(eqn.primitive) if any(isinstance(v, Probe) for v in values) else None
+        outs = rule(self, eqn, values) if rule else None
+        return self.follow(self, eqn, values) if outs is None else outs  # type: ignore[return-value]
+
+
+def scouting(log: Log) -> Scout:
+    """Return discovery's walk, which notes in a log what it sees."""
     rules = {
         primitive: entering(rule) if primitive in calls.RULES else keeping(rule) for primitive, rule in RULES.items()
     }
@@ -70,7 +86,12 @@ def scouting(log: Log) -> tuple[dict[compat.Primitive, Rule], Rule]:
         primitives.custom_vjp_call_p: entering(calls.closed_call),
         primitives.scan_p: taking_apart(log, entering(calls.RULES[primitives.scan_p])),
     }
-    return rules, follow
+    return Scout(rules, on_fallback=functools.partial(lose, log), follow=following(log))
+
+
+def lose(log: Log, view: Probe, primitive: str) -> None:
+    """Note that a weight went where it is no weight any more."""
+    log.meet(view, primitive, loud=primitive != "output of the function")
 
 
 def following(log: Log) -> Rule:
@@ -134,8 +155,8 @@ def written_out(value: Any, gone: Sequence[int], shared: Sequence[int] = ()) -> 
     """Say whether a sum is over what was multiplied entry by entry, as a matrix product written out is."""
     if not isinstance(value, Probe) or value.past.met != "mul":
         return False
-    label = lambda n: value.axes[n] if value.shape[n] != 1 else frozenset()
-    return any(map(label, gone)) and any(label(n) for n in range(len(value.shape)) if n not in (*gone, *shared))
+    labels = [label if size != 1 else frozenset() for label, size in zip(value.axes, value.shape, strict=True)]
+    return any(labels[n] for n in gone) and any(of for n, of in enumerate(labels) if n not in (*gone, *shared))
 
 
 def lacking(view: Probe, values: Sequence[Any]) -> bool:
@@ -165,10 +186,14 @@ def entering(rule: Rule) -> Rule:
     """Return the rule of a call: inside, a constant would look like data."""
 
     def enter(walk: Walk, eqn: compat.Eqn, values: list[Any]) -> list[Any] | None:
-        inside = lambda v: v if isinstance(v, Probe) or compat.is_tracer(v) else known(jnp.asarray(v))
-        return rule(walk, eqn, [inside(v) for v in values])
+        return rule(walk, eqn, [_inside(v) for v in values])
 
     return enter
+
+
+def _inside(value: Any) -> Any:
+    """Return a value as it enters a call, where a constant is no tracer's fellow."""
+    return value if isinstance(value, Probe) or compat.is_tracer(value) else known(jnp.asarray(value))
 
 
 def taking_apart(log: Log, rule: Rule) -> Rule:
@@ -271,8 +296,8 @@ def of_weights(log: Log, eqn: compat.Eqn, values: list[Any], out: Any) -> Probe:
         noted = log.use(view, "product", contracted, batch, eqn) if view.sites else set()
         waiting |= noted
         log.right |= noted if view is rhs else set()
-    free = lambda view, gone: [n for n in range(len(view.shape)) if n not in gone]
-    free_l, free_r = free(lhs, (*lhs_c, *lhs_b)), free(rhs, (*rhs_c, *rhs_b))
+    free_l = [n for n in range(len(lhs.shape)) if n not in (*lhs_c, *lhs_b)]
+    free_r = [n for n in range(len(rhs.shape)) if n not in (*rhs_c, *rhs_b)]
     summed = [lhs.axes[n] for n in lhs_c] + [rhs.axes[n] for n in rhs_c]
     axes = [lhs.axes[m] | rhs.axes[n] for m, n in zip(lhs_b, rhs_b, strict=True)]
     # A constant that a weight is mapped by (as by a resize) has the axes it maps them to.
@@ -369,7 +394,7 @@ def choosing(log: Log) -> Rule:
     """Return the rule of a conditional: every branch is walked, and a choice between weights is a weight."""
 
     def rule(walk: Walk, eqn: compat.Eqn, values: list[Any]) -> list[Any]:
-        inside = [v if isinstance(v, Probe) or compat.is_tracer(v) else known(jnp.asarray(v)) for v in values]
+        inside = [_inside(v) for v in values]
         branches = [walk.run(jaxpr, inside[1:]) for jaxpr in eqn.params["branches"]]
 
         def one(outs: Sequence[Any]) -> Any:

@@ -143,7 +143,10 @@ def update(view: View) -> Array:
     dtype = wide(view.w.dtype, *(factor.dtype for factor in view.factors))
     (a, a_array), (b, b_array) = (compact(view, factor, letters) for factor in view.factors)
     a_array, b_array = a_array.astype(dtype), b_array.astype(dtype)
-    form = lambda a_array, b_array: jnp.einsum(f"{a},{b}->{letters}", a_array, view.gamma * b_array)
+
+    def form(a_array: Array, b_array: Array) -> Array:
+        return jnp.einsum(f"{a},{b}->{letters}", a_array, view.gamma * b_array)
+
     if explicit_mesh(view.w):
         return by_compiler(form, jax.typeof(view.w).sharding, a_array, b_array)
     return form(a_array, b_array)
