@@ -35,7 +35,7 @@ from benchmarks.problem import PRESETS, Data, Problem, make_data
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-from rslora_jax.models.llama import LlamaConfig
+from rslora_jax.models.decoder import DecoderConfig
 
 
 def numbers(text: str) -> list[int]:
@@ -86,9 +86,9 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     return parser.parse_args(argv)
 
 
-def model_config(arguments: argparse.Namespace) -> LlamaConfig:
+def model_config(arguments: argparse.Namespace) -> DecoderConfig:
     heads = arguments.heads or max(1, arguments.width // 64)
-    return LlamaConfig(
+    return DecoderConfig(
         vocab_size=1,  # the stack has no table
         width=arguments.width,
         mlp_width=arguments.mlp_width or 11 * arguments.width // 4,

@@ -24,8 +24,8 @@ import rslora_jax as rslora
 from rslora_jax.commands.runs import Loaded, Run, program, unrolled
 from rslora_jax.interop.gguf import find_smollm2
 from rslora_jax.interop.load import load_model
-from rslora_jax.models import generate
-from rslora_jax.models.llama import Llama
+from rslora_jax.models import generation
+from rslora_jax.models.decoder import Decoder
 from rslora_jax.train import docstring_pairs
 
 Way = Callable[[], tuple[float, float, list[list[int]]]]
@@ -33,13 +33,13 @@ Way = Callable[[], tuple[float, float, list[list[int]]]]
 
 def ours(apply: Any, variables: Any, prompts: list[list[int]], config: Any, new: int) -> Way:
     """Give a function that generates and returns (seconds to the first token, seconds after, tokens)."""
-    going = generate.start(apply, variables, prompts, config, max_new=new)
+    going = generation.start(apply, variables, prompts, config, max_new=new)
 
     def run() -> tuple[float, float, list[list[int]]]:
         begun = time.perf_counter()
         state = jax.block_until_ready(going.advance(going.read(), 1))
         first = time.perf_counter()
-        tokens = generate.tokens_of(going.advance(state, new))
+        tokens = generation.tokens_of(going.advance(state, new))
         return first - begun, time.perf_counter() - first, tokens
 
     begun = time.perf_counter()
@@ -99,7 +99,7 @@ def main() -> None:
 
     config, variables, tokenizer = load_model()
     shape = jax.ShapeDtypeStruct((1, 8), "int32")
-    lora = rslora.wrap(Llama(config).apply, variables, shape, config=rslora.LoraConfig(rank=a.rank, alpha=16))
+    lora = rslora.wrap(Decoder(config).apply, variables, shape, config=rslora.LoraConfig(rank=a.rank, alpha=16))
     adapters = lora.init(jax.random.key(0))
     # B is zero at first, and adapters that do nothing would hide a mistake.
     keys = dict(zip(adapters, jax.random.split(jax.random.key(1), len(adapters)), strict=True))
@@ -120,10 +120,12 @@ def main() -> None:
             ways["transformers"] = theirs(prompts, a.new)
         (run,) = looped.runs
         for name, its, merged in (("base", None, False), ("adapters", run, False), ("merged", run, True)):
-            apply, held = program(looped, its, merged=merged) if its else (Llama(looped.config).apply, looped.variables)
+            apply, held = (
+                program(looped, its, merged=merged) if its else (Decoder(looped.config).apply, looped.variables)
+            )
             ways[name] = ours(apply, held, prompts, looped.config, a.new)
         if a.scanned:
-            ways["base, scanned"] = ours(Llama(config).apply, variables, prompts, config, a.new)
+            ways["base, scanned"] = ours(Decoder(config).apply, variables, prompts, config, a.new)
         tokens = {name: way()[2] for name, way in ways.items()}
         for one, other in (("transformers", "base"), ("adapters", "merged"), ("base, scanned", "base")):
             if one in tokens and tokens[one] != tokens[other]:

@@ -19,7 +19,7 @@ import optax
 import rslora_jax as rslora
 from rslora_jax import train
 from rslora_jax.interop.gguf import find_smollm2, load_gguf
-from rslora_jax.models.llama import Llama
+from rslora_jax.models.decoder import Decoder
 
 
 def main() -> None:
@@ -31,7 +31,7 @@ def main() -> None:
 
     config, variables, tokenizer = load_gguf(find_smollm2(), scan_layers=True)
     tokens = jax.ShapeDtypeStruct((1, 8), "int32")
-    lora = rslora.wrap(Llama(config).apply, variables, tokens, config=rslora.LoraConfig(rank=32, alpha=16))
+    lora = rslora.wrap(Decoder(config).apply, variables, tokens, config=rslora.LoraConfig(rank=32, alpha=16))
     rows = train.prepare(tokenizer, train.docstring_pairs("train")[:400], max_len=256)
     batches = train.train_batches(rows, batch_size=2)
     loss, optimizer = train.token_loss(rows.places), optax.adam(1e-3)

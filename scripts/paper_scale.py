@@ -34,7 +34,7 @@ from rich.console import Console
 from rich.table import Table
 
 from rslora_jax.models.configs import LLAMA2_7B
-from rslora_jax.models.llama import REMAT_POLICIES
+from rslora_jax.models.decoder import REMAT_POLICIES
 from rslora_jax.parallel import sharding
 
 # What the compiler leaves to a program of a chip's 16 and 95 GB.

@@ -33,14 +33,14 @@ from rslora_jax import train
 from rslora_jax.commands.data import examples
 from rslora_jax.interop.load import load_model as load_file
 from rslora_jax.methods.random import uniform
-from rslora_jax.models.llama import Llama, LlamaConfig
+from rslora_jax.models.decoder import Decoder, DecoderConfig
 from rslora_jax.train.bytelevel import ByteTokenizer
 from rslora_jax.train.report import clock
 from rslora_jax.train.sweep import Outcome, Trial, sweep
 
 RATES = {"adamw": [1e-4, 4e-4, 1.6e-3], "sgd": [0.1, 0.4, 1.6], "adafactor": [1e-4, 4e-4, 1.6e-3]}
 TARGETS = {"all": "all-linear", "attention": "*/attn/*/kernel"}
-TINY = LlamaConfig(
+TINY = DecoderConfig(
     vocab_size=ByteTokenizer.vocab_size,
     width=32,
     mlp_width=48,
@@ -104,14 +104,14 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     return a
 
 
-def load_model(a: argparse.Namespace) -> tuple[Llama, Any, Any]:
+def load_model(a: argparse.Namespace) -> tuple[Decoder, Any, Any]:
     """Return (model, variables, tokenizer)."""
     if a.model == "tiny":
-        model = Llama(TINY)
+        model = Decoder(TINY)
         shape = jax.numpy.zeros((1, 1), "int32")
         return model, jax.jit(model.init)(jax.random.key(0), shape), ByteTokenizer()
     config, variables, tokenizer = load_file(None if a.model == "smollm2" else a.model, dtype=a.dtype, remat=a.remat)
-    return Llama(config), variables, tokenizer
+    return Decoder(config), variables, tokenizer
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -196,7 +196,7 @@ def make_optimizer(name: str, rate: Any) -> Any:
     return train.make_optimizer(name, schedule=rate, clip=None)
 
 
-def base_loss(model: Llama, variables: Any, loss: train.Loss, heldout: list[Any]) -> float:
+def base_loss(model: Decoder, variables: Any, loss: train.Loss, heldout: list[Any]) -> float:
     """Return the held-out loss without adapters."""
     evaluate = jax.jit(lambda variables, batch: loss(partial(model.apply, variables), batch))
     sums = [evaluate(variables, batch) for batch in heldout]

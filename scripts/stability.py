@@ -38,7 +38,7 @@ from rich.table import Table
 
 import rslora_jax as rslora
 from rslora_jax.analysis.stability import Stability, measure
-from rslora_jax.models.llama import Llama, LlamaConfig
+from rslora_jax.models.decoder import Decoder, DecoderConfig
 
 if jax.__version_info__ < (0, 11):  # its XLA compiles three times as fast without these
     os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_cpu_use_fusion_emitters=false"
@@ -99,7 +99,7 @@ def linear() -> Problem:
 def transformer() -> Problem:
     """A decoder of random weights, with adapters on all its linear layers, on random tokens."""
     sizes = {"width": WIDTH, "mlp_width": 2 * WIDTH, "num_layers": 2, "num_heads": 2, "num_kv_heads": 2}
-    model = Llama(LlamaConfig(vocab_size=64, scan_layers=True, **sizes))
+    model = Decoder(DecoderConfig(vocab_size=64, scan_layers=True, **sizes))
 
     def make(key: Array) -> tuple[Any, Any]:
         tokens = jax.random.randint(key, (2, 9), 0, 64, jnp.int32)

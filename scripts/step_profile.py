@@ -20,7 +20,7 @@ from benchmarks.problem import PRESETS, Problem, make_data
 from rich.console import Console
 from rich.table import Table
 
-from rslora_jax.models.llama import LlamaConfig
+from rslora_jax.models.decoder import DecoderConfig
 
 
 def parse() -> argparse.Namespace:
@@ -39,7 +39,7 @@ def main() -> None:
     if jax.default_backend() != "gpu":
         raise SystemExit("This reads the kernels of a GPU, and JAX finds none here.")
     sizes = PRESETS[arguments.preset]
-    config = LlamaConfig(
+    config = DecoderConfig(
         vocab_size=1,
         width=sizes["width"],
         mlp_width=sizes["mlp_width"],

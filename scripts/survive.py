@@ -32,11 +32,11 @@ from rich.table import Table
 
 import rslora_jax as rslora
 from rslora_jax import train
-from rslora_jax.models.llama import Llama, LlamaConfig
+from rslora_jax.models.decoder import Decoder, DecoderConfig
 from rslora_jax.store import checkpoint
 from rslora_jax.train.bytelevel import ByteTokenizer
 
-CONFIG = LlamaConfig(
+CONFIG = DecoderConfig(
     vocab_size=258, width=48, mlp_width=96, num_layers=3, num_heads=4, num_kv_heads=2, scan_layers=True
 )
 SUMS = [train.Example(f"{a}+{b}=", f"{a + b}") for a in range(12) for b in range(12)]
@@ -46,7 +46,7 @@ def attempt(folder: Path, steps: int, save_every: int, asked: Any) -> None:
     """Train in a folder, from the start or from what is there; `asked` counts the batches taken."""
     jax.config.update("jax_compilation_cache_dir", str(folder.parent / "compiled"))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
-    model = Llama(CONFIG)
+    model = Decoder(CONFIG)
     params = model.init(jax.random.key(0), jnp.zeros((1, 1), jnp.int32))
     config = rslora.LoraConfig(rank=6, alpha=10)
     lora = rslora.wrap(model.apply, params, jnp.zeros((1, 4), jnp.int32), config=config)
@@ -93,7 +93,7 @@ def main() -> int:
     moments, console = random.Random(arguments.seed), Console()
     # A child is a fork of a server that has imported what it needs, and has no threads, as the bar here has.
     processes = multiprocessing.get_context("forkserver")
-    processes.set_forkserver_preload(["jax", "optax", "rich", "rslora_jax.train", "rslora_jax.models.llama"])
+    processes.set_forkserver_preload(["jax", "optax", "rich", "rslora_jax.train", "rslora_jax.models.decoder"])
     table = Table("kill", "after", "from step", "saved step", "in a save", title="killed by SIGKILL")
 
     with tempfile.TemporaryDirectory() as parent:

@@ -22,7 +22,7 @@ import optax
 import rslora_jax as rslora
 from rslora_jax import train
 from rslora_jax.interop.gguf import find_smollm2, load_gguf
-from rslora_jax.models.llama import Llama
+from rslora_jax.models.decoder import Decoder
 from rslora_jax.train.sweep import Trial, make_sweep_step, scaling_factors, stack, start
 
 
@@ -40,7 +40,7 @@ def main() -> None:
 
     config, variables, tokenizer = load_gguf(find_smollm2(), scan_layers=True)
     shape = jax.ShapeDtypeStruct((1, 8), "int32")
-    lora = rslora.wrap(Llama(config).apply, variables, shape, config=rslora.LoraConfig(rank=a.rank, alpha=16))
+    lora = rslora.wrap(Decoder(config).apply, variables, shape, config=rslora.LoraConfig(rank=a.rank, alpha=16))
     rows = train.prepare(tokenizer, train.docstring_pairs("train")[:200], max_len=a.max_len)
     loss, optimizer = train.token_loss(rows.places), optax.adam
     scalings = ("rslora", "lora")

@@ -20,7 +20,7 @@ from rich.console import Console
 from rich.table import Table
 
 import rslora_jax as rslora
-from rslora_jax.models.llama import Llama, LlamaConfig
+from rslora_jax.models.decoder import Decoder, DecoderConfig
 
 
 def seconds(fn: Callable, *args: object) -> float:
@@ -30,9 +30,9 @@ def seconds(fn: Callable, *args: object) -> float:
     return time.process_time() - begun
 
 
-def measure(config: LlamaConfig, change: Callable) -> tuple[float, float, float, float]:
+def measure(config: DecoderConfig, change: Callable) -> tuple[float, float, float, float]:
     """Return the times of the base model, of the wrapped one after `wrap` and in all, and of layers by hand."""
-    model, tokens = Llama(config), jnp.ones((2, 16), jnp.int32)
+    model, tokens = Decoder(config), jnp.ones((2, 16), jnp.int32)
     variables = jax.eval_shape(model.init, jax.random.key(0), tokens)
 
     def loss(params: dict, tokens: jax.Array) -> jax.Array:
@@ -68,7 +68,7 @@ def main() -> None:
     table = Table(*head, *(f"{name} / base" for name in head[3:]))
     small = {"vocab_size": 64, "width": 32, "mlp_width": 48, "num_heads": 4, "num_kv_heads": 2}
     for scan in (False, True):
-        config = LlamaConfig(**small, num_layers=arguments.layers, scan_layers=scan)
+        config = DecoderConfig(**small, num_layers=arguments.layers, scan_layers=scan)
         for name, change in (("forward", lambda f: f), ("gradient", jax.grad)):
             runs = [measure(config, change) for _ in range(arguments.repeats)]
             times = [f"{statistics.median(column):.2f} s" for column in zip(*runs, strict=True)]

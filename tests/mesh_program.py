@@ -14,17 +14,17 @@ import numpy as np
 import optax
 
 import rslora_jax as rslora
-from rslora_jax.models.llama import SHARDING_RULES, Embed, Layer, Llama, LlamaConfig
+from rslora_jax.models.decoder import SHARDING_RULES, Decoder, DecoderConfig, Embed, Layer
 from rslora_jax.parallel import sharding
 from rslora_jax.sites import named_leaves, path_name
 from rslora_jax.train import TrainState, fit, make_pmap_step, make_step, replicate, token_loss
 from rslora_jax.train.batches import Batch
 
 STEPS, ROWS, LENGTH = 20, 8, 16
-CONFIG = LlamaConfig(
+CONFIG = DecoderConfig(
     vocab_size=96, width=64, mlp_width=128, num_layers=3, num_heads=8, num_kv_heads=4, scan_layers=True
 )
-MODEL, LOSS, OPTIMIZER = Llama(CONFIG), token_loss(LENGTH), optax.adamw(3e-3)
+MODEL, LOSS, OPTIMIZER = Decoder(CONFIG), token_loss(LENGTH), optax.adamw(3e-3)
 TOKENS = jax.ShapeDtypeStruct((1, 4), "int32")
 
 

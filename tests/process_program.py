@@ -20,7 +20,7 @@ def main() -> None:
     if int(count) > 1:
         jax.distributed.initialize(f"127.0.0.1:{port}", int(count), int(index))
     from rslora_jax import train
-    from rslora_jax.models.llama import SHARDING_RULES
+    from rslora_jax.models.decoder import SHARDING_RULES
     from rslora_jax.parallel import sharding
     from tests.train.tiny import Run
 

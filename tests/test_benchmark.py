@@ -21,9 +21,9 @@ def parts(monkeypatch):
     monkeypatch.syspath_prepend(str(SCRIPTS))
     from benchmarks import measure, methods, problem
 
-    from rslora_jax.models.llama import LlamaConfig
+    from rslora_jax.models.decoder import DecoderConfig
 
-    config = LlamaConfig(vocab_size=1, width=32, mlp_width=88, num_layers=1, num_heads=2, num_kv_heads=2)
+    config = DecoderConfig(vocab_size=1, width=32, mlp_width=88, num_layers=1, num_heads=2, num_kv_heads=2)
     return measure, methods, problem, problem.Problem(config, tokens=24, length=12, rank=24, alpha=10.0)
 
 

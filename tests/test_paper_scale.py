@@ -16,14 +16,14 @@ import pytest
 from jax.sharding import AbstractMesh, AxisType
 
 from rslora_jax.models.configs import LLAMA2_7B
-from rslora_jax.models.llama import LlamaConfig
+from rslora_jax.models.decoder import DecoderConfig
 from rslora_jax.parallel import sharding
 
 pytestmark = pytest.mark.by_day_on("newest")
 
 SCRIPTS = Path(__file__).parent.parent / "scripts"
 DOCS = SCRIPTS.parent / "docs" / "scale"
-SMALL = LlamaConfig(
+SMALL = DecoderConfig(
     vocab_size=40,
     width=16,
     mlp_width=24,

@@ -152,7 +152,7 @@ def exact_match(
 ) -> dict[str, Any]:
     """Let a model answer the examples, and count the right answers."""
     from rslora_jax.commands.prompts import batches
-    from rslora_jax.models.generate import generate
+    from rslora_jax.models.generation import generate
     from rslora_jax.train import report, samples, score
 
     tokenizer, config = loaded.tokenizer, loaded.config

@@ -44,8 +44,8 @@ def run(arguments: argparse.Namespace, argv: Sequence[str] | None) -> int:
     from absl import logging
 
     from rslora_jax.interop import peft
-    from rslora_jax.interop.opened import attach, load_base, open_adapters, parse_step
-    from rslora_jax.interop.whole import check_free
+    from rslora_jax.interop.adapter_folder import attach, load_base, open_adapters, parse_step
+    from rslora_jax.interop.new_folder import check_free
 
     logging.set_verbosity(logging.ERROR)
     a = arguments

@@ -126,11 +126,11 @@ class Writer:
         """Lay out a batch and compile its programs; each batch draws for itself."""
         import jax
 
-        from rslora_jax.models import generate
+        from rslora_jax.models import generation
 
         key = jax.random.fold_in(jax.random.key(self.seed), self.count)
         self.count += 1
-        going = generate.start(
+        going = generation.start(
             self.apply,
             self.variables,
             prompts,
@@ -205,7 +205,7 @@ class Speed:
         """Give the pieces of a compiled batch, whose first rows are for `prompts`, and count tokens and seconds."""
         import jax
 
-        from rslora_jax.models.generate import pieces
+        from rslora_jax.models.generation import pieces
 
         begun = time.perf_counter()
         state = jax.block_until_ready(going.read())

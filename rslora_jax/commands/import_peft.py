@@ -38,9 +38,9 @@ def run(arguments: argparse.Namespace, argv: Sequence[str] | None) -> int:
     from absl import logging
 
     from rslora_jax.interop import peft
+    from rslora_jax.interop.adapter_folder import attach_alone, open_adapters
     from rslora_jax.interop.load import load_model
-    from rslora_jax.interop.opened import attach_alone, open_adapters
-    from rslora_jax.interop.whole import check_free, written_whole
+    from rslora_jax.interop.new_folder import check_free, written_whole
     from rslora_jax.store import checkpoint
 
     logging.set_verbosity(logging.ERROR)

@@ -54,7 +54,7 @@ def run(arguments: argparse.Namespace, argv: Sequence[str] | None) -> int:
 
 def inspect(a: argparse.Namespace) -> int:
     """Run `rslora inspect`."""
-    from rslora_jax.interop.opened import attach, load_base, open_adapters, parse_step
+    from rslora_jax.interop.adapter_folder import attach, load_base, open_adapters, parse_step
 
     step = parse_step(a.step)
     if a.no_base and a.model:

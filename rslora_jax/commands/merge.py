@@ -51,9 +51,9 @@ def run(arguments: argparse.Namespace, argv: Sequence[str] | None) -> int:
 
 def merge(a: argparse.Namespace) -> int:
     """Run `rslora merge`."""
-    from rslora_jax.interop.opened import attach, load_base, open_adapters, parse_step
+    from rslora_jax.interop.adapter_folder import attach, load_base, open_adapters, parse_step
+    from rslora_jax.interop.new_folder import check_free
     from rslora_jax.interop.safetensors import parse_size
-    from rslora_jax.interop.whole import check_free
 
     step, size, out = parse_step(a.step), parse_size(a.max_shard_size), Path(a.out)
     check_free(out)

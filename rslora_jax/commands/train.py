@@ -214,9 +214,9 @@ def train(arguments: argparse.Namespace) -> int:
 
     import rslora_jax as rslora
     from rslora_jax.commands.data import examples
-    from rslora_jax.interop import opened
+    from rslora_jax.interop import adapter_folder
     from rslora_jax.interop.load import load_model
-    from rslora_jax.models.llama import SHARDING_RULES, Embed, Layer, Llama
+    from rslora_jax.models.decoder import SHARDING_RULES, Decoder, Embed, Layer
     from rslora_jax.parallel import processes, sharding
     from rslora_jax.store import checkpoint
     from rslora_jax.train import NonFiniteLoss, batches, fit, loss, optimizers, report, samples
@@ -236,7 +236,7 @@ def train(arguments: argparse.Namespace) -> int:
     options = optimizers.parse_options(a.optimizer_option)
     optimizers.make_optimizer(a.optimizer, schedule=schedule, clip=a.clip, options=options)  # refused before all else
     # A run that is resumed has the adapters' own config.
-    start = opened.open_adapters(out if a.resume else a.adapters) if a.adapters else None
+    start = adapter_folder.open_adapters(out if a.resume else a.adapters) if a.adapters else None
     if start and not a.resume:
         check_defaults(a, ("rank", "alpha", "scaling", "targets"), "--adapters has its own")
     train_examples, heldout_examples = examples(a.data, a.heldout)
@@ -250,9 +250,9 @@ def train(arguments: argparse.Namespace) -> int:
         shardings=shardings,
         progress=report.progress_line("reading"),
     )
-    model = Llama(model_config)
+    model = Decoder(model_config)
     apply = sharding.pin_rows(model.apply, where, (Embed, Layer)) if where else model.apply
-    found = opened.attach_alone(start, base) if start else None
+    found = adapter_folder.attach_alone(start, base) if start else None
     config = rslora.LoraConfig(rank=a.rank, alpha=a.alpha, scaling=a.scaling, targets=a.targets)
     config = found.lora.config if found else config
     lora = rslora.wrap(apply, variables, jax.ShapeDtypeStruct((1, 8), "int32"), config=config)

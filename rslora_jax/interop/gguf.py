@@ -15,7 +15,7 @@ from gguf.quants import dequantize
 
 from rslora_jax.interop.model import Model, Shardings, shapes_of, shardings_of
 from rslora_jax.interop.tokenizer import tokenizer_from_metadata
-from rslora_jax.models.llama import LlamaConfig
+from rslora_jax.models.decoder import DecoderConfig
 
 _SMOLLM2 = "SmolLM2-135M-Instruct.Q4_1.gguf"
 
@@ -66,7 +66,7 @@ def load_gguf(
     `shardings` say where the weights are to lie (`interop.model.Shardings`).
 
     Raises `ValueError`, naming file and tensor, when the file is missing, truncated or not GGUF, or holds
-    what `Llama` would compute wrongly: another architecture, experts, biases, stretched rotary positions.
+    what `Decoder` would compute wrongly: another architecture, experts, biases, stretched rotary positions.
 
     >>> config, variables, tokenizer = load_gguf(find_smollm2(), scan_layers=True, param_dtype=jnp.bfloat16)
     >>> variables["params"]["layers"]["attn"]["q_proj"]["kernel"].shape, config.num_kv_heads
@@ -91,7 +91,7 @@ def load_gguf(
         params["lm_head"] = {"kernel": _array(read("output.weight"), config, where["lm_head"]["kernel"])}
     params |= _layers(read, config, where)
     if tensors:
-        raise ValueError(f"{path} holds {min(tensors)}, which `Llama` has no place for: load another model")
+        raise ValueError(f"{path} holds {min(tensors)}, which `Decoder` has no place for: load another model")
     try:
         tokenizer = tokenizer_from_metadata(metadata)
     except ValueError as error:
@@ -147,7 +147,7 @@ def _config(
     remat: str | None,
     param_dtype: Any,
     dtype: Any,
-) -> LlamaConfig:
+) -> DecoderConfig:
     if (arch := metadata.get("general.architecture")) != "llama":
         raise ValueError(f"{path} is of architecture {arch!r}: only 'llama' is read")
 
@@ -185,7 +185,7 @@ def _config(
         max_len=get("context_length"),
     )
     try:
-        return LlamaConfig(
+        return DecoderConfig(
             **figures,
             tie_head=tie_head,
             scan_layers=scan_layers,
@@ -197,8 +197,8 @@ def _config(
         raise ValueError(f"{path}: {error}") from error
 
 
-def _tensor_reader(path: Path, tensors: dict[str, ReaderTensor], config: LlamaConfig) -> Callable[[str], np.ndarray]:
-    """Give a function that takes a tensor out of `tensors`: checked, dequantised, in `Llama`'s layout."""
+def _tensor_reader(path: Path, tensors: dict[str, ReaderTensor], config: DecoderConfig) -> Callable[[str], np.ndarray]:
+    """Give a function that takes a tensor out of `tensors`: checked, dequantised, in `Decoder`'s layout."""
     c = config
     q_width, kv_width = c.num_heads * c.head_dim, c.num_kv_heads * c.head_dim
     shapes = {
@@ -250,7 +250,7 @@ def _unpermute(weight_OxI: np.ndarray, head_dim: int) -> np.ndarray:
     return weight_OxI.reshape(-1, head_dim // 2, 2, width).swapaxes(1, 2).reshape(out, width)
 
 
-def _array(weight: np.ndarray, config: LlamaConfig, where: Any) -> jax.Array:
+def _array(weight: np.ndarray, config: DecoderConfig, where: Any) -> jax.Array:
     if where is None:
         # jnp.array copies always; jnp.asarray could alias a view of the file and keep it open.
         return jnp.array(weight, config.param_dtype)
@@ -259,7 +259,7 @@ def _array(weight: np.ndarray, config: LlamaConfig, where: Any) -> jax.Array:
     )
 
 
-def _layers(read: Callable[[str], np.ndarray], config: LlamaConfig, where: Any) -> dict[str, Any]:
+def _layers(read: Callable[[str], np.ndarray], config: DecoderConfig, where: Any) -> dict[str, Any]:
     layers: dict[str, Any] = {}
 
     def put(place: tuple[str, ...], weight: np.ndarray) -> None:

@@ -15,7 +15,7 @@ from rslora_jax.interop.tensors import open_folder, read_json
 from rslora_jax.interop.tokenizer_files import read_tokenizer
 from rslora_jax.interop.weights import load_weights
 from rslora_jax.models.attention import RopeScaling
-from rslora_jax.models.llama import LlamaConfig
+from rslora_jax.models.decoder import DecoderConfig
 
 # What Gemma's configurations leave out.
 _GEMMA = {"head_dim": 256, "max_position_embeddings": 8192, "tie_word_embeddings": True}
@@ -75,7 +75,7 @@ def load_huggingface(
     Args:
       folder: has `config.json`, `tokenizer.json` and `model.safetensors`, or an index and its shards.
       scan_layers: stack the layers' weights: kernels are (in, out), then (layers, in, out).
-      remat: as in `LlamaConfig`, like `dtype`.
+      remat: as in `DecoderConfig`, like `dtype`.
       param_dtype: what the weights are rounded to.
       dtype: what is computed in.
       shardings: where the weights are to lie (`interop.model.Shardings`); each device's part is read straight onto it.
@@ -83,7 +83,7 @@ def load_huggingface(
       progress: called with the bytes that are done, and all.
 
     Raises:
-      ValueError: the folder is no whole model, or one that `Llama` would compute wrongly; file and field or tensor are
+      ValueError: the folder is no whole model, or one that would be computed wrongly here; file and field or tensor are
         named. Dropout, which transformers applies in training alone, is not looked at.
     """
     folder = Path(folder)
@@ -119,7 +119,7 @@ def read_config(
     remat: str | None = None,
     param_dtype: Any = jnp.float32,
     dtype: Any = jnp.float32,
-) -> LlamaConfig:
+) -> DecoderConfig:
     """Read `config.json`. Arguments and errors as in `load_huggingface`."""
     path = Path(folder) / "config.json"
     if not path.is_file():
@@ -177,7 +177,7 @@ def read_config(
     if kind == "gemma3_text":
         figures["window_rope_base"] = get("rope_local_base_freq", float)
     try:
-        return LlamaConfig(**figures, scan_layers=scan_layers, remat=remat, param_dtype=param_dtype, dtype=dtype)
+        return DecoderConfig(**figures, scan_layers=scan_layers, remat=remat, param_dtype=param_dtype, dtype=dtype)
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from error
 

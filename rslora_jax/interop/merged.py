@@ -15,10 +15,10 @@ import jax.numpy as jnp
 import numpy as np
 
 from rslora_jax.interop.names import LLAMA, Names, Place, places
+from rslora_jax.interop.new_folder import written_whole
 from rslora_jax.interop.safetensors import DTYPES, write_shards
 from rslora_jax.interop.tokenizer import Tokenizer
-from rslora_jax.interop.whole import written_whole
-from rslora_jax.models.llama import LlamaConfig
+from rslora_jax.models.decoder import DecoderConfig
 from rslora_jax.sites import Site, named_leaves
 from rslora_jax.table import shared_name
 from rslora_jax.wrap import Adapters, Lora
@@ -71,7 +71,7 @@ def write_merged(
     variables: Any,
     adapters: Adapters,
     *,
-    config: LlamaConfig,
+    config: DecoderConfig,
     tokenizer: Tokenizer,
     dtype: str = "bfloat16",
     names: Names = LLAMA,
@@ -244,7 +244,7 @@ def _turned(place: Place, ndim: int) -> bool:
     return ndim == 2 and place.path.rsplit("/", 1)[-1] == "kernel"
 
 
-def _files(config: LlamaConfig, tokenizer: Tokenizer, dtype: str, base: Path | None) -> dict[str, str]:
+def _files(config: DecoderConfig, tokenizer: Tokenizer, dtype: str, base: Path | None) -> dict[str, str]:
     """Return the text of the files beside the weights that are not copied, by name."""
     if base is not None:
         return {"config.json": _json(_with_dtype(json.loads((base / "config.json").read_text("utf-8")), dtype))}
@@ -268,7 +268,7 @@ def _with_dtype(config: dict[str, Any], dtype: str) -> dict[str, Any]:
     return config | dict.fromkeys(fields, dtype)
 
 
-def llama_config(config: LlamaConfig, dtype: str) -> dict[str, Any]:
+def llama_config(config: DecoderConfig, dtype: str) -> dict[str, Any]:
     """Return the config.json of a model, without the ids of its special tokens.
 
     Raises:

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import jax
 
 from rslora_jax.interop.tokenizer import Tokenizer
-from rslora_jax.models.llama import Llama, LlamaConfig
+from rslora_jax.models.decoder import Decoder, DecoderConfig
 
 # Where weights are to lie: a pytree of shardings like the variables, or what makes one of the variables' shapes (a
 # pytree of `jax.ShapeDtypeStruct`), such as `partial(param_shardings, mesh=mesh, rules=SHARDING_RULES)`.
@@ -19,21 +19,21 @@ Progress = Callable[[int, int], None]
 
 
 class Model(NamedTuple):
-    """A model that was loaded: `Llama(config).apply(variables, tokens)` gives its logits."""
+    """A model that was loaded: `Decoder(config).apply(variables, tokens)` gives its logits."""
 
-    config: LlamaConfig
+    config: DecoderConfig
     variables: dict[str, Any]
     tokenizer: Tokenizer
 
 
-def shapes_of(config: LlamaConfig) -> dict[str, Any]:
+def shapes_of(config: DecoderConfig) -> dict[str, Any]:
     """Give the shapes and dtypes of a decoder's variables, a pytree of `jax.ShapeDtypeStruct`.
 
-    >>> config = LlamaConfig(vocab_size=32, width=16, mlp_width=24, num_layers=2, num_heads=4, num_kv_heads=2)
+    >>> config = DecoderConfig(vocab_size=32, width=16, mlp_width=24, num_layers=2, num_heads=4, num_kv_heads=2)
     >>> shapes_of(config)["params"]["embed"]["embedding"].shape
     (32, 16)
     """
-    return jax.eval_shape(Llama(config).init, jax.random.key(0), jax.ShapeDtypeStruct((1, 1), "int32"))
+    return jax.eval_shape(Decoder(config).init, jax.random.key(0), jax.ShapeDtypeStruct((1, 1), "int32"))
 
 
 def shardings_of(shardings: Shardings, shapes: Any) -> Any:

@@ -32,7 +32,7 @@ _LAYERS = {
     "mlp/down_proj/kernel": "mlp.down_proj.weight",
 }
 
-# `rslora_jax.models.llama.Llama`, looped or scanned.
+# `rslora_jax.models.decoder.Decoder`, looped or scanned.
 LLAMA: Names = {
     "params/embed/embedding": "model.embed_tokens.weight",
     **{f"params/layers_{{i}}/{path}": f"model.layers.{{i}}.{name}" for path, name in _LAYERS.items()},

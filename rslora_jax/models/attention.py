@@ -1,6 +1,6 @@
 """Attention by positions: rotary embedding, grouped heads, and the cache of keys and values.
 
-Shapes in names are those of `rslora_jax.models.llama`.
+Shapes in names are those of `rslora_jax.models.decoder`.
 """
 
 from __future__ import annotations
@@ -143,8 +143,8 @@ def init_cache(config: Any, batch: int, length: int, dtype: Any = None) -> Cache
 
     Raises `ValueError` when `length` is above `config.max_len`.
 
-    >>> from rslora_jax.models.llama import LlamaConfig
-    >>> config = LlamaConfig(vocab_size=32, width=16, mlp_width=24, num_layers=2, num_heads=4, num_kv_heads=2)
+    >>> from rslora_jax.models.decoder import DecoderConfig
+    >>> config = DecoderConfig(vocab_size=32, width=16, mlp_width=24, num_layers=2, num_heads=4, num_kv_heads=2)
     >>> {name: leaf.shape for name, leaf in init_cache(config, batch=3, length=8).items()}
     {'k': (2, 3, 8, 2, 4), 'v': (2, 3, 8, 2, 4), 'positions': (3, 8), 'index': ()}
     """
@@ -165,8 +165,8 @@ def extend(cache: Cache, new: dict[str, Array], positions_BxT: Array) -> Cache:
     The caller keeps within the cache's end: past it the write would slide back over older slots. A cache of no
     slots becomes one of T.
 
-    >>> from rslora_jax.models.llama import LlamaConfig
-    >>> config = LlamaConfig(vocab_size=32, width=16, mlp_width=24, num_layers=2, num_heads=4, num_kv_heads=2)
+    >>> from rslora_jax.models.decoder import DecoderConfig
+    >>> config = DecoderConfig(vocab_size=32, width=16, mlp_width=24, num_layers=2, num_heads=4, num_kv_heads=2)
     >>> new = jnp.ones((2, 1, 3, 2, 4))
     >>> cache = extend(init_cache(config, 1, 5), {"k": new, "v": new}, jnp.array([[-1, 0, 1]]))
     >>> cache["positions"].tolist(), int(cache["index"])
@@ -187,8 +187,8 @@ def extend(cache: Cache, new: dict[str, Array], positions_BxT: Array) -> Cache:
 def lengthen(cache: Cache, slots: int) -> Cache:
     """Give a cache with so many more empty slots.
 
-    >>> from rslora_jax.models.llama import LlamaConfig
-    >>> config = LlamaConfig(vocab_size=32, width=16, mlp_width=24, num_layers=2, num_heads=4, num_kv_heads=2)
+    >>> from rslora_jax.models.decoder import DecoderConfig
+    >>> config = DecoderConfig(vocab_size=32, width=16, mlp_width=24, num_layers=2, num_heads=4, num_kv_heads=2)
     >>> longer = lengthen(init_cache(config, batch=1, length=2), 3)
     >>> longer["k"].shape, longer["positions"].tolist()
     ((2, 1, 5, 2, 4), [[-1, -1, -1, -1, -1]])

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from rslora_jax.models.llama import LlamaConfig
+from rslora_jax.models.decoder import DecoderConfig
 
 # Llama 2 7B (arXiv 2307.09288): the model of the rsLoRA paper, 6,738,415,616 parameters. Layers are scanned, so that it
 # traces and compiles as one, and all is bfloat16; `dataclasses.replace` changes either.
-LLAMA2_7B = LlamaConfig(
+LLAMA2_7B = DecoderConfig(
     vocab_size=32000,
     width=4096,
     mlp_width=11008,

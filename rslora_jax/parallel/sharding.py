@@ -188,7 +188,7 @@ def pin_rows(apply: Callable[..., Any], where: Sharding, modules: tuple[type, ..
     Args:
       apply: `model.apply`; give `wrap` what this returns.
       where: from `batch_sharding`.
-      modules: classes, such as `(Embed, Layer)` of `models.llama`.
+      modules: classes, such as `(Embed, Layer)` of `models.decoder`.
     """
     from flax import linen as nn
 

@@ -20,7 +20,7 @@ Loss = Callable[..., tuple[Any, ...]]
 
 
 def token_loss(places: int) -> Loss:
-    """Make the cross-entropy loss of a `rslora_jax.models.Llama` over the tokens that a batch marks.
+    """Make the cross-entropy loss of a `rslora_jax.models.Decoder` over the tokens that a batch marks.
 
     Most tokens of a batch are prompt and carry no loss. The product with the vocabulary, the largest of all,
     is made only at `places` tokens of each row: `Rows.places` is enough for every row. What is marked beyond

@@ -8,8 +8,8 @@ from typing import Any
 
 import numpy as np
 
-from rslora_jax.models.generate import generate
-from rslora_jax.models.llama import LlamaConfig
+from rslora_jax.models.decoder import DecoderConfig
+from rslora_jax.models.generation import generate
 from rslora_jax.train.encode import Tokenizer, encode_example
 from rslora_jax.train.examples import Example
 
@@ -19,7 +19,7 @@ _TEXT_PROMPT = 16  # tokens of a plain text that are given, for the model to go 
 def write(
     apply: Callable[..., Any],
     params: Any,
-    config: LlamaConfig,
+    config: DecoderConfig,
     tokenizer: Any,
     examples: Sequence[Example],
     *,

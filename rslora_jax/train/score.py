@@ -69,7 +69,7 @@ class Losses:
 def losses(
     apply: Callable[..., Any], variables: Any, rows: Rows, *, batch_size: int, progress: Progress | None = None
 ) -> Losses:
-    """Score a `rslora_jax.models.Llama` on prepared examples.
+    """Score a `rslora_jax.models.Decoder` on prepared examples.
 
     Args:
       apply: the model, `apply(variables, tokens, positions, segments, method=...)`; it is part of what is compiled.

@@ -13,7 +13,7 @@ from flax import traverse_util
 from jax import Array
 
 from rslora_jax.models.attention import rotary, visible
-from rslora_jax.models.llama import Layer, LlamaConfig, RMSNorm
+from rslora_jax.models.decoder import DecoderConfig, Layer, RMSNorm
 from rslora_jax.transform import cost
 
 Adapters = dict[str, dict[str, Array]]
@@ -26,13 +26,13 @@ PRESETS: dict[str, dict[str, Any]] = {
 
 
 class Stack(nn.Module):
-    """The layers of `rslora_jax.models.llama`, from activations to activations.
+    """The layers of `rslora_jax.models.decoder`, from activations to activations.
 
     A loop and no scan, because XLA's count of FLOPs has the body of a scan only once. No table and no head,
     so that the floor can be the gradient to the input.
     """
 
-    config: LlamaConfig
+    config: DecoderConfig
 
     @nn.compact
     def __call__(self, x_BxTxD: Array) -> Array:
@@ -57,7 +57,7 @@ class Problem:
       platform: what is compiled for, where that is not JAX's backend.
     """
 
-    config: LlamaConfig
+    config: DecoderConfig
     tokens: int
     length: int
     rank: int

@@ -11,7 +11,7 @@ import optax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 import rslora_jax as rslora
-from rslora_jax.models.llama import SHARDING_RULES, Embed, Layer, Llama, LlamaConfig
+from rslora_jax.models.decoder import SHARDING_RULES, Decoder, DecoderConfig, Embed, Layer
 from rslora_jax.parallel import sharding
 from rslora_jax.sites import named_leaves, path_name
 from rslora_jax.train import TrainState, make_step, token_loss
@@ -33,7 +33,7 @@ class Job:
       platform: what is compiled for, where that is not JAX's backend.
     """
 
-    config: LlamaConfig
+    config: DecoderConfig
     mesh: Mesh
     rank: int
     rows: int
@@ -50,7 +50,7 @@ class Job:
     @functools.cached_property
     def params(self) -> Any:
         """The base's weights, by `SHARDING_RULES`."""
-        shapes = jax.eval_shape(Llama(self.config).init, jax.random.key(0), TOKENS)
+        shapes = jax.eval_shape(Decoder(self.config).init, jax.random.key(0), TOKENS)
         return placed(shapes, sharding.param_shardings(shapes, self.mesh, SHARDING_RULES))
 
     @functools.cached_property
@@ -134,9 +134,9 @@ def placed(shapes: Any, where: Any) -> Any:
 
 
 @functools.cache
-def decoder(config: LlamaConfig, mesh: Mesh | None) -> Any:
+def decoder(config: DecoderConfig, mesh: Mesh | None) -> Any:
     """Return the decoder's `apply`, on a mesh with the residual stream split by rows."""
-    apply = Llama(config).apply
+    apply = Decoder(config).apply
     return sharding.pin_rows(apply, sharding.batch_sharding(mesh), (Embed, Layer)) if mesh else apply
 
 

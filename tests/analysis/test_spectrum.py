@@ -13,13 +13,13 @@ import pytest
 
 import rslora_jax as rslora
 from rslora_jax.analysis import heatmap, spectrum
-from rslora_jax.models.llama import Llama, LlamaConfig
+from rslora_jax.models.decoder import Decoder, DecoderConfig
 from rslora_jax.sites import named_leaves
 
 pytestmark = [pytest.mark.by_day_on("newest"), pytest.mark.usefixtures("compile_fast")]
 
 RNG = np.random.default_rng(0)
-CONFIG = LlamaConfig(vocab_size=40, width=32, mlp_width=48, num_layers=3, num_heads=4, num_kv_heads=2)
+CONFIG = DecoderConfig(vocab_size=40, width=32, mlp_width=48, num_layers=3, num_heads=4, num_kv_heads=2)
 
 
 def by_hand(product, weight=None):
@@ -39,7 +39,7 @@ def figures(m):
 @pytest.fixture(params=["looped", "scanned"], scope="module")
 def trained(request):
     """A decoder with adapters of two ranks, none of whose spectra is flat."""
-    model = Llama(dataclasses.replace(CONFIG, scan_layers=request.param == "scanned"))
+    model = Decoder(dataclasses.replace(CONFIG, scan_layers=request.param == "scanned"))
     tokens = jnp.zeros((1, 4), jnp.int32)
     variables = model.init(jax.random.key(0), tokens)
     config = rslora.LoraConfig(rank=3, alpha=7, rank_pattern={"*/mlp/*": 5}, alpha_pattern={"*/{k,v}_proj/*": 2.5})

@@ -12,7 +12,7 @@ from tokenizers import pre_tokenizers
 
 import rslora_jax as rslora
 from rslora_jax.interop.load import load_model
-from rslora_jax.models.llama import Llama
+from rslora_jax.models.decoder import Decoder
 from rslora_jax.store import checkpoint
 from tests.interop.conftest import HEAD_DIM, HEADS, KV_HEADS, LAYERS, MLP, WIDTH, TinyModel, exact_weight
 
@@ -80,7 +80,7 @@ class Place:
 
 def save_run(folder, base, config, seed, settings):
     """Write a run of one checkpoint, whose adapters do something."""
-    apply = Llama(base.config).apply
+    apply = Decoder(base.config).apply
     lora = rslora.wrap(apply, base.variables, jax.ShapeDtypeStruct((1, 8), "int32"), config=config)
     rng = np.random.default_rng(seed)
     adapters = jax.tree.map(lambda leaf: 0.3 * rng.normal(size=leaf.shape).astype("f4"), lora.init(jax.random.key(0)))

@@ -11,7 +11,7 @@ from rslora_jax import train
 from rslora_jax.cli import main
 from rslora_jax.commands import runs
 from rslora_jax.commands.data import examples
-from rslora_jax.models.llama import Llama
+from rslora_jax.models.decoder import Decoder
 from rslora_jax.train import score
 from rslora_jax.train.encode import encode_example
 
@@ -22,7 +22,7 @@ def by_hand(place, variables, chosen, max_len):
     """Loss and tokens of each example, one at a time, unpacked, in float64."""
     config, _, tokenizer = place.base
     sums, counts = [], []
-    whole = jax.jit(Llama(config).apply)
+    whole = jax.jit(Decoder(config).apply)
     for example in chosen:
         (encoded,) = encode_example(tokenizer, example)
         ids = np.asarray(encoded.ids_N)
@@ -80,10 +80,12 @@ def test_several_sequences_of_an_example_count_as_one(place):
     texts = [train.Example("", "hello there, " * 20), train.Example("", "one"), train.Example("a", "b")]
     rows = train.prepare(tokenizer, texts, max_len=32)
     assert len(rows.sequences) > 6 and set(rows.owners) == {0, 1, 2}
-    lost = score.losses(Llama(config).apply, variables, rows, batch_size=4)
+    lost = score.losses(Decoder(config).apply, variables, rows, batch_size=4)
     assert lost.tokens_E.sum() == rows.statistics.loss_tokens
     for n, text in enumerate(texts):
-        alone = score.losses(Llama(config).apply, variables, train.prepare(tokenizer, [text], max_len=32), batch_size=4)
+        alone = score.losses(
+            Decoder(config).apply, variables, train.prepare(tokenizer, [text], max_len=32), batch_size=4
+        )
         assert lost.sums_E[n] == pytest.approx(alone.mean * alone.tokens_E[0], rel=1e-5)
         assert math.isnan(alone.error)
 

@@ -10,8 +10,8 @@ import pytest
 from rslora_jax.cli import main
 from rslora_jax.commands.generate import unfolding
 from rslora_jax.commands.prompts import prompt_ids, read_prompts
-from rslora_jax.models.generate import generate
-from rslora_jax.models.llama import Llama
+from rslora_jax.models.decoder import Decoder
+from rslora_jax.models.generation import generate
 from rslora_jax.train.bytelevel import ByteTokenizer
 
 from .conftest import tiny_model
@@ -33,7 +33,7 @@ def by_hand(place, text, run=None, **options):
         lora, adapters = place.runs[run]
         variables = lora.merge(variables, adapters)
     ids = tokenizer.encode(text)
-    (out,) = generate(Llama(config).apply, variables, [ids], config, max_new=9, eos_id=tokenizer.stop_ids, **options)
+    (out,) = generate(Decoder(config).apply, variables, [ids], config, max_new=9, eos_id=tokenizer.stop_ids, **options)
     return tokenizer.decode(out, skip_special=True).strip()
 
 

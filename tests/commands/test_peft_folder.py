@@ -9,7 +9,7 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 from rslora_jax.cli import main
-from rslora_jax.interop.opened import attach, load_base, open_adapters
+from rslora_jax.interop.adapter_folder import attach, load_base, open_adapters
 
 pytestmark = [pytest.mark.usefixtures("compile_fast"), pytest.mark.by_day_on("newest")]
 

@@ -10,8 +10,8 @@ from gguf import GGMLQuantizationType, GGUFReader
 from gguf.quants import dequantize
 
 from rslora_jax.interop.gguf import find_smollm2, load_gguf
+from rslora_jax.models.decoder import Decoder
 from rslora_jax.models.layout import stack_layers
-from rslora_jax.models.llama import Llama
 
 from .conftest import HEAD_DIM, LAYERS, TOKENS
 
@@ -35,7 +35,7 @@ def test_the_real_file_holds_the_published_figures(smollm2):
 def test_what_is_read_has_the_paths_and_shapes_that_the_model_makes(smollm2_path, scan_layers):
     config, variables, _ = load_gguf(smollm2_path, scan_layers=scan_layers, param_dtype="bfloat16")
     tokens = jnp.zeros((1, 1), jnp.int32)
-    assert _shapes(variables) == _shapes(jax.eval_shape(Llama(config).init, jax.random.key(0), tokens))
+    assert _shapes(variables) == _shapes(jax.eval_shape(Decoder(config).init, jax.random.key(0), tokens))
     assert all(leaf.dtype == jnp.bfloat16 for leaf in jax.tree.leaves(variables))
 
 
@@ -92,7 +92,7 @@ def test_weights_written_to_a_file_come_back(tiny, tmp_path, kind, scan_layers, 
         same(layer["mlp_norm"]["scale"], w[f"blk.{i}.ffn_norm.weight"])
     assert (config.head_dim, config.rope_base, config.norm_eps, config.max_len) == (HEAD_DIM, 500, 0.125, 77)
     assert tokenizer.encode("hi 12!<end>") == [4, 5, 6, 7, 8, 0] and tokenizer.pad_id == 1
-    assert bool(jnp.isfinite(Llama(config).apply(variables, jnp.array([[4, 5, 6]]))).all())
+    assert bool(jnp.isfinite(Decoder(config).apply(variables, jnp.array([[4, 5, 6]]))).all())
 
 
 def test_figures_that_a_file_may_leave_out_have_the_defaults_of_the_format(tiny, tmp_path):

@@ -14,8 +14,8 @@ from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers,
 
 from rslora_jax.interop.load import load_model
 from rslora_jax.interop.tokenizer_files import read_tokenizer
-from rslora_jax.models.generate import generate
-from rslora_jax.models.llama import Llama, init_cache
+from rslora_jax.models.decoder import Decoder, init_cache
+from rslora_jax.models.generation import generate
 
 from .folders import TEMPLATE, VOCABULARY
 
@@ -125,7 +125,7 @@ def test_a_family_computes_what_transformers_does(folder_of, family, layout):
     model, folder = folder_of(family)
     config, variables, _ = load_model(folder, scan_layers=layout == "scanned")
     assert sum(leaf.size for leaf in jax.tree.leaves(variables)) == sum(w.numel() for w in model.parameters())
-    apply = jax.jit(Llama(config).apply)
+    apply = jax.jit(Decoder(config).apply)
 
     width = max(map(len, PROMPTS))
     tokens, positions = np.zeros((2, len(PROMPTS), width), np.int32)
@@ -139,7 +139,7 @@ def test_a_family_computes_what_transformers_does(folder_of, family, layout):
         np.testing.assert_allclose(logits[row, : len(ids)], want, rtol=0, atol=1e-4)
 
     new = 12  # enough for the cache to be longer than the windows
-    ours = generate(Llama(config).apply, variables, PROMPTS, config, max_new=new, bucket=4)
+    ours = generate(Decoder(config).apply, variables, PROMPTS, config, max_new=new, bucket=4)
     for ids, got in zip(PROMPTS, ours, strict=True):
         mask = torch.ones(1, len(ids), dtype=torch.long)
         out = model.generate(
@@ -167,7 +167,7 @@ def test_a_model_saved_in_bfloat16_is_read_as_it_is(folder_of, tmp_path):
         transformers.AutoModelForCausalLM.from_pretrained(tmp_path, torch_dtype=torch.float32), [5, 9]
     )
     config, variables, _ = load_model(tmp_path)
-    np.testing.assert_allclose(Llama(config).apply(variables, jnp.array([[5, 9]]))[0], want, rtol=0, atol=1e-4)
+    np.testing.assert_allclose(Decoder(config).apply(variables, jnp.array([[5, 9]]))[0], want, rtol=0, atol=1e-4)
     assert np.abs(want - expected_logits(model, [5, 9])).max() > 1e-3
 
 

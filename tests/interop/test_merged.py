@@ -14,7 +14,7 @@ from rslora_jax.cli import main
 from rslora_jax.interop import merged
 from rslora_jax.interop.load import load_model
 from rslora_jax.interop.names import LLAMA
-from rslora_jax.models.llama import LlamaConfig
+from rslora_jax.models.decoder import DecoderConfig
 from rslora_jax.sites import named_leaves
 
 from .conftest import HEADS, KV_HEADS, LAYERS, MLP, TOKENS, WIDTH
@@ -276,7 +276,7 @@ def test_the_folder_says_what_the_model_is(run, tmp_path):
 
 def test_what_config_json_cannot_say_is_refused():
     @dataclasses.dataclass(frozen=True, kw_only=True)
-    class Other(LlamaConfig):
+    class Other(DecoderConfig):
         stretch: float = 1.0
 
     sizes = dict(vocab_size=32, width=16, mlp_width=24, num_layers=2, num_heads=4, num_kv_heads=2)

@@ -15,7 +15,7 @@ import pytest
 from rslora_jax.interop import weights
 from rslora_jax.interop.huggingface import load_huggingface
 from rslora_jax.interop.load import load_model
-from rslora_jax.models.llama import Llama
+from rslora_jax.models.decoder import Decoder
 
 from . import folders
 from .folders import FAMILIES
@@ -67,11 +67,11 @@ def test_every_number_comes_to_its_place(tmp_path, monkeypatch, family, scan_lay
         np.testing.assert_array_equal(weight(model.variables, name, scan_layers), want, err_msg=name)
     assert count(model.variables) == sum(array.size for array in arrays.values())
     assert done[-1] == (4 * count(model.variables),) * 2
-    like = jax.eval_shape(Llama(model.config).init, jax.random.key(0), jnp.zeros((1, 1), jnp.int32))
+    like = jax.eval_shape(Decoder(model.config).init, jax.random.key(0), jnp.zeros((1, 1), jnp.int32))
     assert jax.tree.map(lambda leaf: (leaf.shape, leaf.dtype), model.variables) == jax.tree.map(
         lambda leaf: (leaf.shape, leaf.dtype), like
     )
-    assert bool(jnp.isfinite(Llama(model.config).apply(model.variables, jnp.array([[4, 5, 6]]))).all())
+    assert bool(jnp.isfinite(Decoder(model.config).apply(model.variables, jnp.array([[4, 5, 6]]))).all())
 
 
 @pytest.mark.parametrize("stored", ["float64", "float16", "bfloat16"])
@@ -285,7 +285,7 @@ def test_models_are_found_by_what_they_are_called(tmp_path, monkeypatch):
 
 def on_eight_devices(folder):
     """Load onto a mesh, and print where a weight lies."""
-    from rslora_jax.models.llama import SHARDING_RULES
+    from rslora_jax.models.decoder import SHARDING_RULES
     from rslora_jax.parallel.sharding import make_mesh, param_shardings
     from rslora_jax.sites import named_leaves
 
@@ -323,7 +323,7 @@ def test_weights_are_read_straight_onto_a_mesh(tmp_path):
 
 def peak_while_loading(folder, mesh_text):
     """Load a model in a process that does nothing else, and print how much more memory that took at most."""
-    from rslora_jax.models.llama import SHARDING_RULES
+    from rslora_jax.models.decoder import SHARDING_RULES
     from rslora_jax.parallel.sharding import make_mesh, param_shardings
 
     def memory(field):

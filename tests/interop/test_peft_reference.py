@@ -15,7 +15,7 @@ from flax import linen as nn
 import rslora_jax as rslora
 from rslora_jax.interop.names import LLAMA, places
 from rslora_jax.interop.peft import check_vllm, load_peft, read_config, replace, save_peft
-from rslora_jax.models.llama import Llama, LlamaConfig
+from rslora_jax.models.decoder import Decoder, DecoderConfig
 from rslora_jax.sites import named_leaves, path_name
 
 os.environ["HF_HUB_OFFLINE"] = "1"
@@ -57,7 +57,7 @@ def bases():
 def ours(base, scan):
     """Give (apply, variables) of our model with the weights of transformers'."""
     c = base.config
-    config = LlamaConfig(
+    config = DecoderConfig(
         vocab_size=c.vocab_size,
         width=c.hidden_size,
         mlp_width=c.intermediate_size,
@@ -69,7 +69,7 @@ def ours(base, scan):
         tie_head=c.tie_word_embeddings,
         scan_layers=scan,
     )
-    model = Llama(config)
+    model = Decoder(config)
     shapes = jax.eval_shape(model.init, jax.random.key(0), TOKENS)
     flat = {path: np.zeros(leaf.shape, np.float32) for path, leaf in named_leaves(shapes).items()}
     state = base.state_dict()

@@ -14,8 +14,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from rslora_jax.models.generate import generate
-from rslora_jax.models.llama import Llama, init_cache
+from rslora_jax.models.decoder import Decoder, init_cache
+from rslora_jax.models.generation import generate
 
 from .test_tokenizer import TEXTS
 
@@ -136,7 +136,7 @@ def test_logits_equal_transformers_at_every_token(request, prompts, expected, la
     positions -= 1
     for row, ids in enumerate(prompts.values()):
         tokens[row, : len(ids)], positions[row, : len(ids)] = ids, range(len(ids))
-    logits = np.asarray(jax.jit(Llama(config).apply)(variables, tokens, positions))
+    logits = np.asarray(jax.jit(Decoder(config).apply)(variables, tokens, positions))
     for row, (name, want) in enumerate(expected.items()):
         gap = float(np.abs(logits[row, : len(want)] - want).max())
         print(f"{layout}, {name}: {len(want)} tokens, largest difference of a logit {gap:.1e}")
@@ -145,7 +145,7 @@ def test_logits_equal_transformers_at_every_token(request, prompts, expected, la
 
 def test_decoding_through_the_cache_equals_the_whole_forward(smollm2_scanned, prompts, expected):
     config, variables, _ = smollm2_scanned
-    apply = jax.jit(Llama(config).apply)
+    apply = jax.jit(Decoder(config).apply)
     ids, want = np.array(prompts["chat"])[None], expected["chat"]
     head = ids.shape[1] - 12
     logits, cache = apply(variables, ids[:, :head], cache=init_cache(config, 1, ids.shape[1] + 4))
@@ -162,7 +162,7 @@ def test_greedy_continuations_equal_transformers(smollm2_scanned, reference, log
     config, variables, tok = smollm2_scanned
     question = tok.chat([{"role": "user", "content": "What is the capital of France?"}])
     starts = [tok.encode(question), tok.encode("Once upon a time there was a small house at the edge of")]
-    ours = generate(Llama(config).apply, variables, starts, config, max_new=20, eos_id=tok.eos_id)
+    ours = generate(Decoder(config).apply, variables, starts, config, max_new=20, eos_id=tok.eos_id)
     for start, got in zip(starts, ours, strict=True):
         ids = torch.tensor([start])
         out = reference.generate(ids, attention_mask=torch.ones_like(ids), do_sample=False, max_new_tokens=20)
@@ -184,7 +184,7 @@ def test_perplexity_is_low_on_prose_high_on_shuffled_words_and_equal_to_transfor
     figures = []
     for text in (PROSE, " ".join(words)):
         ids = tok.encode(text)
-        ours = float(np.exp(_nll(Llama(config).apply(variables, jnp.array([ids]))[0], ids)))
+        ours = float(np.exp(_nll(Decoder(config).apply(variables, jnp.array([ids]))[0], ids)))
         theirs = float(np.exp(_nll(logits_of(ids), ids)))
         print(f"perplexity {ours:.4f}, by transformers {theirs:.4f}, over {len(ids)} tokens")
         assert ours == pytest.approx(theirs, rel=1e-3)

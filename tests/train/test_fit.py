@@ -12,7 +12,7 @@ import optax
 import pytest
 
 from rslora_jax import train
-from rslora_jax.models.llama import SHARDING_RULES
+from rslora_jax.models.decoder import SHARDING_RULES
 from rslora_jax.parallel import sharding
 from rslora_jax.store import checkpoint
 from tests.train.tiny import Run

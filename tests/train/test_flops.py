@@ -11,7 +11,7 @@ from jax import lax
 
 import rslora_jax as rslora
 from rslora_jax import train
-from rslora_jax.models.llama import Llama, LlamaConfig
+from rslora_jax.models.decoder import Decoder, DecoderConfig
 from rslora_jax.train.flops import count, peak_flops, step_flops
 
 TOKENS, IN, WIDE, OUT = 10, 24, 36, 20  # so few tokens that all products are factored
@@ -77,7 +77,7 @@ def nightly(*values):
 @functools.cache
 def llama(rank, tokens, width=128, layers=2, scan=False, remat=None):
     sizes = dict(width=width, mlp_width=2 * width, num_layers=layers, num_heads=4, num_kv_heads=2)
-    model = Llama(LlamaConfig(vocab_size=64, scan_layers=scan, remat=remat, **sizes))
+    model = Decoder(DecoderConfig(vocab_size=64, scan_layers=scan, remat=remat, **sizes))
     tokens = shape(1, tokens, dtype="int32")
     params = jax.eval_shape(model.init, jax.random.key(0), tokens)
     config = rslora.LoraConfig(rank=rank, alpha=7, allow_large_rank=True)

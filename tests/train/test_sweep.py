@@ -11,7 +11,7 @@ from jax import lax
 
 import rslora_jax as rslora
 from rslora_jax import train
-from rslora_jax.models.llama import Llama
+from rslora_jax.models.decoder import Decoder
 from rslora_jax.train.bytelevel import ByteTokenizer
 from rslora_jax.train.sweep import (
     Trial,
@@ -137,7 +137,7 @@ def test_runs_together_are_the_runs_alone(params, optimizer, trials):
 @pytest.mark.nightly  # the decoder also runs in tests/test_rank_sweep.py
 def test_runs_of_a_decoder_together_are_the_runs_alone():
     config = dataclasses.replace(CONFIG, width=16, mlp_width=24, num_layers=1, scan_layers=True)
-    model, tokens = Llama(config), jnp.zeros((1, 4), jnp.int32)
+    model, tokens = Decoder(config), jnp.zeros((1, 4), jnp.int32)
     params = jax.jit(model.init)(jax.random.key(0), tokens)
     rows = train.prepare(ByteTokenizer(), SUMS, max_len=24)
     loss, batches = train.token_loss(rows.places), lambda seed: train.train_batches(rows, batch_size=3, seed=seed)

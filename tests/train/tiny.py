@@ -6,10 +6,10 @@ import optax
 
 import rslora_jax as rslora
 from rslora_jax import train
-from rslora_jax.models.llama import Llama, LlamaConfig
+from rslora_jax.models.decoder import Decoder, DecoderConfig
 from rslora_jax.train.bytelevel import ByteTokenizer
 
-CONFIG = LlamaConfig(
+CONFIG = DecoderConfig(
     vocab_size=258, width=32, mlp_width=48, num_layers=2, num_heads=4, num_kv_heads=2, scan_layers=True
 )
 SUMS = [train.Example(f"{a}+{b}=", f"{a + b}") for a in range(12) for b in range(12)]
@@ -19,7 +19,7 @@ class Run:
     """What a run is made of; `fit` trains it in a folder."""
 
     def __init__(self, rank=3, seed=0, learning_rate=1e-2, **config):
-        model = Llama(CONFIG)
+        model = Decoder(CONFIG)
         self.params = model.init(jax.random.key(seed), jnp.zeros((1, 1), jnp.int32))
         config = rslora.LoraConfig(rank=rank, alpha=7, **config)
         self.lora = rslora.wrap(model.apply, self.params, jnp.zeros((1, 4), jnp.int32), config=config)

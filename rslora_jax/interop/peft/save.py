@@ -13,6 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from rslora_jax.interop.names import LLAMA, Names, Place
+from rslora_jax.interop.new_folder import written_whole
 from rslora_jax.interop.peft import vllm
 from rslora_jax.interop.peft.config import CONFIG_NAME, HEAD, ends_with, modules_of, tied_table
 from rslora_jax.interop.peft.files import PREFIX, write_tensors
@@ -26,7 +27,6 @@ from rslora_jax.interop.peft.layout import (
     weight_to_torch,
 )
 from rslora_jax.interop.peft.scales import one_scale, own_scales
-from rslora_jax.interop.whole import written_whole
 from rslora_jax.wrap import Adapters, Lora
 
 # Fields that every version of PEFT has known for long.

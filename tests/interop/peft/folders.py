@@ -10,14 +10,14 @@ from safetensors.numpy import load_file, save_file
 
 import rslora_jax as rslora
 from rslora_jax.interop.peft import load_peft, read_config
-from rslora_jax.models.llama import Llama, LlamaConfig
+from rslora_jax.models.decoder import Decoder, DecoderConfig
 
 TOKENS = np.array([[3, 1, 4]], np.int32)
 Q0 = "base_model.model.model.layers.0.self_attn.q_proj"
 
 
 def llama(scan=True, tied=False):
-    config = LlamaConfig(
+    config = DecoderConfig(
         vocab_size=19,
         width=12,
         mlp_width=20,
@@ -27,7 +27,7 @@ def llama(scan=True, tied=False):
         tie_head=tied,
         scan_layers=scan,
     )
-    return Llama(config)
+    return Decoder(config)
 
 
 def shapes_of(model):

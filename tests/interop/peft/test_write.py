@@ -13,9 +13,9 @@ from safetensors.numpy import load_file
 
 import rslora_jax as rslora
 from rslora_jax.cli import main
+from rslora_jax.interop.new_folder import written_whole
 from rslora_jax.interop.peft import check_vllm, load_peft, read_config, save_peft
-from rslora_jax.interop.whole import written_whole
-from rslora_jax.models.llama import Llama
+from rslora_jax.models.decoder import Decoder
 from rslora_jax.sites import named_leaves
 from rslora_jax.store import checkpoint
 
@@ -143,7 +143,7 @@ def test_a_run_goes_to_peft_and_back(tiny, tmp_path, capsys):
     from rslora_jax.interop.load import load_model
 
     config, variables, _ = load_model(model)
-    one = rslora.wrap(Llama(config).apply, variables, TOKENS, config=CONFIG)
+    one = rslora.wrap(Decoder(config).apply, variables, TOKENS, config=CONFIG)
     adapters = random_adapters(one)
     about = checkpoint.describe(CONFIG, variables, {"model": str(model)})
     with checkpoint.open_checkpoints(tmp_path / "run") as runs:
@@ -166,7 +166,7 @@ def test_a_run_goes_to_peft_and_back(tiny, tmp_path, capsys):
     assert main(again) == 0
     config_2, back = checkpoint.load_adapters(tmp_path / "again", params=variables)
     same(back, adapters)
-    lora_2 = rslora.wrap(Llama(config).apply, variables, TOKENS, config=config_2)
+    lora_2 = rslora.wrap(Decoder(config).apply, variables, TOKENS, config=config_2)
     assert lora_2.sites == one.sites
     assert checkpoint.load_about(tmp_path / "again")["settings"]["model"] == str(model)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["again", "out", "run", "tiny.gguf"]

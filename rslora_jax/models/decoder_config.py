@@ -22,7 +22,7 @@ REMAT_POLICIES = (
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class LlamaConfig:
+class DecoderConfig:
     """Describe a Llama-family decoder.
 
     What families add to Llama 2, all off by default: `rope_scaling` (Llama 3.1), `qkv_bias` (Qwen 2), `qk_norm`, a
@@ -42,7 +42,7 @@ class LlamaConfig:
 
     Raises `ValueError` when the sizes do not fit together or `remat` is unknown.
 
-    >>> config = LlamaConfig(vocab_size=32, width=16, mlp_width=24, num_layers=2, num_heads=4, num_kv_heads=2)
+    >>> config = DecoderConfig(vocab_size=32, width=16, mlp_width=24, num_layers=2, num_heads=4, num_kv_heads=2)
     >>> config.head_dim, config.dtype
     (4, dtype('float32'))
     """

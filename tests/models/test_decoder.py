@@ -9,13 +9,13 @@ import pytest
 
 import rslora_jax as rslora
 from rslora_jax.models.attention import RopeScaling
+from rslora_jax.models.decoder import REMAT_POLICIES, Decoder, DecoderConfig, init_cache
 from rslora_jax.models.layout import stack_layers, unstack_adapters, unstack_layers
-from rslora_jax.models.llama import REMAT_POLICIES, Llama, LlamaConfig, init_cache
 from tests.zoo.model import filled
 
 pytestmark = [pytest.mark.by_day_on("newest"), pytest.mark.usefixtures("compile_fast")]
 
-CONFIG = LlamaConfig(
+CONFIG = DecoderConfig(
     vocab_size=61, width=24, mlp_width=40, num_layers=3, num_heads=6, num_kv_heads=2, head_dim=8, max_len=32
 )
 SCANNED = dataclasses.replace(CONFIG, scan_layers=True)
@@ -28,7 +28,7 @@ def made(model):
 
 @pytest.fixture(scope="module")
 def variables():
-    return made(Llama(CONFIG))
+    return made(Decoder(CONFIG))
 
 
 def _close(a, b, atol=2e-5):
@@ -41,7 +41,7 @@ def test_parameter_paths_and_shapes_are_the_contract(variables):
         return {jax.tree_util.keystr(path, simple=True, separator="/"): leaf.shape for path, leaf in leaves}
 
     looped, tokens = shapes(variables), jnp.zeros((1, 1), jnp.int32)
-    scanned = shapes(jax.eval_shape(Llama(SCANNED).init, jax.random.key(0), tokens))
+    scanned = shapes(jax.eval_shape(Decoder(SCANNED).init, jax.random.key(0), tokens))
     assert looped["params/embed/embedding"] == (61, 24)
     assert looped["params/layers_2/attn/q_proj/kernel"] == (24, 48)
     assert looped["params/layers_2/attn/k_proj/kernel"] == (24, 16)
@@ -54,10 +54,10 @@ def test_parameter_paths_and_shapes_are_the_contract(variables):
 @pytest.mark.parametrize("remat", [None, "full", "dots_saveable"])
 def test_scanned_layers_give_the_same_logits_and_gradients(variables, remat):
     def loss(config):
-        return lambda v: jnp.sum(jnp.sin(Llama(config).apply(v, TOKENS)))
+        return lambda v: jnp.sum(jnp.sin(Decoder(config).apply(v, TOKENS)))
 
     stacked, config = stack_layers(variables), dataclasses.replace(SCANNED, remat=remat)
-    _close(Llama(config).apply(stacked, TOKENS), Llama(CONFIG).apply(variables, TOKENS))
+    _close(Decoder(config).apply(stacked, TOKENS), Decoder(CONFIG).apply(variables, TOKENS))
     looped_remat = dataclasses.replace(CONFIG, remat=remat)
     want = stack_layers(jax.jit(jax.grad(loss(looped_remat)))(variables))
     got = jax.jit(jax.grad(loss(config)))(stacked)
@@ -66,7 +66,7 @@ def test_scanned_layers_give_the_same_logits_and_gradients(variables, remat):
 
 def test_every_remat_policy_name_is_usable(variables):
     for name in REMAT_POLICIES:
-        Llama(dataclasses.replace(SCANNED, remat=name)).apply(stack_layers(variables), TOKENS[:, :2])
+        Decoder(dataclasses.replace(SCANNED, remat=name)).apply(stack_layers(variables), TOKENS[:, :2])
 
 
 def test_layouts_convert_back_and_forth(variables):
@@ -84,7 +84,7 @@ def test_adapters_of_a_scan_serve_the_looped_model_with_ranks_and_scales_of_thei
     patterns = {"rank_pattern": {"*/layers/attn/v_proj/*": 5}, "alpha_pattern": {"*/layers/mlp/down_proj/*": 2.0}}
     config = rslora.LoraConfig(rank=3, alpha=7, exclude="*/gate_proj/*", **patterns)
     tokens = jnp.array([[1, 2, 3, 4]])
-    scanned, looped = (Llama(dataclasses.replace(CONFIG, scan_layers=scan)) for scan in (True, False))
+    scanned, looped = (Decoder(dataclasses.replace(CONFIG, scan_layers=scan)) for scan in (True, False))
     variables = made(scanned)
     lora = rslora.wrap(scanned.apply, variables, tokens, config=config)
     rng = np.random.default_rng(0)
@@ -111,7 +111,7 @@ ADDED = dict(
 
 @pytest.fixture(scope="module")
 def added_variables():
-    return made(Llama(dataclasses.replace(CONFIG, **ADDED)))
+    return made(Decoder(dataclasses.replace(CONFIG, **ADDED)))
 
 
 @pytest.mark.parametrize("scan_layers", [False, True], ids=["looped", "scanned"])
@@ -119,7 +119,7 @@ def added_variables():
 def test_what_other_families_add_is_the_same_through_the_cache_and_padded(added_variables, scan_layers, windows):
     config = dataclasses.replace(CONFIG, **ADDED | {"window_layers": windows}, scan_layers=scan_layers)
     v = stack_layers(added_variables) if scan_layers else added_variables
-    apply, plain = jax.jit(Llama(config).apply), Llama(dataclasses.replace(config, scan_layers=False))
+    apply, plain = jax.jit(Decoder(config).apply), Decoder(dataclasses.replace(config, scan_layers=False))
     whole = plain.apply(added_variables, TOKENS)
     _close(apply(v, TOKENS), whole, atol=1e-4)
     cache, outs = init_cache(config, 2, 12), []
@@ -137,7 +137,7 @@ def test_a_window_shuts_out_what_lies_before_it(added_variables):
         """Say which logits of the last row change with a token."""
         config = dataclasses.replace(CONFIG, **ADDED | {"window_layers": windows})
         other = TOKENS.at[0, token].set((TOKENS[0, token] + 1) % CONFIG.vocab_size)
-        run = lambda tokens: Llama(config).apply(added_variables, tokens)[0]
+        run = lambda tokens: Decoder(config).apply(added_variables, tokens)[0]
         return (jnp.abs(run(other) - run(TOKENS)).max(axis=-1) > 1e-5).tolist()
 
     # A window of 3 hands a token on by 2 positions in each of the 3 layers, hence by 6, and without a window on and on.
@@ -157,7 +157,7 @@ def test_windows_that_cannot_be_are_refused_and_those_alike_are_one():
 @pytest.mark.parametrize("config", [CONFIG, SCANNED], ids=["looped", "scanned"])
 @pytest.mark.parametrize("chunks", [[1] * 9, [4, 1, 3, 1], [9]])
 def test_decoding_through_the_cache_equals_the_whole_forward(variables, config, chunks):
-    model, v = Llama(config), stack_layers(variables) if config.scan_layers else variables
+    model, v = Decoder(config), stack_layers(variables) if config.scan_layers else variables
     apply = jax.jit(model.apply)
     cache, start, outs = init_cache(config, 2, 12), 0, []
     for size in chunks:
@@ -172,7 +172,7 @@ def test_decoding_through_the_cache_equals_the_whole_forward(variables, config, 
 @pytest.mark.parametrize("side", ["left", "right"])
 @pytest.mark.parametrize("cached", [False, True])
 def test_a_padded_batch_gives_what_each_row_gives_alone(variables, side, cached):
-    model, lengths, width = Llama(CONFIG), [3, 9, 1], 9
+    model, lengths, width = Decoder(CONFIG), [3, 9, 1], 9
     tokens, positions = np.full((3, width), 7), np.full((3, width), -1)
     rows = [np.asarray(jax.random.randint(jax.random.key(i), (n,), 0, 61)) for i, n in enumerate(lengths)]
     spots = [slice(0, n) if side == "right" else slice(width - n, width) for n in lengths]
@@ -198,7 +198,7 @@ def test_padding_leaves_gradients_finite_and_out_of_the_loss(variables):
     positions = jnp.array([[0, 1, 2, -1, -1]])
 
     def loss(v, tokens):
-        return jnp.sum(Llama(CONFIG).apply(v, tokens, positions)[:, :3] ** 2)
+        return jnp.sum(Decoder(CONFIG).apply(v, tokens, positions)[:, :3] ** 2)
 
     gradient = jax.jit(jax.grad(loss))
     a = gradient(variables, jnp.array([[1, 2, 3, 4, 5]]))
@@ -208,7 +208,7 @@ def test_padding_leaves_gradients_finite_and_out_of_the_loss(variables):
 
 
 def test_packed_segments_do_not_see_each_other(variables):
-    model = Llama(CONFIG)
+    model = Decoder(CONFIG)
     packed = model.apply(
         variables,
         TOKENS[:1],
@@ -221,7 +221,7 @@ def test_packed_segments_do_not_see_each_other(variables):
 
 @pytest.mark.parametrize("tie_head", [True, False])
 def test_the_head_works_on_chosen_positions(tie_head):
-    model = Llama(dataclasses.replace(CONFIG, tie_head=tie_head))
+    model = Decoder(dataclasses.replace(CONFIG, tie_head=tie_head))
     v = made(model)
     assert ("lm_head" in v["params"]) is not tie_head
     x = model.apply(v, TOKENS, method="hidden")
@@ -233,17 +233,17 @@ def test_the_head_works_on_chosen_positions(tie_head):
 
 def test_bfloat16_compute_keeps_float32_weights_and_logits(variables):
     config = dataclasses.replace(CONFIG, dtype=jnp.bfloat16)
-    exact, half = Llama(CONFIG).apply(variables, TOKENS), Llama(config).apply(variables, TOKENS)
+    exact, half = Decoder(CONFIG).apply(variables, TOKENS), Decoder(config).apply(variables, TOKENS)
     assert half.dtype == jnp.float32
-    assert Llama(config).apply(variables, TOKENS, method="hidden").dtype == jnp.bfloat16
+    assert Decoder(config).apply(variables, TOKENS, method="hidden").dtype == jnp.bfloat16
     assert 1e-4 < float(jnp.abs(half - exact).max()) < 0.05 * float(jnp.abs(exact).max())
-    logits, cache = Llama(config).apply(variables, TOKENS, cache=init_cache(config, 2, 9))
+    logits, cache = Decoder(config).apply(variables, TOKENS, cache=init_cache(config, 2, 9))
     assert cache["k"].dtype == jnp.bfloat16 and logits.dtype == jnp.float32
     _close(logits, half, atol=0.05)
 
 
 def test_weights_meet_data_only_in_plain_products_and_look_ups(variables):
-    jaxpr = jax.make_jaxpr(Llama(CONFIG).apply)(variables, TOKENS).jaxpr
+    jaxpr = jax.make_jaxpr(Decoder(CONFIG).apply)(variables, TOKENS).jaxpr
     shapes = [leaf.shape for leaf in jax.tree.leaves(variables)]
     for var, shape in zip(jaxpr.invars[: len(shapes)], shapes, strict=True):
         if len(shape) == 2:
@@ -253,14 +253,14 @@ def test_weights_meet_data_only_in_plain_products_and_look_ups(variables):
 
 
 def test_mistakes_that_shapes_cannot_show_give_nan_not_numbers(variables):
-    model = Llama(CONFIG)
+    model = Decoder(CONFIG)
     assert bool(jnp.isnan(model.apply(variables, jnp.array([[1, 61]]))[0, 1]).all())
     _, full = model.apply(variables, TOKENS, cache=init_cache(CONFIG, 2, 9))
     assert bool(jnp.isnan(model.apply(variables, TOKENS[:, :1], cache=full)[0]).all())
 
 
 def test_mistakes_in_shapes_are_named(variables):
-    model = Llama(CONFIG)
+    model = Decoder(CONFIG)
     with pytest.raises(ValueError, match="more than max_len=32"):
         model.apply(variables, jnp.zeros((1, 33), jnp.int32))
     with pytest.raises(ValueError, match="do not fit a cache of 4"):
@@ -280,4 +280,4 @@ def test_mistakes_in_shapes_are_named(variables):
 
 def test_configurations_that_say_the_same_are_equal():
     named = dataclasses.replace(CONFIG, dtype="float32", param_dtype=np.float32)
-    assert named == CONFIG and hash(Llama(named)) == hash(Llama(CONFIG))
+    assert named == CONFIG and hash(Decoder(named)) == hash(Decoder(CONFIG))

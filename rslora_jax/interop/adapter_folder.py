@@ -14,7 +14,7 @@ import numpy as np
 from rslora_jax.config import LoraConfig
 from rslora_jax.interop.load import load_model
 from rslora_jax.interop.model import Model
-from rslora_jax.models.llama import Llama
+from rslora_jax.models.decoder import Decoder
 from rslora_jax.sites import named_leaves
 from rslora_jax.store import checkpoint
 from rslora_jax.store.checksum import checksums
@@ -123,7 +123,7 @@ def attach(opened: Opened, model: Model) -> Attached:
     Raises:
       ValueError: the base is another one than that of the run, or a PEFT folder does not fit it.
     """
-    apply, tokens, variables = Llama(model.config).apply, jax.ShapeDtypeStruct((1, 8), "int32"), model.variables
+    apply, tokens, variables = Decoder(model.config).apply, jax.ShapeDtypeStruct((1, 8), "int32"), model.variables
     if opened.config is None:
         from rslora_jax.interop import peft
 

@@ -1,7 +1,7 @@
 """A decoder of the Llama family in Flax Linen, small enough to read and equal to the published weights.
 
 The module keeps no state of its own: the cache of keys and values is an argument and a result, so that
-`Llama.apply` stays the pure function of arrays that `jax.jit`, `jax.grad` and `rslora_jax.wrap` expect.
+`Decoder.apply` stays the pure function of arrays that `jax.jit`, `jax.grad` and `rslora_jax.wrap` expect.
 
 Shapes in names: B batch, T tokens of this call, S slots of the cache, L layers, N query heads, K key-value
 heads, G = N / K query heads for each of them, H size of a head, D width, V vocabulary.
@@ -30,9 +30,9 @@ from rslora_jax.models.attention import (
     visible,
     within,
 )
-from rslora_jax.models.llama_config import REMAT_POLICIES, LlamaConfig
+from rslora_jax.models.decoder_config import REMAT_POLICIES, DecoderConfig
 
-__all__ = ["REMAT_POLICIES", "Llama", "LlamaConfig", "init_cache", "lengthen"]
+__all__ = ["REMAT_POLICIES", "Decoder", "DecoderConfig", "init_cache", "lengthen"]
 
 # Where the weights lie on a mesh (`parallel.sharding.param_shardings`): those that widen are split by column,
 # those that narrow by row, so that a layer needs one sum over "tensor" for each pair; the rest of each by "fsdp".
@@ -46,7 +46,7 @@ SHARDING_RULES = (
 class RMSNorm(nn.Module):
     """Divide by the root mean square over the last axis, in float32 (arXiv 1910.07467, eq. 4)."""
 
-    config: LlamaConfig
+    config: DecoderConfig
 
     @nn.compact
     def __call__(self, x_BxTxD: Array) -> Array:
@@ -60,14 +60,14 @@ class RMSNorm(nn.Module):
         return (wide * scale_D).astype(self.config.dtype)
 
 
-def _dense(config: LlamaConfig, features: int, name: str, bias: bool = False) -> nn.Dense:
+def _dense(config: DecoderConfig, features: int, name: str, bias: bool = False) -> nn.Dense:
     return nn.Dense(features, use_bias=bias, dtype=config.dtype, param_dtype=config.param_dtype, name=name)
 
 
 class Attention(nn.Module):
     """Self-attention with grouped keys and values (arXiv 2305.13245); returns the new keys and values too."""
 
-    config: LlamaConfig
+    config: DecoderConfig
 
     @nn.compact
     def __call__(self, x_BxTxD: Array, rope: Any, masks: Any, cached: Any) -> tuple[Array, Any]:
@@ -91,7 +91,7 @@ class Attention(nn.Module):
 class MLP(nn.Module):
     """The gated feed-forward part, SwiGLU or GEGLU (arXiv 2002.05202, eq. 6)."""
 
-    config: LlamaConfig
+    config: DecoderConfig
 
     @nn.compact
     def __call__(self, x_BxTxD: Array) -> Array:
@@ -109,7 +109,7 @@ class Layer(nn.Module):
     is a list of one, or of two where the second is for layers with a window.
     """
 
-    config: LlamaConfig
+    config: DecoderConfig
 
     @nn.compact
     def __call__(self, x_BxTxD: Array, rope: Any, masks: Any, cached: Any, has_window: Any = None) -> tuple[Array, Any]:
@@ -131,7 +131,7 @@ class Layer(nn.Module):
 class Embed(nn.Module):
     """The token table (V, D), read by look-up and, when the head is tied, by a product."""
 
-    config: LlamaConfig
+    config: DecoderConfig
 
     def setup(self) -> None:
         shape = (self.config.vocab_size, self.config.width)
@@ -154,7 +154,7 @@ class Embed(nn.Module):
         return product(x, table_VxD, (((x.ndim - 1,), (1,)), ((), ())))
 
 
-def _layer_class(config: LlamaConfig) -> Any:
+def _layer_class(config: DecoderConfig) -> Any:
     if config.remat in (None, "none"):
         return Layer
     policy = None if config.remat == "full" else getattr(jax.checkpoint_policies, str(config.remat))
@@ -163,14 +163,14 @@ def _layer_class(config: LlamaConfig) -> Any:
     return nn.remat(Layer, policy=policy, prevent_cse=not config.scan_layers)
 
 
-class Llama(nn.Module):
-    """A Llama-family decoder: `Llama(config).apply(variables, tokens_BxT)` gives logits_BxTxV in float32.
+class Decoder(nn.Module):
+    """A Llama-family decoder: `Decoder(config).apply(variables, tokens_BxT)` gives logits_BxTxV in float32.
 
     Weights are `params/layers_3/attn/q_proj/kernel` and the like, or, with `scan_layers`,
     `params/layers/attn/q_proj/kernel` with a leading axis of layers; kernels are (in, out).
 
-    >>> config = LlamaConfig(vocab_size=32, width=16, mlp_width=24, num_layers=2, num_heads=4, num_kv_heads=2)
-    >>> model, tokens = Llama(config), jnp.array([[1, 2, 3]])
+    >>> config = DecoderConfig(vocab_size=32, width=16, mlp_width=24, num_layers=2, num_heads=4, num_kv_heads=2)
+    >>> model, tokens = Decoder(config), jnp.array([[1, 2, 3]])
     >>> variables = model.init(jax.random.key(0), tokens)
     >>> logits = model.apply(variables, tokens)
     >>> logits.shape, logits.dtype
@@ -183,7 +183,7 @@ class Llama(nn.Module):
     (1, 32)
     """
 
-    config: LlamaConfig
+    config: DecoderConfig
 
     def setup(self) -> None:
         c = self.config

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from rslora_jax.models.llama import LlamaConfig, init_cache, lengthen
+from rslora_jax.models.decoder import DecoderConfig, init_cache, lengthen
 
 Array = jax.Array
 State = dict[str, Any]
@@ -25,14 +25,14 @@ def generate(
     apply: Callable[..., Any],
     variables: Any,
     prompts: Sequence[Sequence[int]],
-    config: LlamaConfig,
+    config: DecoderConfig,
     *,
     max_new: int,
     **options: Any,
 ) -> list[list[int]]:
     """Continue a batch of prompts (token ids) by up to `max_new` tokens each, without the prompts.
 
-    `apply(variables, tokens_BxT, positions_BxT, cache=cache)` gives (logits_BxTxV, cache), as `Llama.apply`
+    `apply(variables, tokens_BxT, positions_BxT, cache=cache)` gives (logits_BxTxV, cache), as `Decoder.apply`
     does; `variables` is whatever pytree it takes, for instance (base, adapters):
 
         run = lambda both, *args, **kwargs: lora.apply(*both, *args, **kwargs)
@@ -48,9 +48,9 @@ def generate(
     Raises `ValueError` for no prompts, an empty prompt, `max_new` below 1, `top_p` outside (0, 1], a
     negative temperature, a missing key, and for prompts that leave no room within `config.max_len`.
 
-    >>> from rslora_jax.models.llama import Llama
-    >>> config = LlamaConfig(vocab_size=32, width=16, mlp_width=24, num_layers=2, num_heads=4, num_kv_heads=2)
-    >>> model = Llama(config)
+    >>> from rslora_jax.models.decoder import Decoder
+    >>> config = DecoderConfig(vocab_size=32, width=16, mlp_width=24, num_layers=2, num_heads=4, num_kv_heads=2)
+    >>> model = Decoder(config)
     >>> variables = model.init(jax.random.key(0), jnp.zeros((1, 1), jnp.int32))
     >>> outs = generate(model.apply, variables, [[1, 2, 3], [4]], config, max_new=5, bucket=4)
     >>> [len(out) for out in outs]
@@ -64,7 +64,7 @@ def stream(
     apply: Callable[..., Any],
     variables: Any,
     prompts: Sequence[Sequence[int]],
-    config: LlamaConfig,
+    config: DecoderConfig,
     *,
     max_new: int,
     chunk: int = 4,
@@ -74,9 +74,9 @@ def stream(
 
     The first token comes alone, as soon as the prompts are read.
 
-    >>> from rslora_jax.models.llama import Llama
-    >>> config = LlamaConfig(vocab_size=32, width=16, mlp_width=24, num_layers=2, num_heads=4, num_kv_heads=2)
-    >>> model = Llama(config)
+    >>> from rslora_jax.models.decoder import Decoder
+    >>> config = DecoderConfig(vocab_size=32, width=16, mlp_width=24, num_layers=2, num_heads=4, num_kv_heads=2)
+    >>> model = Decoder(config)
     >>> variables = model.init(jax.random.key(0), jnp.zeros((1, 1), jnp.int32))
     >>> [len(new) for new, in stream(model.apply, variables, [[1, 2]], config, max_new=7, chunk=3, bucket=4)]
     [1, 2, 3, 1]
@@ -91,7 +91,7 @@ class Generation:
 
     reading: tuple[Any, ...]
     choosing: tuple[Any, ...]
-    config: LlamaConfig
+    config: DecoderConfig
     max_new: int
     nucleus: bool
 
@@ -115,7 +115,7 @@ def start(
     apply: Callable[..., Any],
     variables: Any,
     prompts: Sequence[Sequence[int]],
-    config: LlamaConfig,
+    config: DecoderConfig,
     *,
     max_new: int,
     eos_id: int | Sequence[int] | None = None,
@@ -188,7 +188,7 @@ def _read(
     tokens_BxP: Array,
     positions_BxP: Array,
     *,
-    config: LlamaConfig,
+    config: DecoderConfig,
     max_new: int,
 ) -> State:
     B, P = tokens_BxP.shape
@@ -254,7 +254,7 @@ def _advance(
 
 def _check(
     prompts: Sequence[Sequence[int]],
-    config: LlamaConfig,
+    config: DecoderConfig,
     max_new: int,
     temperature: float,
     top_p: float,

@@ -4,14 +4,14 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from rslora_jax.models.generate import _read, generate, start, stream, tokens_of
+from rslora_jax.models.decoder import Decoder, DecoderConfig
+from rslora_jax.models.generation import _read, generate, start, stream, tokens_of
 from rslora_jax.models.layout import stack_layers
-from rslora_jax.models.llama import Llama, LlamaConfig
 from tests.zoo.model import filled
 
 pytestmark = [pytest.mark.by_day_on("newest"), pytest.mark.usefixtures("compile_fast")]
 
-CONFIG = LlamaConfig(
+CONFIG = DecoderConfig(
     vocab_size=97,
     width=16,
     mlp_width=24,
@@ -21,7 +21,7 @@ CONFIG = LlamaConfig(
     max_len=64,
     tie_head=False,
 )
-MODEL = Llama(CONFIG)
+MODEL = Decoder(CONFIG)
 WHOLE = jax.jit(MODEL.apply)
 PROMPTS = [[5, 6, 7, 8, 9, 10, 11], [3], [90, 2, 90], list(range(20, 33))]
 
@@ -50,8 +50,8 @@ def test_greedy_batch_equals_the_whole_forward_one_prompt_at_a_time(variables):
 def test_the_bucket_and_the_layout_do_not_matter(variables):
     want = generate(MODEL.apply, variables, PROMPTS, CONFIG, max_new=4, bucket=1)
     assert generate(MODEL.apply, variables, PROMPTS, CONFIG, max_new=4, bucket=32) == want
-    scanned = LlamaConfig(**{**vars(CONFIG), "scan_layers": True})
-    assert generate(Llama(scanned).apply, stack_layers(variables), PROMPTS, scanned, max_new=4) == want
+    scanned = DecoderConfig(**{**vars(CONFIG), "scan_layers": True})
+    assert generate(Decoder(scanned).apply, stack_layers(variables), PROMPTS, scanned, max_new=4) == want
 
 
 def test_rows_end_with_the_end_token_each_in_its_own_time(variables):
