@@ -53,10 +53,11 @@ def run(arguments: argparse.Namespace, argv: Sequence[str] | None) -> int:
     opened = open_adapters(a.folder, step=parse_step(a.step))
     where = a.model or opened.settings.get("model")
     print(f"reading {where or 'SmolLM2'}", flush=True)
-    lora, _, adapters, replaced = attach(opened, load_base(opened, a.model))
+    base_model = load_base(opened, a.model)
+    lora, _, adapters, replaced = attach(opened, base_model)
     base = a.base_model or base_name(where)
     options = {"base_model": base, "for_vllm": a.target == "vllm", "dtype": a.dtype, "replaced": replaced}
-    peft.save_peft(a.out, lora, adapters, **options)
+    peft.save_peft(a.out, lora, adapters, base_model.family.names, **options)
     print(f"wrote {a.out}: {lora.num_parameters:,} numbers in {len(lora.sites)} adapters, for {base or 'its base'}")
     if a.target == "vllm":
         rank, out = peft.check_vllm(a.out), shlex.quote(f"{Path(a.out).name}={Path(a.out).absolute()}")

@@ -37,8 +37,7 @@ def run(arguments: argparse.Namespace, argv: Sequence[str] | None) -> int:
     import numpy as np
     from absl import logging
 
-    from rslora_jax.interop import peft
-    from rslora_jax.interop.adapter_folder import attach_alone, open_adapters
+    from rslora_jax.interop.adapter_folder import attach_alone, open_peft_adapters
     from rslora_jax.interop.load import load_model
     from rslora_jax.interop.new_folder import check_free, written_whole
     from rslora_jax.store import checkpoint
@@ -46,10 +45,10 @@ def run(arguments: argparse.Namespace, argv: Sequence[str] | None) -> int:
     logging.set_verbosity(logging.ERROR)
     a = arguments
     check_free(a.out)
-    peft.check_files(a.folder)  # before the base is read, which takes longer
+    opened = open_peft_adapters(a.folder)  # before the base is read, which takes longer
     print(f"reading {a.model or 'SmolLM2'}", flush=True)
     base = load_model(a.model, param_dtype=a.param_dtype)
-    lora, variables, adapters, _ = attach_alone(open_adapters(a.folder), base)
+    lora, variables, adapters, _ = attach_alone(opened, base)
     config = lora.config
     print(lora, flush=True)
     model = str(Path(a.model).absolute()) if a.model and Path(a.model).exists() else a.model

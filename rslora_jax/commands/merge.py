@@ -53,7 +53,7 @@ def merge(a: argparse.Namespace) -> int:
     """Run `rslora merge`."""
     from rslora_jax.interop.adapter_folder import attach, load_base, open_adapters, parse_step
     from rslora_jax.interop.new_folder import check_free
-    from rslora_jax.interop.safetensors import parse_size
+    from rslora_jax.interop.shards import parse_size
 
     step, size, out = parse_step(a.step), parse_size(a.max_shard_size), Path(a.out)
     check_free(out)
@@ -62,7 +62,8 @@ def merge(a: argparse.Namespace) -> int:
 
     logging.set_verbosity(logging.ERROR)  # grain and orbax warn through it of what no user here can act on
     from rslora_jax.interop.load import folder_of
-    from rslora_jax.interop.merged import by_kind, meaning, together, write_merged
+    from rslora_jax.interop.merged import write_merged
+    from rslora_jax.interop.rounding import by_kind, meaning, together
     from rslora_jax.store.checkpoint import size_of
     from rslora_jax.train.report import progress_line
 
@@ -79,6 +80,7 @@ def merge(a: argparse.Namespace) -> int:
             adapters,
             config=base.config,
             tokenizer=base.tokenizer,
+            family=base.family,
             dtype=a.dtype,
             base=folder_of(model),
             max_shard_size=size,

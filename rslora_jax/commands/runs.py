@@ -12,9 +12,9 @@ import numpy as np
 
 from rslora_jax.config import LoraConfig
 from rslora_jax.interop.adapter_folder import attach, load_base, open_adapters, parse_step
+from rslora_jax.interop.family import Family
 from rslora_jax.interop.load import load_model
 from rslora_jax.methods.method import rescaled as with_update_times
-from rslora_jax.models.decoder import Decoder, DecoderConfig
 from rslora_jax.models.layout import unstack_adapters, unstack_layers
 from rslora_jax.wrap import Adapters, Lora, wrap
 
@@ -35,7 +35,8 @@ class Run:
 class Loaded:
     """A base, and runs on it. Runs whose adapters have the same shapes share one `Lora`, hence what is compiled."""
 
-    config: DecoderConfig
+    family: Family
+    config: Any  # of the family's class
     variables: dict[str, Any]
     tokenizer: Any
     runs: tuple[Run, ...]
@@ -80,14 +81,14 @@ def load(
         loras.append(known)
         at = int(one.source.name) if one.source.parent.name == "checkpoints" else None
         loaded.append(Run(folder, at, lora.config, known, variables, rescaled(adapters, lora, known)))
-    found = Loaded(base.config, base.variables, base.tokenizer, tuple(loaded), first)
-    return unrolled(found) if looped and base.config.scan_layers else found
+    found = Loaded(base.family, base.config, base.variables, base.tokenizer, tuple(loaded), first)
+    return unrolled(found) if looped and getattr(base.config, "scan_layers", False) else found
 
 
 def unrolled(loaded: Loaded) -> Loaded:
     """Give the same with a program for each layer in place of a scan."""
     config = dataclasses.replace(loaded.config, scan_layers=False)
-    apply, tokens = Decoder(config).apply, jax.ShapeDtypeStruct((1, 8), "int32")
+    apply, tokens = loaded.family.build(config).apply, jax.ShapeDtypeStruct((1, 8), "int32")
     variables = unstack_layers(loaded.variables)
     loras: dict[int, Lora] = {}
 
@@ -109,13 +110,13 @@ def program(loaded: Loaded, run: Run | None, *, merged: bool = False) -> tuple[C
     adapters of zeros: it is the base to the bit, and nothing more is compiled.
     """
     if merged and run:
-        return Decoder(loaded.config).apply, run.lora.merge(run.variables, run.adapters)
+        return loaded.family.build(loaded.config).apply, run.lora.merge(run.variables, run.adapters)
     if run:
         return adapted(run.lora), (run.variables, run.adapters)
     if loaded.runs:
         first = loaded.runs[0]
         return adapted(first.lora), (loaded.variables, jax.tree.map(np.zeros_like, first.adapters))
-    return Decoder(loaded.config).apply, loaded.variables
+    return loaded.family.build(loaded.config).apply, loaded.variables
 
 
 @functools.lru_cache(maxsize=8)

@@ -215,8 +215,7 @@ def train(arguments: argparse.Namespace) -> int:
     import rslora_jax as rslora
     from rslora_jax.commands.data import examples
     from rslora_jax.interop import adapter_folder
-    from rslora_jax.interop.load import load_model
-    from rslora_jax.models.decoder import SHARDING_RULES, Decoder, Embed, Layer
+    from rslora_jax.interop.load import find_family, load_model
     from rslora_jax.parallel import processes, sharding
     from rslora_jax.store import checkpoint
     from rslora_jax.train import NonFiniteLoss, batches, fit, loss, optimizers, report, samples
@@ -241,7 +240,8 @@ def train(arguments: argparse.Namespace) -> int:
         check_defaults(a, ("rank", "alpha", "scaling", "targets"), "--adapters has its own")
     train_examples, heldout_examples = examples(a.data, a.heldout)
     print(f"reading {a.model or 'SmolLM2'}", flush=True)
-    shardings = (lambda shapes: sharding.param_shardings(shapes, mesh, SHARDING_RULES)) if mesh else None
+    rules = find_family(a.model).sharding_rules if mesh else ()
+    shardings = (lambda shapes: sharding.param_shardings(shapes, mesh, rules)) if mesh else None
     base = model_config, variables, tokenizer = load_model(
         a.model,
         remat=a.remat,
@@ -250,8 +250,7 @@ def train(arguments: argparse.Namespace) -> int:
         shardings=shardings,
         progress=report.progress_line("reading"),
     )
-    model = Decoder(model_config)
-    apply = sharding.pin_rows(model.apply, where, (Embed, Layer)) if where else model.apply
+    apply = sharding.pin_rows(base.apply, where, base.family.blocks) if where else base.apply
     found = adapter_folder.attach_alone(start, base) if start else None
     config = rslora.LoraConfig(rank=a.rank, alpha=a.alpha, scaling=a.scaling, targets=a.targets)
     config = found.lora.config if found else config
@@ -279,7 +278,7 @@ def train(arguments: argparse.Namespace) -> int:
     chosen = heldout_examples[:2] if jax.process_count() == 1 else []
     # The base and the merged weights run through one compiled program, the model's own.
     write = lambda params: samples.write(
-        model.apply, params, model_config, tokenizer, chosen, max_new=40, max_len=max_len
+        base.apply, params, model_config, tokenizer, chosen, max_new=40, max_len=max_len
     )
     before = write(variables)
     for example, text in zip(chosen, before, strict=True):

@@ -12,9 +12,12 @@ import jax
 import numpy as np
 
 from rslora_jax.config import LoraConfig
-from rslora_jax.interop.load import load_model
+from rslora_jax.interop.family import Family
+from rslora_jax.interop.load import find_family, load_model
 from rslora_jax.interop.model import Model
-from rslora_jax.models.decoder import Decoder
+from rslora_jax.interop.names import is_looped
+from rslora_jax.interop.peft import PeftFolder, base_of, load_peft, open_peft, read_config, replace
+from rslora_jax.interop.peft.files import CONFIG_NAME
 from rslora_jax.sites import named_leaves
 from rslora_jax.store import checkpoint
 from rslora_jax.store.checksum import checksums
@@ -33,6 +36,7 @@ class Opened:
       adapters: the adapters, as numpy arrays; empty for a PEFT folder.
       base: dtype, shape and checksum of each of the base's arrays (`checksum.checksums`); empty where unknown.
       settings: what the run was started with; of a PEFT folder, "model" alone.
+      peft: what a PEFT folder holds; None for a run.
     """
 
     source: Path
@@ -40,6 +44,7 @@ class Opened:
     adapters: Adapters
     base: Mapping[str, str] = dataclasses.field(default_factory=dict)
     settings: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    peft: PeftFolder | None = None
 
     def shape(self, path: str) -> tuple[int, ...] | None:
         """Return the shape of a weight of the base, where the folder tells it."""
@@ -71,17 +76,13 @@ def open_adapters(folder: str | Path, *, step: Step | None = None) -> Opened:
       ValueError: the folder holds no adapters, not that checkpoint, or a damaged one.
     """
     folder = Path(folder).absolute()
-    single = (folder.parent.name == "checkpoints" and folder.name.isdigit()) or (folder / PEFT).is_file()
+    single = (folder.parent.name == "checkpoints" and folder.name.isdigit()) or (folder / CONFIG_NAME).is_file()
     if single and step is not None:
         raise ValueError(f"{folder} holds one state of adapters and no steps: leave --step out, or give the run")
     if not folder.is_dir():
         raise ValueError(f"{folder} is not a folder: give that of a run, of one of its checkpoints, or of PEFT")
-    if (folder / PEFT).is_file():
-        from rslora_jax.interop import peft
-
-        peft.check_files(folder)
-        model = peft.base_of(folder)
-        return Opened(folder, None, {}, settings={"model": model} if model else {})
+    if (folder / CONFIG_NAME).is_file():
+        return open_peft_adapters(folder)
     if single:
         folder, step = folder.parent.parent, int(folder.name)
     where = checkpoint.find(folder, step or "last")
@@ -90,31 +91,39 @@ def open_adapters(folder: str | Path, *, step: Step | None = None) -> Opened:
     return Opened(where, config, adapters, about["base"], about["settings"])
 
 
-PEFT = "adapter_config.json"
+def open_peft_adapters(folder: str | Path) -> Opened:
+    """Open a folder that PEFT saved, and read its files.
+
+    Raises:
+      ValueError: a file is missing or damaged, or the adapter is one that is not computed here.
+    """
+    peft = open_peft(Path(folder).absolute())
+    model = base_of(peft)
+    return Opened(peft.folder, None, {}, settings={"model": model} if model else {}, peft=peft)
 
 
-def load_base(opened: Opened, model: str | Path | None = None, *, dtype: str = "float32") -> Model:
+def load_base(
+    opened: Opened, model: str | Path | None = None, *, dtype: str = "float32", family: Family | None = None
+) -> Model:
     """Load the base in the layout and the dtype in which the adapters were trained on it.
 
     Args:
       opened: from `open_adapters`.
       model: what `load_model` takes; by default what the folder names.
       dtype: what to compute in.
+      family: as of `load_model`.
 
     Raises:
       ValueError: the folder does not tell its base and `model` is not given.
     """
     if model is None and "model" not in opened.settings:
         raise ValueError(f"{opened.source} does not tell on which model it was trained: say so with --model")
+    where = opened.settings["model"] if model is None else model
     # Looped layers have a path each, stacked ones share it.
-    looped = any(re.search(r"(^|/)layers_\d+/", path) for path in opened.adapters)
+    looped = bool(opened.adapters) and is_looped((family or find_family(where)).names, opened.adapters)
     dtypes = {opened.base[path].partition("[")[0] for path in opened.adapters if path in opened.base}
-    return load_model(
-        opened.settings["model"] if model is None else model,
-        scan_layers=not looped,
-        param_dtype=dtypes.pop() if len(dtypes) == 1 else "float32",
-        dtype=dtype,
-    )
+    param_dtype = dtypes.pop() if len(dtypes) == 1 else "float32"
+    return load_model(where, scan_layers=not looped, param_dtype=param_dtype, dtype=dtype, family=family)
 
 
 def attach(opened: Opened, model: Model) -> Attached:
@@ -123,13 +132,13 @@ def attach(opened: Opened, model: Model) -> Attached:
     Raises:
       ValueError: the base is another one than that of the run, or a PEFT folder does not fit it.
     """
-    apply, tokens, variables = Decoder(model.config).apply, jax.ShapeDtypeStruct((1, 8), "int32"), model.variables
-    if opened.config is None:
-        from rslora_jax.interop import peft
-
-        lora = wrap(apply, variables, tokens, config=peft.read_config(opened.source, variables))
-        adapters, replaced = peft.load_peft(opened.source, lora)
-        return Attached(lora, peft.replace(variables, replaced), adapters, replaced)
+    apply, tokens, variables = model.apply, jax.ShapeDtypeStruct((1, 8), "int32"), model.variables
+    if opened.peft is not None:
+        names = model.family.names
+        lora = wrap(apply, variables, tokens, config=read_config(opened.peft, variables, names))
+        adapters, replaced = load_peft(opened.peft, lora, names)
+        return Attached(lora, replace(variables, replaced), adapters, replaced)
+    assert opened.config is not None  # a run has one
     if opened.base:
         checkpoint.check_same(opened.source, {"base": opened.base}, {"base": checksums(variables)})
     lora = wrap(apply, variables, tokens, config=opened.config)
@@ -150,7 +159,7 @@ def attach_alone(opened: Opened, model: Model) -> Attached:
         if not np.array_equal(np.asarray(base[path]), weight.astype(base[path].dtype)):
             raise ValueError(
                 f"{opened.source} replaces the base's {path}, and a run's folder holds adapters alone: use "
-                "rslora_jax.interop.peft.load_peft and replace"
+                "rslora_jax.interop.load_peft and replace"
             )
     return attached._replace(variables=model.variables)
 

@@ -8,6 +8,7 @@ from typing import Any
 
 import jax.numpy as jnp
 
+from rslora_jax.interop.family import Family
 from rslora_jax.interop.model import Model, Progress, Shardings
 
 # What is read of a model on the hub: its folders hold the same weights in other formats.
@@ -25,6 +26,7 @@ def load_model(
     param_dtype: Any = jnp.float32,
     dtype: Any = jnp.float32,
     shardings: Shardings = None,
+    family: Family | None = None,
     progress: Progress | None = None,
 ) -> Model:
     """Load (config, variables, tokenizer) from wherever a model is.
@@ -37,7 +39,8 @@ def load_model(
       param_dtype: what the weights are rounded to.
       dtype: what is computed in.
       shardings: where the weights are to lie: a pytree of shardings, or a function that makes one of their shapes.
-      progress: called with the bytes of a folder's weights that are done, and all.
+      family: what family the model is of, where it is none of `families.FAMILIES`.
+      progress: called with the bytes of the weights that are done, and all.
 
     Raises:
       ValueError: there is no such model, it cannot be fetched, or `load_huggingface` or `load_gguf` refuses it.
@@ -46,20 +49,34 @@ def load_model(
     >>> config.width, tokenizer.vocab_size
     (576, 49152)
     """
-    from rslora_jax.interop.gguf import find_smollm2, load_gguf
-    from rslora_jax.interop.huggingface import load_huggingface
-
-    options: dict[str, Any] = dict(
-        scan_layers=scan_layers, remat=remat, param_dtype=param_dtype, dtype=dtype, shardings=shardings
-    )
-    path = find_smollm2() if where is None or where == SMOLLM2 else Path(where)
+    path = _find(where)
+    how: dict[str, Any] = dict(scan_layers=scan_layers, remat=remat, param_dtype=param_dtype, dtype=dtype)
+    how |= dict(shardings=shardings, family=family, progress=progress)
+    # Only what is needed is imported: a GGUF file takes another library.
     if path.is_dir():
-        return load_huggingface(path, progress=progress, **options)
-    if path.exists() or path.suffix == ".gguf":
-        return load_gguf(path, **options)
-    if not isinstance(where, str) or not _NAME.fullmatch(where):
-        raise ValueError(f"{where} is no folder, no file, and no name on the Hugging Face hub such as owner/name")
-    return load_huggingface(_fetch(where), progress=progress, **options)
+        from rslora_jax.interop.huggingface import load_huggingface
+
+        return load_huggingface(path, **how)
+    from rslora_jax.interop.gguf import load_gguf
+
+    return load_gguf(path, **how)
+
+
+def find_family(where: str | Path | None = None) -> Family:
+    """Give the family of a model before it is loaded; `where` and errors as of `load_model`.
+
+    >>> from rslora_jax.interop import DECODER
+    >>> find_family("smollm2") is DECODER
+    True
+    """
+    path = _find(where)
+    if path.is_dir():
+        from rslora_jax.interop import huggingface
+
+        return huggingface.find_family(path)
+    from rslora_jax.interop import gguf
+
+    return gguf.find_family(path)
 
 
 def folder_of(where: str | Path | None) -> Path | None:
@@ -69,6 +86,20 @@ def folder_of(where: str | Path | None) -> Path | None:
     if Path(where).is_dir():
         return Path(where)
     return _fetch(str(where)) if _NAME.fullmatch(str(where)) else None
+
+
+def _find(where: str | Path | None) -> Path:
+    """Give the folder or the file of a model; one of the hub is fetched."""
+    if where is None or where == SMOLLM2:
+        from rslora_jax.interop.gguf import find_smollm2
+
+        return find_smollm2()
+    path = Path(where)
+    if path.exists() or path.suffix == ".gguf":
+        return path
+    if not isinstance(where, str) or not _NAME.fullmatch(where):
+        raise ValueError(f"{where} is no folder, no file, and no name on the Hugging Face hub such as owner/name")
+    return _fetch(where)
 
 
 def _fetch(name: str) -> Path:

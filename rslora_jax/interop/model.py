@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any, NamedTuple
+import dataclasses
+from collections.abc import Callable, Iterator
+from typing import TYPE_CHECKING, Any
 
 import jax
 
-from rslora_jax.interop.tokenizer import Tokenizer
-from rslora_jax.models.decoder import Decoder, DecoderConfig
+from rslora_jax.interop.family import Family
+
+if TYPE_CHECKING:  # it needs the extra `train`, which a family in itself does not
+    from rslora_jax.interop.tokenizer import Tokenizer
 
 # Where weights are to lie: a pytree of shardings like the variables, or what makes one of the variables' shapes (a
 # pytree of `jax.ShapeDtypeStruct`), such as `partial(param_shardings, mesh=mesh, rules=SHARDING_RULES)`.
@@ -18,22 +21,36 @@ Shardings = Any | Callable[[Any], Any]
 Progress = Callable[[int, int], None]
 
 
-class Model(NamedTuple):
-    """A model that was loaded: `Decoder(config).apply(variables, tokens)` gives its logits."""
+@dataclasses.dataclass(frozen=True, eq=False)
+class Model:
+    """A model that was loaded: `model.apply(model.variables, tokens)` gives its logits.
 
-    config: DecoderConfig
+    It unpacks: `config, variables, tokenizer = load_model()`.
+
+    Attributes:
+      config: the configuration, of the family's own class.
+      variables: the weights, a pytree.
+      tokenizer: the tokenizer.
+      family: what the library knows of models of this kind.
+    """
+
+    config: Any
     variables: dict[str, Any]
     tokenizer: Tokenizer
+    family: Family
 
+    def __iter__(self) -> Iterator[Any]:
+        return iter((self.config, self.variables, self.tokenizer))
 
-def shapes_of(config: DecoderConfig) -> dict[str, Any]:
-    """Give the shapes and dtypes of a decoder's variables, a pytree of `jax.ShapeDtypeStruct`.
+    @property
+    def module(self) -> Any:
+        """The Flax module."""
+        return self.family.build(self.config)
 
-    >>> config = DecoderConfig(vocab_size=32, width=16, mlp_width=24, num_layers=2, num_heads=4, num_kv_heads=2)
-    >>> shapes_of(config)["params"]["embed"]["embedding"].shape
-    (32, 16)
-    """
-    return jax.eval_shape(Decoder(config).init, jax.random.key(0), jax.ShapeDtypeStruct((1, 1), "int32"))
+    @property
+    def apply(self) -> Callable[..., Any]:
+        """The module's `apply`, for `rslora_jax.wrap`."""
+        return self.module.apply
 
 
 def shardings_of(shardings: Shardings, shapes: Any) -> Any:

@@ -1,6 +1,6 @@
-"""What the weights of a Flax model are called in a Hugging Face model: a table, and how to read it.
+"""What the weights of a Flax model are called in a file, and how they lie there: a table, and how to read it.
 
-A table maps a weight's path to the name of a Hugging Face parameter, with `{i}` for the number of a layer. Where the
+A table maps a weight's path to the name of a parameter in the file, with `{i}` for the number of a layer. Where the
 name has an `{i}` and the path has none, the path holds all layers, stacked on its first axis.
 """
 
@@ -10,57 +10,77 @@ import re
 from collections.abc import Iterable, Mapping
 from typing import NamedTuple
 
-Names = Mapping[str, str]
+import numpy as np
 
-_LAYERS = {
-    "attn_norm/scale": "input_layernorm.weight",
-    "attn/q_proj/kernel": "self_attn.q_proj.weight",
-    "attn/k_proj/kernel": "self_attn.k_proj.weight",
-    "attn/v_proj/kernel": "self_attn.v_proj.weight",
-    "attn/o_proj/kernel": "self_attn.o_proj.weight",
-    "attn/q_proj/bias": "self_attn.q_proj.bias",
-    "attn/k_proj/bias": "self_attn.k_proj.bias",
-    "attn/v_proj/bias": "self_attn.v_proj.bias",
-    "attn/q_norm/scale": "self_attn.q_norm.weight",
-    "attn/k_norm/scale": "self_attn.k_norm.weight",
-    "mlp_norm/scale": "post_attention_layernorm.weight",
-    "attn_post_norm/scale": "post_attention_layernorm.weight",
-    "mlp_pre_norm/scale": "pre_feedforward_layernorm.weight",
-    "mlp_post_norm/scale": "post_feedforward_layernorm.weight",
-    "mlp/gate_proj/kernel": "mlp.gate_proj.weight",
-    "mlp/up_proj/kernel": "mlp.up_proj.weight",
-    "mlp/down_proj/kernel": "mlp.down_proj.weight",
-}
 
-# `rslora_jax.models.decoder.Decoder`, looped or scanned.
-LLAMA: Names = {
-    "params/embed/embedding": "model.embed_tokens.weight",
-    **{f"params/layers_{{i}}/{path}": f"model.layers.{{i}}.{name}" for path, name in _LAYERS.items()},
-    **{f"params/layers/{path}": f"model.layers.{{i}}.{name}" for path, name in _LAYERS.items()},
-    "params/norm/scale": "model.norm.weight",
-    "params/lm_head/kernel": "lm_head.weight",
-}
+class Weight(NamedTuple):
+    """Name a weight in a file, and say whether its matrix lies there the other way round, (out, in) for our (in, out).
+
+    >>> NAMES = {"params/block_{i}/w": Weight("h.{i}.mlp.weight", transposed=True), "params/table": Weight("wte")}
+    """
+
+    name: str
+    transposed: bool = False
+
+
+# A bare name stands for a weight of which that is plain: vectors, what ends in "kernel" (Flax has it (in, out), PyTorch
+# (out, in)) and what ends in "embedding" (the same in both).
+Names = Mapping[str, str | Weight]
 
 
 class Place(NamedTuple):
-    """Where a Hugging Face parameter lies: a path, and its place on the first axis where layers are stacked."""
+    """Where a file's parameter lies here.
+
+    Attributes:
+      path: of the weight.
+      layer: its place on the first axis, where layers are stacked there.
+      transposed: whether the file has it the other way round; None where the table does not say.
+    """
 
     path: str
     layer: int | None
+    transposed: bool | None = False
+
+    def one(self, shape: tuple[int, ...]) -> tuple[int, ...]:
+        """Give the shape of the one layer's weight that this is, from that of the whole."""
+        return tuple(shape) if self.layer is None else tuple(shape[1:])
+
+    def is_turned(self, ndim: int) -> bool:
+        """Say whether the file has this weight, of so many axes in one layer, transposed.
+
+        Raises:
+          ValueError: the table of names does not say, or it is no matrix.
+        """
+        if self.transposed is None:
+            raise ValueError(
+                f"{self.path} is a matrix, and the table of names does not say which way round the file has it: "
+                "give rslora_jax.interop.Weight(name, transposed=...) in place of the name"
+            )
+        if self.transposed and ndim != 2:
+            raise ValueError(
+                f"{self.path} has {ndim} axes in place of 2, and how a file has it transposed is not known: only "
+                "matrices and what lies the same way round are read and written"
+            )
+        return self.transposed
+
+    def to_file(self, weight: np.ndarray) -> np.ndarray:
+        """Give one layer's weight as the file has it; errors as of `is_turned`."""
+        return weight.T if self.is_turned(weight.ndim) else weight
 
 
 def places(names: Names, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Place]:
-    """Give the place of every Hugging Face parameter that the weights of these paths and shapes hold.
+    """Give the place of every parameter of a file that the weights of these paths and shapes hold.
 
     Raises:
       ValueError: a path is in no row of the table, or two places have one name.
 
-    >>> found = places(LLAMA, {"params/layers/attn/q_proj/kernel": (2, 16, 16), "params/norm/scale": (16,)})
+    >>> names = {"params/layers/q/kernel": "model.layers.{i}.q.weight", "params/norm/scale": "model.norm.weight"}
+    >>> found = places(names, {"params/layers/q/kernel": (2, 16, 16), "params/norm/scale": (16,)})
     >>> for name, place in found.items():
     ...     print(name, tuple(place))
-    model.layers.0.self_attn.q_proj.weight ('params/layers/attn/q_proj/kernel', 0)
-    model.layers.1.self_attn.q_proj.weight ('params/layers/attn/q_proj/kernel', 1)
-    model.norm.weight ('params/norm/scale', None)
+    model.layers.0.q.weight ('params/layers/q/kernel', 0, True)
+    model.layers.1.q.weight ('params/layers/q/kernel', 1, True)
+    model.norm.weight ('params/norm/scale', None, False)
     """
     found: dict[str, Place] = {}
     for path, shape in shapes.items():
@@ -71,13 +91,50 @@ def places(names: Names, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Pla
     return found
 
 
+def is_looped(names: Names, paths: Iterable[str]) -> bool:
+    """Say whether one of these weights has a layer's number in its path.
+
+    >>> is_looped({"h_{i}/w": "h.{i}.weight", "h/w": "h.{i}.weight"}, ["h_3/w"])
+    True
+    """
+    return any(found.groups() for path in paths for pattern in names if (found := _match(pattern, path)))
+
+
+def file_names(names: Names) -> set[str]:
+    """Give all names of a table."""
+    return {row if isinstance(row, str) else row.name for row in names.values()}
+
+
 def _of(names: Names, path: str, shape: tuple[int, ...]) -> Iterable[tuple[str, Place]]:
-    for pattern, name in names.items():
-        matched = re.fullmatch(re.escape(pattern).replace(r"\{i\}", r"(\d+)"), path)
-        if matched and matched.groups():
-            return [(name.replace("{i}", matched[1]), Place(path, None))]
-        if matched and "{i}" in name:
-            return [(name.replace("{i}", str(layer)), Place(path, layer)) for layer in range(shape[0])]
-        if matched:
-            return [(name, Place(path, None))]
-    raise ValueError(f"{path} is in no row of the table of names: add one with its Hugging Face name")
+    for pattern, row in names.items():
+        if (matched := _match(pattern, path)) is None:
+            continue
+        name = row if isinstance(row, str) else row.name
+        is_stack = "{i}" in name and not matched.groups()
+        is_transposed = _transposed(row, path, len(shape) - is_stack)
+        if is_stack:
+            return [(name.replace("{i}", str(n)), Place(path, n, is_transposed)) for n in range(shape[0])]
+        number = matched[1] if matched.groups() else ""
+        return [(name.replace("{i}", number), Place(path, None, is_transposed))]
+    raise ValueError(f"{path} is in no row of the table of names: add one with its name in the file")
+
+
+def _match(pattern: str, path: str) -> re.Match[str] | None:
+    return re.fullmatch(re.escape(pattern).replace(r"\{i\}", r"(\d+)"), path)
+
+
+def _transposed(row: str | Weight, path: str, ndim: int) -> bool | None:
+    if not isinstance(row, str):
+        return row.transposed
+    plain = {"kernel": True, "embedding": False}
+    return False if ndim < 2 else plain.get(path.rpartition("/")[2])
+
+
+def shown(name: str) -> str:
+    """Write a name from a file so that it fits into a message.
+
+    >>> shown("a" * 200) == "a" * 97 + "..."
+    True
+    """
+    name = name if name.isprintable() else ascii(name)
+    return name if len(name) <= 100 else name[:97] + "..."

@@ -1,4 +1,4 @@
-"""Read the tokenizer of a Hugging Face model's folder."""
+"""The tokenizer of a Hugging Face model's folder: read and written."""
 
 from __future__ import annotations
 
@@ -6,10 +6,10 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from tokenizers import AddedToken
+from tokenizers import AddedToken, processors
 from tokenizers import Tokenizer as Backend
 
-from rslora_jax.interop.tensors import read_json
+from rslora_jax.interop.json_files import json_text, read_json
 from rslora_jax.interop.tokenizer import Tokenizer
 
 _NAMED = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
@@ -62,6 +62,14 @@ def read_tokenizer(folder: str | Path, *, eos_id: int | None = None) -> Tokenize
         chat_template=_chat_template(folder, about),
         special=named,
     )
+
+
+def tokenizer_files(tokenizer: Tokenizer, max_len: int) -> dict[str, str]:
+    """Give the text of the files that `read_tokenizer`, and transformers, read a tokenizer from, by name."""
+    return {
+        "tokenizer.json": _tokenizer_json(tokenizer),
+        "tokenizer_config.json": json_text(_tokenizer_config(tokenizer, max_len)),
+    }
 
 
 def _about(folder: Path) -> dict[str, Any]:
@@ -119,3 +127,27 @@ def _chat_template(folder: Path, about: Mapping[str, Any]) -> str | None:
         by_name = {one.get("name"): one.get("template") for one in found if isinstance(one, dict)}
         found = by_name.get("default")
     return found if isinstance(found, str) else None
+
+
+def _tokenizer_json(tokenizer: Tokenizer) -> str:
+    """Return the tokenizer as Hugging Face's `tokenizer.json`, which puts in front what `Tokenizer.encode` does."""
+    backend = Backend.from_str(tokenizer.backend.to_str())
+    if tokenizer.add_bos and tokenizer.bos_id is not None:
+        bos = backend.id_to_token(tokenizer.bos_id)
+        backend.post_processor = processors.TemplateProcessing(
+            single=[bos, "$A"], pair=[bos, "$A", f"{bos}:1", "$B:1"], special_tokens=[(bos, tokenizer.bos_id)]
+        )
+    return backend.to_str(pretty=True)
+
+
+def _tokenizer_config(tokenizer: Tokenizer, max_len: int) -> dict[str, Any]:
+    """Return the `tokenizer_config.json` to it."""
+    ids = {"bos_token": tokenizer.bos_id, "eos_token": tokenizer.eos_id, "pad_token": tokenizer.pad_id}
+    found = {
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        **{name: tokenizer.backend.id_to_token(number) for name, number in ids.items() if number is not None},
+        "clean_up_tokenization_spaces": False,
+        "model_max_length": max_len,
+        "model_input_names": ["input_ids", "attention_mask"],  # by default there is one that Llama refuses
+    }
+    return found if tokenizer.chat_template is None else found | {"chat_template": tokenizer.chat_template}

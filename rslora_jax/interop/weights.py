@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from functools import partial
-from typing import Any, NamedTuple
+from pathlib import Path
+from typing import Any, NamedTuple, Protocol
 
 import jax
 import jax.numpy as jnp
@@ -14,10 +16,23 @@ from jax import lax
 
 from rslora_jax.interop.model import Progress
 from rslora_jax.interop.names import Names, places
-from rslora_jax.interop.tensors import Tensor
 from rslora_jax.sites import named_leaves
 
 _CHUNK = 1 << 23  # bytes that are on the way at a time
+
+
+class Tensor(Protocol):
+    """A tensor in a file, of any format, that can be read some rows at a time."""
+
+    @property
+    def path(self) -> Path: ...
+    @property
+    def shape(self) -> tuple[int, ...]: ...
+    @property
+    def dtype(self) -> np.dtype: ...
+    def rows(self, first: int, stop: int) -> np.ndarray:
+        """Read rows `first` to `stop` along the first axis."""
+        ...
 
 
 def load_weights(
@@ -30,16 +45,16 @@ def load_weights(
     source: str = "the model",
     progress: Progress | None = None,
 ) -> Any:
-    """Fill a pytree of weights from a Hugging Face model's tensors, by a table of names.
+    """Fill a pytree of weights from a file's tensors, by a table of names.
 
-    Kernels, which are (out, in) there, become (in, out). Each device's part of an array is made on the device, from
-    rows that are read for it; parts that are the same on several devices are read once.
+    Each device's part of an array is made on the device, from rows that are read for it; parts that are the same on
+    several devices are read once.
 
     Args:
-      tensors: by name, from `open_folder`.
+      tensors: by name, from `shards.open_folder` or `gguf_file.read_gguf`.
       shapes: a pytree of `jax.ShapeDtypeStruct`; numbers are rounded to its dtypes.
       shardings: a pytree like it, of shardings, or of None for the default device.
-      names: the table of names, such as `names.LLAMA`.
+      names: the table of names, which says too what the file has transposed, such as that of a `Family`.
       ignored: says which tensors may be there without a place.
       source: the model's name, for errors.
       progress: called with the bytes that are done, and all.
@@ -48,28 +63,7 @@ def load_weights(
       ValueError: a tensor is missing, has no place or is of another shape; it is named.
     """
     leaves = named_leaves(shapes)
-    found = places(names, {path: leaf.shape for path, leaf in leaves.items()})
-    for name in found:
-        if name not in tensors:
-            raise ValueError(
-                f"{source} lacks tensor {name}: its files are not whole or do not belong to its config.json"
-            )
-    for name, tensor in tensors.items():
-        if name not in found and not ignored(name):
-            raise ValueError(
-                f"{tensor.path} holds tensor {name}, for which this model has no place: load another model"
-            )
-    parts: dict[str, list[Tensor]] = {path: [] for path in leaves}
-    for name, place in found.items():
-        leaf, tensor = leaves[place.path], tensors[name]
-        shape = leaf.shape if place.layer is None else leaf.shape[1:]
-        shape = shape[::-1] if _is_kernel(place.path) else shape
-        if tensor.shape != shape:
-            raise ValueError(
-                f"{tensor.path}: tensor {name} has shape {tensor.shape} where config.json asks for {tuple(shape)}: "
-                "the files do not belong together"
-            )
-        parts[place.path].append(tensor)  # `places` gives layers in their order
+    sources = _sources(tensors, leaves, names, ignored, source)
     where = dict(zip(leaves, jax.tree.leaves(shardings, is_leaf=lambda leaf: leaf is None), strict=True))
     plans = {path: list(_pieces(leaf.shape, where[path])) for path, leaf in leaves.items()}
     total = sum(piece.size * leaves[path].dtype.itemsize for path, plan in plans.items() for piece in plan)
@@ -78,7 +72,7 @@ def load_weights(
     for path, leaf in leaves.items():
         single = []
         for piece in plans[path]:
-            first = _fill(piece, leaf.dtype, parts[path], path)
+            first = _fill(piece, leaf.dtype, sources[path])
             # Asked for one by one, so that what is not yet there does not pile up.
             single += [first, *(jax.block_until_ready(jax.device_put(first, device)) for device in piece.devices[1:])]
             done += piece.size * leaf.dtype.itemsize
@@ -88,6 +82,50 @@ def load_weights(
         whole = partial(jax.make_array_from_single_device_arrays, leaf.shape, sharding)
         arrays.append(single[0] if sharding is None else whole(single, dtype=leaf.dtype))
     return jax.tree.unflatten(jax.tree.structure(shapes), arrays)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Source:
+    """The tensors that a weight is made of, one for each layer where it holds several, and how they lie."""
+
+    tensors: tuple[Tensor, ...]
+    is_stack: bool
+    is_turned: bool
+
+
+def _sources(
+    tensors: Mapping[str, Tensor],
+    leaves: Mapping[str, Any],
+    names: Names,
+    ignored: Callable[[str], bool],
+    source: str,
+) -> dict[str, _Source]:
+    """Find every weight's tensors, checked."""
+    found = places(names, {path: leaf.shape for path, leaf in leaves.items()})
+    for name in found:
+        if name not in tensors:
+            raise ValueError(
+                f"{source} lacks tensor {name}: it is not whole, or its weights do not belong to its configuration"
+            )
+    for name, tensor in tensors.items():
+        if name not in found and not ignored(name):
+            raise ValueError(
+                f"{tensor.path} holds tensor {name}, for which this model has no place: load another model"
+            )
+    parts: dict[str, list[Tensor]] = {path: [] for path in leaves}
+    turned = dict[str, bool]()
+    for name, place in found.items():
+        shape, tensor = place.one(leaves[place.path].shape), tensors[name]
+        turned[place.path] = place.is_turned(len(shape))
+        shape = shape[::-1] if turned[place.path] else shape
+        if tensor.shape != shape:
+            raise ValueError(
+                f"{tensor.path}: tensor {name} has shape {tensor.shape} where its configuration asks for {shape}: "
+                "they do not belong together"
+            )
+        parts[place.path].append(tensor)  # `places` gives layers in their order
+    stacks = {place.path for place in found.values() if place.layer is not None}
+    return {path: _Source(tuple(of), path in stacks, turned[path]) for path, of in parts.items()}
 
 
 class _Piece(NamedTuple):
@@ -111,43 +149,44 @@ def _pieces(shape: tuple[int, ...], sharding: Any) -> Iterable[_Piece]:
     return pieces.values()
 
 
-def _is_kernel(path: str) -> bool:
-    return path.rpartition("/")[2] == "kernel"
-
-
-def _fill(piece: _Piece, dtype: Any, parts: list[Tensor], path: str) -> jax.Array:
-    shape, is_kernel = [len(along) for along in piece.part], _is_kernel(path)
+def _fill(piece: _Piece, dtype: Any, source: _Source) -> jax.Array:
+    shape, turn = [len(along) for along in piece.part], source.is_turned
     if piece.size * np.dtype(dtype).itemsize <= _CHUNK:  # no program to compile, and little to hold twice
         whole = np.empty(shape, dtype)
-        for start, rows in _rows(piece, parts, is_kernel):
-            rows = rows.swapaxes(-1, -2) if is_kernel else rows
+        for start, rows in _rows(piece, source):
+            rows = rows.swapaxes(-1, -2) if turn else rows
             whole[tuple(slice(first, first + size) for first, size in zip(start, rows.shape, strict=True))] = rows
         return jax.block_until_ready(jax.device_put(whole, piece.devices[0]))
     target = jnp.zeros(shape, dtype, device=piece.devices[0])
-    for start, rows in _rows(piece, parts, is_kernel):
+    for start, rows in _rows(piece, source):
         # Some rows are read while others are written, and no more wait.
         target.block_until_ready()
         # JAX would cut float64 to float32 with a warning.
-        target = _write(target, rows.astype(np.float32) if rows.dtype == np.float64 else rows, start, is_kernel)
+        target = _write(target, rows.astype(np.float32) if rows.dtype == np.float64 else rows, start, turn)
     return target.block_until_ready()
 
 
-def _rows(piece: _Piece, parts: list[Tensor], is_kernel: bool) -> Iterator[tuple[tuple[int, ...], np.ndarray]]:
+def _rows(piece: _Piece, source: _Source) -> Iterator[tuple[tuple[int, ...], np.ndarray]]:
     """Read a piece some rows at a time: where in the piece they begin, and they as the file has them."""
-    is_stack = len(piece.part) > len(parts[0].shape)
-    layers, *along = piece.part if is_stack else (range(1), *piece.part)
-    rows, *columns = reversed(along) if is_kernel else along
+    layers, *along = piece.part if source.is_stack else (range(1), *piece.part)
+    rows, *columns = reversed(along) if source.is_turned else along
     for place, layer in enumerate(layers):
-        for row, chunk in parts[layer].chunks(rows.start, rows.stop, _CHUNK):
+        for row, chunk in _chunks(source.tensors[layer], rows):
             start = [row - rows.start, *(0 for _ in columns)]
-            if columns:
-                chunk = chunk[:, columns[0].start : columns[0].stop]
-            where = start[::-1] if is_kernel else start
-            yield (place, *where) if is_stack else tuple(where), chunk[None] if is_stack else chunk
+            chunk = chunk[(slice(None), *(slice(one.start, one.stop) for one in columns))]
+            where = start[::-1] if source.is_turned else start
+            yield (place, *where) if source.is_stack else tuple(where), chunk[None] if source.is_stack else chunk
+
+
+def _chunks(tensor: Tensor, rows: range) -> Iterator[tuple[int, np.ndarray]]:
+    """Read rows in pieces of about `_CHUNK` bytes, each with the number of its first row."""
+    step = max(1, _CHUNK // max(1, math.prod(tensor.shape[1:]) * tensor.dtype.itemsize))
+    for row in range(rows.start, rows.stop, step):
+        yield row, tensor.rows(row, min(row + step, rows.stop))
 
 
 @partial(jax.jit, donate_argnums=0, static_argnums=3)
-def _write(target: jax.Array, rows: jax.Array, start: tuple[Any, ...], is_kernel: bool) -> jax.Array:
+def _write(target: jax.Array, rows: jax.Array, start: tuple[Any, ...], turn: bool) -> jax.Array:
     """Write rows of a tensor into its array, in place."""
-    rows = rows.swapaxes(-1, -2) if is_kernel else rows
+    rows = rows.swapaxes(-1, -2) if turn else rows
     return lax.dynamic_update_slice(target, rows.astype(target.dtype), start)

@@ -11,9 +11,7 @@ import numpy as np
 import pytest
 
 from rslora_jax.cli import main
-from rslora_jax.interop import merged
-from rslora_jax.interop.load import load_model
-from rslora_jax.interop.names import LLAMA
+from rslora_jax.interop import DECODER, load_model, merged, rounding, streamed
 from rslora_jax.models.decoder import DecoderConfig
 from rslora_jax.sites import named_leaves
 
@@ -24,10 +22,11 @@ safetensors = pytest.importorskip("safetensors")
 pytestmark = [pytest.mark.by_day_on("newest"), pytest.mark.usefixtures("compile_fast")]
 
 DTYPES = {"float32": np.float32, "float16": np.float16, "bfloat16": ml_dtypes.bfloat16}
+NAMES = {ours: name for ours, (name, _) in DECODER.names.items()}
 GEMMA = ("attn_post_norm/scale", "mlp_pre_norm/scale", "mlp_post_norm/scale")
 FLAX = {
     theirs: ours
-    for ours, theirs in LLAMA.items()
+    for ours, (theirs, _) in DECODER.names.items()
     if (ours.startswith("params/layers/") or "{i}" not in theirs) and not ours.endswith(GEMMA)
 }
 
@@ -92,11 +91,11 @@ def test_every_number_is_the_exact_sum_rounded_once_and_the_figures_say_by_how_m
         assert by_name[name].relative == pytest.approx(sizes[0] / sizes[1], rel=1e-9)
         assert by_name[name].weight == pytest.approx(np.linalg.norm(weight))
         squares += np.square(sizes)
-    total = merged.together("all", roundings)
+    total = rounding.together("all", roundings)
     assert total.relative == pytest.approx(math.sqrt(squares[0] / squares[1]), rel=1e-9)
     step = {"float32": 2.0**-24, "float16": 2.0**-11, "bfloat16": 2.0**-8}[dtype]  # half the step next to 1
     assert step / 5 < total.error / total.weight < step
-    kinds = {kind.name: kind for kind in merged.by_kind(roundings)}
+    kinds = {kind.name: kind for kind in rounding.by_kind(roundings)}
     assert len(kinds) == 7 and all(kind.count == LAYERS for kind in kinds.values())
     # The library's own merge sums in float32.
     for path, leaf in named_leaves(lora.merge(variables, adapters)).items():
@@ -125,12 +124,12 @@ def test_looped_layers_tables_and_heads_give_what_stacked_ones_do(scan, changes,
     found, want = read(tmp_path / "out"), named_leaves(lora.merge(variables, adapters))
     for path, leaf in want.items():
         leaf = np.asarray(leaf, np.float64)
-        name = LLAMA.get(path)
+        name = NAMES.get(path)
         if scan and path.startswith("params/layers/"):
-            pairs = [(LLAMA[path].replace("{i}", str(i)), leaf[i]) for i in range(LAYERS)]
+            pairs = [(NAMES[path].replace("{i}", str(i)), leaf[i]) for i in range(LAYERS)]
         elif name is None:
             number = path.split("/")[1].removeprefix("layers_")
-            pairs = [(LLAMA[path.replace(f"layers_{number}", "layers_{i}")].replace("{i}", number), leaf)]
+            pairs = [(NAMES[path.replace(f"layers_{number}", "layers_{i}")].replace("{i}", number), leaf)]
         else:
             pairs = [(name, leaf)]
         for hf, value in pairs:
@@ -179,13 +178,13 @@ def test_an_interrupted_write_leaves_nothing(error, run, tmp_path, monkeypatch, 
     before = set(tmp_path.iterdir())
     calls = []
 
-    def rounded(name, weight, dtype, round=merged.rounded):
+    def rounded(name, weight, dtype, round=streamed.rounded):
         calls.append(name)
         if len(calls) == 9:
             raise error
         return round(name, weight, dtype)
 
-    monkeypatch.setattr(merged, "rounded", rounded)
+    monkeypatch.setattr(streamed, "rounded", rounded)
     status = main(["merge", str(tmp_path / "run"), "--out", str(tmp_path / "out")])
     err = capsys.readouterr().err
     assert len(calls) == 9 and set(tmp_path.iterdir()) == before
@@ -280,9 +279,9 @@ def test_what_config_json_cannot_say_is_refused():
         stretch: float = 1.0
 
     sizes = dict(vocab_size=32, width=16, mlp_width=24, num_layers=2, num_heads=4, num_kv_heads=2)
-    assert merged.llama_config(Other(**sizes), "float32")["hidden_size"] == 16
+    assert DECODER.write_config(Other(**sizes), "float32")["hidden_size"] == 16
     with pytest.raises(ValueError, match=r"stretch=2\.0 cannot be written"):
-        merged.llama_config(Other(**sizes, stretch=2.0), "float32")
+        DECODER.write_config(Other(**sizes, stretch=2.0), "float32")
 
 
 def test_a_hugging_face_bases_own_files_are_kept_with_only_the_dtype_changed(run, tmp_path):
@@ -333,15 +332,11 @@ def test_inspect_shows_a_run_beside_its_base_and_writes_its_files(run, tmp_path,
 
 
 def test_the_model_loads_again_as_it_was_merged(run, tmp_path):
-    """Round trip through our own loader, once it reads folders."""
     lora, (config, variables, tokenizer), adapters = run
     merged.write_merged(
         tmp_path / "out", lora, variables, adapters, config=config, tokenizer=tokenizer, dtype="float32"
     )
-    try:
-        again = load_model(tmp_path / "out")
-    except ValueError as error:
-        pytest.skip(f"folders are not read: {error}")
-    assert again[0] == config
+    again = load_model(tmp_path / "out")
+    assert again.config == config and again.family is DECODER
     for path, leaf in named_leaves(lora.merge(variables, adapters)).items():
-        assert jnp.abs(named_leaves(again[1])[path] - leaf).max() < 1e-6
+        assert jnp.abs(named_leaves(again.variables)[path] - leaf).max() < 1e-6

@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from rslora_jax.interop.huggingface import read_config
+from rslora_jax.interop.huggingface import read_model_config
 from rslora_jax.models.attention import RopeScaling
 
 from . import folders
@@ -16,7 +16,7 @@ pytestmark = pytest.mark.by_day_on("newest")
 def config_of(tmp_path, **changes):
     config = {name: value for name, value in (folders.CONFIG | changes).items() if value is not folders.ABSENT}
     (tmp_path / "config.json").write_text(json.dumps(config))
-    return read_config(tmp_path)
+    return read_model_config(tmp_path)[1]
 
 
 def test_the_configuration_of_each_family(tmp_path):

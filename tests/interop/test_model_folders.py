@@ -140,7 +140,7 @@ def file(name, text):
 UP, NORM, HEAD = "model.layers.1.mlp.up_proj.weight", "model.norm.weight", "lm_head.weight"
 SECOND = "model-00002-of-00002.safetensors"
 BROKEN = {
-    "missing": (changed(lambda a: a.__delitem__(UP)), f"lacks tensor {UP}: its files are not whole"),
+    "missing": (changed(lambda a: a.__delitem__(UP)), f"lacks tensor {UP}: it is not whole"),
     "unexpected": (
         changed(lambda a: a.update({"model.layers.0.self_attn.o_proj.bias": np.ones(16, np.float32)})),
         "model.safetensors holds tensor model.layers.0.self_attn.o_proj.bias, .* no place",
@@ -151,7 +151,7 @@ BROKEN = {
     ),
     "shape": (
         changed(lambda a: a.update({UP: a[UP].T})),
-        rf"model.safetensors: tensor {UP} has shape \(16, 40\) where config.json asks for \(40, 16\)",
+        rf"model.safetensors: tensor {UP} has shape \(16, 40\) where its configuration asks for \(40, 16\)",
     ),
     "rows": (changed(lambda a: a.update({HEAD: a[HEAD][1:]})), rf"{HEAD} has shape \(23, 16\) where .*\(24, 16\)"),
     "int8": (changed(lambda a: a.update({UP: a[UP].astype(np.int8)})), f"tensor {UP} as I8, and only F64, F32, F16"),
@@ -182,7 +182,7 @@ BROKEN = {
     ),
     "twice": (
         lambda f: (f / "model.safetensors").write_bytes((15).to_bytes(8, "little") + b'{"a":1,"a":2}  '),
-        r"is damaged: .*\(a name is there twice\)",
+        r'is damaged: .*\("a" is there twice\)',
     ),
     "no shard": (indexed(lambda m, f: (f / SECOND).unlink()), f"{SECOND} is not a file: download the model again"),
     "parent": (

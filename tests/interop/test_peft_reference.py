@@ -13,7 +13,8 @@ import pytest
 from flax import linen as nn
 
 import rslora_jax as rslora
-from rslora_jax.interop.names import LLAMA, places
+from rslora_jax.interop.decoder import DECODER
+from rslora_jax.interop.names import places
 from rslora_jax.interop.peft import check_vllm, load_peft, read_config, replace, save_peft
 from rslora_jax.models.decoder import Decoder, DecoderConfig
 from rslora_jax.sites import named_leaves, path_name
@@ -73,7 +74,7 @@ def ours(base, scan):
     shapes = jax.eval_shape(model.init, jax.random.key(0), TOKENS)
     flat = {path: np.zeros(leaf.shape, np.float32) for path, leaf in named_leaves(shapes).items()}
     state = base.state_dict()
-    for name, place in places(LLAMA, {path: leaf.shape for path, leaf in flat.items()}).items():
+    for name, place in places(DECODER.names, {path: leaf.shape for path, leaf in flat.items()}).items():
         weight = state[name].numpy()
         weight = weight.T if place.path.endswith("kernel") else weight
         flat[place.path][... if place.layer is None else place.layer] = weight

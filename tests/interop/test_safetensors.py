@@ -6,7 +6,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from rslora_jax.interop import safetensors as ours
+from rslora_jax.interop import shards as ours
 
 theirs = pytest.importorskip("safetensors")
 TENSORS = {
@@ -32,7 +32,7 @@ def test_the_library_reads_what_was_written(dtype, name, most, tmp_path):
     tensors = {key: np.asarray(value).astype(jnp.dtype(dtype)) for key, value in TENSORS.items()}
     asked = []
     make = lambda key: asked.append(key) or tensors[key]
-    files = ours.write_shards(tmp_path, {key: t.shape for key, t in tensors.items()}, dtype, make, most=most)
+    files = ours.write_folder(tmp_path, {key: t.shape for key, t in tensors.items()}, dtype, make, most=most)
     assert asked == list(TENSORS)
     found = {}
     for file in files:

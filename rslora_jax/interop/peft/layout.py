@@ -72,13 +72,14 @@ def from_peft(site: Site, a: np.ndarray, b: np.ndarray) -> tuple[np.ndarray, np.
     return a.reshape(*site.sizes(site.in_axes), rank), b.reshape(rank, *site.sizes(site.out_axes))
 
 
-def weight_from_torch(path: str, shape: tuple[int, ...], tensor: np.ndarray) -> np.ndarray | None:
-    """Give a weight as PyTorch has it our shape; None where it does not fit.
+def weight_from_torch(place: Place, shape: tuple[int, ...], tensor: np.ndarray) -> np.ndarray | None:
+    """Give one layer's weight as PyTorch has it our shape; None where it does not fit.
 
-    Vectors and token tables are the same in both; a kernel (*in, *out) is there (out, in), or (out, in, *window).
+    What is transposed is a kernel (*in, *out), which is there (out, in), or (out, in, *window) with a window.
     """
-    if tensor.ndim < 2 or is_table(path):
+    if tensor.ndim < 2 or place.transposed is False:
         return tensor if tensor.shape == shape else None
+    place.is_turned(2)  # the table of names may not say
     if tensor.ndim > 2:
         turned = np.moveaxis(tensor, (1, 0), (-2, -1))
         return turned if turned.shape == shape else None
@@ -87,16 +88,8 @@ def weight_from_torch(path: str, shape: tuple[int, ...], tensor: np.ndarray) -> 
     return tensor.T.reshape(shape) if fits else None
 
 
-def weight_to_torch(path: str, weight: np.ndarray) -> np.ndarray:
-    """Give one layer's weight PyTorch's shape, the reverse of `weight_from_torch`."""
-    if weight.ndim < 2 or is_table(path):
-        return weight
-    if weight.ndim == 2:
-        return weight.T
-    raise ValueError(f"{path} of shape {weight.shape}: of what is saved whole, only matrices and vectors are written")
-
-
 def is_table(path: str) -> bool:
+    """Say whether a weight is a token table, by its path."""
     return path.rsplit("/", 1)[-1] == "embedding"
 
 
@@ -109,6 +102,7 @@ def by_path(found: Mapping[str, Place]) -> dict[str, dict[int | None, str]]:
 
 
 def sorted_layers(modules: Mapping[int | None, str]) -> list[int | None]:
+    """Return the layers in their order."""
     return sorted(modules, key=lambda n: -1 if n is None else n)
 
 

@@ -10,17 +10,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from rslora_jax.interop.names import LLAMA, Names, Place
-from rslora_jax.interop.peft.config import (
-    CONFIG_NAME,
-    HEAD,
-    PeftSettings,
-    adapted_modules,
-    modules_of,
-    read_settings,
-    tied_table,
-)
-from rslora_jax.interop.peft.files import PREFIX, WEIGHTS_NAME, read_tensors, shown
+from rslora_jax.interop.decoder import DECODER
+from rslora_jax.interop.names import Names, Place, shown
+from rslora_jax.interop.peft.config import HEAD, adapted_modules, modules_of, tied_table
+from rslora_jax.interop.peft.files import CONFIG_NAME, PREFIX, WEIGHTS_NAME, PeftFolder, as_opened
 from rslora_jax.interop.peft.layout import (
     by_path,
     factor_names,
@@ -33,6 +26,7 @@ from rslora_jax.interop.peft.layout import (
     sorted_layers,
     weight_from_torch,
 )
+from rslora_jax.interop.peft.settings import PeftSettings, read_settings
 from rslora_jax.sites import Site, named_leaves
 from rslora_jax.wrap import Adapters, Lora
 
@@ -44,13 +38,15 @@ class Loaded(NamedTuple):
     replaced: dict[str, np.ndarray]
 
 
-def check_files(folder: str | Path) -> None:
-    """Raise the ValueErrors of `read_config` and `load_peft` that need no model."""
-    read_settings(folder)
-    read_tensors(folder)
+def open_peft(folder: str | Path) -> PeftFolder:
+    """Read a folder once; raise the errors of `read_config` and `load_peft` that need no model."""
+    peft = as_opened(folder)
+    read_settings(peft)
+    _ = peft.tensors
+    return peft
 
 
-def load_peft(folder: str | Path, lora: Lora, names: Names = LLAMA) -> Loaded:
+def load_peft(folder: str | Path | PeftFolder, lora: Lora, names: Names = DECODER.names) -> Loaded:
     """Read (adapters, replaced) from a PEFT adapter's folder.
 
     Where the rank and scale of a weight's site are the file's, as with the config from `read_config`, the numbers are
@@ -58,9 +54,9 @@ def load_peft(folder: str | Path, lora: Lora, names: Names = LLAMA) -> Loaded:
     ratio, in float64, and rounded once. A layer of a scanned weight that the adapter leaves out gets zeros.
 
     Args:
-      folder: as PEFT saves it; the weights must be adapter_model.safetensors.
+      folder: as PEFT saves it, with adapter_model.safetensors; or what `open_peft` read of it.
       lora: the base with adapters, from `wrap`, best with the config that `read_config` gives.
-      names: the Hugging Face names of the base's parameters.
+      names: the Hugging Face names of the base's parameters, and which are stored transposed.
 
     Returns:
       adapters: numpy arrays of the config's dtype, for `lora.apply` and `lora.merge`.
@@ -81,35 +77,24 @@ def load_peft(folder: str | Path, lora: Lora, names: Names = LLAMA) -> Loaded:
     >>> bool((back["w"]["a"] == adapters["w"]["a"]).all()), replaced
     (True, {})
     """
-    settings, tensors = read_settings(folder), read_tensors(folder)
-    where = Path(folder) / WEIGHTS_NAME
-    for name in tensors:
+    peft = as_opened(folder)
+    settings, where = read_settings(peft), peft.folder / WEIGHTS_NAME
+    for name in peft.tensors:
         if not name.startswith(PREFIX):
             raise ValueError(f"{where} holds {shown(name)}, which does not begin with {PREFIX} as PEFT's names do")
-    left = {name.removeprefix(PREFIX): tensor for name, tensor in tensors.items()}
+    left = {name.removeprefix(PREFIX): tensor for name, tensor in peft.tensors.items()}
     found, shapes, modules = site_modules(lora, names)
     table = tied_table(names, found)
-    chosen = set(adapted_modules(settings, modules_of(found, shapes), table))
+    chosen = set(adapted_modules(peft, settings, modules_of(found, shapes), table))
     known = {module: place for of in modules.values() for place, module in of.items()}
     if extra := chosen - set(known):
         raise ValueError(f"{settings.where} adapts {min(extra)}, which this config does not: wrap with `read_config`'s")
-
-    def take(name: str, shape: tuple[int, ...]) -> np.ndarray:
-        if name not in left:
-            raise ValueError(f"{where} lacks {PREFIX}{name} of shape {shape}: save the adapter again")
-        tensor = left.pop(name)
-        if tensor.shape != shape:
-            raise ValueError(
-                f"{where}: {PREFIX}{name} has shape {tensor.shape}, where the model and {CONFIG_NAME} ask for {shape}"
-            )
-        return tensor
-
     adapters: dict[str, Any] = {}
     for path, site in lora.sites.items():
         if not chosen & set(modules[path].values()):
             raise ValueError(f"{settings.where} does not adapt {path}, as this config does: wrap with `read_config`'s")
-        layers = [_factors(settings, site, modules[path][n], chosen, take) for n in sorted_layers(modules[path])]
-        stack = np.stack if site.stack_axes else lambda factors: factors[0]
+        layers = [_factors(settings, site, modules[path][n], chosen, left) for n in sorted_layers(modules[path])]
+        stack = np.stack if site.stack_axes else _only
         a, b = (np.asarray(stack(of), jnp.dtype(lora.config.dtype)) for of in zip(*layers, strict=True))
         adapters[path] = {"a": a, "b": b}
     if table is not None and table in chosen:
@@ -117,8 +102,26 @@ def load_peft(folder: str | Path, lora: Lora, names: Names = LLAMA) -> Loaded:
     return Loaded(adapters, _replaced(settings, left, found, shapes, table, where))
 
 
+def _only(factors: tuple[np.ndarray, ...]) -> np.ndarray:
+    (factor,) = factors
+    return factor
+
+
+def _take(settings: PeftSettings, left: dict[str, np.ndarray], name: str, shape: tuple[int, ...]) -> np.ndarray:
+    """Take a tensor out of those that are left."""
+    where = settings.where.parent / WEIGHTS_NAME
+    if name not in left:
+        raise ValueError(f"{where} lacks {PREFIX}{name} of shape {shape}: save the adapter again")
+    tensor = left.pop(name)
+    if tensor.shape != shape:
+        raise ValueError(
+            f"{where}: {PREFIX}{name} has shape {tensor.shape}, where the model and {CONFIG_NAME} ask for {shape}"
+        )
+    return tensor
+
+
 def _factors(
-    settings: PeftSettings, site: Site, module: str, chosen: set[str], take: Any
+    settings: PeftSettings, site: Site, module: str, chosen: set[str], left: dict[str, np.ndarray]
 ) -> tuple[np.ndarray, np.ndarray]:
     """Read one module's factors, with the site's rank and scale."""
     ins, outs = site.sizes(site.in_axes), site.sizes(site.out_axes)
@@ -128,7 +131,7 @@ def _factors(
     if rank > site.rank:
         raise ValueError(f"{settings.where} has rank {rank} for {module}, and this config {site.rank}")
     shapes = zip(factor_names(module, site), factor_shapes(site, rank), strict=True)
-    a, b = from_peft(site, *(take(name, shape) for name, shape in shapes))
+    a, b = from_peft(site, *(_take(settings, left, name, shape) for name, shape in shapes))
     b = scaled(b, settings.gamma(module) / site.gamma)
     return fill_up(a, -1, site.rank), fill_up(b, 0, site.rank)
 
@@ -181,22 +184,34 @@ def _replaced(
     for name in found:
         if settings.saves(name.rpartition(".")[0]) and name not in weights:
             raise ValueError(f"{where} lacks {PREFIX}{name}, which modules_to_save names: save the adapter again")
-    replaced = {}
-    for path, layers in by_path({name: found[name] for name in weights}).items():
-        shape = shapes[path] if None in layers else shapes[path][1:]
-        if None not in layers and len(layers) != shapes[path][0]:
-            raise ValueError(f"{where} replaces some layers of {path} alone: load a base whose layers are not stacked")
-        parts = []
-        for n in sorted_layers(layers):
-            part = weight_from_torch(path, shape, weights[layers[n]])
-            if part is None:
-                raise ValueError(
-                    f"{where}: {PREFIX}{layers[n]} has shape {weights[layers[n]].shape}, which does not fit {path} of "
-                    f"shape {shape}"
-                )
-            parts.append(part)
-        replaced[path] = parts[0] if None in layers else np.stack(parts)
-    return replaced
+    return {
+        path: _whole(path, layers, shapes[path], found, weights, where)
+        for path, layers in by_path({name: found[name] for name in weights}).items()
+    }
+
+
+def _whole(
+    path: str,
+    layers: Mapping[int | None, str],
+    shape: tuple[int, ...],
+    found: Mapping[str, Place],
+    weights: Mapping[str, np.ndarray],
+    where: Path,
+) -> np.ndarray:
+    """Put one weight together, of one tensor or of one for each layer."""
+    if None not in layers and len(layers) != shape[0]:
+        raise ValueError(f"{where} replaces some layers of {path} alone: load a base whose layers are not stacked")
+    parts = []
+    for n in sorted_layers(layers):
+        name = layers[n]
+        part = weight_from_torch(found[name], found[name].one(shape), weights[name])
+        if part is None:
+            raise ValueError(
+                f"{where}: {PREFIX}{name} has shape {weights[name].shape}, which does not fit {path} of shape "
+                f"{found[name].one(shape)}"
+            )
+        parts.append(part)
+    return parts[0] if None in layers else np.stack(parts)
 
 
 def replace(params: Any, replaced: Mapping[str, Any]) -> Any:
@@ -208,5 +223,5 @@ def replace(params: Any, replaced: Mapping[str, Any]) -> Any:
     leaves = named_leaves(params)
     if unknown := sorted(set(replaced) - set(leaves)):
         raise ValueError(f"the parameters have no {unknown[0]}")
-    put = lambda path, leaf: jnp.asarray(replaced[path], leaf.dtype) if path in replaced else leaf
-    return jax.tree.unflatten(jax.tree.structure(params), [put(path, leaf) for path, leaf in leaves.items()])
+    put = leaves | {path: jnp.asarray(weight, leaves[path].dtype) for path, weight in replaced.items()}
+    return jax.tree.unflatten(jax.tree.structure(params), list(put.values()))

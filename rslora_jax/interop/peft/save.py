@@ -12,25 +12,20 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from rslora_jax.interop.names import LLAMA, Names, Place
+from rslora_jax.interop.decoder import DECODER
+from rslora_jax.interop.names import Names, Place
 from rslora_jax.interop.new_folder import written_whole
 from rslora_jax.interop.peft import vllm
-from rslora_jax.interop.peft.config import CONFIG_NAME, HEAD, ends_with, modules_of, tied_table
-from rslora_jax.interop.peft.files import PREFIX, write_tensors
-from rslora_jax.interop.peft.layout import (
-    by_path,
-    factor_names,
-    fill_up,
-    scaled,
-    site_modules,
-    to_peft,
-    weight_to_torch,
-)
-from rslora_jax.interop.peft.scales import one_scale, own_scales
+from rslora_jax.interop.peft.config import HEAD, modules_of, tied_table
+from rslora_jax.interop.peft.files import CONFIG_NAME, PREFIX, write_tensors
+from rslora_jax.interop.peft.layout import by_path, factor_names, fill_up, scaled, site_modules, to_peft
+from rslora_jax.interop.peft.scales import Plan, one_scale, own_scales
+from rslora_jax.interop.peft.settings import ends_with
+from rslora_jax.interop.shards import DTYPES
 from rslora_jax.wrap import Adapters, Lora
 
 # Fields that every version of PEFT has known for long.
-FIELDS: Mapping[str, Any] = {
+_FIELDS: Mapping[str, Any] = {
     "auto_mapping": None,
     "bias": "none",
     "fan_in_fan_out": False,
@@ -49,7 +44,7 @@ def save_peft(
     folder: str | Path,
     lora: Lora,
     adapters: Adapters,
-    names: Names = LLAMA,
+    names: Names = DECODER.names,
     *,
     base_model: str | None = None,
     task_type: str | None = "CAUSAL_LM",
@@ -67,7 +62,7 @@ def save_peft(
       folder: to be made; it must not hold anything.
       lora: from `wrap`.
       adapters: its adapters.
-      names: the Hugging Face names of the base's parameters.
+      names: the Hugging Face names of the base's parameters, and which are stored transposed.
       base_model: what PEFT is to load as the base: a name on Hugging Face, or a folder.
       task_type: PEFT's; None where the base is no language model of transformers.
       for_vllm: keep to what vLLM serves; `vllm.check_vllm` says with which --max-lora-rank.
@@ -77,8 +72,9 @@ def save_peft(
     Raises:
       ValueError: an adapter has no form in PEFT, or none in vLLM, or is not finite in `dtype`; it is named.
     """
-    if dtype not in ("float32", "bfloat16", "float16"):
-        raise ValueError(f"dtype={dtype!r} is not known: use 'float32', 'bfloat16' or 'float16'")
+    if dtype not in DTYPES:
+        raise ValueError(f"dtype={dtype!r} is not known: use {', '.join(DTYPES)}")
+    replaced = replaced or {}
     shapes = {path: jax.ShapeDtypeStruct(shape, "float32") for path, shape in lora.shapes.items()}
     lora.check(shapes, adapters)
     found, _, modules = site_modules(lora, names)
@@ -88,7 +84,31 @@ def save_peft(
     if for_vllm:
         vllm.check_sites(modules, table, replaced)
     plan = one_scale(lora) if for_vllm else own_scales(lora)
+    tensors = _factor_tensors(lora, adapters, modules, plan, table, dtype)
+    whole, saved = _replaced_tensors(lora, replaced, found)
+    config = {
+        **_FIELDS,
+        "base_model_name_or_path": base_model,
+        "task_type": task_type,
+        **_described(lora, modules, plan, found, table),
+        "modules_to_save": saved or None,
+    }
+    with written_whole(Path(folder)) as out:
+        write_tensors(out, {f"{PREFIX}{name}": tensor for name, tensor in (tensors | whole).items()})
+        (out / CONFIG_NAME).write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+        if for_vllm:
+            vllm.check_vllm(out)
 
+
+def _factor_tensors(
+    lora: Lora,
+    adapters: Adapters,
+    modules: Mapping[str, Mapping[int | None, str]],
+    plan: Plan,
+    table: str | None,
+    dtype: str,
+) -> dict[str, np.ndarray]:
+    """Give the factors of every module as PEFT names and lays them; a table that is the head too has them twice."""
     tensors: dict[str, np.ndarray] = {}
     for path, site in lora.sites.items():
         rank, _, factor = plan.own[path]
@@ -97,60 +117,67 @@ def save_peft(
         for layer, module in modules[path].items():
             of = to_peft(site, a, b) if layer is None else to_peft(site, a[layer], b[layer])
             for name, tensor in zip(factor_names(module, site), of, strict=True):
-                tensors[name] = rounded(name, tensor, dtype)
+                tensors[name] = _rounded(name, tensor, dtype)
             if module == table:
                 head = HEAD.removesuffix(".weight")
                 tensors[f"{head}.lora_A.weight"] = tensors[f"{module}.lora_embedding_B"].T
                 tensors[f"{head}.lora_B.weight"] = tensors[f"{module}.lora_embedding_A"].T
-    saved: dict[str, set[str]] = {}
-    for path, whole in (replaced or {}).items():
-        if path not in by_path(found):
-            raise ValueError(f"the base has no {path}, which is to be replaced")
-        for layer, name in by_path(found)[path].items():
-            weight = np.asarray(jax.device_get(whole))
-            weight = weight_to_torch(path, weight if layer is None else weight[layer])
-            module, _, leaf = name.rpartition(".")
-            if path in lora.sites:
-                name = f"{module}.base_layer.{leaf}"
-            else:
-                saved.setdefault(module, set()).add(leaf)
-            tensors[name] = weight
+    return tensors
 
+
+def _replaced_tensors(
+    lora: Lora, replaced: Mapping[str, Any], found: Mapping[str, Place]
+) -> tuple[dict[str, np.ndarray], list[str]]:
+    """Give the whole weights as PEFT names and lays them, and its modules_to_save."""
+    names = by_path(found)
+    tensors: dict[str, np.ndarray] = {}
+    saved: dict[str, set[str]] = {}
+    for path, whole in replaced.items():
+        if path not in names:
+            raise ValueError(f"the base has no {path}, which is to be replaced")
+        weight = np.asarray(jax.device_get(whole))
+        for layer, name in names[path].items():
+            module, _, leaf = name.rpartition(".")
+            written = f"{module}.base_layer.{leaf}" if path in lora.sites else name
+            if path not in lora.sites:
+                saved.setdefault(module, set()).add(leaf)
+            tensors[written] = found[name].to_file(weight if layer is None else weight[layer])
     for name in found:
         module, _, leaf = name.rpartition(".")
         if any(module.endswith(one) for one in saved) and leaf not in saved.get(module, ()):
             raise ValueError(f"PEFT's modules_to_save would take {name} too: replace it as well")
+    return tensors, sorted(saved)
 
-    everything = modules_of(found, dict(lora.shapes))
+
+def _described(
+    lora: Lora,
+    modules: Mapping[str, Mapping[int | None, str]],
+    plan: Plan,
+    found: Mapping[str, Place],
+    table: str | None,
+) -> dict[str, Any]:
+    """Give the fields of the config that say what is adapted, of which rank and at which scale."""
     adapted = {module: path for path, of in modules.items() for module in of.values()}
-    config = {
-        **FIELDS,
-        "base_model_name_or_path": base_model,
-        "task_type": task_type,
+    config: dict[str, Any] = {
         "r": plan.rank,
-        "lora_alpha": number(plan.alpha),
+        "lora_alpha": _number(plan.alpha),
         "use_rslora": plan.scaling == "rslora",
-        "target_modules": target_names(adapted, everything),
-        "rank_pattern": patterns({m: plan.own[path][0] for m, path in adapted.items()}, plan.rank),
-        "alpha_pattern": patterns({m: number(plan.own[path][1]) for m, path in adapted.items()}, number(plan.alpha)),
-        "modules_to_save": sorted(saved) or None,
+        "target_modules": _target_names(adapted, modules_of(found, dict(lora.shapes))),
+        "rank_pattern": _patterns({m: plan.own[path][0] for m, path in adapted.items()}, plan.rank),
+        "alpha_pattern": _patterns({m: _number(plan.own[p][1]) for m, p in adapted.items()}, _number(plan.alpha)),
     }
     if table is not None:  # one adapter for both uses of the table; a version of PEFT without this field reads both
         config["target_modules"] = sorted({*config["target_modules"], HEAD.removesuffix(".weight")})
         config["ensure_weight_tying"] = True
-    with written_whole(Path(folder)) as out:
-        write_tensors(out, {f"{PREFIX}{name}": tensor for name, tensor in tensors.items()})
-        (out / CONFIG_NAME).write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
-        if for_vllm:
-            vllm.check_vllm(out)
+    return config
 
 
-def number(value: float) -> float | int:
+def _number(value: float) -> float | int:
     """Write a whole number as one: PEFT means alpha to be an integer."""
     return int(value) if float(value).is_integer() else float(value)
 
 
-def rounded(name: str, tensor: np.ndarray, dtype: str) -> np.ndarray:
+def _rounded(name: str, tensor: np.ndarray, dtype: str) -> np.ndarray:
     with np.errstate(over="ignore"):
         out = tensor.astype(jnp.dtype(dtype))
     if not np.isfinite(out.astype(np.float32)).all():
@@ -158,14 +185,17 @@ def rounded(name: str, tensor: np.ndarray, dtype: str) -> np.ndarray:
     return out
 
 
-def patterns(own: Mapping[str, Any], usual: Any) -> dict[str, Any]:
+def _patterns(own: Mapping[str, Any], usual: Any) -> dict[str, Any]:
     """Return the patterns, each for one module alone, of what is not as usual."""
-    # PEFT's pattern may begin after any dot; "^" is needed only where another module ends with this one's name.
-    exact = lambda m: ("^" if any(o.endswith(f".{m}") for o in own) else "") + re.escape(m)
+
+    def exact(module: str) -> str:
+        # PEFT's pattern may begin after any dot; "^" is needed only where another module ends with this one's name.
+        return ("^" if any(other.endswith(f".{module}") for other in own) else "") + re.escape(module)
+
     return {exact(module): value for module, value in own.items() if value != usual}
 
 
-def target_names(adapted: Mapping[str, str], everything: Mapping[str, Place]) -> list[str]:
+def _target_names(adapted: Mapping[str, str], everything: Mapping[str, Place]) -> list[str]:
     """Return PEFT's target_modules: last parts of names where they say it all, else whole names."""
     last = sorted({module.rpartition(".")[2] for module in adapted})
     alike = {module for module in everything if ends_with(module, last)}

@@ -6,13 +6,14 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from rslora_jax.interop.peft.config import CONFIG_NAME, read_settings
-from rslora_jax.interop.peft.files import FACTOR, PREFIX, WEIGHTS_NAME, read_json, read_tensors, shown
+from rslora_jax.interop.names import shown
+from rslora_jax.interop.peft.files import CONFIG_NAME, FACTOR, PREFIX, WEIGHTS_NAME, as_opened
+from rslora_jax.interop.peft.settings import read_settings
 
 # What --max-lora-rank takes.
-RANKS = (8, 16, 32, 64, 128, 256, 320, 512)
+_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)
 # Modules of Llama-family models.
-MODULES = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj", "embed_tokens", "lm_head")
+_MODULES = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj", "embed_tokens", "lm_head")
 
 
 def check_vllm(folder: str | Path) -> int:
@@ -21,21 +22,21 @@ def check_vllm(folder: str | Path) -> int:
     Raises:
       ValueError: vLLM would refuse the adapter, or serve it at another scale than it was trained with; says why.
     """
-    where = Path(folder) / CONFIG_NAME
-    fields, settings = read_json(where), read_settings(folder)
+    peft = as_opened(folder)
+    where, fields, settings = peft.folder / CONFIG_NAME, peft.fields, read_settings(peft)
     for name in ("modules_to_save", "use_dora", "rank_pattern", "alpha_pattern", "lora_bias"):
         if fields.get(name):
             raise ValueError(f"{where} has {name}, which vLLM does not serve: export it for vLLM")
     if not isinstance(fields.get("use_rslora"), bool):
         raise ValueError(f"{where} does not say use_rslora, and readers differ on what that means: export it again")
-    needed = max_lora_rank(settings.r)
-    path = Path(folder) / WEIGHTS_NAME
+    needed = _max_lora_rank(settings.r)
+    path = peft.folder / WEIGHTS_NAME
     ranks: dict[str, dict[str, int]] = {}
-    for name, tensor in read_tensors(folder).items():
+    for name, tensor in peft.tensors.items():
         found = FACTOR.fullmatch(name.removeprefix(PREFIX)) if name.startswith(PREFIX) else None
         if found is None:
             raise ValueError(f"{path} holds {shown(name)}, which is no factor of an adapter: vLLM would refuse it")
-        check_module(found[1])
+        _check_module(found[1])
         factor = found[2] or found[3]
         if tensor.ndim != 2:
             raise ValueError(f"{path}: {shown(name)} has shape {tensor.shape}, and vLLM serves matrices alone")
@@ -46,20 +47,22 @@ def check_vllm(folder: str | Path) -> int:
     return needed
 
 
-def max_lora_rank(rank: int) -> int:
+def _max_lora_rank(rank: int) -> int:
     """Return the least --max-lora-rank for a rank.
 
-    >>> max_lora_rank(24)
+    >>> _max_lora_rank(24)
     32
     """
-    for largest in RANKS:
+    for largest in _RANKS:
         if rank <= largest:
             return largest
-    raise ValueError(f"rank {rank} is above {RANKS[-1]}, the largest that vLLM serves: merge the adapter into its base")
+    raise ValueError(
+        f"rank {rank} is above {_RANKS[-1]}, the largest that vLLM serves: merge the adapter into its base"
+    )
 
 
-def check_module(module: str) -> None:
-    if module.rpartition(".")[2] not in MODULES:
+def _check_module(module: str) -> None:
+    if module.rpartition(".")[2] not in _MODULES:
         raise ValueError(f"vLLM has no adapter for {shown(module)}: exclude it, or merge the adapter into its base")
 
 
@@ -76,4 +79,4 @@ def check_sites(modules: Mapping[str, Mapping[Any, str]], table: str | None, rep
         )
     for of in modules.values():
         for module in of.values():
-            check_module(module)
+            _check_module(module)

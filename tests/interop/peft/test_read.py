@@ -197,7 +197,7 @@ def rename(old, new):
         (lambda t: t | {f"{Q0}.lora_B.bias": np.ones(12, np.float32)}, "lora_B.bias"),
         (lambda t: t | {f"{Q0}.lora_A.weight": t[f"{Q0}.lora_A.weight"].T}, "has shape (12, 5)"),
         (lambda t: t | {f"{Q0}.lora_A.weight": t[f"{Q0}.lora_A.weight"].astype(np.float64)}, "dtype F64"),
-        (lambda t: t | {f"{Q0}.lora_A.weight": np.ones((5, 12), np.int8)}, "dtype I8"),
+        (lambda t: t | {f"{Q0}.lora_A.weight": np.ones((5, 12), np.int8)}, "as I8, and only F64"),
     ],
 )
 def test_tensors_that_do_not_fit_are_named(change, said, folder, lora):
@@ -235,16 +235,16 @@ def spoil(folder, how):
 
 
 SPOILT = {
-    "truncated": "is damaged",
-    "within its header": "is damaged",
-    "empty": "is damaged",
-    "a header of 2 GB": "is damaged",
+    "truncated": "is cut off within tensor",
+    "within its header": "is cut off within its header",
+    "empty": "is cut off within its header",
+    "a header of 2 GB": "says that its header has 2147483648 bytes",
     "no JSON": "is damaged",
-    "an unknown dtype": "is damaged",
+    "an unknown dtype": "as Q32, and only F64, F32",
     "a pickle": "adapter_model.bin is a pickle",
     "nothing": "adapter_model.safetensors is not there",
-    "a config that is no JSON": "cannot be read as JSON",
-    "a config that is a list": "cannot be read as JSON",
+    "a config that is no JSON": "is damaged: its JSON cannot be read",
+    "a config that is a list": "is damaged: its JSON cannot be read",
     "no config": "adapter_config.json is not there",
 }
 

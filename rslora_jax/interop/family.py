@@ -1,0 +1,68 @@
+"""What the library knows of a family of models, in one record: its files, its weights' names, its module."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+
+from rslora_jax.interop.names import Names
+
+
+@dataclasses.dataclass(frozen=True, eq=False, kw_only=True)
+class Family:
+    """A family of models: a module, and how it comes from files and goes into them.
+
+    Everything that loads, wraps, merges, exports and imports goes over this record, so that a further family is one
+    file that makes one, and its entry in `families.FAMILIES` (or the argument `family` of the loaders).
+
+    Attributes:
+      model_types: the `model_type`s of Hugging Face's config.json that are of this family.
+      read_config: gives a model's configuration from (the path of its config.json, for errors; its content; and, by
+        keyword, scan_layers, remat, param_dtype, dtype). A frozen dataclass with `vocab_size` and `max_len`, and
+        `scan_layers` where the module can stack its layers.
+      write_config: gives the content of a config.json from (a configuration, a dtype's name), without special tokens.
+      build: gives the Flax module of a configuration. `init(key, tokens_BxT)` and `apply(variables, tokens_BxT)`.
+      names: the Hugging Face name of every weight, and whether it is stored transposed.
+      ignored: says whether a folder may hold a tensor without a place here, from (the configuration, its name);
+        None where it may not.
+      sharding_rules: where weights lie on a mesh, for `parallel.sharding.param_shardings`.
+      blocks: the classes of modules between which rows stay on their devices, for `parallel.sharding.pin_rows`.
+      gguf: how GGUF files hold the family; None where they are not read.
+    """
+
+    model_types: Sequence[str]
+    read_config: Callable[..., Any]
+    write_config: Callable[[Any, str], dict[str, Any]]
+    build: Callable[[Any], Any]
+    names: Names
+    ignored: Callable[[Any, str], bool] | None = None
+    sharding_rules: Sequence[Any] = ()
+    blocks: tuple[type, ...] = ()
+    gguf: GgufForm | None = None
+
+    def shapes(self, config: Any) -> dict[str, Any]:
+        """Give the shapes and dtypes of a model's variables, a pytree of `jax.ShapeDtypeStruct`."""
+        return jax.eval_shape(self.build(config).init, jax.random.key(0), jax.ShapeDtypeStruct((1, 1), "int32"))
+
+
+@dataclasses.dataclass(frozen=True, eq=False, kw_only=True)
+class GgufForm:
+    """How GGUF files hold a family.
+
+    Attributes:
+      architecture: what the files call the family.
+      read_config: gives a configuration from (the file's path; its metadata; the names of its tensors; and, by keyword,
+        as `Family.read_config`).
+      names: the file's name of every weight, and whether it is stored transposed.
+      row_order: gives, from (the configuration, a tensor's name), which row of the file stands in each row of ours;
+        None where it is the same.
+    """
+
+    architecture: str
+    read_config: Callable[..., Any]
+    names: Names
+    row_order: Callable[[Any, str], np.ndarray | None]
