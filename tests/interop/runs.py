@@ -7,7 +7,6 @@ import numpy as np
 
 import rslora_jax as rslora
 from rslora_jax.interop.load import load_model
-from rslora_jax.models.decoder import Decoder
 from rslora_jax.store import checkpoint
 
 
@@ -16,7 +15,7 @@ def make_run(folder: Path, model: Path | None, *, size=0.05, scan=True, steps=(4
     loaded = load_model(model, scan_layers=scan, param_dtype=dtype)
     config = rslora.LoraConfig(**{"rank": 3, "alpha": 7, **config})
     tokens = jax.ShapeDtypeStruct((1, 4), "int32")
-    lora = rslora.wrap(Decoder(loaded.config).apply, loaded.variables, tokens, config=config)
+    lora = rslora.wrap(loaded.apply, loaded.variables, tokens, config=config)
     about = checkpoint.describe(config, loaded.variables, {"model": model and str(model), "param_dtype": dtype})
     rng, adapters = np.random.default_rng(0), {}
     shapes = jax.eval_shape(lora.init, jax.random.key(0))
