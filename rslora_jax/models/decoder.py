@@ -118,12 +118,17 @@ class Layer(nn.Module):
             masks = {name: masks[name] & (near | ~has_window) for name, near in masks["window"].items()}
             if len(rope) > 1:
                 rope = [jax.tree.map(partial(jnp.where, has_window), rope[1], rope[0])]
-        norm = lambda name: RMSNorm(c, name=name)
-        after = norm if c.post_norms else lambda name: lambda out: out
+
+        def norm(name: str) -> RMSNorm:
+            return RMSNorm(c, name=name)
+
+        def after(name: str, out: Array) -> Array:
+            return norm(name)(out) if c.post_norms else out
+
         out, new = Attention(c, name="attn")(norm("attn_norm")(x_BxTxD), rope[0], masks, cached)
-        x_BxTxD = x_BxTxD + after("attn_post_norm")(out)
+        x_BxTxD = x_BxTxD + after("attn_post_norm", out)
         out = MLP(c, name="mlp")(norm("mlp_pre_norm" if c.post_norms else "mlp_norm")(x_BxTxD))
-        x_BxTxD = x_BxTxD + after("mlp_post_norm")(out)
+        x_BxTxD = x_BxTxD + after("mlp_post_norm", out)
         # Without a cache nobody wants the keys, and a scan would stack and keep them.
         return x_BxTxD, None if cached is None else new
 
@@ -144,6 +149,7 @@ class Embed(nn.Module):
         return jnp.take(self.embedding, tokens_BxT, axis=0).astype(self.config.dtype)
 
     def attend(self, x: Array) -> Array:
+        """Give logits (..., V) in float32, the product of states (..., D) with the table."""
         table_VxD = self.embedding.astype(self.config.dtype)
         product = partial(lax.dot_general, preferred_element_type=jnp.float32)
         if x.ndim > 1 and x.shape[-2] == 1:
