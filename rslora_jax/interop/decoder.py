@@ -48,8 +48,8 @@ def _ignored(config: DecoderConfig, name: str) -> bool:
 
 DECODER = Family(
     model_types=decoder_config.MODEL_TYPES,
-    read_config=decoder_config.read_config,
-    write_config=decoder_config.write_config,
+    read_config=decoder_config.read_decoder_config,
+    write_config=decoder_config.write_decoder_config,
     build=Decoder,
     names={
         "params/embed/embedding": Weight("model.embed_tokens.weight"),

@@ -57,7 +57,7 @@ _PLAIN: dict[str, tuple[Any, ...]] = {
 }
 
 
-def read_config(path: Path, about: Mapping[str, Any], **how: Any) -> DecoderConfig:
+def read_decoder_config(path: Path, about: Mapping[str, Any], **how: Any) -> DecoderConfig:
     """Read a decoder's configuration.
 
     Args:
@@ -193,7 +193,7 @@ def _window(path: Path, found: Mapping[str, Any], kind: str, get: _Get) -> tuple
     return get("sliding_window", int, 4096), has_window
 
 
-def write_config(config: DecoderConfig, dtype: str) -> dict[str, Any]:
+def write_decoder_config(config: DecoderConfig, dtype: str) -> dict[str, Any]:
     """Give the content of a config.json, without the ids of special tokens.
 
     Raises:

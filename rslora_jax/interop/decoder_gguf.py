@@ -36,7 +36,7 @@ _NAMES: Names = {
 }
 
 
-def read_config(path: Path, metadata: Mapping[str, Any], tensors: Container[str], **how: Any) -> DecoderConfig:
+def read_gguf_config(path: Path, metadata: Mapping[str, Any], tensors: Container[str], **how: Any) -> DecoderConfig:
     """Read a decoder's configuration.
 
     Args:
@@ -108,4 +108,4 @@ def row_order(config: DecoderConfig, name: str) -> np.ndarray | None:
     return np.arange(heads * config.head_dim).reshape(heads, -1, 2).swapaxes(1, 2).reshape(-1)
 
 
-FORM = GgufForm(architecture="llama", read_config=read_config, names=_NAMES, row_order=row_order)
+FORM = GgufForm(architecture="llama", read_config=read_gguf_config, names=_NAMES, row_order=row_order)

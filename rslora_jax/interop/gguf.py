@@ -86,6 +86,6 @@ def load_gguf(
     return Model(config, variables, tokenizer, family)
 
 
-def find_family(path: str | Path) -> Family:
+def family_of_file(path: str | Path) -> Family:
     """Give the family of a GGUF file; errors as of `load_gguf`."""
     return family_of_gguf(Path(path), read_gguf(Path(path)).metadata)

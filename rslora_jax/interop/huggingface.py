@@ -77,7 +77,7 @@ def read_model_config(folder: str | Path, family: Family | None = None, **how: A
     return family, family.read_config(path, about, **how)
 
 
-def find_family(folder: str | Path) -> Family:
+def family_of_folder(folder: str | Path) -> Family:
     """Give the family of a model's folder; errors as of `load_huggingface`."""
     path = Path(folder) / CONFIG
     return family_of_config(path, _about(path))

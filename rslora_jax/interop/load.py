@@ -73,10 +73,10 @@ def find_family(where: str | Path | None = None) -> Family:
     if path.is_dir():
         from rslora_jax.interop import huggingface
 
-        return huggingface.find_family(path)
+        return huggingface.family_of_folder(path)
     from rslora_jax.interop import gguf
 
-    return gguf.find_family(path)
+    return gguf.family_of_file(path)
 
 
 def folder_of(where: str | Path | None) -> Path | None:
