@@ -75,9 +75,8 @@ def save_peft(
     if dtype not in DTYPES:
         raise ValueError(f"dtype={dtype!r} is not known: use {', '.join(DTYPES)}")
     replaced = replaced or {}
-    shapes = {path: jax.ShapeDtypeStruct(shape, "float32") for path, shape in lora.shapes.items()}
-    lora.check(shapes, adapters)
-    found, _, modules = site_modules(lora, names)
+    found, shapes, modules = site_modules(lora, names)
+    lora.check({path: jax.ShapeDtypeStruct(shape, "float32") for path, shape in shapes.items()}, adapters)
     table = tied_table(names, found)
     if table is not None and found[f"{table}.weight"].path not in lora.sites:
         table = None
@@ -90,7 +89,7 @@ def save_peft(
         **_FIELDS,
         "base_model_name_or_path": base_model,
         "task_type": task_type,
-        **_described(lora, modules, plan, found, table),
+        **_described(modules, plan, modules_of(found, shapes), table),
         "modules_to_save": saved or None,
     }
     with written_whole(Path(folder)) as out:
@@ -150,10 +149,9 @@ def _replaced_tensors(
 
 
 def _described(
-    lora: Lora,
     modules: Mapping[str, Mapping[int | None, str]],
     plan: Plan,
-    found: Mapping[str, Place],
+    everything: Mapping[str, Place],
     table: str | None,
 ) -> dict[str, Any]:
     """Give the fields of the config that say what is adapted, of which rank and at which scale."""
@@ -162,7 +160,7 @@ def _described(
         "r": plan.rank,
         "lora_alpha": _number(plan.alpha),
         "use_rslora": plan.scaling == "rslora",
-        "target_modules": _target_names(adapted, modules_of(found, dict(lora.shapes))),
+        "target_modules": _target_names(adapted, everything),
         "rank_pattern": _patterns({m: plan.own[path][0] for m, path in adapted.items()}, plan.rank),
         "alpha_pattern": _patterns({m: _number(plan.own[p][1]) for m, p in adapted.items()}, _number(plan.alpha)),
     }
