@@ -1,21 +1,23 @@
-"""W + gamma A B of one tensor, in numpy and float64, without a program to compile."""
+"""What acts in place of one weight, with its adapter, in float64: a model is merged tensor by tensor."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 
 from rslora_jax.interop.rounding import Rounding
 from rslora_jax.sites import Site
+from rslora_jax.transform.views import materialise
 
 
 def merge_one(
     name: str, weight: np.ndarray, site: Site, factors: Mapping[str, Any], layer: int | None, dtype: str
 ) -> tuple[np.ndarray, Rounding]:
-    """Return W + gamma A B in `dtype`, in the layout of W, and what rounding did to it.
+    """Return what acts in place of a weight in `dtype`, in the weight's layout, and what rounding did to it.
 
     Args:
       name: what an error calls it.
@@ -24,34 +26,27 @@ def merge_one(
       layer: the place on the weight's first axis, where layers are stacked there.
       dtype: what to round to.
 
-    >>> site = Site("w", (2, 2), (0,), (1,), (), "linear", rank=1, alpha=1.0, gamma=1.0)
+    >>> from rslora_jax.methods import method_of
+    >>> site = Site("w", (2, 2), (0,), (1,), (), "linear", 1, 1.0, 1.0, method_of("lora"))
     >>> factors = {"a": np.ones((2, 1)), "b": np.full((1, 2), 2.0**-9)}
     >>> merged, rounding = merge_one("w", np.ones((2, 2)), site, factors, None, "bfloat16")
     >>> float(merged[0, 0]), rounding.relative  # next to 1 there is 1 + 2^-7: nothing is left of the update
     (1.0, 1.0)
     """
-    update = update_of(site, factors, layer)
-    sizes = float(np.linalg.norm(update)), float(np.linalg.norm(weight.astype(np.float64)))
-    exact = np.add(update, weight.astype(np.float64), out=update)
-    merged = rounded(name, exact, dtype)
-    error = float(np.linalg.norm(np.subtract(exact, merged.astype(np.float64), out=exact)))
-    return merged, Rounding(name, 1, error, *sizes)
-
-
-def update_of(site: Site, factors: Mapping[str, Any], layer: int | None = None) -> np.ndarray:
-    """Return gamma A B in float64 in the layout of the weight, or of one element of its first axis."""
-    a, b = factors["a"], factors["b"]
-    stack, drop = site.stack_axes, 0
     if layer is not None:
-        if stack[:1] != (0,):
-            raise ValueError(f"{site.path} holds layers on its first axis, but its adapter is one for all of them")
-        a, b, stack, drop = a[layer], b[layer], stack[1:], 1
-    sizes = site.sizes(stack)
-    a = np.asarray(a).astype(np.float64).reshape(*sizes, site.in_size, site.rank)
-    b = np.asarray(b).astype(np.float64).reshape(*sizes, site.rank, site.out_size)
-    product = a @ (site.gamma * b)
-    order = (*stack, *site.in_axes, *site.out_axes)
-    return product.reshape(site.sizes(order)).transpose(np.argsort([axis - drop for axis in order]))
+        site, factors = site.element(), {name: factor[layer] for name, factor in factors.items()}
+    exact, base = _acting(site, weight, factors), weight.astype(np.float64)
+    merged = rounded(name, exact, dtype)
+    norms = [float(np.linalg.norm(array)) for array in (exact - merged.astype(np.float64), exact - base, base)]
+    return merged, Rounding(name, 1, *norms)
+
+
+def _acting(site: Site, weight: np.ndarray, factors: Mapping[str, Any]) -> np.ndarray:
+    """Return what acts in place of a weight, in float64, as `Lora.merge` forms it in float32."""
+    with jax.enable_x64(True), jax.default_device(jax.devices("cpu")[0]):
+        wide = {name: jnp.asarray(np.asarray(factor).astype(np.float64)) for name, factor in factors.items()}
+        view = site.method.view(site, jnp.asarray(weight.astype(np.float64)), wide)
+        return np.asarray(materialise(view))
 
 
 def rounded(name: str, weight: np.ndarray, dtype: str) -> np.ndarray:

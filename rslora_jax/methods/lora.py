@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import jax.numpy as jnp
 from jax import Array
@@ -25,6 +25,9 @@ class LoRA:
     """`W + gamma A B`, with A of shape (*stack, *in, r) and B of shape (*stack, r, *out)."""
 
     needs_base = False
+
+    # Of a table that is the head too, PEFT has the adapter twice: x W^T with W + gamma A B, so there A is B turned.
+    peft_head: ClassVar[Mapping[str, str]] = {"lora_A.weight": "lora_embedding_B", "lora_B.weight": "lora_embedding_A"}
 
     def factors(self, site: Site) -> Mapping[str, tuple[Axis, ...]]:
         return {
@@ -52,6 +55,11 @@ class LoRA:
     def low_rank(self, site: Site, factors: Mapping[str, Any]) -> tuple[Any, Any]:
         stack = site.sizes(site.stack_axes)
         return factors["a"].reshape(*stack, -1, site.rank), factors["b"].reshape(*stack, site.rank, -1)
+
+    def peft_names(self, site: Site) -> dict[str, str]:
+        if site.kind == "embedding":
+            return {"a": "lora_embedding_A", "b": "lora_embedding_B"}
+        return {"a": "lora_A.weight", "b": "lora_B.weight"}
 
     def site_of(
         self, path: str, factors: Mapping[str, Any], shape: Sequence[int] | None, *, alpha: float, scaling: Any

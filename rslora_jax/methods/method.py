@@ -51,7 +51,17 @@ class Method(Protocol):
 
 
 class LowRank(Method, Protocol):
-    """A method whose update is a product of two factors; who lacks one of these, of that nothing is asked (`asked`)."""
+    """What a method may have beside, as LoRA has; of one that lacks a function, what needs it says so (`asked`).
+
+    Attributes:
+      peft_head: where a table is the head too, what PEFT calls the head's tensors, and those of the table's that they
+        are, turned.
+    """
+
+    peft_head: Mapping[str, str]
+
+    def peft_names(self, site: Site) -> dict[str, str]:
+        """Return what PEFT calls each array, behind the module's name."""
 
     def scaled(self, factors: Mapping[str, Array], by: Any) -> dict[str, Array]:
         """Return the adapter whose update is `by` times as large, as another scale would make it."""

@@ -1,14 +1,15 @@
-"""How a weight and its two factors lie in PyTorch, beside how they lie here."""
+"""How a weight and its adapter's arrays lie in PyTorch, beside how they lie here."""
 
 from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 
 from rslora_jax.interop.names import Names, Place, places
+from rslora_jax.methods.method import RANK, asked, rescaled
 from rslora_jax.sites import Site
 from rslora_jax.wrap import Lora
 
@@ -42,34 +43,67 @@ def site_modules(
     return found, shapes, modules
 
 
-def factor_names(module: str, site: Site) -> tuple[str, str]:
-    """Return the names of A and B after PEFT's prefix."""
-    if site.kind == "embedding":
-        return f"{module}.lora_embedding_A", f"{module}.lora_embedding_B"
-    return f"{module}.lora_A.weight", f"{module}.lora_B.weight"
+def peft_names(site: Site) -> dict[str, str]:
+    """Return what PEFT calls each of an adapter's arrays, behind the name of the module."""
+    return asked(site.method, "peft_names", "be written for PEFT, or read from it")(site)
 
 
-def factor_shapes(site: Site, rank: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
-    """Return the shapes of A and B in PEFT: (r, in), (out, r); of a convolution (r, in, *window), (out, r, 1...)."""
-    if site.kind == "convolution":
-        *window, width = site.sizes(site.in_axes)
-        return (rank, width, *window), (site.out_size, rank, *(1 for _ in window))
-    return (rank, site.in_size), (site.out_size, rank)
+def peft_shapes(site: Site, rank: int) -> dict[str, tuple[int, ...]]:
+    """Return the shapes of an adapter's arrays in PEFT, of one layer.
+
+    Of a factor with the input axes (r, in), with the output axes (out, r); of a convolution (r, in, *window) and
+    (out, r, 1...).
+    """
+    return {name: _shape_in_peft(site, axes, rank) for name, axes in site.factors.items()}
 
 
-def to_peft(site: Site, a: np.ndarray, b: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Give one layer's factors, (*in, r) and (r, *out), PEFT's shapes."""
-    shape_a, shape_b = factor_shapes(site, a.shape[-1])
-    a = np.moveaxis(a, (-1, -2), (0, 1)) if site.kind == "convolution" else a.reshape(-1, a.shape[-1]).T
-    return a.reshape(shape_a), b.reshape(b.shape[0], -1).T.reshape(shape_b)
+def _shape_in_peft(site: Site, axes: Sequence[int | str], rank: int) -> tuple[int, ...]:
+    own = [axis for axis in axes if axis not in site.stack_axes]
+    sizes = tuple(site.shape[axis] for axis in own if axis != RANK)  # type: ignore[index]
+    if RANK not in own:
+        return (math.prod(sizes),)
+    if site.kind != "convolution":
+        return (rank, math.prod(sizes)) if own[-1] == RANK else (math.prod(sizes), rank)
+    *window, width = sizes
+    return (rank, width, *window) if own[-1] == RANK else (math.prod(sizes), rank, *(1,) * (len(site.in_axes) - 1))
 
 
-def from_peft(site: Site, a: np.ndarray, b: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Give factors of PEFT's shapes ours, of one layer: (*in, r) and (r, *out)."""
-    rank = a.shape[0]
-    a = np.moveaxis(a, (0, 1), (-1, -2)) if site.kind == "convolution" else a.T
-    b = b.reshape(-1, rank).T
-    return a.reshape(*site.sizes(site.in_axes), rank), b.reshape(rank, *site.sizes(site.out_axes))
+def to_peft(site: Site, factors: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """Give the arrays of one layer's adapter PEFT's shapes."""
+
+    def one(name: str, array: np.ndarray) -> np.ndarray:
+        axes = [axis for axis in site.factors[name] if axis not in site.stack_axes]
+        shape = _shape_in_peft(site, axes, array.shape[axes.index(RANK)] if RANK in axes else 0)
+        if RANK not in axes:
+            return array.reshape(shape)
+        if axes[-1] == RANK:
+            turned = np.moveaxis(array, (-1, -2), (0, 1)) if site.kind == "convolution" else _flat(array, -1).T
+        else:
+            turned = _flat(array, 0).T
+        return turned.reshape(shape)
+
+    return {name: one(name, array) for name, array in factors.items()}
+
+
+def from_peft(site: Site, tensors: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """Give arrays of PEFT's shapes ours, of one layer."""
+
+    def one(name: str, tensor: np.ndarray) -> np.ndarray:
+        axes = [axis for axis in site.factors[name] if axis not in site.stack_axes]
+        sizes = tuple(site.shape[axis] for axis in axes if axis != RANK)  # type: ignore[index]
+        if RANK not in axes:
+            return tensor.reshape(sizes)
+        if axes[-1] == RANK:
+            turned = np.moveaxis(tensor, (0, 1), (-1, -2)) if site.kind == "convolution" else tensor.T
+            return turned.reshape(*sizes, tensor.shape[0])
+        return tensor.reshape(-1, tensor.shape[1]).T.reshape(tensor.shape[1], *sizes)
+
+    return {name: one(name, tensor) for name, tensor in tensors.items()}
+
+
+def _flat(array: np.ndarray, rank_axis: int) -> np.ndarray:
+    """Make one axis of all but the rank, which is first or last."""
+    return array.reshape(-1, array.shape[-1]) if rank_axis == -1 else array.reshape(array.shape[0], -1)
 
 
 def weight_from_torch(place: Place, shape: tuple[int, ...], tensor: np.ndarray) -> np.ndarray | None:
@@ -106,13 +140,15 @@ def sorted_layers(modules: Mapping[int | None, str]) -> list[int | None]:
     return sorted(modules, key=lambda n: -1 if n is None else n)
 
 
-def scaled(b: np.ndarray, factor: float) -> np.ndarray:
-    """Multiply in float64, or leave the bits alone."""
-    return b if factor == 1 else b.astype(np.float64) * factor
+def refit(site: Site, factors: Mapping[str, np.ndarray], rank: int, by: float) -> dict[str, np.ndarray]:
+    """Give an adapter a rank, with zeros, and another scale: in float64, or with the bits as they are."""
+    if by != 1:
+        factors = rescaled(site, {name: factor.astype(np.float64) for name, factor in factors.items()}, by)
+    return {name: _filled(site, name, factor, rank) for name, factor in factors.items()}
 
 
-def fill_up(factor: np.ndarray, axis: int, rank: int) -> np.ndarray:
-    """Fill the rank's axis up with zeros."""
-    widths = [(0, 0)] * factor.ndim
-    widths[axis] = (0, rank - factor.shape[axis])
-    return np.pad(factor, widths) if widths[axis][1] else factor
+def _filled(site: Site, name: str, factor: np.ndarray, rank: int) -> np.ndarray:
+    axes = site.factors[name]
+    axes = axes[len(axes) - factor.ndim :]  # of a layer, without the stack
+    widths = [(0, rank - n if axis == RANK else 0) for axis, n in zip(axes, factor.shape, strict=True)]
+    return np.pad(factor, widths) if any(width for _, width in widths) else factor

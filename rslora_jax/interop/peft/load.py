@@ -16,14 +16,14 @@ from rslora_jax.interop.peft.config import HEAD, adapted_modules, modules_of, ti
 from rslora_jax.interop.peft.files import CONFIG_NAME, PREFIX, WEIGHTS_NAME, PeftFolder, as_opened
 from rslora_jax.interop.peft.layout import (
     by_path,
-    factor_names,
-    factor_shapes,
-    fill_up,
     from_peft,
     is_table,
-    scaled,
+    peft_names,
+    peft_shapes,
+    refit,
     site_modules,
     sorted_layers,
+    to_peft,
     weight_from_torch,
 )
 from rslora_jax.interop.peft.settings import PeftSettings, read_settings
@@ -94,17 +94,14 @@ def load_peft(folder: str | Path | PeftFolder, lora: Lora, names: Names = DECODE
         if not chosen & set(modules[path].values()):
             raise ValueError(f"{settings.where} does not adapt {path}, as this config does: wrap with `read_config`'s")
         layers = [_factors(settings, site, modules[path][n], chosen, left) for n in sorted_layers(modules[path])]
-        stack = np.stack if site.stack_axes else _only
-        a, b = (np.asarray(stack(of), jnp.dtype(lora.config.dtype)) for of in zip(*layers, strict=True))
-        adapters[path] = {"a": a, "b": b}
+        adapters[path] = {
+            name: np.asarray(np.stack(of) if site.stack_axes else of[0], jnp.dtype(lora.config.dtype))
+            for name, of in ((name, [layer[name] for layer in layers]) for name in site.factors)
+        }
     if table is not None and table in chosen:
-        _check_tied_head(settings, left, table, adapters[found[f"{table}.weight"].path], where)
+        path = found[f"{table}.weight"].path
+        _check_tied_head(settings, left, table, lora.sites[path], adapters[path], where)
     return Loaded(adapters, _replaced(settings, left, found, shapes, table, where))
-
-
-def _only(factors: tuple[np.ndarray, ...]) -> np.ndarray:
-    (factor,) = factors
-    return factor
 
 
 def _take(settings: PeftSettings, left: dict[str, np.ndarray], name: str, shape: tuple[int, ...]) -> np.ndarray:
@@ -122,32 +119,38 @@ def _take(settings: PeftSettings, left: dict[str, np.ndarray], name: str, shape:
 
 def _factors(
     settings: PeftSettings, site: Site, module: str, chosen: set[str], left: dict[str, np.ndarray]
-) -> tuple[np.ndarray, np.ndarray]:
+) -> dict[str, np.ndarray]:
     """Read one module's factors, with the site's rank and scale."""
-    ins, outs = site.sizes(site.in_axes), site.sizes(site.out_axes)
     if module not in chosen:
-        return np.zeros((*ins, site.rank), np.float32), np.zeros((site.rank, *outs), np.float32)
+        stack = len(site.stack_axes)
+        return {name: np.zeros(shape[stack:], np.float32) for name, shape in site.factor_shapes.items()}
     rank, _ = settings.rank_and_alpha(module)
     if rank > site.rank:
         raise ValueError(f"{settings.where} has rank {rank} for {module}, and this config {site.rank}")
-    shapes = zip(factor_names(module, site), factor_shapes(site, rank), strict=True)
-    a, b = from_peft(site, *(_take(settings, left, name, shape) for name, shape in shapes))
-    b = scaled(b, settings.gamma(module) / site.gamma)
-    return fill_up(a, -1, site.rank), fill_up(b, 0, site.rank)
+    names = peft_names(site)
+    tensors = {
+        name: _take(settings, left, f"{module}.{names[name]}", shape) for name, shape in peft_shapes(site, rank).items()
+    }
+    return refit(site, from_peft(site, tensors), site.rank, settings.gamma(module) / site.gamma)
 
 
 def _check_tied_head(
-    settings: PeftSettings, left: dict[str, np.ndarray], table: str, factors: Mapping[str, np.ndarray], where: Path
+    settings: PeftSettings,
+    left: dict[str, np.ndarray],
+    table: str,
+    site: Site,
+    factors: Mapping[str, np.ndarray],
+    where: Path,
 ) -> None:
     """Take the head's own factors out of the file; they must be the table's, which they are to share."""
-    head = HEAD.removesuffix(".weight")
-    found = [left.pop(f"{head}.lora_{one}.weight", None) for one in "AB"]
-    if all(one is None for one in found) and settings.tie:
+    head, names = HEAD.removesuffix(".weight"), peft_names(site)
+    shared: Mapping[str, str] = site.method.peft_head  # type: ignore[attr-defined]
+    found = {name: left.pop(f"{head}.{name}", None) for name in shared}
+    if all(one is None for one in found.values()) and settings.tie:
         return
     if settings.gamma(head) == settings.gamma(table):
-        # x W^T with W + gamma A B: there lora_A is B, and lora_B is A.
-        wanted = (factors["b"], factors["a"])
-        if all(one is not None and np.array_equal(one, w) for one, w in zip(found, wanted, strict=True)):
+        own = {names[name]: tensor for name, tensor in to_peft(site, factors).items()}
+        if all(one is not None and np.array_equal(one, own[shared[name]].T) for name, one in found.items()):
             return
     raise ValueError(
         f"{where} adapts {table} and {head} each in its own way, and they share one weight here: train the adapter "

@@ -18,7 +18,7 @@ from rslora_jax.interop.new_folder import written_whole
 from rslora_jax.interop.peft import vllm
 from rslora_jax.interop.peft.config import HEAD, modules_of, tied_table
 from rslora_jax.interop.peft.files import CONFIG_NAME, PREFIX, write_tensors
-from rslora_jax.interop.peft.layout import by_path, factor_names, fill_up, scaled, site_modules, to_peft
+from rslora_jax.interop.peft.layout import by_path, peft_names, refit, site_modules, to_peft
 from rslora_jax.interop.peft.scales import Plan, one_scale, own_scales
 from rslora_jax.interop.peft.settings import ends_with
 from rslora_jax.interop.shards import DTYPES
@@ -111,16 +111,17 @@ def _factor_tensors(
     tensors: dict[str, np.ndarray] = {}
     for path, site in lora.sites.items():
         rank, _, factor = plan.own[path]
-        a, b = (np.asarray(jax.device_get(adapters[path][one])) for one in "ab")
-        a, b = fill_up(a, -1, rank), fill_up(scaled(b, factor), int(bool(site.stack_axes)), rank)
+        names = peft_names(site)
+        own = {name: np.asarray(jax.device_get(array)) for name, array in adapters[path].items()}
+        own = refit(site, own, rank, factor)
         for layer, module in modules[path].items():
-            of = to_peft(site, a, b) if layer is None else to_peft(site, a[layer], b[layer])
-            for name, tensor in zip(factor_names(module, site), of, strict=True):
-                tensors[name] = _rounded(name, tensor, dtype)
+            one = own if layer is None else {name: array[layer] for name, array in own.items()}
+            for name, tensor in to_peft(site, one).items():
+                tensors[f"{module}.{names[name]}"] = _rounded(f"{module}.{names[name]}", tensor, dtype)
             if module == table:
                 head = HEAD.removesuffix(".weight")
-                tensors[f"{head}.lora_A.weight"] = tensors[f"{module}.lora_embedding_B"].T
-                tensors[f"{head}.lora_B.weight"] = tensors[f"{module}.lora_embedding_A"].T
+                for name, of in site.method.peft_head.items():  # type: ignore[attr-defined]
+                    tensors[f"{head}.{name}"] = tensors[f"{module}.{of}"].T
     return tensors
 
 
