@@ -14,22 +14,24 @@ from __future__ import annotations
 import functools
 import math
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
+from jax.extend.core import primitives
 
 from rslora_jax.train.loss import Loss
 from rslora_jax.transform import compat
+from rslora_jax.transform.programs import Held, fold, held
 from rslora_jax.wrap import Adapters, Lora
 
 # Dense bfloat16 TFLOPS of a device by words of its name; the first line that fits counts. From NVIDIA's data sheets of
 # each product, most of which give twice as much, with sparsity (V100 and T4 have no bfloat16: theirs is float16), and
 # from cloud.google.com/tpu/docs (v2, v3, v4, v5e, v5p, v6e), by chip; on TPU v2 and v3 a device is half a chip.
-PEAK_TFLOPS = (
+_PEAK_TFLOPS = (
     ("TPU v2", 22.5),
     ("TPU v3", 61.5),
     ("TPU v4 lite", 138),
@@ -70,7 +72,7 @@ def peak_flops(device: Any) -> float | None:
     words = set(re.split(r"[\s-]+", device.device_kind))
     if "MIG" in words:  # a part of a GPU
         return None
-    return next((1e12 * tflops for name, tflops in PEAK_TFLOPS if words.issuperset(name.split())), None)
+    return next((1e12 * tflops for name, tflops in _PEAK_TFLOPS if words.issuperset(name.split())), None)
 
 
 def step_flops(lora: Lora, loss: Loss, params: Any, adapters: Adapters, batch: Any) -> int:
@@ -100,12 +102,15 @@ def step_flops(lora: Lora, loss: Loss, params: Any, adapters: Adapters, batch: A
         return loss(functools.partial(lora.apply, params, adapters), batch)[0]
 
     program = jax.make_jaxpr(total)(adapters, params, batch)
-    evaluate = without_remat()
-    plain = lambda adapters, *others: evaluate(program, *jax.tree.leaves((adapters, *others)))[0]
+    evaluate = _without_remat()
+
+    def plain(*arguments: Any) -> Any:
+        return evaluate(program, *jax.tree.leaves(arguments))[0]
+
     return count(jax.make_jaxpr(jax.value_and_grad(plain))(adapters, params, batch))
 
 
-def without_remat() -> Any:
+def _without_remat() -> Any:
     """Return an evaluator of programs for counting, without `jax.checkpoint`: `evaluate(jaxpr, *values) -> outputs`.
 
     It takes the first turn of a scan out of it: often it is the only one whose carried values do not depend on
@@ -117,68 +122,57 @@ def without_remat() -> Any:
         return jax.jit(functools.partial(evaluate, jaxpr))
 
     def evaluate(jaxpr: compat.Jaxpr, *values: Any) -> list[Any]:
-        jaxpr, consts = compat.opened(jaxpr)
-        env: dict[Any, Any] = dict(zip((*jaxpr.constvars, *jaxpr.invars), (*consts, *values), strict=True))
-        read = lambda atom: atom.val if compat.is_literal(atom) else env[atom]
-        for eqn in jaxpr.eqns:
-            outs = one(eqn, [read(v) for v in eqn.invars])
-            env.update(zip(eqn.outvars, outs, strict=True))
-        return [read(v) for v in jaxpr.outvars]
+        return fold(jaxpr, values, one)
 
     def one(eqn: compat.Eqn, values: list[Any]) -> Sequence[Any]:
-        name, p = eqn.primitive.name, eqn.params
-        if name in REMAT:
-            return evaluate(p["jaxpr"], *values)
-        if name in PLAIN_CALLS:
-            return called(p.get("jaxpr") or p["call_jaxpr"])(*values)
-        if name == "cond":
-            return lax.switch(values[0], [functools.partial(evaluate, branch) for branch in p["branches"]], *values[1:])
-        if name == "scan":
-            return scan(eqn, values)
+        programs = held(eqn)
+        if programs and programs.call and not programs.own_derivative:
+            return called(programs.inner[0].jaxpr)(*values)
+        if programs and programs.one_of:
+            return lax.switch(values[0], [functools.partial(evaluate, i.jaxpr) for i in programs.inner], *values[1:])
+        if eqn.primitive is primitives.scan_p and eqn.params["length"]:
+            return _scan_from_the_second(eqn, values, called(eqn.params["jaxpr"]))
         return compat.bind(eqn, *values)
-
-    def scan(eqn: compat.Eqn, values: list[Any]) -> Sequence[Any]:
-        p = eqn.params
-        num_consts, num_carry = compat.scan_counts(eqn)
-        consts, carry, xs = values[:num_consts], values[num_consts:][:num_carry], values[num_consts + num_carry :]
-
-        def body(carry: list[Any], xs: list[Any]) -> tuple[list[Any], list[Any]]:
-            outs = called(p["jaxpr"])(*consts, *carry, *xs)
-            return outs[:num_carry], outs[num_carry:]
-
-        if not p["length"]:
-            return compat.bind(eqn, *values)
-        # Which turn goes first, last or first in a reversed scan, makes no difference to a count.
-        carry, y = body(carry, [x[0] for x in xs])
-        carry, ys = lax.scan(body, carry, [x[1:] for x in xs], p["length"] - 1)
-        return [*carry, *(jnp.concatenate([y[None], ys]) for y, ys in zip(y, ys, strict=True))]
 
     return evaluate
 
 
+def _scan_from_the_second(eqn: compat.Eqn, values: list[Any], turn: Callable[..., list[Any]]) -> list[Any]:
+    """Evaluate a scan with one turn before it; which goes first, in a reversed one, makes no difference to a count."""
+    num_consts, num_carry = compat.scan_counts(eqn)
+    consts, carry, xs = values[:num_consts], values[num_consts:][:num_carry], values[num_consts + num_carry :]
+
+    def body(carry: list[Any], xs: list[Any]) -> tuple[list[Any], list[Any]]:
+        outs = turn(*consts, *carry, *xs)
+        return outs[:num_carry], outs[num_carry:]
+
+    carry, y = body(carry, [x[0] for x in xs])
+    carry, ys = lax.scan(body, carry, [x[1:] for x in xs], eqn.params["length"] - 1)
+    return [*carry, *(jnp.concatenate([y[None], ys]) for y, ys in zip(y, ys, strict=True))]
+
+
 def count(jaxpr: compat.Jaxpr) -> int:
-    """Return the FLOPs of the products that a program's outputs depend on, those of equal products once."""
+    """Return the FLOPs of the products that a program's outputs depend on, those of equal products once.
+
+    >>> count(jax.make_jaxpr(lambda x, w: (x @ w) + jax.jit(jnp.matmul)(x, w))(jnp.ones((4, 8)), jnp.ones((8, 8))))
+    512
+    """
     numbers: dict[Any, int] = {}
     nodes: list[tuple[int, set[Any]]] = []  # FLOPs of an equation, and the equations that it takes its values from
 
     def walk(jaxpr: compat.Jaxpr, inputs: Sequence[Any]) -> list[Any]:
         """Return the outputs as (source, n): what is computed the same way from the same has the same name."""
-        jaxpr, consts = compat.opened(jaxpr)
-        env = dict(zip(jaxpr.constvars, (("constant", id(c)) for c in consts), strict=True))
-        env |= zip(jaxpr.invars, inputs, strict=True)
-        read = lambda atom: ("literal", repr(atom)) if compat.is_literal(atom) else env[atom]
-        for eqn in jaxpr.eqns:
-            name, values = eqn.primitive.name, tuple(map(read, eqn.invars))
-            if name in CALLS:
-                outs = walk(eqn.params.get("jaxpr") or eqn.params["call_jaxpr"], values)
-            else:
-                key = (name, values, id(eqn) if name in INNER else repr(eqn.params))
-                if key not in numbers:
-                    numbers[key] = len(nodes)
-                    nodes.append((equation_flops(eqn), {source for source, _ in values}))
-                outs = [(numbers[key], n) for n in range(len(eqn.outvars))]
-            env |= zip(eqn.outvars, outs, strict=True)
-        return [*map(read, jaxpr.outvars)]
+        return fold(jaxpr, inputs, equation, constant=_constant, literal=_literal)
+
+    def equation(eqn: compat.Eqn, values: list[Any]) -> list[Any]:
+        programs = held(eqn)
+        if programs and programs.call:
+            return walk(programs.inner[0].jaxpr, values)
+        key = (eqn.primitive, tuple(values), id(eqn) if programs else repr(eqn.params))
+        if key not in numbers:
+            numbers[key] = len(nodes)
+            nodes.append((_held_flops(programs) if programs else _own_flops(eqn), {source for source, _ in values}))
+        return [(numbers[key], n) for n in range(len(eqn.outvars))]
 
     inputs = [("input", n) for n in range(len(compat.opened(jaxpr)[0].invars))]
     live, total = {source for source, _ in walk(jaxpr, inputs)}, 0
@@ -189,28 +183,35 @@ def count(jaxpr: compat.Jaxpr) -> int:
     return total
 
 
-def equation_flops(eqn: compat.Eqn) -> int:
-    name, p = eqn.primitive.name, eqn.params
-    if name in PRODUCTS:
-        return PRODUCTS[name](*(v.aval.shape for v in (*eqn.invars[:2], *eqn.outvars)), p)
-    return INNER[name](eqn) if name in INNER else 0
+def _constant(value: Any) -> tuple[str, int]:
+    return "constant", id(value)
 
 
-def shard_map_flops(eqn: compat.Eqn) -> int:
-    options = compat.shard_map_params(eqn)
-    devices = math.prod(options["mesh"].shape[axis] for axis in options["axis_names"])
-    return devices * count(eqn.params["jaxpr"])
+def _literal(atom: Any) -> tuple[str, str]:
+    return "literal", repr(atom)
 
 
-Shape = tuple[int, ...]
+def _held_flops(programs: Held) -> int:
+    """Count what an equation runs of the programs that it holds: each as often as it does, or the dearest."""
+    each = [inner.times * count(inner.jaxpr) for inner in programs.inner]
+    return max(each) if programs.one_of else sum(each)
 
 
-def dot_flops(lhs: Shape, rhs: Shape, out: Shape, params: dict[str, Any]) -> int:
+def _own_flops(eqn: compat.Eqn) -> int:
+    """Count a product; all else is free."""
+    of = _PRODUCTS.get(eqn.primitive)
+    return of(*(v.aval.shape for v in (*eqn.invars[:2], *eqn.outvars)), eqn.params) if of else 0
+
+
+_Shape = tuple[int, ...]
+
+
+def _dot_flops(lhs: _Shape, rhs: _Shape, out: _Shape, params: dict[str, Any]) -> int:
     (contracted, _), _ = params["dimension_numbers"]
     return 2 * math.prod(out) * math.prod(lhs[n] for n in contracted)
 
 
-def ragged_dot_flops(lhs: Shape, rhs: Shape, out: Shape, params: dict[str, Any]) -> int:
+def _ragged_dot_flops(lhs: _Shape, rhs: _Shape, out: _Shape, params: dict[str, Any]) -> int:
     numbers = params["ragged_dot_dimension_numbers"]
     (contracted, _), _ = numbers.dot_dimension_numbers
     # Where the groups are cut out of what is summed over, each has a result of its own from its part.
@@ -218,7 +219,7 @@ def ragged_dot_flops(lhs: Shape, rhs: Shape, out: Shape, params: dict[str, Any])
     return 2 * math.prod(out) // groups * math.prod(lhs[n] for n in contracted)
 
 
-def convolution_flops(lhs: Shape, rhs: Shape, out: Shape, params: dict[str, Any]) -> int:
+def _convolution_flops(lhs: _Shape, rhs: _Shape, out: _Shape, params: dict[str, Any]) -> int:
     """Count a convolution without what meets padding or a dilation's holes: so its gradients count the same."""
     numbers = params["dimension_numbers"]
     batch, features, *places = (out[n] for n in numbers.out_spec)
@@ -233,19 +234,8 @@ def convolution_flops(lhs: Shape, rhs: Shape, out: Shape, params: dict[str, Any]
     return total
 
 
-PRODUCTS: dict[str, Callable[..., int]] = {
-    "dot_general": dot_flops,
-    "conv_general_dilated": convolution_flops,
-    "ragged_dot": ragged_dot_flops,
-    "ragged_dot_general": ragged_dot_flops,
-}
-
-PLAIN_CALLS = ("jit", "pjit", "closed_call", "core_call")
-REMAT = ("remat2", "checkpoint")
-CALLS = (*PLAIN_CALLS, *REMAT, "custom_jvp_call", "custom_vjp_call")
-INNER: dict[str, Callable[[compat.Eqn], int]] = {
-    "scan": lambda eqn: eqn.params["length"] * count(eqn.params["jaxpr"]),
-    "while": lambda eqn: count(eqn.params["cond_jaxpr"]) + count(eqn.params["body_jaxpr"]),
-    "cond": lambda eqn: max(map(count, eqn.params["branches"])),
-    "shard_map": shard_map_flops,
+_PRODUCTS: Mapping[compat.Primitive, Callable[..., int]] = {
+    primitives.dot_general_p: _dot_flops,
+    primitives.conv_general_dilated_p: _convolution_flops,
+    compat.ragged_dot_general_p: _ragged_dot_flops,
 }

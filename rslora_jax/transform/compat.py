@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import jax
-from jax._src import core, source_info_util
+from jax._src import source_info_util
 from jax._src.core import pvary_p
 from jax._src.interpreters.partial_eval import dce_jaxpr
 from jax._src.lax.lax import ragged_dot_general_p
@@ -70,11 +70,6 @@ def bind(eqn: Eqn, *values: Any, **changed: Any) -> list[Any]:
 def op_by_op() -> bool:
     """Say whether `jax.disable_jit` holds."""
     return jax.config.jax_disable_jit  # type: ignore[attr-defined]
-
-
-def holds_program(eqn: Eqn) -> bool:
-    """Say whether an equation has a program among its parameters, as a call, a loop or a branch has."""
-    return any(True for _ in core.jaxprs_in_params(eqn.params))
 
 
 def scan_counts(eqn: Eqn) -> tuple[int, int]:

@@ -1,11 +1,13 @@
 """Finding the output head by how it is used, not by what it is called."""
 
-from collections.abc import Mapping, Sequence, Set
+import functools
+from collections.abc import Iterable, Mapping, Sequence, Set
 from typing import Any
 
 import jax.numpy as jnp
 
 from rslora_jax.transform import compat
+from rslora_jax.transform.programs import Inner, fold, held
 
 MIXED = object()  # the tag of a value in which more than one source meets
 
@@ -23,47 +25,44 @@ def last_products(jaxpr: compat.Jaxpr, products: Mapping[int, Set[str]]) -> set[
     """
     fed: set[Any] = set()
 
-    def join(tags: Sequence[Any]) -> Any:
-        found = {t for t in tags if t is not None}
-        return found.pop() if len(found) == 1 else MIXED if found else None
+    def tag(eqn: compat.Eqn, tags: list[Any]) -> list[Any]:
+        if id(eqn) in products:
+            fed.update(t for t in tags if t is not None)
+            outs = [_join(products[id(eqn)])]
+        else:
+            outs = _through(eqn, tags, run)
+        floating = (jnp.issubdtype(var.aval.dtype, jnp.inexact) for var in eqn.outvars)
+        return [out if yes else None for out, yes in zip(outs, floating, strict=True)]
 
-    def run(jaxpr: compat.Jaxpr, tags: Sequence[Any]) -> list[Any]:
-        jaxpr, _ = compat.opened(jaxpr)
-        env = dict(zip(jaxpr.invars, tags, strict=True))
-        read = lambda atom: None if compat.is_literal(atom) else env.get(atom)
-        for eqn in jaxpr.eqns:
-            ins = [read(v) for v in eqn.invars]
-            if id(eqn) in products:
-                fed.update(t for t in ins if t is not None)
-                sites = products[id(eqn)]
-                outs = [next(iter(sites)) if len(sites) == 1 else MIXED]
-            else:
-                outs = enter(eqn, ins)
-            for var, tag in zip(eqn.outvars, outs, strict=True):
-                env[var] = tag if jnp.issubdtype(var.aval.dtype, jnp.inexact) else None
-        return [read(v) for v in jaxpr.outvars]
+    run = functools.partial(fold, equation=tag, constant=_untagged, literal=_untagged)
+    inputs = compat.opened(jaxpr)[0].invars
+    return {t for t in run(jaxpr, [None] * len(inputs)) if isinstance(t, str)} - fed
 
-    def enter(eqn: compat.Eqn, ins: list[Any]) -> list[Any]:
-        name, p = eqn.primitive.name, eqn.params
-        if name == "scan":
-            num_consts, num_carry = compat.scan_counts(eqn)
-            return loop(p["jaxpr"], ins[:num_consts], ins[num_consts:], num_carry)
-        if name == "while":
-            first = p["cond_nconsts"] + p["body_nconsts"]
-            return loop(p["body_jaxpr"], ins[p["cond_nconsts"] : first], ins[first:], len(ins) - first)
-        if name == "cond":
-            return [join(tags) for tags in zip(*(run(b, ins[1:]) for b in p["branches"]), strict=True)]
-        inner = p.get("jaxpr", p.get("call_jaxpr"))
-        if inner is not None and len(compat.opened(inner)[0].invars) == len(ins):
-            return run(inner, ins)
-        return [join(ins)] * len(eqn.outvars)
 
-    def loop(body: compat.Jaxpr, consts: list[Any], rest: list[Any], num_carry: int) -> list[Any]:
-        carry, xs = rest[:num_carry], rest[num_carry:]
-        for _ in range(3):  # none -> one source -> mixed: a tag changes at most twice
-            outs = run(body, [*consts, *carry, *xs])
-            carry = [join(pair) for pair in zip(carry, outs[:num_carry], strict=True)]
-        return [*carry, *outs[num_carry:]]
+def _through(eqn: compat.Eqn, tags: Sequence[Any], run: Any) -> list[Any]:
+    """Return the tags of an equation's outputs: of all its inputs together, or by the programs that it holds."""
+    programs = held(eqn)
+    if programs is None:
+        return [_join(tags)] * len(eqn.outvars)
+    each = [_turned(inner, [tags[n] for n in inner.inputs], run) for inner in programs.inner if inner.gives]
+    return [_join(of_one) for of_one in zip(*each, strict=True)]
 
-    inner, _ = compat.opened(jaxpr)
-    return {t for t in run(jaxpr, [None] * len(inner.invars)) if isinstance(t, str)} - fed
+
+def _turned(inner: Inner, tags: list[Any], run: Any) -> list[Any]:
+    """Run a program on tags; a loop's as long as what it carries changes."""
+    outs = run(inner.jaxpr, tags)
+    for _ in range(2 if inner.carried else 0):  # none -> one source -> mixed: a tag changes at most twice
+        for n, out in zip(inner.carried, outs, strict=False):
+            tags[n] = _join([tags[n], out])
+        outs = run(inner.jaxpr, tags)
+    carry = [_join([tags[n], out]) for n, out in zip(inner.carried, outs, strict=False)]
+    return [*carry, *outs[len(carry) :]]
+
+
+def _join(tags: Iterable[Any]) -> Any:
+    found = {t for t in tags if t is not None}
+    return found.pop() if len(found) == 1 else MIXED if found else None
+
+
+def _untagged(constant: Any) -> None:
+    """Give a constant no tag."""

@@ -9,6 +9,7 @@ import jax
 
 from rslora_jax.transform import compat
 from rslora_jax.transform.product import Product, adapted
+from rslora_jax.transform.programs import PROGRAMS
 from rslora_jax.transform.views import View, materialise
 
 # A rule takes (walk, equation, values) and returns the equation's outputs, some of which may be views,
@@ -62,7 +63,7 @@ class Walk:
     def evaluate(self, eqn: compat.Eqn, values: list[Any]) -> list[Any]:
         """Evaluate one equation."""
         # Op by op, a call is entered whatever it meets: bound as it is, it would be compiled, and rounded otherwise.
-        met = any(isinstance(v, View) for v in values) or (compat.op_by_op() and compat.holds_program(eqn))
+        met = any(isinstance(v, View) for v in values) or (compat.op_by_op() and eqn.primitive in PROGRAMS)
         rule = self.rules.get(eqn.primitive) if met else None
         outs = rule(self, eqn, values) if rule else None
         if outs is None:

@@ -142,6 +142,14 @@ def test_loops_and_branches():
     assert flops_of(lambda n, x, w: lax.switch(n, branches, x, w), shape(dtype="int32"), x, w) == 2 * once
 
 
+def test_a_call_that_jax_makes_of_a_program_counts_whatever_jax_names_it():
+    """Of a checkpointed scan under a gradient, the value is a call of its own, of another name on newer JAX."""
+    x, w, layers = shape(4, 8), shape(8, 8), 3
+    run = jax.checkpoint(lambda x, w: lax.scan(lambda x, _: (jnp.tanh(x @ w), None), x, None, length=layers)[0])
+    backward = flops_of(jax.value_and_grad(lambda x, w: jnp.sum(run(x, w) ** 2), (0, 1)), x, w)
+    assert backward == 4 * layers * product(4, 8, 8)  # the value, once more for the gradient, dx and dw
+
+
 @pytest.mark.parametrize("reverse", [False, True])
 def test_a_scan_whose_first_turn_needs_no_gradient_is_what_its_loop_is(reverse):
     layers, params, x = 3, {"w": shape(3, 16, 16)}, shape(8, 16)
