@@ -3,11 +3,11 @@
 What needs the extra `train` (batches, the progress bar, the picture of the loss) says so when it is used.
 """
 
+from rslora_jax.train.batch_stream import Feed
 from rslora_jax.train.batches import Batch, Rows, heldout_batches, prepare, train_batches
 from rslora_jax.train.carry import with_state
 from rslora_jax.train.docstrings import docstring_pairs
 from rslora_jax.train.examples import Example, Message, read_jsonl
-from rslora_jax.train.feed import Feed
 from rslora_jax.train.flops import peak_flops, step_flops
 from rslora_jax.train.loop import NonFiniteLoss, Result, fit
 from rslora_jax.train.loss import Loss, cross_entropy, logits_loss, token_loss
@@ -15,6 +15,7 @@ from rslora_jax.train.optimizers import make_optimizer, make_schedule, muon_axes
 from rslora_jax.train.reading import read_examples
 from rslora_jax.train.state import TrainState, make_evaluate, make_pmap_step, make_step, replicate
 from rslora_jax.train.sweep import Outcome, Trial, sweep
+from rslora_jax.train.writers import Record, RunInfo, Writer
 
 __all__ = [
     "Batch",
@@ -24,10 +25,13 @@ __all__ = [
     "Message",
     "NonFiniteLoss",
     "Outcome",
+    "Record",
     "Result",
     "Rows",
+    "RunInfo",
     "TrainState",
     "Trial",
+    "Writer",
     "cross_entropy",
     "docstring_pairs",
     "fit",

@@ -10,9 +10,9 @@ from typing import Any
 
 import numpy as np
 
-from rslora_jax.train.report import Record
+from rslora_jax.train.writers import Record, RunInfo
 
-SPEED = ("seconds", "tokens_per_second", "tflops", "mfu")
+_SPEED = ("seconds", "tokens_per_second", "tflops", "mfu")
 
 
 @contextlib.contextmanager
@@ -48,22 +48,27 @@ def event_file(folder: str | Path, start: int = 0) -> Iterator[Callable[[Record]
 
         def append(record: Record) -> None:
             for name, value in record.items():
-                if name != "step" and is_number(value):
-                    writer.add_scalar(tag(name), float(value), record["step"])
+                if name != "step" and _is_number(value):
+                    writer.add_scalar(_tag(name), float(value), record["step"])
 
         yield append
 
 
-def tag(name: str) -> str:
+def event_files(run: RunInfo) -> contextlib.AbstractContextManager[Callable[[Record], None]]:
+    """Write a run's event files into its folder."""
+    return event_file(run.folder, run.start)
+
+
+def _tag(name: str) -> str:
     """Return the tag of a metric.
 
-    >>> tag("loss"), tag("heldout_loss"), tag("tokens_per_second")
+    >>> _tag("loss"), _tag("heldout_loss"), _tag("tokens_per_second")
     ('train/loss', 'heldout/loss', 'speed/tokens_per_second')
     """
     if name.startswith("heldout_"):
         return "heldout/" + name.removeprefix("heldout_")
-    return f"speed/{name}" if name in SPEED else f"train/{name}"
+    return f"speed/{name}" if name in _SPEED else f"train/{name}"
 
 
-def is_number(value: Any) -> bool:
+def _is_number(value: Any) -> bool:
     return isinstance(value, (int, float, np.number)) and not isinstance(value, bool)

@@ -114,18 +114,18 @@ def over_parts(of: Callable[..., Any], state: Any, batch: Any, parts: int, first
         sums, state = of(carry[1], part, number)
         return (jax.tree.map(jnp.add, carry[0], sums), state), None
 
-    dealt = split(batch, parts)
+    dealt = deal(batch, parts)
     shapes, _ = jax.eval_shape(of, state, jax.tree.map(lambda x: x[0], dealt), first)
     zeros = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes)
     return lax.scan(one, (zeros, state), (first + jnp.arange(parts), dealt))[0]
 
 
-def split(batch: Any, parts: int) -> Any:
+def deal(batch: Any, parts: int) -> Any:
     """Deal a batch's rows out: row n goes to part n modulo `parts`, on a new first axis; a scalar goes to each.
 
     Dealt like this and not cut, a part has rows of every device on which the batch lies.
 
-    >>> split({"rows": jnp.arange(6), "weight": 0.5}, 2)["rows"].tolist()
+    >>> deal({"rows": jnp.arange(6), "weight": 0.5}, 2)["rows"].tolist()
     [[0, 2, 4], [1, 3, 5]]
     """
 

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
+import functools
 import math
-import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -15,20 +14,23 @@ import numpy as np
 import optax
 
 from rslora_jax.parallel.processes import is_first, stop_requests
-from rslora_jax.sites import from_paths, named_leaves
 from rslora_jax.store import checkpoint
-from rslora_jax.train.carry import call_loss
-from rslora_jax.train.events import event_file
-from rslora_jax.train.feed import Feed, put
-from rslora_jax.train.flops import peak_flops, step_flops
-from rslora_jax.train.gradient import split
+from rslora_jax.train.batch_stream import Feed, lay_out
+from rslora_jax.train.curves import loss_picture
+from rslora_jax.train.events import event_files
+from rslora_jax.train.flops import peak_flops
 from rslora_jax.train.loss import Loss
-from rslora_jax.train.report import Display, Record, metrics_file, perplexity, plot, read_metrics
-from rslora_jax.train.state import TrainState, make_evaluate, make_step
-from rslora_jax.train.update import averages, rehearse
+from rslora_jax.train.metrics import metrics_file, perplexity, read_metrics
+from rslora_jax.train.pace import Pace, since_least
+from rslora_jax.train.report import Display
+from rslora_jax.train.saving import Saver
+from rslora_jax.train.speed import Stopwatch, count_flops, speed
+from rslora_jax.train.state import Step, TrainState, make_evaluate, make_step
+from rslora_jax.train.update import rehearse
+from rslora_jax.train.writers import Record, RunInfo, Writer, open_writers
 from rslora_jax.wrap import Adapters, Lora
 
-MOST_SKIPPED = 10  # batches in a row that are not finite: then it is the state, not a batch
+_MOST_SKIPPED = 10  # batches in a row that are not finite: then it is the state, not a batch
 
 
 class NonFiniteLoss(RuntimeError):
@@ -85,6 +87,7 @@ def fit(
     save_every: int | None = None,
     keep: int = 2,
     tensorboard: bool = False,
+    writers: Sequence[Writer] = (),
     settings: Mapping[str, Any] | None = None,
     resume: bool = False,
     show: bool = True,
@@ -119,6 +122,9 @@ def fit(
         each new least held-out loss.
       keep: how many of the last checkpoints to keep, beside the best.
       tensorboard: write event files too (extra `tensorboard`), in the same folder.
+      writers: what else is told of the run, such as a service of your own, each entered as
+        `with writer(run) as record:` for a `RunInfo`, and given every record (`train.Writer`); of several processes in
+        the first alone. An error in one ends the run, whose state is saved.
       settings: plain JSON values to keep with the checkpoints (`checkpoint.load_about` reads them).
       resume: go on from the folder's last checkpoint.
       show: print progress.
@@ -135,213 +141,206 @@ def fit(
     rehearse(optimizer, adapters)
     about = checkpoint.describe(lora.config, params, settings)
     state = TrainState.create(adapters, optimizer, key, model_state)
-    on_mesh = {isinstance(leaf.sharding, jax.sharding.NamedSharding) for leaf in jax.tree.leaves(state)} == {True}
-    shardings = jax.tree.map(lambda leaf: leaf.sharding, state) if on_mesh else None
-    step = make_step(lora, loss, optimizer, accumulate=accumulate, skip=on_nonfinite == "skip", shardings=shardings)
+    skip, feed = on_nonfinite == "skip", Feed(batches, batch_sharding)
+    step = make_step(lora, loss, optimizer, accumulate=accumulate, skip=skip, shardings=_shardings(state))
     evaluate = make_evaluate(lora, heldout_loss or loss, keyed=key is not None)
-    feed = Feed(batches, batch_sharding)
-    eval_every = eval_every or max(1, math.ceil(steps / 3))
-    save_every = save_every or max(1, min(math.ceil(steps / 4), 500))
-
-    with contextlib.ExitStack() as stack:
-        saved = stack.enter_context(checkpoint.open_checkpoints(folder, resume=resume, keep=keep))
-        asked = stack.enter_context(stop_requests())
+    judge = functools.partial(_mean_heldout_loss, evaluate, params, heldout, batch_sharding)
+    count = functools.partial(count_flops, lora, loss, params, accumulate=accumulate)
+    pace = Pace(steps, eval_every or None, save_every or None, patience)
+    with checkpoint.open_checkpoints(folder, resume=resume, keep=keep) as saved, stop_requests() as asked:
         display = Display(steps, show and is_first())
-        if resume:
-            restored = checkpoint.restore(saved, state.adapters, training(state), about, display.line)
-            state = from_checkpoint(state, restored)
-            feed.go_to(restored[2]["data"])
-        start = int(state.step)
-        if start >= steps:
-            raise ValueError(f"{folder} is already at step {start}: ask for more than {steps} steps to go on")
-        records = read_metrics(folder / "metrics.jsonl", until=start)
-        writers = []
-        if is_first():
-            writers.append(stack.enter_context(metrics_file(folder / "metrics.jsonl", records, display.line)))
-            if tensorboard:
-                writers.append(stack.enter_context(event_file(folder, start)))
-        stack.enter_context(display.running(start))
+        saver = Saver(saved, about, display.line)
+        state = saver.restore(state, feed) if resume else state
+        info = _begin(folder, int(state.step), steps, lora, settings or {}, display)
+        ours = (metrics_file, *([event_files] if tensorboard else []), loss_picture, *writers, display.running)
+        with open_writers(info, ours if is_first() else ()) as write:
+            parts: Any = {"count": count, "judge": judge, "saver": saver, "write": write, "asked": asked, "skip": skip}
+            run = _Run(info, pace, params, state, step, feed, **parts)
+            came = run.go()
+    return run.result(came)
 
-        def record(**entry: Any) -> None:
-            records.append(entry)
-            for write in writers:
-                write(entry)
 
-        def look(at: int) -> float | None:
-            """Evaluate on the held-out batches; None where there are none, or a signal came."""
-            if heldout is None:
-                return None
-            sums, adapters = [], state.to_use
-            for batch in heldout:
-                sums.append(evaluate(params, adapters, put(batch, batch_sharding), state.model_state))
-                if signal_at(at):
-                    return None
-            total, count = (sum(float(s[n]) for s in sums) for n in (0, 1))
-            if not count:
-                raise ValueError("the held-out batches hold no token with loss: give at least one example")
-            value = total / count
-            record(step=at, heldout_loss=value)
-            display.line(f"step {at}: held-out perplexity {perplexity(value):.2f} (loss {value:.4f})")
-            return value
+def _shardings(state: TrainState) -> TrainState | None:
+    """Return where each array of a state lies, if it lies on a mesh."""
+    on_mesh = all(isinstance(leaf.sharding, jax.sharding.NamedSharding) for leaf in jax.tree.leaves(state))
+    return jax.tree.map(lambda leaf: leaf.sharding, state) if on_mesh else None
 
-        def save(at: int, value: float | None = None) -> None:
-            place = {"data": feed.place() | {"batch": at}}
-            try:
-                checkpoint.save(saved, at, state.to_use, training(state), about | place, value)
-            except Exception as error:  # what orbax, tensorstore or the system raise
-                failed(at, error)
 
-        def failed(at: int, error: Exception) -> None:
-            saved.manager.reload()
-            last = checkpoint.steps_in(folder)
-            there = f"the last checkpoint is that of step {last[-1]}" if last else "there is no checkpoint yet"
-            reason = " ".join(str(error).split())[:300]
-            display.line(f"step {at}: a checkpoint could not be written, and {there}; training goes on ({reason})")
+def _begin(folder: Path, start: int, steps: int, lora: Lora, settings: Mapping[str, Any], display: Display) -> RunInfo:
+    """Return what writers are told of a run, with the records that its folder has.
 
-        last, flops = time.monotonic(), None
-        peak = peak_flops(jax.devices()[0])
+    Raises:
+      ValueError: no step is left to do.
+    """
+    if start >= steps:
+        raise ValueError(f"{folder} is already at step {start}: ask for more than {steps} steps to go on")
+    records = tuple(read_metrics(folder / "metrics.jsonl", until=start))
+    return RunInfo(folder, start, steps, records, lora.config, settings, display.line)
 
-        def finish(number: int, metrics: dict, size: int) -> None:
-            """Wait for a step and record it; the device may be at work on the next."""
-            nonlocal last
-            value, norm, tokens, skipped = (float(metrics[k]) for k in ("loss", "grad_norm", "tokens", "skipped"))
-            now = time.monotonic()
-            seconds, last = now - last, now
-            record(
-                step=number,
-                loss=value,
-                perplexity=perplexity(value),
-                grad_norm=norm,
-                tokens=int(tokens),
-                seconds=round(seconds, 4),
-                tokens_per_second=round((size or tokens) / max(seconds, 1e-9), 1),
-                **speed(flops, seconds, peak),
-                **({"skipped": True} if skipped and on_nonfinite == "skip" else {}),
-            )
-            if skipped:
-                what = "loss" if not math.isfinite(value) else "gradient"
-                told = f"the {what} of step {number} is not finite (loss {value}, gradient norm {norm})"
-                if on_nonfinite == "stop" or skipped >= MOST_SKIPPED:
-                    raise NonFiniteLoss(
-                        f"{told}; the adapters of step {number - int(skipped)} are saved "
-                        f"in {folder}: try a lower learning rate, or look at batch {number - 1}"
-                    )
-                display.line(f"{told}: the batch is skipped")
-            display.update(records[-1])
 
-        signal_at = asked
-        at, pending, came = start, None, None
+@dataclasses.dataclass
+class _Run:
+    """A run under way: its parts, and how far it is.
+
+    Attributes:
+      info, pace, params, feed, saver: its parts.
+      state: after the last step that was begun.
+      step: the compiled step.
+      count: `count(state, batch)` counts the FLOPs of a step.
+      judge: `judge(state, stopped)` gives the held-out loss; None where there is none, or `stopped()` is true.
+      write: hands a record to the writers.
+      asked: `asked(step)` gives the signal to stop, if one came.
+      skip: whether batches that are not finite are passed over.
+      records: all until now.
+      at: how many steps are begun.
+      pending: the metrics of a step that is not recorded: the device may still be at work on it.
+      flops: of a step, once there was one.
+      watch: runs from the end of the last step.
+    """
+
+    info: RunInfo
+    pace: Pace
+    params: Any
+    state: TrainState
+    step: Step
+    feed: Feed
+    count: Callable[[TrainState, Any], int]
+    judge: Callable[[TrainState, Callable[[], Any]], float | None]
+    saver: Saver
+    write: Callable[[Record], None]
+    asked: Callable[[int], int | None]
+    skip: bool
+
+    def __post_init__(self) -> None:
+        self.records = list(self.info.records)
+        self.at = self.info.start
+        self.pending: tuple[Mapping[str, jax.Array], int] | None = None
+        self.flops: int | None = None
+        self.watch = Stopwatch()
+
+    def go(self) -> int | None:
+        """Take the steps and save the end, whatever comes; return the signal that stopped them, if one did."""
         try:
-            if not any(r["step"] == start and "heldout_loss" in r for r in records) and start % eval_every == 0:
-                look(start)
-            last = time.monotonic()
-            while at < steps and not (came := asked(at)) and not too_long(records, patience):
-                batch = next(feed)
-                if flops is None:
-                    flops = count_flops(lora, loss, params, state, batch, accumulate)
-                state, metrics = step(state, params, batch)
-                if pending:
-                    finish(*pending)
-                at += 1
-                pending = (at, metrics, np.size(getattr(batch, "tokens_BxT", ())))
-                looks, saves = at % eval_every == 0 or at == steps, at % save_every == 0
-                if looks or saves:
-                    finish(*pending)
-                    pending = None
-                    value = look(at) if looks else None
-                    if saves or (value is not None and is_least(records)):
-                        save(at, value)
-                    last = time.monotonic()
-            if pending:
-                finish(*pending)
+            if self.pace.looks(self.at) and not any(
+                record["step"] == self.at and "heldout_loss" in record for record in self.records
+            ):
+                self.look()
+            self.watch.lap()
+            came = None
+            while self.at < self.pace.steps and not (came := self.asked(self.at)):
+                if self.pace.gives_up(self.records):
+                    break
+                self.advance()
+            self.finish()
+            return came
         finally:
             # After an error the state is that of the last good step (see TrainState.finite), unless a second
             # Ctrl-C struck while the step had the state's memory.
-            if not any(leaf.is_deleted() for leaf in jax.tree.leaves(state)):
-                save(int(state.step))
-                try:
-                    saved.manager.wait_until_finished()
-                except Exception as error:
-                    failed(int(state.step), error)
-            if is_first():
-                title = f"{folder.name}: rank {lora.config.rank}, {lora.config.scaling}"
-                try:
-                    plot(records, folder / "loss.png", title)
-                except OSError:  # of a full disk, told above
-                    pass
-                except ImportError as error:
-                    display.line(f"there is no loss.png: {error}")
-    on_disk = checkpoint.steps_in(folder)
-    early = at < steps and came is None
-    last_saved = on_disk[-1] if on_disk else None
-    return Result(state.to_use, int(state.step), tuple(records), came, early, last_saved, state.model_state)
+            if not any(leaf.is_deleted() for leaf in jax.tree.leaves(self.state)):
+                self.saver.save_last(self.state, self.feed)
+
+    def advance(self) -> None:
+        """Begin a step, record the one before it, and evaluate and save where that is due."""
+        batch = next(self.feed)
+        if self.flops is None:
+            self.flops = self.count(self.state, batch)
+        self.state, metrics = self.step(self.state, self.params, batch)
+        self.finish()
+        self.at += 1
+        self.pending = metrics, np.size(getattr(batch, "tokens_BxT", ()))
+        looks, saves = self.pace.looks(self.at), self.pace.saves(self.at)
+        if looks or saves:
+            self.finish()
+            value = self.look() if looks else None
+            if saves or (value is not None and since_least(self.records) == 0):
+                self.saver.save(self.state, self.feed, value)
+            self.watch.lap()
+
+    def finish(self) -> None:
+        """Wait for the step that is not recorded, if there is one, and record it.
+
+        Raises:
+          NonFiniteLoss: it was not finite, and is not to be skipped.
+        """
+        if self.pending is None:
+            return
+        (metrics, size), self.pending = self.pending, None
+        numbers = {name: float(metrics[name]) for name in ("loss", "grad_norm", "tokens", "skipped")}
+        record = _step_record(self.at, numbers, size, self.watch.lap(), self.flops)
+        skipped = int(numbers["skipped"])
+        self.record(record | ({"skipped": True} if skipped and self.skip else {}))
+        if skipped:
+            self.pass_over(record, skipped)
+
+    def pass_over(self, record: Record, skipped: int) -> None:
+        """Say that a step was not finite, the last of so many in a row."""
+        number, value = record["step"], record["loss"]
+        what = "gradient" if math.isfinite(value) else "loss"
+        told = f"the {what} of step {number} is not finite (loss {value}, gradient norm {record['grad_norm']})"
+        if self.skip and skipped < _MOST_SKIPPED:
+            self.info.say(f"{told}: the batch is skipped")
+            return
+        raise NonFiniteLoss(
+            f"{told}; the adapters of step {number - skipped} are saved "
+            f"in {self.info.folder}: try a lower learning rate, or look at batch {number - 1}"
+        )
+
+    def look(self) -> float | None:
+        """Take the held-out loss and record it; None where there is none, or a signal came."""
+        value = self.judge(self.state, lambda: self.asked(self.at))
+        if value is not None:
+            self.record({"step": self.at, "heldout_loss": value})
+        return value
+
+    def record(self, record: Record) -> None:
+        """Keep a record and hand it to the writers."""
+        self.records.append(record)
+        self.write(record)
+
+    def result(self, came: int | None) -> Result:
+        """Return what the run came to, by the signal that stopped it."""
+        on_disk, state = checkpoint.steps_in(self.info.folder), self.state
+        early, last_saved = self.at < self.pace.steps and came is None, on_disk[-1] if on_disk else None
+        records = tuple(self.records)
+        return Result(state.to_use, int(state.step), records, came, early, last_saved, state.model_state)
 
 
-def count_flops(lora: Lora, loss: Loss, params: Any, state: TrainState, batch: Any, accumulate: int) -> int:
-    """Count a step's model FLOPs; 0 where the program cannot be counted, which is no reason not to train it."""
-    keys = () if state.key is None else (state.key,)
-    of = lambda run, batch: call_loss(loss, run, batch, state.model_state, *keys)[:2]
-    try:
-        part = batch
-        if accumulate > 1:
-            part = jax.eval_shape(lambda batch: jax.tree.map(lambda x: x[0], split(batch, accumulate)), batch)
-        return accumulate * step_flops(lora, of, params, state.adapters, part)
-    except (TypeError, ValueError, NotImplementedError, AttributeError, IndexError):
-        return 0
+def _step_record(number: int, numbers: Mapping[str, float], size: int, seconds: float, flops: int | None) -> Record:
+    """Return the record of a step; `size` is how many tokens its batch has, with loss or not, where that is known."""
+    value, tokens = numbers["loss"], numbers["tokens"]
+    return {
+        "step": number,
+        "loss": value,
+        "perplexity": perplexity(value),
+        "grad_norm": numbers["grad_norm"],
+        "tokens": int(tokens),
+        "seconds": round(seconds, 4),
+        "tokens_per_second": round((size or tokens) / max(seconds, 1e-9), 1),
+        **speed(flops, seconds, peak_flops(jax.devices()[0])),
+    }
 
 
-def speed(flops: int | None, seconds: float, peak: float | None) -> dict[str, float]:
-    """Return the model's TFLOPs a second, and its part of the devices' peak where that is known.
+def _mean_heldout_loss(
+    evaluate: Callable[..., Any],
+    params: Any,
+    batches: Any,
+    sharding: jax.sharding.Sharding | None,
+    state: TrainState,
+    stopped: Callable[[], Any],
+) -> float | None:
+    """Return the mean loss on held-out batches; None where there are none, or it is stopped.
 
-    >>> speed(10**12, 0.5, None)
-    {'tflops': 2.0}
+    Raises:
+      ValueError: they have no token with loss.
     """
-    if not flops:
-        return {}
-    rate = flops / max(seconds, 1e-9)
-    return {"tflops": round(rate / 1e12, 4), **({"mfu": round(rate / peak / jax.device_count(), 4)} if peak else {})}
-
-
-def is_least(records: Sequence[Record]) -> bool:
-    """Say whether the last held-out loss is the least so far.
-
-    >>> is_least([{"heldout_loss": 2.0}, {"loss": 1.0}, {"heldout_loss": 1.5}])
-    True
-    """
-    return since_least(records) == 0
-
-
-def too_long(records: Sequence[Record], patience: int | None) -> bool:
-    """Say whether so many evaluations in a row brought no new least held-out loss.
-
-    >>> too_long([{"heldout_loss": loss} for loss in (2.0, 1.0, 1.5, 1.2)], patience=2)
-    True
-    """
-    return patience is not None and since_least(records) >= patience
-
-
-def since_least(records: Sequence[Record]) -> int:
-    """Count the evaluations after the one with the least held-out loss."""
-    losses = [r["heldout_loss"] for r in records if "heldout_loss" in r]
-    losses = [loss if isinstance(loss, float) and not math.isnan(loss) else math.inf for loss in losses]
-    return len(losses) - 1 - losses.index(min(losses)) if losses else 0
-
-
-def training(state: TrainState) -> dict[str, Any]:
-    """Return what a checkpoint holds beside the adapters to use: all that the next step needs."""
-    held = {"step": state.step, "opt_state": state.opt_state, "skipped": state.skipped}
-    if averages(state.opt_state):
-        held["trained"] = state.adapters
-    if jax.tree.leaves(state.model_state):
-        held["model_state"] = named_leaves(state.model_state)
-    return held if state.key is None else held | {"key": state.key}
-
-
-def from_checkpoint(state: TrainState, restored: tuple[Any, Any, Any]) -> TrainState:
-    """Return a state with what `checkpoint.restore` gave."""
-    adapters, rest, _ = restored
-    adapters = rest.pop("trained", adapters)
-    model_state = from_paths(state.model_state, rest.pop("model_state", {}))
-    # What is restored is bound to its devices: were this not, the second step would compile again.
-    finite = jax.device_put(state.finite, rest["step"].sharding)
-    return dataclasses.replace(state, adapters=adapters, finite=finite, model_state=model_state, **rest)
+    if batches is None:
+        return None
+    sums, adapters = [], state.to_use
+    for batch in batches:
+        sums.append(evaluate(params, adapters, lay_out(batch, sharding), state.model_state))
+        if stopped():
+            return None
+    total, count = (sum(float(s[n]) for s in sums) for n in (0, 1))
+    if not count:
+        raise ValueError("the held-out batches hold no token with loss: give at least one example")
+    return total / count

@@ -17,7 +17,7 @@ import optax
 from jax import Array
 
 from rslora_jax.train.batches import Batch, Rows, heldout_batches
-from rslora_jax.train.report import perplexity
+from rslora_jax.train.metrics import perplexity
 from rslora_jax.train.tokens import Progress
 
 

@@ -14,7 +14,7 @@ from matplotlib.ticker import MaxNLocator, NullLocator
 from paper.plan import Grid, Spec
 from paper.rates import common_rate, exploded
 from paper.store import mean_and_error
-from rslora_jax.train.report import running_mean
+from rslora_jax.train.curves import running_mean
 
 NAMES = {
     "rslora": "rsLoRA",

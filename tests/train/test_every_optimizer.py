@@ -13,7 +13,7 @@ from optax import contrib
 import rslora_jax as rslora
 from rslora_jax import train
 from rslora_jax.store import checkpoint
-from rslora_jax.train.loop import from_checkpoint, training
+from rslora_jax.train.saving import from_checkpoint, training
 
 pytestmark = [pytest.mark.by_day_on("oldest"), pytest.mark.usefixtures("compile_fast")]
 

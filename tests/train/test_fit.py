@@ -1,5 +1,6 @@
 """The loop: what it learns, writes, resumes from and refuses."""
 
+import contextlib
 import json
 import os
 import signal
@@ -237,3 +238,52 @@ def test_progress_goes_to_the_terminal_as_plain_lines_when_it_is_none(run, tmp_p
     said = capsys.readouterr().out
     assert "step 0: held-out perplexity" in said
     assert "step 3/3  loss" in said and "tok/s" in said and "left" in said
+
+
+def test_a_writer_of_ones_own_is_told_all_that_is_recorded(run, tmp_path):
+    told, runs, ends = [], [], []
+
+    @contextlib.contextmanager
+    def writer(info):
+        runs.append(info)
+        try:
+            yield told.append
+        finally:
+            ends.append(checkpoint.steps_in(info.folder))
+
+    first = run.fit(tmp_path, 3, writers=[writer], settings={"note": 1}, eval_every=2)
+    assert told == list(first.records) and [r["step"] for r in told] == [0, 1, 2, 2, 3, 3]
+    told.clear()
+    second = run.fit(tmp_path, 5, writers=[writer, lambda info: contextlib.nullcontext(dict.clear)], resume=True)
+    assert told == list(second.records[6:]) and [r["step"] for r in told] == [4, 4, 5, 5]
+    assert [(r.folder, r.start, r.steps, list(r.records)) for r in runs] == [
+        (tmp_path, 0, 3, []),
+        (tmp_path, 3, 5, list(first.records)),
+    ]
+    assert runs[0].settings == {"note": 1} and runs[0].config == run.lora.config
+    assert all(r["step"] for r in second.records[1:]), "a writer that changes its record changes no other's"
+    assert [steps[-1] for steps in ends] == [3, 5], "the end is saved before writers are closed"
+
+
+@pytest.mark.parametrize("when", ["start", "record", "end"])
+def test_an_error_in_a_writer_ends_the_run_and_loses_nothing(run, tmp_path, when):
+    @contextlib.contextmanager
+    def writer(info):
+        def record(entry):
+            if when == "record" and entry["step"] == 4:
+                raise OSError("the service is gone")
+
+        if when == "start":
+            raise OSError("the service is gone")
+        yield record
+        if when == "end":
+            raise OSError("the service is gone")
+
+    with pytest.raises(OSError, match="the service is gone"):
+        run.fit(tmp_path, 6, writers=[writer], save_every=100, eval_every=100)
+    saved = {"start": None, "record": 5, "end": 6}[when]  # the step behind the recorded one had begun
+    assert checkpoint.steps_in(tmp_path)[-1:] == ([saved] if saved else [])
+    lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    steps = [line["step"] for line in lines if "loss" in line]
+    assert steps == list(range(1, {"start": 0, "record": 4, "end": 6}[when] + 1))
+    assert (tmp_path / "loss.png").exists()

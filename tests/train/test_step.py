@@ -137,8 +137,8 @@ def test_a_step_in_lower_precision_keeps_float32_adapters_and_moments():
 def test_a_batch_may_have_scalars(parts, tmp_path):
     """A scalar goes whole to each part, lies whole on a mesh, and its FLOPs can be counted."""
     from rslora_jax.parallel import sharding
-    from rslora_jax.train.feed import put
-    from rslora_jax.train.loop import count_flops
+    from rslora_jax.train.batch_stream import lay_out
+    from rslora_jax.train.speed import count_flops
 
     lora, w, adapters = regression()
     rows = np.random.default_rng(0).normal(size=(4, 5)).astype("float32")
@@ -158,5 +158,5 @@ def test_a_batch_may_have_scalars(parts, tmp_path):
     value, grads = jax.value_and_grad(by_hand)(adapters)
     assert float(metrics["loss"]) == pytest.approx(float(value), rel=1e-5)
     near(jax.tree.map(jnp.subtract, adapters, state.adapters), grads, 2e-5)
-    laid = put(batch, sharding.batch_sharding(sharding.make_mesh("data=-1")))
+    laid = lay_out(batch, sharding.batch_sharding(sharding.make_mesh("data=-1")))
     assert laid["scale"].shape == () and laid["scale"].is_fully_replicated

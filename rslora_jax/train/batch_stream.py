@@ -38,7 +38,7 @@ class Feed:
     def __next__(self) -> Any:
         batch = self._batches[self._number] if self._iterator is None else next(self._iterator)
         self._number += 1
-        return put(batch, self._sharding)
+        return lay_out(batch, self._sharding)
 
     def place(self) -> dict[str, Any]:
         """Say how many batches were given, and the iterator's own state where there is one."""
@@ -54,7 +54,7 @@ class Feed:
             self._iterator.set_state(place["iterator"])
 
 
-def put(batch: Any, sharding: jax.sharding.Sharding | None) -> Any:
+def lay_out(batch: Any, sharding: jax.sharding.Sharding | None) -> Any:
     """Lay a batch out on the devices; of several processes each gives the rows that its devices hold.
 
     A scalar is whole on every device, and of several processes the same in each.

@@ -1,0 +1,76 @@
+"""A run's numbers as lines of JSON, a line for each step and each evaluation."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import json
+import math
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+from rslora_jax.train.writers import Record, RunInfo
+
+
+def perplexity(loss: float) -> float:
+    """Return exp(loss), infinite where it overflows.
+
+    >>> perplexity(0.0), perplexity(1e6)
+    (1.0, inf)
+    """
+    return math.exp(loss) if loss < 700 else (loss if math.isnan(loss) else math.inf)
+
+
+def read_metrics(path: Path, until: int) -> list[Record]:
+    """Read the lines of a metrics file up to a step; a line that a crash cut short ends it."""
+    records: list[Record] = []
+    if path.exists():
+        for line in path.read_text(encoding="utf-8").splitlines():
+            try:
+                record = json.loads(line)
+            except json.JSONDecodeError:
+                break
+            if record["step"] <= until:
+                records.append(record)
+    return records
+
+
+@contextlib.contextmanager
+def metrics_file(run: RunInfo) -> Iterator[Callable[[Record], None]]:
+    """Write `metrics.jsonl`, which begins with the records of the run that goes on; each line is flushed.
+
+    A full disk does not end a run: it is said once, and what cannot be written is left out.
+    """
+    path, say_once = run.folder / "metrics.jsonl", functools.cache(run.say)
+    # Written apart and moved: a crash in between loses no line.
+    draft = path.with_suffix(".tmp")
+    draft.write_text("".join(map(_line, run.records)), encoding="utf-8")
+    draft.replace(path)
+    file = path.open("a", encoding="utf-8")
+
+    def append(record: Record) -> None:
+        try:
+            file.write(_line(record))
+            file.flush()
+        except OSError as error:
+            say_once(f"{path} cannot be written ({error.strerror}): training goes on without it")
+
+    try:
+        yield append
+    finally:
+        with contextlib.suppress(OSError):  # of the lines that could not be written, told above
+            file.close()
+
+
+def _line(record: Record) -> str:
+    return json.dumps({name: _strict(value) for name, value in record.items()}) + "\n"
+
+
+def _strict(value: Any) -> Any:
+    """Write numbers that JSON has no name for as text.
+
+    >>> _strict(float("nan")), _strict(1.5)
+    ('nan', 1.5)
+    """
+    return str(value) if isinstance(value, float) and not math.isfinite(value) else value
