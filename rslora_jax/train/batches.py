@@ -116,8 +116,8 @@ def prepare(
     kept for the next run, and what is called with (examples done, examples in all) on the way.
 
     Raises:
-        ValueError: there are no examples, `max_len` is below 1, an example cannot be encoded, or `workers` or
-            `cache` cannot be used.
+      ValueError: there are no examples, `max_len` is below 1, an example cannot be encoded, or `workers` or
+        `cache` cannot be used.
 
     >>> from rslora_jax.train.bytelevel import ByteTokenizer
     >>> sums = [Example("1+1=", "2"), Example("2+2=", "4"), Example("40+2=", "42")]
@@ -164,7 +164,7 @@ def train_batches(rows: Rows, *, batch_size: int, seed: int = 0, share: slice | 
     processes have the same order, and their shares, one after the other, are the batch bit for bit.
 
     Raises:
-        ValueError: `batch_size` is below 1, or `share` has no rows or goes beyond the batch.
+      ValueError: `batch_size` is below 1, or `share` has no rows or goes beyond the batch.
 
     >>> from rslora_jax.train.bytelevel import ByteTokenizer
     >>> rows = prepare(ByteTokenizer(), [Example("1+1=", "2"), Example("2+2=", "4")], max_len=8)
@@ -186,7 +186,7 @@ def heldout_batches(rows: Rows, *, batch_size: int, share: slice | None = None) 
     `share` is as in `train_batches`.
 
     Raises:
-        ValueError: `batch_size` is below 1, or `share` has no rows or goes beyond the batch.
+      ValueError: `batch_size` is below 1, or `share` has no rows or goes beyond the batch.
 
     >>> from rslora_jax.train.bytelevel import ByteTokenizer
     >>> rows = prepare(ByteTokenizer(), [Example("1+1=", "2")], max_len=8)

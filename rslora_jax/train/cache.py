@@ -27,7 +27,7 @@ def file_for(folder: str | Path, tokenizer: Tokenizer, examples: Sequence[Exampl
     it makes of the beginnings of a few examples: that tells where its code has changed.
 
     Raises:
-        ValueError: the folder cannot be made, or the tokenizer not be pickled.
+      ValueError: the folder cannot be made, or the tokenizer not be pickled.
 
     >>> from rslora_jax.train.bytelevel import ByteTokenizer
     >>> import tempfile

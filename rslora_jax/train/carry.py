@@ -11,9 +11,6 @@ from jax import Array, lax
 
 from rslora_jax.sites import named_leaves
 
-# A loss, called with all that it takes: `call(run, batch, model_state) -> (sum, count, model_state)`.
-Called = Callable[[Callable[..., Any], Any, Any], tuple[Array, Array, Any]]
-
 
 def with_state(loss: Callable[..., Any]) -> Callable[..., Any]:
     """Make a loss of a model with state from one that knows of none.
@@ -60,16 +57,15 @@ def call_loss(
     if not state:
         return *found, None
     new = jax.tree.map(jnp.asarray, found[2])
-    check_form(new, model_state)
+    _check_form(new, model_state)
     return *found[:2], new
 
 
-def check_form(new: Any, old: Any) -> None:
+def _check_form(new: Any, old: Any) -> None:
     """Raise a ValueError where a state is not of the structure, shapes and dtypes of the one before."""
     news, olds = named_leaves(new), named_leaves(old)
-    form = lambda leaf: None if leaf is None else f"{jnp.asarray(leaf).dtype}{list(jnp.shape(leaf))}"
     for name in {**olds, **news}:
-        was, now = form(olds.get(name)), form(news.get(name))
+        was, now = _form(olds.get(name)), _form(news.get(name))
         if was != now:
             raise ValueError(
                 f"the loss returns a model state in which {name} is {now or 'missing'}, and was given one in which it "
@@ -83,7 +79,15 @@ def check_form(new: Any, old: Any) -> None:
         )
 
 
+def _form(leaf: Any) -> str | None:
+    """Write an array's dtype and shape."""
+    return None if leaf is None else f"{jnp.asarray(leaf).dtype}{list(jnp.shape(leaf))}"
+
+
 def averaged(model_state: Any, axis: str) -> Any:
     """Average a state's numbers over a mapped axis of devices; integers and keys stay each device's own."""
-    mean = lambda leaf: lax.pmean(leaf, axis) if jnp.issubdtype(leaf.dtype, jnp.inexact) else leaf
+
+    def mean(leaf: Array) -> Array:
+        return lax.pmean(leaf, axis) if jnp.issubdtype(leaf.dtype, jnp.inexact) else leaf
+
     return jax.tree.map(mean, model_state)

@@ -45,7 +45,7 @@ def docstring_pairs(split: Literal["train", "heldout"]) -> tuple[Example, ...]:
     of its class, so none is on both sides.
 
     Raises:
-        ValueError: `split` is something else, or this Python came without the sources of its library.
+      ValueError: `split` is something else, or this Python came without the sources of its library.
 
     >>> pair = next(pair for pair in docstring_pairs("train") if pair.origin == "json:loads")
     >>> print(pair.prompt)  # doctest: +ELLIPSIS
@@ -79,7 +79,7 @@ def pairs_of_source(source: str, module: str) -> list[Example]:
     functions, whose source is part of the outer one's.
 
     Raises:
-        SyntaxError: the source is not Python.
+      SyntaxError: the source is not Python.
 
     >>> source = 'def double(x):\\n    """Return twice the number."""\\n    return 2 * x\\n'
     >>> pair, = pairs_of_source(source, "maths")

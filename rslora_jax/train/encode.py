@@ -21,14 +21,22 @@ class Tokenizer(Protocol):
     """
 
     @property
-    def eos_id(self) -> int: ...
-    @property
-    def pad_id(self) -> int: ...
-    @property
-    def chat_template(self) -> str | None: ...
+    def eos_id(self) -> int:
+        """The id of the token that ends a text."""
 
-    def encode(self, text: str) -> list[int]: ...
-    def chat(self, messages: list[dict[str, str]], *, add_generation_prompt: bool = True) -> str: ...
+    @property
+    def pad_id(self) -> int:
+        """The id of the token that fills rows."""
+
+    @property
+    def chat_template(self) -> str | None:
+        """The template of chats, if the model has one."""
+
+    def encode(self, text: str) -> list[int]:
+        """Return a text's token ids."""
+
+    def chat(self, messages: list[dict[str, str]], *, add_generation_prompt: bool = True) -> str:
+        """Return a chat as text."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -95,8 +103,8 @@ def encode_example(tokenizer: Tokenizer, example: Example) -> list[Encoded]:
     generated, is a sequence of its own, so that what is learnt is always what the model will meet.
 
     Raises:
-        ValueError: the example leaves no token to learn, or is a chat of several turns and the model has no
-            chat template.
+      ValueError: the example leaves no token to learn, or is a chat of several turns and the model has no
+        chat template.
 
     >>> from rslora_jax.train.bytelevel import ByteTokenizer
     >>> encoded, = encode_example(ByteTokenizer(), Example("ab", "c"))

@@ -57,8 +57,8 @@ def read_jsonl(path: str | PathLike[str]) -> list[Example]:
     form (an id, a source) are left alone; those of two forms leave open which is meant, and are an error.
 
     Raises:
-        ValueError: the file cannot be read, holds no example, or has bad lines. All lines are checked
-            first; the message counts the bad ones and says for the first few, by file:line, what is wrong.
+      ValueError: the file cannot be read, holds no example, or has bad lines. All lines are checked
+        first; the message counts the bad ones and says for the first few, by file:line, what is wrong.
 
     >>> import tempfile, pathlib
     >>> path = pathlib.Path(tempfile.mkdtemp(), "sums.jsonl")
@@ -77,7 +77,7 @@ def parse_all(
     `kind` is what the file's rows are called.
 
     Raises:
-        ValueError: there are no rows, or bad ones; as `read_jsonl` says.
+      ValueError: there are no rows, or bad ones; as `read_jsonl` says.
 
     >>> parse_all("sums", [(1, '2 + 2'), (2, '3 + 3')], lambda row: {"text": row}, kind="line")[1].origin
     'sums:2'

@@ -19,7 +19,7 @@ Bind = Callable[[Adapters], Callable[..., Any]]
 
 
 class Measured(NamedTuple):
-    """What one batch says of the adapters.
+    """Hold what one batch says of the adapters.
 
     Attributes:
       value: its mean loss.
@@ -77,31 +77,31 @@ def measure(
         return (value, count, grads), state
 
     def summed(of: Callable[..., Any], adapters: Adapters) -> tuple[Any, Any]:
-        sums, state = over_parts(functools.partial(of, adapters), model_state, batch, parts, first)
+        sums, state = _over_parts(functools.partial(of, adapters), model_state, batch, parts, first)
         return (lax.psum(sums, axis), averaged(state, axis)) if axis else (sums, state)
 
     def mean(adapters: Adapters) -> Array:
         (value, count), _ = summed(sums_alone, adapters)
-        return per(count, value)
+        return _per(count, value)
 
     def mean_and_gradient(adapters: Adapters) -> tuple[Array, Adapters]:
         (value, count, grads), _ = summed(with_gradient, adapters)
-        return per(count, (value, grads))
+        return _per(count, (value, grads))
 
     # With a rule of its own the gradient, too, is summed part by part and over devices, and keeps no part's values.
     value_fn = jax.custom_vjp(mean)
     value_fn.defvjp(mean_and_gradient, lambda grads, g: (jax.tree.map(lambda x: x * jnp.asarray(g, x.dtype), grads),))
     (value, count, grads), state = summed(with_gradient, adapters)
-    value, grads = per(count, (value, grads))
+    value, grads = _per(count, (value, grads))
     return Measured(value, jnp.asarray(count, jnp.float32), grads, value_fn, state)
 
 
-def per(count: Any, tree: Any) -> Any:
+def _per(count: Any, tree: Any) -> Any:
     """Divide by a number of tokens; a batch may hold none with loss, such as the filling of a last one."""
     return jax.tree.map(lambda x: x / jnp.maximum(jnp.asarray(count, jnp.float32), 1).astype(x.dtype), tree)
 
 
-def over_parts(of: Callable[..., Any], state: Any, batch: Any, parts: int, first: Any) -> tuple[Any, Any]:
+def _over_parts(of: Callable[..., Any], state: Any, batch: Any, parts: int, first: Any) -> tuple[Any, Any]:
     """Return (the sum over a batch's parts, the last state) of `of(state, part, number) -> (sums, state)`.
 
     The numbers begin with `first`.

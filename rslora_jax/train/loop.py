@@ -39,7 +39,7 @@ class NonFiniteLoss(RuntimeError):
 
 @dataclasses.dataclass(frozen=True)
 class Result:
-    """What `fit` returns.
+    """Hold what `fit` returns.
 
     Attributes:
       adapters: the trained adapters, of the last step: those to use (`TrainState.to_use`).

@@ -10,7 +10,7 @@ import optax
 
 
 class Masters(NamedTuple):
-    """The state of `float32_masters`: the parameters in float32, and the state of the optimiser that moves them."""
+    """Hold the state of `float32_masters`: the float32 parameters, and the state of what moves them."""
 
     parameters: Any
     inner: Any
@@ -38,8 +38,10 @@ def float32_masters(optimizer: optax.GradientTransformation) -> optax.GradientTr
     (0.9921875, 0.992)
     """
     inner = optax.with_extra_args_support(optimizer)
+
     # Copies, also of what is float32 already: a step gives the memory of its state and of the parameters away.
-    in_float32 = lambda tree: jax.tree.map(lambda leaf: jnp.array(leaf, jnp.float32), tree)
+    def in_float32(tree: Any) -> Any:
+        return jax.tree.map(lambda leaf: jnp.array(leaf, jnp.float32), tree)
 
     def init(params: Any) -> Masters:
         masters = in_float32(params)

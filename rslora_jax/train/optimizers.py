@@ -20,7 +20,7 @@ from rslora_jax.train.update import rehearse
 from rslora_jax.wrap import Lora
 
 # The rate after warm-up as a part of its peak, by the part of the steps that is left (from 1, to just above 0).
-SHAPES: dict[str, Callable[[Any], Any]] = {
+_SHAPES: dict[str, Callable[[Any], Any]] = {
     "constant": jnp.ones_like,
     "linear": lambda left: left,
     # (1 + cos(pi (1 - left))) / 2, which in float32 is 0 at the end of a long run.
@@ -29,7 +29,7 @@ SHAPES: dict[str, Callable[[Any], Any]] = {
 
 # What optax's defaults are wrong in for adapters. B starts at zero, so a step must not be in proportion to the
 # parameter: adafactor's would then be a thousandth of the rate. A run of adapters is short for b2 = 0.999.
-DEFAULTS: dict[str, dict[str, Any]] = {
+_DEFAULTS: dict[str, dict[str, Any]] = {
     "adamw": {"b2": 0.99},
     "adafactor": {"multiply_by_parameter_scale": False},
 }
@@ -58,8 +58,8 @@ def make_schedule(name: str = "cosine", *, peak: float, steps: int, warmup: floa
     >>> [round(float(schedule(n)), 2) for n in range(9)]
     [0.33, 0.67, 1.0, 0.83, 0.67, 0.5, 0.33, 0.17, 0.0]
     """
-    if name not in SHAPES:
-        raise ValueError(f"the schedule {name!r} is none of {', '.join(SHAPES)}")
+    if name not in _SHAPES:
+        raise ValueError(f"the schedule {name!r} is none of {', '.join(_SHAPES)}")
     if not 0 < peak < math.inf:
         raise ValueError(f"the peak learning rate {peak} is not a number above 0")
     if steps < 1:
@@ -70,7 +70,7 @@ def make_schedule(name: str = "cosine", *, peak: float, steps: int, warmup: floa
 
     def schedule(step: Any) -> Any:
         left = jnp.clip((steps - jnp.asarray(step)) / (steps - rise), 0, 1).astype(jnp.float32)
-        return peak * jnp.where(step < rise, (step + 1) / (rise + 1), SHAPES[name](left))
+        return peak * jnp.where(step < rise, (step + 1) / (rise + 1), _SHAPES[name](left))
 
     return schedule
 
@@ -114,7 +114,7 @@ def make_optimizer(
     known = optimizers()
     if name not in known:
         raise ValueError(
-            f"optax has no optimiser {name!r}{near(name, known)}: it has {', '.join(known)}; any other can be made in "
+            f"optax has no optimiser {name!r}{_near(name, known)}: it has {', '.join(known)}; any other can be made in "
             "Python and given to `fit`"
         )
     takes = [option for option in inspect.signature(known[name]).parameters if option != "learning_rate"]
@@ -123,12 +123,12 @@ def make_optimizer(
             raise ValueError("learning_rate is no option of an optimiser here: the schedule gives it")
         if option not in takes:
             listed = f"it has {', '.join(takes)}" if takes else "it has none"
-            raise ValueError(f"{name} has no option {option!r}{near(option, takes)}: {listed}")
+            raise ValueError(f"{name} has no option {option!r}{_near(option, takes)}: {listed}")
     defaults: dict[str, Any] = {"weight_decay": 0.0} if "weight_decay" in takes else {}
     if name == "muon" and lora:
         defaults["muon_weight_dimension_numbers"] = muon_axes(lora)
     try:
-        optimizer = known[name](learning_rate=schedule, **{**defaults, **DEFAULTS.get(name, {}), **options})
+        optimizer = known[name](learning_rate=schedule, **{**defaults, **_DEFAULTS.get(name, {}), **options})
         rehearse(optimizer, jax.eval_shape(lora.init, jax.random.key(0)) if lora else {"w": {"a": jnp.zeros((2, 3))}})
     except (TypeError, ValueError) as error:
         given = ", ".join(f"{k}={v}" for k, v in options.items()) or "no options"
@@ -178,11 +178,12 @@ def parse_options(texts: Sequence[str]) -> dict[str, Any]:
         name, equals, value = (part.strip() for part in text.partition("="))
         if not (name and equals and value):
             raise ValueError(f"the option {text!r} is not of the form name=value, such as b2=0.99")
-        options[name] = parse_value(value)
+        options[name] = _parse_value(value)
     return options
 
 
-def parse_value(text: str) -> Any:
+def _parse_value(text: str) -> Any:
+    """Read true, false, none or a number; anything else is a word."""
     words = {"true": True, "false": False, "none": None}
     if text.lower() in words:
         return words[text.lower()]
@@ -208,7 +209,7 @@ def optimizers() -> dict[str, Callable[..., optax.GradientTransformation]]:
     return dict(sorted(found.items()))
 
 
-def near(name: str, names: Any) -> str:
+def _near(name: str, names: Any) -> str:
     """Say which of `names` is meant, where one comes close."""
     close = difflib.get_close_matches(name.lower(), names, n=1)
     return f" (did you mean {close[0]}?)" if close else ""

@@ -11,7 +11,7 @@ from rslora_jax.train.writers import Record
 
 @dataclasses.dataclass(frozen=True)
 class Pace:
-    """When a run evaluates, saves and ends, by the number of steps that are done.
+    """Say when a run evaluates, saves and ends, by the number of steps that are done.
 
     Attributes:
       steps: how many are to be done at the end.

@@ -15,7 +15,7 @@ def pack(lengths: Sequence[int], capacity: int, *, seed: int = 0, window: int = 
     as the packing allows; the window bounds the work for large data sets.
 
     Raises:
-        ValueError: a length is below 1 or above the capacity, or the window is below 1.
+      ValueError: a length is below 1 or above the capacity, or the window is below 1.
 
     >>> sorted(sorted(row) for row in pack([5, 2, 3, 4], capacity=7))
     [[0, 1], [2, 3]]

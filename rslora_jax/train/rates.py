@@ -43,7 +43,10 @@ def scale_by_rank(lora: Lora, *, reference_rank: int = 8) -> optax.GradientTrans
     """
     if reference_rank < 1:
         raise ValueError(f"reference_rank={reference_rank} is no rank: give the one at which the rate was found")
-    strength = lambda rank: rank * gamma(rank, 1.0, lora.config.scaling)
+
+    def strength(rank: int) -> float:
+        return rank * gamma(rank, 1.0, lora.config.scaling)
+
     factors = {path: math.sqrt(strength(reference_rank) / strength(site.rank)) for path, site in lora.sites.items()}
 
     def update(updates: Any, params: Any = None) -> Any:

@@ -24,8 +24,8 @@ def read_examples(path: str | PathLike[str]) -> list[Example]:
       file, write `{"text": ...}` lines.
 
     Raises:
-        ValueError: the suffix is none of these, the file cannot be read or holds no example, or rows are bad:
-            the message names the file and the first bad rows, counted from 1.
+      ValueError: the suffix is none of these, the file cannot be read or holds no example, or rows are bad:
+        the message names the file and the first bad rows, counted from 1.
 
     >>> import tempfile, pathlib
     >>> path = pathlib.Path(tempfile.mkdtemp(), "rhyme.txt")

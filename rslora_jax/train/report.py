@@ -32,7 +32,7 @@ def _numbers(record: Record, left: float | None) -> str:
 
 
 class Display:
-    """A progress bar on a terminal, some plain lines elsewhere, or nothing.
+    """Show a progress bar on a terminal, some plain lines elsewhere, or nothing.
 
     Raises:
       ImportError: something is to be shown, and rich is not installed.

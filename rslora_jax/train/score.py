@@ -18,6 +18,7 @@ from jax import Array
 
 from rslora_jax.train.batches import Batch, Rows, heldout_batches
 from rslora_jax.train.metrics import perplexity
+from rslora_jax.train.ratio import ratio_error
 from rslora_jax.train.tokens import Progress
 
 
@@ -37,14 +38,9 @@ class Losses:
     def error(self) -> float:
         """The standard error of `mean` over examples; NaN of one example.
 
-        Tokens of an example are not independent, so examples are what is counted. The mean is a ratio of two sums
-        over them, whose error is that of Cochran, Sampling Techniques (3rd ed., 1977), equation 6.13.
+        Tokens of an example are not independent, so examples are what is counted (`ratio_error`).
         """
-        count = len(self.sums_E)
-        if count < 2:
-            return math.nan
-        rest_E = self.sums_E - self.mean * self.tokens_E
-        return math.sqrt(count / (count - 1) * float(np.sum(rest_E**2))) / float(self.tokens_E.sum())
+        return ratio_error(self.sums_E, self.tokens_E)
 
     @property
     def perplexity(self) -> float:
@@ -81,7 +77,7 @@ def losses(
     tokens_S = np.array([float(encoded.is_learnt_N[1:].sum()) for encoded in rows.sequences])
     sums_S = np.zeros(len(rows.sequences))
     batches = heldout_batches(rows, batch_size=batch_size)
-    score = make_score(apply, rows.places, max(map(len, rows.rows)))
+    score = _make_score(apply, rows.places, max(map(len, rows.rows)))
     for number in range(len(batches)):
         sums_BxK = np.asarray(score(variables, batches[number]), np.float64)
         members = rows.rows[number * batch_size : (number + 1) * batch_size]
@@ -95,7 +91,7 @@ def losses(
 
 
 @functools.lru_cache(maxsize=8)
-def make_score(apply: Callable[..., Any], places: int, segments: int) -> Callable[[Any, Batch], Array]:
+def _make_score(apply: Callable[..., Any], places: int, segments: int) -> Callable[[Any, Batch], Array]:
     """Make the compiled `score(variables, batch)`: the summed loss of each row's examples, float32 (B, segments).
 
     As in `token_loss`, the product with the vocabulary is made at `places` tokens of each row only.
@@ -106,7 +102,10 @@ def make_score(apply: Callable[..., Any], places: int, segments: int) -> Callabl
         run = functools.partial(apply, variables)
         x_BxTxD = run(batch.tokens_BxT, batch.positions_BxT, batch.segment_ids_BxT, method="hidden")
         mask_BxP, at_BxP = jax.lax.top_k(jnp.asarray(batch.loss_mask_BxT), min(places, x_BxTxD.shape[1]))
-        chosen = lambda values: jnp.take_along_axis(jnp.asarray(values), at_BxP, axis=1)
+
+        def chosen(values: Any) -> Array:
+            return jnp.take_along_axis(jnp.asarray(values), at_BxP, axis=1)
+
         x_BxPxD = jnp.take_along_axis(x_BxTxD, at_BxP[..., None], axis=1)
         logits_BxPxV = run(x_BxPxD, method="head").astype(jnp.float32)
         found = optax.softmax_cross_entropy_with_integer_labels(logits_BxPxV, chosen(batch.targets_BxT))
@@ -161,14 +160,14 @@ def is_match(answer: str, wanted: str) -> bool:
     """
     if "####" not in wanted:
         return " ".join(answer.split()) == " ".join(wanted.split())
-    found, right = final_number(answer), final_number(wanted)
+    found, right = _final_number(answer), _final_number(wanted)
     return found is not None and found == right
 
 
-def final_number(text: str) -> Decimal | None:
+def _final_number(text: str) -> Decimal | None:
     """Give the number after the first "####" that has one, exactly; None where there is none.
 
-    >>> final_number("#### -1,234.50 apples"), final_number("#### none")
+    >>> _final_number("#### -1,234.50 apples"), _final_number("#### none")
     (Decimal('-1234.50'), None)
     """
     found = re.search(r"####\s*(-?\s*\$?\s*-?[\d.,]+)", text)

@@ -69,15 +69,18 @@ class TrainState:
           ValueError: the optimiser cannot train adapters, or the key is none.
         """
         adapters = own(adapters)
-        zero = lambda: jnp.zeros((), jnp.int32)
         key = None if key is None else own(typed(key))
-        state = cls(zero(), adapters, begin(optimizer, adapters), jnp.ones((), bool), zero(), key, own(model_state))
+        step, skipped = jnp.zeros((), jnp.int32), jnp.zeros((), jnp.int32)  # two, since a step gives both away
+        state = cls(step, adapters, begin(optimizer, adapters), jnp.ones((), bool), skipped, key, own(model_state))
         lies = [getattr(leaf, "sharding", None) for leaf in jax.tree.leaves(adapters)]  # traced, an array does not say
         meshes = [sharding.mesh for sharding in lies if isinstance(sharding, NamedSharding)]
         if not meshes:
             return state
         everywhere = NamedSharding(meshes[0], PartitionSpec())
-        put = lambda leaf: leaf if isinstance(leaf.sharding, NamedSharding) else jax.device_put(leaf, everywhere)
+
+        def put(leaf: Array) -> Array:
+            return leaf if isinstance(leaf.sharding, NamedSharding) else jax.device_put(leaf, everywhere)
+
         return jax.tree.map(put, state)
 
     @property

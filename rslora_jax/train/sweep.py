@@ -20,6 +20,7 @@ from rslora_jax.store.keys import typed
 from rslora_jax.train.carry import call_loss
 from rslora_jax.train.gradient import measure
 from rslora_jax.train.loss import Loss
+from rslora_jax.train.ratio import ratio_error
 from rslora_jax.train.state import TrainState, advance, drawn
 from rslora_jax.train.update import to_use
 from rslora_jax.wrap import Adapters, Lora
@@ -51,7 +52,7 @@ class Trial:
 
 
 class Heldout(NamedTuple):
-    """A mean loss per token on held-out data, in nats, and its standard error over the batches (NaN for one)."""
+    """Hold a mean loss per token on held-out data, in nats, and its standard error over the batches (NaN for one)."""
 
     loss: float
     error: float
@@ -146,18 +147,12 @@ def sweep(
     rates = jnp.asarray([trial.learning_rate for trial in trials], jnp.float32)
     factors = scaling_factors(lora, trials)
     step = make_sweep_step(lora, loss, optimizer)
-    evaluate = make_sweep_evaluate(lora, heldout_loss or loss, keyed=key is not None)
     state = start(lora, trials, optimizer, rates, key, model_state)
+    evaluate = make_sweep_evaluate(lora, heldout_loss or loss, keyed=key is not None)
+    look = functools.partial(_heldout_sums, evaluate, factors, params, list(heldout))
     sources = {trial.seed: batches(trial.seed) for trial in trials}
-    heldout = list(heldout)
-    scores: dict[int, list[Any]] = {}
+    sums = {0: look(state)} if 0 in evaluate_at else {}
     records: list[dict[str, Any]] = []
-
-    def look(at: int) -> None:
-        if heldout and at in evaluate_at:
-            adapters = jax.vmap(to_use)(state.opt_state, state.adapters)
-            score = functools.partial(evaluate, adapters, factors, params)
-            scores[at] = [jax.device_get(score(batch, model_state=state.model_state)) for batch in heldout]
 
     def finish(metrics: dict[str, Array]) -> None:
         """Wait for a step; the device may be at work on the next."""
@@ -165,7 +160,6 @@ def sweep(
         if progress is not None:
             progress(len(records), steps)
 
-    look(0)
     pending: dict[str, Array] | None = None
     for n in range(steps):
         by_seed = {seed: source[n] for seed, source in sources.items()}
@@ -174,9 +168,25 @@ def sweep(
         if pending is not None:
             finish(pending)
         pending = metrics
-        look(n + 1)
-    assert pending is not None
-    finish(pending)
+        if n + 1 in evaluate_at:
+            sums[n + 1] = look(state)
+    finish(metrics)
+    return _outcomes(trials, state, records, {at: found for at, found in sums.items() if found})
+
+
+def _heldout_sums(
+    evaluate: Callable[..., Any], factors: Factors, params: Any, batches: Sequence[Any], state: TrainState
+) -> list[Any]:
+    """Return (sums of the losses, counts) of all trials for each held-out batch."""
+    adapters = jax.vmap(to_use)(state.opt_state, state.adapters)
+    score = functools.partial(evaluate, adapters, factors, params)
+    return [jax.device_get(score(batch, model_state=state.model_state)) for batch in batches]
+
+
+def _outcomes(
+    trials: Sequence[Trial], state: TrainState, records: Sequence[Mapping[str, Any]], sums: Mapping[int, Sequence[Any]]
+) -> list[Outcome]:
+    """Take apart what all trials came to, by their last state, their steps' metrics and their held-out sums."""
     adapters = jax.vmap(to_use)(state.opt_state, state.adapters)
     series = {name: np.stack([record[name] for record in records]) for name in records[0]}
 
@@ -187,7 +197,7 @@ def sweep(
             losses=series["loss"][:, k],
             grad_norms=series["grad_norm"][:, k],
             factor_norms=series["factor_norm"][:, k],
-            heldout={at: mean_loss(np.array([[s[k], c[k]] for s, c in found])) for at, found in scores.items()},
+            heldout={at: mean_loss(np.array([[s[k], c[k]] for s, c in found])) for at, found in sums.items()},
             diverged=int(bad[0]) + 1 if len(bad) else None,
             adapters=jax.tree.map(lambda leaf: leaf[k], adapters),
             model_state=jax.tree.map(lambda leaf: leaf[k], state.model_state),
@@ -207,7 +217,10 @@ def start(
     """Return the states of all trials as one, with a first axis of trials."""
     adapters = stack([lora.init(jax.random.key(trial.seed)) for trial in trials], jnp)
     keys = None if key is None else jnp.stack([jax.random.fold_in(typed(key), trial.seed) for trial in trials])
-    create = lambda adapters, rate, key, model: TrainState.create(adapters, optimizer(rate), key, model)
+
+    def create(adapters: Adapters, rate: Array, key: Array | None, model_state: Any) -> TrainState:
+        return TrainState.create(adapters, optimizer(rate), key, model_state)
+
     # The model's state, too, gets an axis of trials, though they all begin with one.
     trials_of = jax.vmap(create, in_axes=(0, 0, 0, None))
     return jax.jit(trials_of, donate_argnums=0)(adapters, rates, keys, model_state)
@@ -237,7 +250,9 @@ def make_sweep_step(lora: Lora, loss: Loss, optimizer: Callable[[Any], optax.Gra
     """
 
     def one(state: TrainState, rate: Array, factors: Factors, params: Any, batch: Any) -> Any:
-        bind = lambda adapters: functools.partial(lora.apply, params, scaled(lora, adapters, factors))
+        def bind(adapters: Adapters) -> Any:
+            return functools.partial(lora.apply, params, scaled(lora, adapters, factors))
+
         measured = measure(loss, bind, state.adapters, batch, **drawn(state))
         state, metrics = advance(optimizer(rate), state, measured, skip=False)
         return state, metrics | {"factor_norm": factor_norm(lora, measured.grads)}
@@ -294,13 +309,10 @@ def mean_loss(sums_Kx2: np.ndarray) -> Heldout:
     >>> mean_loss(np.array([[2.0, 2], [6.0, 2]]))
     Heldout(loss=2.0, error=1.0)
     """
-    sums, counts = np.asarray(sums_Kx2, np.float64).T
-    if not counts.sum():
+    sums_K, counts_K = np.asarray(sums_Kx2, np.float64).T
+    if not counts_K.sum():
         raise ValueError("the held-out batches hold no token with loss: give at least one example")
-    mean, batches = sums.sum() / counts.sum(), len(sums)
-    squares = np.sum((sums - mean * counts) ** 2)
-    error = math.sqrt(squares * batches / (batches - 1)) / counts.sum() if batches > 1 else math.nan
-    return Heldout(float(mean), float(error))
+    return Heldout(float(sums_K.sum() / counts_K.sum()), ratio_error(sums_K, counts_K))
 
 
 def stack(trees: Sequence[Any], of: Any = np) -> Any:

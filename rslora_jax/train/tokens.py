@@ -36,15 +36,15 @@ def tokenise(
     """Encode all examples; the result depends on neither `workers` nor `cache`.
 
     Args:
-        workers: how many processes encode, 1 for this one alone. By default as many as there are cores, but no
-            more than the data keep busy for some seconds; this one alone for little data, or for a tokenizer that
-            other processes cannot have (not picklable, or its class is defined in the user's script or notebook).
-        cache: a folder. The tokens are kept there, in a file named by a hash of the examples and the tokenizer.
-        progress: called here with (examples done, examples in all) a few times a second.
+      workers: how many processes encode, 1 for this one alone. By default as many as there are cores, but no
+        more than the data keep busy for some seconds; this one alone for little data, or for a tokenizer that
+        other processes cannot have (not picklable, or its class is defined in the user's script or notebook).
+      cache: a folder. The tokens are kept there, in a file named by a hash of the examples and the tokenizer.
+      progress: called here with (examples done, examples in all) a few times a second.
 
     Raises:
-        ValueError: an example cannot be encoded (the first such one is named), `workers` is below 1, the
-            tokenizer cannot be sent to workers, or `cache` is no folder.
+      ValueError: an example cannot be encoded (the first such one is named), `workers` is below 1, the
+        tokenizer cannot be sent to workers, or `cache` is no folder.
 
     >>> from rslora_jax.train.bytelevel import ByteTokenizer
     >>> tokenise(ByteTokenizer(), [Example("ab", "c"), Example("", "d")]).ids_N.tolist()

@@ -18,13 +18,13 @@ from rslora_jax.wrap import Adapters, RsloraWarning
 
 
 class WithSlow(NamedTuple):
-    """The state of an optimiser in which there is a lookahead: its slow adapters, and its own state."""
+    """Hold the state of an optimiser in which there is a lookahead: its slow adapters, and its own state."""
 
     slow: Adapters
     inner: Any
 
 
-AVERAGING = (ScheduleFreeState, SAMState, WithSlow)  # the states that hold other adapters to use than those trained
+_AVERAGING = (ScheduleFreeState, SAMState, WithSlow)  # the states that hold other adapters to use than those trained
 
 
 def begin(optimizer: optax.GradientTransformation, adapters: Adapters) -> Any:
@@ -35,12 +35,12 @@ def begin(optimizer: optax.GradientTransformation, adapters: Adapters) -> Any:
     """
     try:
         state = optimizer.init(adapters)
-        if any(isinstance(x, optax.LookaheadState) for x in nodes(state, optax.LookaheadState)):
+        if any(isinstance(x, optax.LookaheadState) for x in _nodes(state, optax.LookaheadState)):
             state = WithSlow(adapters, optimizer.init(optax.LookaheadParams.init_synced(adapters)))
         state = own(state)
     except Exception as error:
-        raise refusal(optimizer, str(error)) from error
-    for muon in nodes(state, optax.contrib.MuonState):
+        raise _refusal(optimizer, str(error)) from error
+    for muon in _nodes(state, optax.contrib.MuonState):
         if isinstance(muon, optax.contrib.MuonState) and not jax.tree.leaves(muon.mu):
             warnings.warn(
                 "muon takes arrays of two axes alone, and leaves all these adapters, which are stacks, to its Adam: "
@@ -55,7 +55,9 @@ def rehearse(optimizer: optax.GradientTransformation, adapters: Adapters) -> Non
     """Raise the ValueError of `update` where an optimiser cannot train adapters of these shapes; compute nothing."""
 
     def once(adapters: Adapters) -> Any:
-        value_fn = lambda adapters: optax.tree.norm(adapters, squared=True)
+        def value_fn(adapters: Adapters) -> Any:
+            return optax.tree.norm(adapters, squared=True)
+
         measured = Measured(value_fn(adapters), jnp.ones(()), adapters, value_fn)
         return update(optimizer, begin(optimizer, adapters), adapters, measured)
 
@@ -91,20 +93,20 @@ def update(
     slow = isinstance(state, WithSlow)
     inner, params = (state.inner, optax.LookaheadParams(adapters, state.slow)) if slow else (state, adapters)
     try:
-        updates, inner = call(optimizer, inner, params, measured)
+        updates, inner = _call(optimizer, inner, params, measured)
     except Exception as error:
-        raise refusal(optimizer, str(error)) from error
+        raise _refusal(optimizer, str(error)) from error
     for got, want in zip(jax.tree.leaves(updates), jax.tree.leaves(params), strict=False):
         if jnp.shape(got) != jnp.shape(want):
-            raise refusal(optimizer, f"it gave an update of shape {jnp.shape(got)} for one of {jnp.shape(want)}")
+            raise _refusal(optimizer, f"it gave an update of shape {jnp.shape(got)} for one of {jnp.shape(want)}")
     structure: Any = jax.tree.structure(updates)
     if structure != jax.tree.structure(params):
-        raise refusal(optimizer, "its updates are of another structure than the adapters")
+        raise _refusal(optimizer, "its updates are of another structure than the adapters")
     moved = optax.apply_updates(params, updates)
     return (moved.fast, WithSlow(moved.slow, inner)) if slow else (moved, inner)
 
 
-def call(optimizer: optax.GradientTransformation, state: Any, params: Any, measured: Measured) -> Any:
+def _call(optimizer: optax.GradientTransformation, state: Any, params: Any, measured: Measured) -> Any:
     """Call an optimiser's update with those extra arguments that it takes."""
 
     def value_fn(adapters: Adapters, *, grad_fn: Any = None, obj_fn: Any = None) -> Any:
@@ -132,7 +134,7 @@ def call(optimizer: optax.GradientTransformation, state: Any, params: Any, measu
 
 def averages(opt_state: Any) -> bool:
     """Say whether an optimiser means other adapters to be used than those it trains."""
-    return any(isinstance(x, AVERAGING) for x in nodes(opt_state, AVERAGING))
+    return any(isinstance(x, _AVERAGING) for x in _nodes(opt_state, _AVERAGING))
 
 
 def to_use(opt_state: Any, adapters: Adapters) -> Adapters:
@@ -140,51 +142,58 @@ def to_use(opt_state: Any, adapters: Adapters) -> Adapters:
 
     With schedule-free ones it is the average, with lookahead the slow adapters, with sam those that were not shifted.
     """
-    for state in nodes(opt_state, AVERAGING):
+    for state in _nodes(opt_state, _AVERAGING):
         if isinstance(state, WithSlow):
             adapters = state.slow
         elif isinstance(state, ScheduleFreeState):
-            masked = lambda x: isinstance(x, optax.MaskedNode)
-            b1 = jnp.asarray(state.b1)
-            one = lambda z, y, b1=b1: y if isinstance(z, optax.MaskedNode) else average(b1, z, y)
-            adapters = jax.tree.map(one, state.z, adapters, is_leaf=masked)
+            average = functools.partial(_average_unless_masked, jnp.asarray(state.b1))
+            adapters = jax.tree.map(average, state.z, adapters, is_leaf=_is_masked)
         elif isinstance(state, SAMState) and state.cache is not None:
             at_rest = state.steps_since_sync == 0
             adapters = jax.tree.map(functools.partial(jnp.where, at_rest), adapters, state.cache)
     return adapters
 
 
+def _is_masked(leaf: Any) -> bool:
+    return isinstance(leaf, optax.MaskedNode)
+
+
+def _average_unless_masked(b1: Any, z: Any, y: Any) -> Any:
+    return y if _is_masked(z) else _average(b1, z, y)
+
+
 @jax.jit
-def average(b1: Any, z: Any, y: Any) -> Any:
+def _average(b1: Any, z: Any, y: Any) -> Any:
     """Return x of y = (1 - b1) z + b1 x (arXiv 2405.15682), as `optax.contrib.schedule_free_eval_params` does."""
     return ((y - (1 - b1) * z) / b1).astype(y.dtype)
 
 
-def nodes(tree: Any, kinds: Any) -> list[Any]:
+def _nodes(tree: Any, kinds: Any) -> list[Any]:
     """Return a tree's outermost nodes of some types, and its other leaves."""
     return jax.tree.leaves(tree, is_leaf=lambda x: isinstance(x, kinds))
 
 
-def refusal(optimizer: optax.GradientTransformation, why: str) -> ValueError:
-    name = name_of(getattr(optimizer, "update", optimizer))
+def _refusal(optimizer: optax.GradientTransformation, why: str) -> ValueError:
+    """Return the error that names an optimiser and says why it cannot train adapters."""
+    name = _name_of(getattr(optimizer, "update", optimizer))
     why = " ".join(why.split("\n---")[0].split())  # JAX adds a note on its traceback
     return ValueError(f"the optimiser {name} cannot train adapters: {why}")
 
 
-def name_of(update: Any) -> str:
+def _name_of(update: Any) -> str:
     """Name an optimiser as optax does, by the function that made it, and what it is put together from.
 
-    >>> name_of(optax.chain(optax.clip(1.0), optax.adam(1e-3)).update)
+    >>> _name_of(optax.chain(optax.clip(1.0), optax.adam(1e-3)).update)
     'chain(clip, chain(scale_by_adam, scale))'
     """
     name = getattr(update, "__qualname__", type(update).__name__).split(".")[0]
-    inner = [name_of(function) for function in updates_in(getattr(update, "__closure__", None) or ())]
+    inner = [_name_of(function) for function in _updates_in(getattr(update, "__closure__", None) or ())]
     if name == "with_extra_args_support" and len(inner) == 1:
         return inner[0]
     return f"{name}({', '.join(inner)})" if inner else name
 
 
-def updates_in(cells: Any) -> Iterator[Any]:
+def _updates_in(cells: Any) -> Iterator[Any]:
     """Give the update functions of the optimisers that a closure holds."""
     for cell in cells:
         held = cell.cell_contents

@@ -17,10 +17,11 @@ import subprocess
 import sys
 from collections.abc import Callable, Generator, Iterable
 from concurrent.futures import ThreadPoolExecutor
-from typing import TypeVar
+from typing import Any, TypeVar
 
 Item = TypeVar("Item")
 Answer = TypeVar("Answer")
+_Process = subprocess.Popen[bytes]
 
 # What importing this package logs has been said once already, by the parent.
 _PROGRAM = """
@@ -41,8 +42,8 @@ def map_in_processes(
     the workers do not run it. They see JAX's CPU device alone, and end with this iterator.
 
     Raises:
-        ValueError: `function` cannot be pickled, or a worker came to its end.
-        Exception: what `function` raised for the first item for which it did.
+      ValueError: `function` cannot be pickled, or a worker came to its end.
+      Exception: what `function` raised for the first item for which it did.
 
     >>> list(map_in_processes(len, ["a", "bcd", ""], workers=1))
     [1, 3, 0]
@@ -52,43 +53,24 @@ def map_in_processes(
         setup = pickle.dumps(sys.path) + pickle.dumps(pickle.dumps(function))
     except Exception as error:  # each kind of object refuses in its own way
         raise ValueError(f"the work cannot be sent to other processes ({error}); give workers=1") from error
-    processes: list[subprocess.Popen[bytes]] = []
-    idle: queue.SimpleQueue[subprocess.Popen[bytes]] = queue.SimpleQueue()
+    processes: list[_Process] = []
+    idle: queue.SimpleQueue[_Process] = queue.SimpleQueue()
     greeted: set[int] = set()
 
     def ask(item: Item) -> Answer:
         process = idle.get()
-        assert process.stdin and process.stdout
         try:
-            greeting = b"" if process.pid in greeted else setup
+            question = pickle.dumps(item) if process.pid in greeted else setup + pickle.dumps(item)
             greeted.add(process.pid)
-            process.stdin.write(greeting + pickle.dumps(item))
-            process.stdin.flush()
-            answer, failure = pickle.load(process.stdout)
-        except (OSError, EOFError, pickle.UnpicklingError) as broken:
-            with contextlib.suppress(subprocess.TimeoutExpired):
-                process.wait(timeout=1)
-            raise ValueError(
-                f"a worker process came to an early end (exit status {process.returncode}); it may have run out of "
-                "memory: give fewer workers, or workers=1"
-            ) from broken
+            return _ask(process, question)
         finally:
             idle.put(process)
-        if failure is not None:
-            raise failure
-        return answer
 
     pool = ThreadPoolExecutor(workers)
     try:
         for _ in range(workers):
-            process = subprocess.Popen(
-                [sys.executable, "-P", "-c", _PROGRAM],
-                stdin=subprocess.PIPE,
-                stdout=subprocess.PIPE,
-                env={**os.environ, "JAX_PLATFORMS": "cpu"},
-            )
-            processes.append(process)
-            idle.put(process)
+            processes.append(_start())
+            idle.put(processes[-1])
         yield from pool.map(ask, items)
     finally:
         # First, so that no thread waits for an answer that nobody wants any more.
@@ -96,10 +78,38 @@ def map_in_processes(
             process.kill()
         pool.shutdown(cancel_futures=True)
         for process in processes:
-            for pipe in (process.stdin, process.stdout):
-                with contextlib.suppress(OSError):
-                    pipe.close()  # type: ignore[union-attr]
-            process.wait()
+            _close(process)
+
+
+def _start() -> _Process:
+    command, alone = [sys.executable, "-P", "-c", _PROGRAM], {**os.environ, "JAX_PLATFORMS": "cpu"}
+    return subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=alone)
+
+
+def _ask(process: _Process, question: bytes) -> Any:
+    """Send a worker its next question, and return or raise its answer."""
+    assert process.stdin and process.stdout
+    try:
+        process.stdin.write(question)
+        process.stdin.flush()
+        answer, failure = pickle.load(process.stdout)
+    except (OSError, EOFError, pickle.UnpicklingError) as broken:
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            process.wait(timeout=1)
+        raise ValueError(
+            f"a worker process came to an early end (exit status {process.returncode}); it may have run out of "
+            "memory: give fewer workers, or workers=1"
+        ) from broken
+    if failure is not None:
+        raise failure
+    return answer
+
+
+def _close(process: _Process) -> None:
+    for pipe in (process.stdin, process.stdout):
+        with contextlib.suppress(OSError):
+            pipe.close()  # type: ignore[union-attr]
+    process.wait()
 
 
 def serve() -> None:

@@ -15,7 +15,7 @@ Record = dict[str, Any]  # "step" and its numbers: one line of metrics.jsonl
 
 @dataclasses.dataclass(frozen=True)
 class RunInfo:
-    """What a writer is told of a run that begins or goes on.
+    """Tell a writer of a run that begins or goes on.
 
     Attributes:
       folder: where the run writes.

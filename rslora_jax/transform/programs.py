@@ -16,7 +16,7 @@ from rslora_jax.transform import compat
 
 @dataclasses.dataclass(frozen=True)
 class Inner:
-    """One of the programs that an equation holds, and what of the equation is its.
+    """Describe one of the programs that an equation holds, and what of the equation is its.
 
     Attributes:
       jaxpr: the program.
@@ -35,7 +35,7 @@ class Inner:
 
 @dataclasses.dataclass(frozen=True)
 class Held:
-    """The programs that an equation holds.
+    """Describe the programs that an equation holds.
 
     Attributes:
       inner: the programs.
