@@ -20,7 +20,9 @@ from tests.train.test_model_state import CONFIG, X, fitted, numbers, of_linen, o
 
 
 def apart(one, other) -> float:
-    of = lambda result: numbers((result.model_state, result.adapters))
+    def of(result):
+        return numbers((result.model_state, result.adapters))
+
     return max(np.abs(a.astype(float) - b.astype(float)).max() for a, b in zip(of(one), of(other), strict=True))
 
 

@@ -110,7 +110,10 @@ class Problem:
     def __init__(self):
         keys = jax.random.split(jax.random.key(0), 2)
         self.params = {"w": jax.random.normal(keys[0], (2, 5, 7)) / 2}
-        model = lambda p, x: jnp.einsum("nbi,nio->bno", x, p["w"])
+
+        def model(p, x):
+            return jnp.einsum("nbi,nio->bno", x, p["w"])
+
         config = rslora.LoraConfig(rank=3, alpha=7)
         self.lora = rslora.wrap(model, self.params, jnp.ones((2, 4, 5)), config=config)
         self.adapters = jax.tree.map(lambda x: x + 0.05, self.lora.init(keys[1]))
@@ -127,7 +130,9 @@ class Problem:
 
         @jax.jit
         def step(adapters, state, x):
-            value_fn = lambda adapters: self.mean(adapters, x)
+            def value_fn(adapters):
+                return self.mean(adapters, x)
+
             fast = adapters.fast if isinstance(adapters, optax.LookaheadParams) else adapters
             value, grad = jax.value_and_grad(value_fn)(fast)
             extra = {"value": value, "grad": grad, "value_fn": value_fn, "obj_fn": value_fn}
@@ -154,7 +159,10 @@ def problem():
 
 def equal(got, want):
     assert jax.tree.structure(got) == jax.tree.structure(want)
-    bits = lambda x: jax.random.key_data(x) if jnp.issubdtype(x.dtype, jax.dtypes.prng_key) else x
+
+    def bits(x):
+        return jax.random.key_data(x) if jnp.issubdtype(x.dtype, jax.dtypes.prng_key) else x
+
     jax.tree.map(lambda g, w: np.testing.assert_array_equal(bits(g), bits(w)), got, want)
     assert jax.tree.map(lambda x: (x.dtype, x.shape), got) == jax.tree.map(lambda x: (x.dtype, x.shape), want)
 
@@ -175,7 +183,10 @@ def saved_and_read(folder, state, fresh):
 def check(problem, optimizer, ask, folder):
     """Two steps are those of optax by hand; the second, resumed, is bit for bit the same; one program did both."""
     step = train.make_step(problem.lora, squares, optimizer)
-    create = lambda: train.TrainState.create(problem.adapters, optimizer)
+
+    def create():
+        return train.TrainState.create(problem.adapters, optimizer)
+
     state, metrics = step(create(), problem.params, problem.batches[0])
     assert float(metrics["loss"]) == pytest.approx(float(problem.mean(problem.adapters, problem.batches[0])), rel=1e-5)
     again = saved_and_read(folder, state, create())
@@ -201,7 +212,10 @@ def test_every_optimiser_of_optax_trains_adapters_or_is_refused_by_name(problem,
 def put_together():
     """Optimisers of several, and what they ask for."""
     polyak, free = optax.polyak_sgd(), contrib.schedule_free_adamw(1e-2)
-    by_factor = lambda tree: {path: {"a": "a", "b": "b"} for path in tree}
+
+    def by_factor(tree):
+        return {path: {"a": "a", "b": "b"} for path in tree}
+
     storing = optax.scale_by_backtracking_linesearch(4, store_grad=True)
     normalized, axes = optax.chain(contrib.normalize(), optax.sgd(0.1)), Problem().lora
     return {
@@ -231,22 +245,27 @@ def test_optimisers_of_several(problem, tmp_path, name):
 
 
 def test_an_optimiser_that_cannot_be_is_refused_before_a_run_begins(problem, tmp_path):
-    go = lambda optimizer: train.fit(
-        problem.lora,
-        problem.params,
-        problem.adapters,
-        batches=problem.batches,
-        loss=squares,
-        optimizer=optimizer,
-        steps=2,
-        folder=tmp_path / "run",
-        show=False,
-    )
+    def go(optimizer):
+        return train.fit(
+            problem.lora,
+            problem.params,
+            problem.adapters,
+            batches=problem.batches,
+            loss=squares,
+            optimizer=optimizer,
+            steps=2,
+            folder=tmp_path / "run",
+            show=False,
+        )
+
     with pytest.raises(ValueError, match=r"^the optimiser chain\(clip, scale_by_muon\) cannot train adapters: "):
         go(optax.chain(optax.clip(1.0), contrib.scale_by_muon()))
     with pytest.raises(ValueError, match=r"^the optimiser adam cannot train adapters: .*no attribute 'init'"):
         go(optax.adam)
-    needs = lambda updates, state, params, *, curvature: (updates, state)
+
+    def needs(updates, state, params, *, curvature):
+        return (updates, state)
+
     with pytest.raises(
         ValueError, match=r"^the optimiser .* cannot train adapters: .*missing 1 required .* 'curvature'"
     ):
@@ -365,7 +384,9 @@ def test_adapters_to_use_are_those_that_the_optimiser_means(problem):
 
 @pytest.mark.parametrize("optimizer", [contrib.schedule_free_sgd, optax.polyak_sgd, contrib.momo])
 def test_trials_of_a_sweep_are_the_runs_alone(problem, optimizer):
-    source = lambda seed: [x + seed for x in problem.batches]
+    def source(seed):
+        return [x + seed for x in problem.batches]
+
     trials = [train.Trial(0.02), train.Trial(0.05, seed=1)]
     found = train.sweep(
         *(problem.lora, problem.params, trials),
@@ -383,8 +404,12 @@ def test_trials_of_a_sweep_are_the_runs_alone(problem, optimizer):
 
 
 def test_a_sweep_may_search(problem):
-    make_it = lambda rate: optax.chain(optax.sgd(rate), optax.scale_by_backtracking_linesearch(4))
-    batches = lambda seed: problem.batches
+    def make_it(rate):
+        return optax.chain(optax.sgd(rate), optax.scale_by_backtracking_linesearch(4))
+
+    def batches(seed):
+        return problem.batches
+
     options = {"batches": batches, "loss": squares, "optimizer": make_it, "steps": 2}
     rates = (0.5, 2.0)
     found = train.sweep(problem.lora, problem.params, [train.Trial(rate) for rate in rates], **options)

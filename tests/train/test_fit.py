@@ -5,6 +5,7 @@ import json
 import os
 import signal
 import threading
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -58,7 +59,10 @@ def test_the_loss_is_that_of_the_whole_logits_in_numpy(run):
     logp = logits - np.log(np.exp(logits).sum(-1, keepdims=True))
     picked = np.take_along_axis(logp, np.asarray(batch.targets_BxT)[..., None], -1)[..., 0]
     want = -(picked * batch.loss_mask_BxT).sum()
-    apply = lambda *args, **kwargs: run.lora.apply(run.params, adapters, *args, **kwargs)
+
+    def apply(*args, **kwargs):
+        return run.lora.apply(run.params, adapters, *args, **kwargs)
+
     total, count = run.loss(apply, batch)
     assert int(count) == batch.loss_mask_BxT.sum() > 0
     assert float(total) == pytest.approx(want, rel=1e-5)
@@ -133,7 +137,10 @@ def test_a_resumed_run_ends_bit_for_bit_where_an_unbroken_one_does(run, whole, t
     resumed = run.fit(tmp_path, 12, resume=True)
     equal(resumed.adapters, result.adapters)
     timed = {"seconds", "tokens_per_second", "tflops"}
-    strip = lambda records: [{k: v for k, v in r.items() if k not in timed} for r in records if "loss" in r]
+
+    def strip(records):
+        return [{k: v for k, v in r.items() if k not in timed} for r in records if "loss" in r]
+
     assert strip(resumed.records) == strip(result.records)
 
 
@@ -240,7 +247,14 @@ def test_progress_goes_to_the_terminal_as_plain_lines_when_it_is_none(run, tmp_p
     assert "step 3/3  loss" in said and "tok/s" in said and "left" in said
 
 
-def test_a_writer_of_ones_own_is_told_all_that_is_recorded(run, tmp_path):
+def of_the_guide():
+    guide = (Path(__file__).parents[2] / "docs" / "training" / "README.md").read_text()
+    source, names = guide.split("## Where the numbers go")[1].split("```python\n")[1], {}
+    exec(source.split("train.fit(")[0], names)
+    return names["printed"]
+
+
+def test_a_writer_of_ones_own_is_told_all_that_is_recorded(run, tmp_path, capsys):
     told, runs, ends = [], [], []
 
     @contextlib.contextmanager
@@ -254,7 +268,8 @@ def test_a_writer_of_ones_own_is_told_all_that_is_recorded(run, tmp_path):
     first = run.fit(tmp_path, 3, writers=[writer], settings={"note": 1}, eval_every=2)
     assert told == list(first.records) and [r["step"] for r in told] == [0, 1, 2, 2, 3, 3]
     told.clear()
-    second = run.fit(tmp_path, 5, writers=[writer, lambda info: contextlib.nullcontext(dict.clear)], resume=True)
+    writers = [writer, lambda info: contextlib.nullcontext(dict.clear), of_the_guide()]
+    second = run.fit(tmp_path, 5, writers=writers, resume=True)
     assert told == list(second.records[6:]) and [r["step"] for r in told] == [4, 4, 5, 5]
     assert [(r.folder, r.start, r.steps, list(r.records)) for r in runs] == [
         (tmp_path, 0, 3, []),
@@ -263,6 +278,8 @@ def test_a_writer_of_ones_own_is_told_all_that_is_recorded(run, tmp_path):
     assert runs[0].settings == {"note": 1} and runs[0].config == run.lora.config
     assert all(r["step"] for r in second.records[1:]), "a writer that changes its record changes no other's"
     assert [steps[-1] for steps in ends] == [3, 5], "the end is saved before writers are closed"
+    said = capsys.readouterr().out.splitlines()
+    assert said == [f"{tmp_path}: steps 3 to 5, rank 3", *map(str, told)]
 
 
 @pytest.mark.parametrize("when", ["start", "record", "end"])

@@ -62,7 +62,10 @@ def test_at_high_rank_the_order_is_the_chosen_one_and_a_sum_formed_twice_counts_
     """A square weight of 32 for 256 rows at rank 11: y and dx through W + AB, dA and dB through dW."""
     n, rows, r = 32, 256, 11
     params, x = {"first": shape(n, n), "w": shape(n, n)}, shape(rows, n)
-    model = lambda p, x: jnp.tanh(x @ p["first"]) @ p["w"]
+
+    def model(p, x):
+        return jnp.tanh(x @ p["first"]) @ p["w"]
+
     lora = rslora.wrap(model, params, x, config=rslora.LoraConfig(rank=r, alpha=7))
     adapters = jax.eval_shape(lora.init, jax.random.key(0))
     base, full = product(rows, n, n), product(r, n, n)
@@ -82,7 +85,10 @@ def llama(rank, tokens, width=128, layers=2, scan=False, remat=None):
     params = jax.eval_shape(model.init, jax.random.key(0), tokens)
     config = rslora.LoraConfig(rank=rank, alpha=7, allow_large_rank=True)
     lora = rslora.wrap(model.apply, params, tokens, config=config)
-    loss = lambda run, t: (train.cross_entropy(run(t), t, jnp.ones(t.shape)), jnp.float32(1))
+
+    def loss(run, t):
+        return (train.cross_entropy(run(t), t, jnp.ones(t.shape)), jnp.float32(1))
+
     return lora, loss, params, jax.eval_shape(lora.init, jax.random.key(0)), tokens
 
 
@@ -164,7 +170,9 @@ def test_a_scan_whose_first_turn_needs_no_gradient_is_what_its_loop_is(reverse):
             x = jnp.tanh(x @ p["w"][n])
         return x, jnp.stack(xs[::-1] if reverse else xs)
 
-    loss = lambda run, x: (sum(jnp.sum(y**2) for y in run(x)), jnp.float32(1))
+    def loss(run, x):
+        return (sum(jnp.sum(y**2) for y in run(x)), jnp.float32(1))
+
     found = []
     for model in (scanned, unrolled):
         lora = rslora.wrap(model, params, x, config=rslora.LoraConfig(rank=2, alpha=7))
@@ -174,7 +182,10 @@ def test_a_scan_whose_first_turn_needs_no_gradient_is_what_its_loop_is(reverse):
 
 def test_a_loop_over_nothing_but_its_number():
     params, x = {"w": shape(16, 16)}, shape(4, 16)
-    model = lambda p, x: lax.fori_loop(0, 3, lambda _, x: jnp.tanh(x @ p["w"]), x)
+
+    def model(p, x):
+        return lax.fori_loop(0, 3, lambda _, x: jnp.tanh(x @ p["w"]), x)
+
     lora = rslora.wrap(model, params, x, config=rslora.LoraConfig(rank=2, alpha=7))
     base, part = product(4, 16, 16), product(4, 16, 2)
     want = (3 * base + 6 * part) + (2 * base + 3 * 3 * part + 2 * part)  # no dx in the first turn
@@ -202,17 +213,26 @@ def test_a_convolution_and_its_gradients_each_count_the_taps_that_meet_data(stri
     """Convolve ones in numpy: what comes out is the number of taps."""
     x, kernel = np.ones((2, 7, 6, 4)), np.ones((3, 2, 4 // options.get("feature_group_count", 1), 6))
     numbers = ("NHWC", "HWIO", "NHWC")
-    run = lambda x, k: lax.conv_general_dilated(x, k, strides, padding, dimension_numbers=numbers, **options)
+
+    def run(x, k):
+        return lax.conv_general_dilated(x, k, strides, padding, dimension_numbers=numbers, **options)
+
     want = 2 * int(jnp.sum(run(x, kernel)))
     assert flops_of(run, x, kernel) == want
-    backward = lambda x, k: jax.grad(lambda x, k: jnp.sum(run(x, k) ** 2), (0, 1))(x, k)
+
+    def backward(x, k):
+        return jax.grad(lambda x, k: jnp.sum(run(x, k) ** 2), (0, 1))(x, k)
+
     assert flops_of(backward, x, kernel) == 3 * want
 
 
 def test_experts_count_their_own_rows():
     rows, experts, sizes = shape(12, 8), shape(3, 8, 5), jnp.array([2, 4, 6])
     once = product(12, 8, 5)
-    run = lambda x, w: jnp.sum(lax.ragged_dot(x, w, sizes) ** 2)
+
+    def run(x, w):
+        return jnp.sum(lax.ragged_dot(x, w, sizes) ** 2)
+
     assert flops_of(run, rows, experts) == once
     assert flops_of(jax.grad(run, (0, 1)), rows, experts) == 3 * once
 

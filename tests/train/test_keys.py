@@ -118,11 +118,20 @@ def test_a_run_on_a_mesh_with_keys_compiles_once_and_is_resumed(tmp_path, kind):
     adapters = lora.init(jax.random.key(1))
     adapters = jax.device_put(adapters, sharding.adapter_shardings(lora.sites, params))
     optimizer = optax.noisy_sgd(1e-2, key=jax.random.key(2, impl="rbg"))
-    go = lambda folder, steps, **options: train.fit(
-        *(lora, params, adapters),
-        **{"batches": Batches(), "loss": drawn, "optimizer": optimizer, "steps": steps, "folder": tmp_path / folder},
-        **{"key": KEYS[kind], "show": False, "batch_sharding": sharding.batch_sharding(mesh)} | options,
-    )
+
+    def go(folder, steps, **options):
+        return train.fit(
+            *(lora, params, adapters),
+            **{
+                "batches": Batches(),
+                "loss": drawn,
+                "optimizer": optimizer,
+                "steps": steps,
+                "folder": tmp_path / folder,
+            },
+            **{"key": KEYS[kind], "show": False, "batch_sharding": sharding.batch_sharding(mesh)} | options,
+        )
+
     whole = go("whole", 4)
     state = train.TrainState.create(adapters, optimizer, KEYS[kind])
     step = train.make_step(lora, drawn, optimizer, shardings=jax.tree.map(lambda x: x.sharding, state))
@@ -156,7 +165,10 @@ def test_trials_of_a_sweep_draw_as_runs_alone_do():
 
 def test_what_is_no_key_is_refused():
     lora, _ = problem()
-    create = lambda key: train.TrainState.create(lora.init(jax.random.key(0)), optax.sgd(1.0), key)
+
+    def create(key):
+        return train.TrainState.create(lora.init(jax.random.key(0)), optax.sgd(1.0), key)
+
     raw = jax.random.PRNGKey(0, impl="rbg")
     with pytest.raises(ValueError, match=r"^uint32\[4\] is no raw key of the default implementation \(threefry2x32\)"):
         create(raw)

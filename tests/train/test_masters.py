@@ -40,7 +40,9 @@ def start(dtype):
 def trained(dtype, optimizer, steps=60):
     """Train; return the adapters and the optimiser's state."""
     lora = wrapped(dtype)
-    loss = lambda a: jnp.mean((lora.apply(PARAMS, a, X) - Y) ** 2)
+
+    def loss(a):
+        return jnp.mean((lora.apply(PARAMS, a, X) - Y) ** 2)
 
     @jax.jit
     def step(a, state):
@@ -64,8 +66,13 @@ def test_masters_go_where_float32_goes_and_the_adapters_are_they_rounded(name):
         master = state.parameters["w"][factor]
         assert master.dtype == jnp.float32 and rounded["w"][factor].dtype == jnp.bfloat16
         np.testing.assert_array_equal(rounded["w"][factor], master.astype(jnp.bfloat16))
-    moved = lambda tree: np.asarray(tree["w"]["a"], np.float64) - np.asarray(start("float32")["w"]["a"])
-    near = lambda tree: np.linalg.norm(moved(tree) - moved(whole)) / np.linalg.norm(moved(whole))
+
+    def moved(tree):
+        return np.asarray(tree["w"]["a"], np.float64) - np.asarray(start("float32")["w"]["a"])
+
+    def near(tree):
+        return np.linalg.norm(moved(tree) - moved(whole)) / np.linalg.norm(moved(whole))
+
     assert near(state.parameters) < 0.01 < 0.5 < near(alone)  # alone, most steps are rounded away
 
 
@@ -78,7 +85,10 @@ def test_parameters_in_float32_are_trained_as_without():
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_the_step_may_give_its_state_away(dtype):
     lora, optimizer = wrapped(dtype), float32_masters(optax.adam(1e-3))
-    squares = lambda run, batch: (jnp.sum((run(batch) - Y) ** 2), jnp.float32(batch.size))
+
+    def squares(run, batch):
+        return (jnp.sum((run(batch) - Y) ** 2), jnp.float32(batch.size))
+
     state, step = TrainState.create(lora.init(KEYS[0]), optimizer), make_step(lora, squares, optimizer)
     losses = []
     for _ in range(5):
@@ -88,7 +98,9 @@ def test_the_step_may_give_its_state_away(dtype):
 
 
 def test_adapters_in_few_bits_are_a_warning_that_says_what_to_do():
-    fn = lambda p, x: x @ p["w"]
+    def fn(p, x):
+        return x @ p["w"]
+
     for dtype in ("bfloat16", "float16"):
         with pytest.warns(rslora.RsloraWarning, match=f"held in {dtype} lose small steps .*float32_masters") as said:
             rslora.wrap(fn, PARAMS, X, config=rslora.LoraConfig(rank=3, alpha=7, dtype=dtype))
@@ -105,7 +117,10 @@ def test_a_copied_merge_may_be_given_away_and_one_that_shares_takes_the_base_wit
     params = {"w": PARAMS["w"] + 0, "bias": jnp.arange(30.0), "on host": np.ones(3), "name": "a"}
     lora = rslora.wrap(lambda p, x: x @ p["w"] + p["bias"], params, X, config=rslora.LoraConfig(rank=3, alpha=7))
     adapters = lora.init(KEYS[0])
-    arrays = lambda tree: {k: tree[k] for k in ("w", "bias", "on host")}
+
+    def arrays(tree):
+        return {k: tree[k] for k in ("w", "bias", "on host")}
+
     give = jax.jit(lambda p: jax.tree.map(lambda leaf: leaf + 1, p), donate_argnums=0)
     copied = lora.merge(params, adapters, copy=True)
     assert jax.tree.structure(copied) == jax.tree.structure(params) and copied["name"] == "a"

@@ -137,7 +137,10 @@ def of_linen() -> Case:
 
     params = variables["params"]
     stats = {"batch_stats": variables["batch_stats"]}
-    training = lambda key: {"train": key is not None, "rngs": None if key is None else {"dropout": key}}
+
+    def training(key):
+        return {"train": key is not None, "rngs": None if key is None else {"dropout": key}}
+
     return Case(fn, params, stats, alone, training, {"train": False}, KEY)
 
 
@@ -209,7 +212,9 @@ def of_equinox() -> Case:
         axes = (0, None, None if key is None else 0)
         return jax.vmap(model, in_axes=axes, out_axes=(0, None), axis_name="batch")(x, state, keys)
 
-    training = lambda key: {"train": key is not None, "key": key}
+    def training(key):
+        return {"train": key is not None, "key": key}
+
     return Case(fn, params, state, fn, training, {"train": False}, KEY)
 
 
@@ -238,7 +243,9 @@ def adapters(lora):
 
 
 def numbers(tree):
-    is_key = lambda leaf: jnp.issubdtype(getattr(leaf, "dtype", int), jax.dtypes.prng_key)
+    def is_key(leaf):
+        return jnp.issubdtype(getattr(leaf, "dtype", int), jax.dtypes.prng_key)
+
     return [np.asarray(jax.random.key_data(leaf) if is_key(leaf) else leaf) for leaf in jax.tree.leaves(tree)]
 
 
@@ -254,8 +261,13 @@ def merged(case, lora, adapters):
     leaves, tree = jax.tree.flatten(case.params)
     names = [path.removesuffix("/value") for path in map(path_of, jax.tree_util.tree_leaves_with_path(case.params))]
     assert set(adapters) == set(lora.sites) <= set(names)
-    product = lambda name: CONFIG.alpha / np.sqrt(CONFIG.rank) * adapters[name]["a"] @ adapters[name]["b"]
-    change = lambda name: product(name).T if name.endswith("weight") else product(name)
+
+    def product(name):
+        return CONFIG.alpha / np.sqrt(CONFIG.rank) * adapters[name]["a"] @ adapters[name]["b"]
+
+    def change(name):
+        return product(name).T if name.endswith("weight") else product(name)
+
     new = [w + change(name) if name in adapters else w for name, w in zip(names, leaves, strict=True)]
     return jax.tree.unflatten(tree, new)
 
@@ -267,7 +279,9 @@ def path_of(found):
 def by_hand(case, lora, adapters, steps, batches, parts=1, skipped=(), optimizer=OPTIMIZER):
     """Train the merged model by its own library and optax."""
     state, opt_state = case.state, optimizer.init(adapters)
-    copy = lambda tree: jax.tree.map(lambda leaf: leaf, tree)
+
+    def copy(tree):
+        return jax.tree.map(lambda leaf: leaf, tree)
 
     @jax.jit
     def gradient(adapters, state, part, key):
@@ -362,9 +376,12 @@ def test_a_batch_that_is_not_finite_leaves_the_state_as_it_was(case, lora, adapt
 
 def test_devices_average_the_numbers_of_the_state(case, lora, adapters):
     stacked = jax.tree.map(lambda *rows: np.stack(rows), *[Batches()[n] for n in range(3)])
-    one = lambda batch, axis: measure(
-        case.train_loss, bound(lora, case.params), adapters, batch, key=case.key, axis=axis, model_state=state
-    ).model_state
+
+    def one(batch, axis):
+        return measure(
+            case.train_loss, bound(lora, case.params), adapters, batch, key=case.key, axis=axis, model_state=state
+        ).model_state
+
     state = train.TrainState.create(adapters, OPTIMIZER, None, case.state).model_state
     found = jax.jit(jax.vmap(lambda batch: one(batch, "devices"), axis_name="devices", out_axes=0))(stacked)
     alone = jax.jit(lambda batch: one(batch, None))  # what is drawn has no part in the statistics
@@ -428,7 +445,10 @@ def test_a_line_search_starts_each_try_from_the_same_state(case, lora, adapters)
 def test_a_loss_that_knows_of_no_state_can_be_given_one():
     case = of_nnx()
     lora = rslora.wrap(case.fn, case.params, case.state, X, train=True, config=CONFIG)
-    plain = lambda run, batch: (jnp.sum((run(batch["x"], train=True) - batch["y"]) ** 2), jnp.float32(8))
+
+    def plain(run, batch):
+        return (jnp.sum((run(batch["x"], train=True) - batch["y"]) ** 2), jnp.float32(8))
+
     states = []
     for loss in (train.with_state(plain), case.train_loss):
         now = train.TrainState.create(lora.init(KEY), OPTIMIZER, None, case.state)
@@ -454,7 +474,10 @@ def test_what_is_no_state_to_go_on_with_is_refused(tmp_path):
 
     with pytest.raises(ValueError, match=r"to return \(sum, count, state\)"):
         stepped(lambda *given: case.train_loss(*given)[:2])
-    half = lambda state: jax.tree.map(lambda x: x.astype("bfloat16") if x.dtype == jnp.float32 else x, state)
+
+    def half(state):
+        return jax.tree.map(lambda x: x.astype("bfloat16") if x.dtype == jnp.float32 else x, state)
+
     with pytest.raises(ValueError, match=r"norm/mean is bfloat16\[7\], .* float32\[7\]"):
         stepped(changed(half))
     with pytest.raises(ValueError, match="more is float32"):

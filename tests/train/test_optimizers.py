@@ -56,11 +56,17 @@ class Regression:
 
     def __init__(self):
         keys = jax.random.split(jax.random.key(0), 5)
-        normal = lambda key, *shape: jax.random.normal(key, shape)
+
+        def normal(key, *shape):
+            return jax.random.normal(key, shape)
+
         self.params = {"w": normal(keys[0], 2, 24, 24) / 5}
         self.x = normal(keys[1], 96, 24)
         update = normal(keys[2], 2, 24, 3) @ normal(keys[3], 2, 3, 24) / 12
-        model = lambda p, x: jax.lax.scan(lambda x, w: (x @ w, None), x, p["w"])[0]
+
+        def model(p, x):
+            return jax.lax.scan(lambda x, w: (x @ w, None), x, p["w"])[0]
+
         self.y = model({"w": self.params["w"] + update}, self.x)
         self.lora = rslora.wrap(model, self.params, self.x, config=rslora.LoraConfig(rank=3, alpha=7))
 
@@ -108,7 +114,9 @@ def test_an_optimiser_by_name_lowers_the_loss(regression, name, rate, options):
 
 
 def test_adamw_is_optax_by_hand_with_what_adapters_need(regression):
-    schedule = lambda step: 1e-2 / (step + 1)
+    def schedule(step):
+        return 1e-2 / (step + 1)
+
     by_hand = optax.chain(optax.clip_by_global_norm(0.2), optax.adamw(schedule, b2=0.99, weight_decay=0.0))
     want, _ = regression.train(by_hand, 4)
     got, _ = regression.train(make_optimizer(schedule=schedule, clip=0.2), 4)

@@ -15,7 +15,9 @@ PARAMS = {"low": jnp.ones((24, 30)), "high": jnp.ones((30, 26))}
 
 
 def wrapped(**config):
-    fn = lambda p, x: jnp.tanh(x @ p["low"]) @ p["high"]
+    def fn(p, x):
+        return jnp.tanh(x @ p["low"]) @ p["high"]
+
     return rslora.wrap(fn, PARAMS, jnp.ones((2, 24)), config=rslora.LoraConfig(alpha=7, **config))
 
 
@@ -23,7 +25,10 @@ def steps(lora, optimizer):
     """Train a little; return the adapters."""
     adapters = lora.init(jax.random.key(3))
     x = jax.random.normal(jax.random.key(4), (5, 24))
-    loss = lambda adapters: jnp.sum((lora.apply(PARAMS, adapters, x) - 1) ** 2)
+
+    def loss(adapters):
+        return jnp.sum((lora.apply(PARAMS, adapters, x) - 1) ** 2)
+
     state = optimizer.init(adapters)
     for _ in range(3):
         updates, state = optimizer.update(jax.grad(loss)(adapters), state, adapters)

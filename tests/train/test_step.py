@@ -104,10 +104,12 @@ def test_a_batch_that_is_not_finite_is_passed_over(bad):
 
 def test_a_loss_draws_anew_at_every_step_and_the_same_when_run_again():
     lora, w, adapters = regression()
-    drawn = lambda run, batch, key: (
-        jnp.sum(run(batch) ** 2) + jax.random.normal(key),
-        jnp.float32(1),
-    )
+
+    def drawn(run, batch, key):
+        return (
+            jnp.sum(run(batch) ** 2) + jax.random.normal(key),
+            jnp.float32(1),
+        )
 
     def losses(parts):
         step = train.make_step(lora, drawn, optax.sgd(0.0), accumulate=parts)
@@ -142,10 +144,13 @@ def test_a_batch_may_have_scalars(parts, tmp_path):
 
     lora, w, adapters = regression()
     rows = np.random.default_rng(0).normal(size=(4, 5)).astype("float32")
-    weighted = lambda run, batch: (
-        batch["scale"] * jnp.sum((run(batch["x"]) - batch["shift"]) ** 2) + batch["none"].sum(),
-        jnp.float32(batch["x"].size),
-    )
+
+    def weighted(run, batch):
+        return (
+            batch["scale"] * jnp.sum((run(batch["x"]) - batch["shift"]) ** 2) + batch["none"].sum(),
+            jnp.float32(batch["x"].size),
+        )
+
     batch = {"x": rows, "scale": 0.5, "shift": np.float32(2), "none": np.zeros((4, 0), np.float32)}
     optimizer = optax.sgd(1.0)
     state = train.TrainState.create(adapters, optimizer)
@@ -153,8 +158,13 @@ def test_a_batch_may_have_scalars(parts, tmp_path):
         lora, lambda run, x: squares(run, x), w, state, rows, parts
     )
     state, metrics = train.make_step(lora, weighted, optimizer, accumulate=parts)(state, w, batch)
-    weight = lambda ab: w["w"] + 7 / np.sqrt(3) * ab["w"]["a"] @ ab["w"]["b"]
-    by_hand = lambda ab: 0.5 * jnp.sum((rows @ weight(ab) - 2) ** 2) / 20
+
+    def weight(ab):
+        return w["w"] + 7 / np.sqrt(3) * ab["w"]["a"] @ ab["w"]["b"]
+
+    def by_hand(ab):
+        return 0.5 * jnp.sum((rows @ weight(ab) - 2) ** 2) / 20
+
     value, grads = jax.value_and_grad(by_hand)(adapters)
     assert float(metrics["loss"]) == pytest.approx(float(value), rel=1e-5)
     near(jax.tree.map(jnp.subtract, adapters, state.adapters), grads, 2e-5)

@@ -142,7 +142,10 @@ def test_a_full_disk_ends_no_run_and_harms_no_earlier_checkpoint(run, tmp_path):
 
 def test_the_best_checkpoint_is_kept_and_training_stops_when_nothing_gets_better(run, tmp_path):
     """After six steps the loss is climbed and not descended: the held-out loss falls, then rises."""
-    rates = lambda count: jnp.where(count < 6, 1e-2, -1e-2)
+
+    def rates(count):
+        return jnp.where(count < 6, 1e-2, -1e-2)
+
     result = run.fit(tmp_path, 60, optimizer=optax.adam(rates), eval_every=2, patience=3, save_every=1, keep=2)
     losses = {r["step"]: r["heldout_loss"] for r in result.records if "heldout_loss" in r}
     best = min(losses, key=losses.__getitem__)

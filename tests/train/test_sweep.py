@@ -101,7 +101,10 @@ def assert_equal(outcome, want):
     (losses, norms), adapters = want
     np.testing.assert_allclose(outcome.losses, losses, rtol=1e-5)
     np.testing.assert_allclose(outcome.grad_norms, norms, rtol=1e-4)
-    near = lambda got, want: np.testing.assert_allclose(got, want, atol=1e-4 * np.abs(want).max())
+
+    def near(got, want):
+        return np.testing.assert_allclose(got, want, atol=1e-4 * np.abs(want).max())
+
     jax.tree.map(near, outcome.adapters, adapters)
     assert outcome.diverged is None
 
@@ -164,9 +167,10 @@ def test_runs_of_a_decoder_together_are_the_runs_alone():
 
 def test_a_trial_that_diverges_disturbs_no_other(params):
     lora, seen = wrapped(params), []
-    go = lambda trials, **options: sweep(
-        lora, params, trials, batches=Data, loss=squares, optimizer=optax.sgd, steps=STEPS, **options
-    )
+
+    def go(trials, **options):
+        return sweep(lora, params, trials, batches=Data, loss=squares, optimizer=optax.sgd, steps=STEPS, **options)
+
     trials = [Trial(1e-2), Trial(1e30, seed=1), Trial(2e-2, seed=2)]
     mixed = go(trials, progress=lambda done, steps: seen.append((done, steps)))
     fine = go([trials[0], trials[2], Trial(1e-2, seed=1)])
@@ -222,16 +226,19 @@ def test_the_base_meets_the_rows_of_all_trials_in_one_product():
 
 def test_a_second_sweep_compiles_nothing(params):
     lora = wrapped(params)
-    go = lambda rate, seed: sweep(
-        lora,
-        params,
-        [Trial(rate, seed)] * 2,
-        batches=Data,
-        loss=squares,
-        optimizer=optax.sgd,
-        steps=1,
-        heldout=[Data(5)[0]],
-    )
+
+    def go(rate, seed):
+        return sweep(
+            lora,
+            params,
+            [Trial(rate, seed)] * 2,
+            batches=Data,
+            loss=squares,
+            optimizer=optax.sgd,
+            steps=1,
+            heldout=[Data(5)[0]],
+        )
+
     go(1e-2, 0)
     step, evaluate = make_sweep_step(lora, squares, optax.sgd), make_sweep_evaluate(lora, squares)
     go(1e-1, 3)
@@ -239,12 +246,14 @@ def test_a_second_sweep_compiles_nothing(params):
 
 
 def test_what_cannot_be_swept_is_refused(params):
-    go = lambda trials, **options: sweep(
-        wrapped(params),
-        params,
-        trials,
-        **{"batches": Data, "loss": squares, "optimizer": optax.sgd, "steps": 2} | options,
-    )
+    def go(trials, **options):
+        return sweep(
+            wrapped(params),
+            params,
+            trials,
+            **{"batches": Data, "loss": squares, "optimizer": optax.sgd, "steps": 2} | options,
+        )
+
     with pytest.raises(ValueError, match="learning rate -1"):
         Trial(-1)
     with pytest.raises(ValueError, match="sweep of 0 trials"):
