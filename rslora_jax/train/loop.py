@@ -154,8 +154,7 @@ def fit(
         info = _begin(folder, int(state.step), steps, lora, settings or {}, display)
         ours = (metrics_file, *([event_files] if tensorboard else []), loss_picture, *writers, display.running)
         with open_writers(info, ours if is_first() else ()) as write:
-            parts: Any = {"count": count, "judge": judge, "saver": saver, "write": write, "asked": asked, "skip": skip}
-            run = _Run(info, pace, params, state, step, feed, **parts)
+            run = _Run(info, pace, params, state, step, feed, count, judge, saver, write, asked, skip)
             came = run.go()
     return run.result(came)
 
