@@ -1,14 +1,11 @@
-"""Models with state on a mesh of eight virtual devices beside one: `python -m tests.train.mesh_state FOLDER`.
+"""Models with state on a mesh of eight virtual devices beside one: a script for `tests.devices.run_on`, given a folder.
 
 Prints, for each model, the largest difference of state and adapters between the two, and between a run on the mesh and
 one that was resumed there.
 """
 
 import dataclasses
-import os
 import sys
-
-os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
 
 import jax
 import numpy as np

@@ -1,8 +1,6 @@
 """Models with state in training: it moves as with the model alone, and is resumed bit for bit."""
 
 import dataclasses
-import subprocess
-import sys
 from collections.abc import Callable
 from typing import Any
 
@@ -19,6 +17,7 @@ from rslora_jax import train
 from rslora_jax.store import checkpoint
 from rslora_jax.train.gradient import measure
 from rslora_jax.train.state import bound
+from tests.devices import run_on
 
 pytestmark = [pytest.mark.xdist_group("fit"), pytest.mark.usefixtures("compile_fast")]
 
@@ -504,10 +503,8 @@ def test_what_is_no_state_to_go_on_with_is_refused(tmp_path):
 
 @pytest.mark.nightly
 def test_on_a_mesh_the_state_is_that_of_the_whole_batch(tmp_path):
-    command = [sys.executable, "-m", "tests.train.mesh_state", str(tmp_path)]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=500)
-    assert done.returncode == 0, done.stderr[-2000:]
-    of_each = [[float(word) for word in line.split()] for line in done.stdout.splitlines()]
+    said = run_on(8, "tests.train.mesh_state", str(tmp_path))
+    of_each = [[float(word) for word in line.split()] for line in said.splitlines()]
     assert len(of_each) == 2
     for from_one_device, from_a_resumed_run in of_each:
         assert from_one_device < 1e-5 and from_a_resumed_run == 0
