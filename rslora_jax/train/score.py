@@ -18,7 +18,7 @@ from jax import Array
 
 from rslora_jax.train.batches import Batch, Rows, heldout_batches
 from rslora_jax.train.metrics import perplexity
-from rslora_jax.train.ratio import ratio_error
+from rslora_jax.train.ratio import ratio
 from rslora_jax.train.tokens import Progress
 
 
@@ -32,15 +32,12 @@ class Losses:
     @property
     def mean(self) -> float:
         """The loss of a token, as training reports it."""
-        return float(self.sums_E.sum() / self.tokens_E.sum())
+        return ratio(self.sums_E, self.tokens_E).value
 
     @property
     def error(self) -> float:
-        """The standard error of `mean` over examples; NaN of one example.
-
-        Tokens of an example are not independent, so examples are what is counted (`ratio_error`).
-        """
-        return ratio_error(self.sums_E, self.tokens_E)
+        """The standard error of `mean` over examples, as `ratio` has it; NaN of one example."""
+        return ratio(self.sums_E, self.tokens_E).error
 
     @property
     def perplexity(self) -> float:

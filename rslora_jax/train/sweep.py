@@ -20,7 +20,7 @@ from rslora_jax.store.keys import typed
 from rslora_jax.train.carry import call_loss
 from rslora_jax.train.gradient import measure
 from rslora_jax.train.loss import Loss
-from rslora_jax.train.ratio import ratio_error
+from rslora_jax.train.ratio import ratio
 from rslora_jax.train.state import TrainState, advance, drawn
 from rslora_jax.train.update import to_use
 from rslora_jax.wrap import Adapters, Lora
@@ -304,15 +304,15 @@ def factor_norm(lora: Lora, grads: Adapters) -> Array:
 
 
 def mean_loss(sums_Kx2: np.ndarray) -> Heldout:
-    """Return the mean of K batches' (sum of losses, number), and its standard error as a ratio of two means.
+    """Return the mean of K batches' (sum of losses, number), and its standard error, as `ratio` has them.
 
     >>> mean_loss(np.array([[2.0, 2], [6.0, 2]]))
     Heldout(loss=2.0, error=1.0)
     """
-    sums_K, counts_K = np.asarray(sums_Kx2, np.float64).T
-    if not counts_K.sum():
+    sums, counts = np.asarray(sums_Kx2, np.float64).T
+    if not counts.sum():
         raise ValueError("the held-out batches hold no token with loss: give at least one example")
-    return Heldout(float(sums_K.sum() / counts_K.sum()), ratio_error(sums_K, counts_K))
+    return Heldout(*ratio(sums, counts))
 
 
 def stack(trees: Sequence[Any], of: Any = np) -> Any:
