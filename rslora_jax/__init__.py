@@ -1,10 +1,18 @@
-"""Rank-stabilised LoRA for JAX: adapters for any function, exact, cheap at every rank, only arrays."""
+"""Rank-stabilised LoRA for JAX: adapters for any function, exact, cheap at every rank, only arrays.
 
+The core is here. Around it: `methods` (what an adapter is), `stored` (what a base weight is), `train`, `store`
+(checkpoints), `parallel` (meshes), `interop` (the formats of others), `models`, `analysis`. What is public of each is
+in its `__all__`.
+"""
+
+from rslora_jax.adapters import Adapters
 from rslora_jax.config import LoraConfig
+from rslora_jax.methods import Method
 from rslora_jax.nnx import from_nnx
 from rslora_jax.scaling import gamma
 from rslora_jax.sites import Site
+from rslora_jax.stored import Stored
 from rslora_jax.wrap import Lora, RsloraWarning, wrap
 
-__all__ = ["Lora", "LoraConfig", "RsloraWarning", "Site", "from_nnx", "gamma", "wrap"]
+__all__ = ["Adapters", "Lora", "LoraConfig", "Method", "RsloraWarning", "Site", "Stored", "from_nnx", "gamma", "wrap"]
 __version__ = "0.1.0"

@@ -159,7 +159,7 @@ class Lora:
             return jax.device_put(merged, leaf.sharding) if concrete else merged
 
         def same(leaf: Any) -> Any:
-            return jax.tree.map(jnp.copy, leaf) if copy and is_array(leaf) else leaf
+            return jax.tree.map(lambda array: array.copy(), leaf) if copy and is_array(leaf) else leaf
 
         merged = {
             name: one(leaf, self.sites[name]) if name in self.sites else same(leaf)
@@ -260,7 +260,7 @@ def wrap(fn: Callable[..., Any], params: Any, *args: Any, config: LoraConfig = D
     if jnp.finfo(config.dtype).bits < 32:
         notes.append(
             f"adapters held in {config.dtype} lose small steps by rounding: hold them in float32 (they are cast where "
-            "they are used), or train with `rslora_jax.train.masters.float32_masters(optimizer)`"
+            "they are used), or train with `rslora_jax.train.float32_masters(optimizer)`"
         )
     for note in notes:
         warnings.warn(note, RsloraWarning, stacklevel=2)

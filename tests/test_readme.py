@@ -60,3 +60,12 @@ def test_models_with_state_train_as_the_guide_says(tmp_path, monkeypatch):
         moved = jax.tree.leaves(names["result"].model_state)
         assert jax.tree.structure(names["result"].model_state) == jax.tree.structure(names[statistics])
         assert all(jnp.isfinite(leaf).all() for leaf in moved if jnp.issubdtype(leaf.dtype, jnp.floating))
+
+
+@pytest.mark.by_day_on("newest")
+def test_a_method_and_a_stored_form_of_ones_own_run_as_their_guide_says():
+    guide = (Path(__file__).parent.parent / "docs" / "methods" / "README.md").read_text()
+    snippets = re.findall(r"```python\n(.*?)```", guide, re.DOTALL)
+    assert len(snippets) == 2
+    for source in snippets:
+        exec(source, {"__name__": "guide"})

@@ -1,1 +1,7 @@
 """Adapters on disk: checkpoints with orbax, and checksums that tell bases apart."""
+
+from rslora_jax.store import checkpoint
+from rslora_jax.store.checkpoint import Damaged, load_about, load_adapters, load_model_state
+from rslora_jax.store.checksum import checksums
+
+__all__ = ["Damaged", "checkpoint", "checksums", "load_about", "load_adapters", "load_model_state"]

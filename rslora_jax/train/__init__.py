@@ -11,7 +11,9 @@ from rslora_jax.train.examples import Example, Message, read_jsonl
 from rslora_jax.train.flops import peak_flops, step_flops
 from rslora_jax.train.loop import NonFiniteLoss, Result, fit
 from rslora_jax.train.loss import Loss, cross_entropy, logits_loss, token_loss
+from rslora_jax.train.masters import float32_masters
 from rslora_jax.train.optimizers import make_optimizer, make_schedule, muon_axes
+from rslora_jax.train.rates import scale_by_rank
 from rslora_jax.train.reading import read_examples
 from rslora_jax.train.state import TrainState, make_evaluate, make_pmap_step, make_step, replicate
 from rslora_jax.train.sweep import Outcome, Trial, sweep
@@ -35,6 +37,7 @@ __all__ = [
     "cross_entropy",
     "docstring_pairs",
     "fit",
+    "float32_masters",
     "heldout_batches",
     "logits_loss",
     "make_evaluate",
@@ -48,6 +51,7 @@ __all__ = [
     "read_examples",
     "read_jsonl",
     "replicate",
+    "scale_by_rank",
     "step_flops",
     "sweep",
     "token_loss",

@@ -46,7 +46,7 @@ def transfer_table(done: Done, trained: Done) -> list[str]:
         return []
     lines = [
         f"One rate for all ranks: AdamW's best for rsLoRA of rank {REFERENCE} is {best.rate:.2g}. Each rank's held-out "
-        f"loss there, and at that times (r / {REFERENCE})^-1/4, which `train.rates.scale_by_rank` makes of it. "
+        f"loss there, and at that times (r / {REFERENCE})^-1/4, which `rslora_jax.train.scale_by_rank` makes of it. "
         "Those with ~ are read off the lines between the rates that were tried (so rather too large than too small), "
         "the others were trained there; one seed:",
         "",
