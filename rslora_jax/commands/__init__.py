@@ -1,1 +1,4 @@
-"""The commands of `rslora`, a file each: `add(commands)` gives its flags, `run(arguments)` does it."""
+"""The commands of `rslora`, a file each, which holds its flags and what it does, as a `Command`.
+
+To add one, write such a file and enter it in `COMMANDS` of `rslora_jax.cli`.
+"""

@@ -4,71 +4,37 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import functools
 import json
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from pathlib import Path
 from typing import Any
 
-from rslora_jax.commands.flags import add_flag
-
-EXAMPLES = """\
-examples:
-  rslora generate my-run --prompt "What is the capital of France?"
-      The run's last adapters on the model they were trained on; the answer appears as it comes.
-  rslora generate --prompt "What is the capital of France?"
-      The base model alone: SmolLM2, or --model other.gguf.
-  rslora generate my-run --step best --prompts questions.txt --out answers.jsonl
-      Many prompts, one a line, in batches. A .jsonl file has {"prompt"}, {"question"} or {"messages"} a line.
-  rslora generate my-run --plain --prompt "Once upon a time" --temperature 0.8 --top-p 0.9 --seed 1
-      No chat template, and tokens drawn at random.
-  rslora generate my-run < questions.txt
-      Without prompts, each line of the input is answered as it comes; on a terminal, each line you type.
-"""
+from rslora_jax.commands.command import Command
+from rslora_jax.commands.flags import add_flag, check_above_zero, check_parent, shared
+from rslora_jax.commands.output import tell, write_text_whole
 
 
-def add(commands: Any) -> None:
-    """Add the command and its flags."""
-    generate = commands.add_parser(
-        "generate",
-        help="let a model, with or without adapters, answer prompts",
-        description="Answer prompts with a model and the adapters of a run, which are not merged into it.",
-        epilog=EXAMPLES,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-
-    generate.add_argument(
-        "folder", nargs="?", metavar="FOLDER", help="of a run or of PEFT (default: the base model alone)"
-    )
-    what = generate.add_argument_group("model")
-    add_flag(what, "--model", None, "the base, where it is not where the run found it", metavar="FILE")
-    add_flag(what, "--step", None, "which checkpoint (default: the last)", metavar="last|best|N")
+def _add_flags(parser: argparse.ArgumentParser) -> None:
+    shared(parser, "folder", nargs="?", text="of a run or of PEFT (default: the base model alone)")
+    what = parser.add_argument_group("model")
+    shared(what, "--model")
+    shared(what, "--step")
     merged = "add the adapters into the weights first: faster, at other rounding"
     what.add_argument("--merged", action="store_true", help=merged)
-    dtype = "dtype to compute in (default: the run's, or float32)"
-    add_flag(what, "--dtype", None, dtype, choices=("float32", "bfloat16"))
-    prompts = generate.add_argument_group("prompts")
+    shared(what, "--dtype")
+    prompts = parser.add_argument_group("prompts")
     add_flag(prompts, "--prompt", [], "a prompt, as often as you like", metavar="TEXT", action="append")
     add_flag(prompts, "--prompts", None, "a file of prompts, one a line, or a .jsonl file", metavar="FILE")
     prompts.add_argument("--plain", action="store_true", help="prompts as they stand, without the chat template")
-    add_flag(prompts, "--batch-size", 8, "prompts that are answered together", metavar="N")
-    how = generate.add_argument_group("answers")
-    add_flag(how, "--max-new", 256, "most tokens of an answer", metavar="N")
+    shared(prompts, "--batch-size", text="prompts that are answered together")
+    how = parser.add_argument_group("answers")
+    shared(how, "--max-new")
     add_flag(how, "--temperature", 0.0, "0 takes the likeliest token; above, one is drawn", metavar="X")
     add_flag(how, "--top-p", 1.0, "draw among the likeliest tokens that hold so much of the probability", metavar="X")
     add_flag(how, "--seed", 0, "seed of what is drawn", metavar="N")
-    add_flag(how, "--out", None, "write prompts and answers as JSON lines too", metavar="FILE")
-    generate.set_defaults(run=run)
-
-
-def run(arguments: argparse.Namespace, argv: Sequence[str] | None) -> int:
-    """Run the command."""
-    try:
-        return generate(arguments)
-    except KeyboardInterrupt:
-        print("\nrslora: interrupted", file=sys.stderr)
-        return 130
+    shared(how, "--out", text="write prompts and answers as JSON lines too", metavar="FILE")
 
 
 def generate(a: argparse.Namespace) -> int:
@@ -76,29 +42,31 @@ def generate(a: argparse.Namespace) -> int:
     from rslora_jax.commands import runs
     from rslora_jax.commands.prompts import prompt_ids, read_prompts
 
-    for flag in ("batch_size", "max_new"):
-        if not getattr(a, flag) > 0:
-            raise ValueError(f"--{flag.replace('_', '-')} {getattr(a, flag)} is not above 0")
-    if a.temperature < 0 or not 0 < a.top_p <= 1:
-        raise ValueError(f"--temperature {a.temperature} --top-p {a.top_p}: give at least 0, and 0 < top-p <= 1")
-    if a.merged and not a.folder:
-        raise ValueError("--merged needs a run whose adapters are to be merged: name its folder")
-    if a.out and not Path(a.out).absolute().parent.is_dir():
-        raise ValueError(f"{Path(a.out).parent} is no folder: make it before --out {a.out}")
+    _check_flags(a)
     prompts = [*a.prompt, *(read_prompts(a.prompts) if a.prompts else [])]
     tell("reading the model")
     loaded = runs.load([a.folder] if a.folder else [], model=a.model, step=a.step, dtype=a.dtype, to_write=True)
-    ids = lambda prompt: prompt_ids(loaded.tokenizer, prompt, plain=a.plain)
+    ids = functools.partial(prompt_ids, loaded.tokenizer, plain=a.plain)
     writer = Writer.of(loaded, a)
     # All are encoded first: a mistake in the last shows before the first is answered.
-    answers = writer.many(prompts, [ids(p) for p in prompts]) if prompts else writer.lines(typed(), ids)
+    answers = writer.many(prompts, [ids(p) for p in prompts]) if prompts else writer.lines(_typed(), ids)
     records = []
     for prompt, answer in answers:
         records.append({"prompt": prompt, "completion": answer})
     if a.out:
-        write_whole(a.out, "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records))
+        write_text_whole(a.out, "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records))
         tell(f"wrote {a.out}")
     return 0
+
+
+def _check_flags(a: argparse.Namespace) -> None:
+    """Raise a ValueError for flags that cannot be, before the model is read."""
+    check_above_zero(a, "batch_size", "max_new")
+    if a.temperature < 0 or not 0 < a.top_p <= 1:
+        raise ValueError(f"--temperature {a.temperature} --top-p {a.top_p}: give at least 0, and 0 < top-p <= 1")
+    if a.merged and not a.folder:
+        raise ValueError("--merged needs a run whose adapters are to be merged: name its folder")
+    check_parent("--out", a.out)
 
 
 @dataclasses.dataclass
@@ -145,14 +113,14 @@ class Writer:
 
     def many(self, prompts: Sequence[Any], ids: Sequence[list[int]]) -> Iterator[tuple[Any, str]]:
         """Answer prompts in batches; one alone is shown as it comes."""
+        from rslora_jax.commands.progress import progress_line
         from rslora_jax.commands.prompts import batches
-        from rslora_jax.train.report import progress_line
 
         if len(prompts) == 1:
             yield prompts[0], self.shown_as_it_comes(ids[0])
             return
         speed, done = Speed(), 0
-        progress = progress_line("answering", after=2.0)
+        progress = progress_line("answering")
         # One length for all batches, so that they share what is compiled.
         bucket = -(-max(map(len, ids)) // 64) * 64
         for batch, real in batches(ids, self.batch_size):
@@ -166,7 +134,7 @@ class Writer:
             progress(done, len(prompts))
             for prompt, row in zip(prompts[done - real : done], rows, strict=False):
                 answer = self.loaded.tokenizer.decode(row, skip_special=True).strip()
-                print(f"> {text_of(prompt)}\n{answer}\n", flush=True)
+                print(f"> {_text_of(prompt)}\n{answer}\n", flush=True)
                 yield prompt, answer
         tell(str(speed))
 
@@ -181,7 +149,7 @@ class Writer:
         begun = time.perf_counter()
         going = self.start([ids])
         speed.compiling = time.perf_counter() - begun
-        decode = lambda row: self.loaded.tokenizer.decode(row, skip_special=True)
+        decode = functools.partial(self.loaded.tokenizer.decode, skip_special=True)
         text = ""
         for part in unfolding((new for (new,) in speed.of(going, [ids], chunk=4)), decode):
             print(part, end="", flush=True)
@@ -219,11 +187,19 @@ class Speed:
             begun = time.perf_counter()
 
     def __str__(self) -> str:
-        rate = lambda count, seconds: f"{count} ({count / max(seconds, 1e-9):.0f}/s)"
         return (
-            f"prompt tokens {rate(self.read, self.reading)}, new tokens {rate(self.new, self.writing)}, "
+            f"prompt tokens {_rate(self.read, self.reading)}, new tokens {_rate(self.new, self.writing)}, "
             f"after {self.compiling:.1f} s to compile"
         )
+
+
+def _rate(count: int, seconds: float) -> str:
+    """Write a number of tokens, and how many that is in a second.
+
+    >>> _rate(30, 2.0)
+    '30 (15/s)'
+    """
+    return f"{count} ({count / max(seconds, 1e-9):.0f}/s)"
 
 
 def unfolding(pieces: Iterable[Sequence[int]], decode: Callable[[list[int]], str]) -> Iterator[str]:
@@ -248,12 +224,12 @@ def unfolding(pieces: Iterable[Sequence[int]], decode: Callable[[list[int]], str
         yield whole.removeprefix(shown)
 
 
-def text_of(prompt: Any) -> str:
+def _text_of(prompt: Any) -> str:
     """Give a prompt as it is shown: of a chat, its last turn."""
     return prompt if isinstance(prompt, str) else prompt[-1]["content"]
 
 
-def typed() -> Iterator[str]:
+def _typed() -> Iterator[str]:
     """Give the lines of the standard input that are not blank, each as it comes."""
     terminal = sys.stdin.isatty()
     while True:
@@ -266,13 +242,32 @@ def typed() -> Iterator[str]:
             yield line.rstrip("\r\n")
 
 
-def tell(text: str) -> None:
-    """Say what is no answer, beside the output."""
-    print(text, file=sys.stderr, flush=True)
-
-
-def write_whole(path: str, text: str) -> None:
-    """Write a file that is never there by half."""
-    draft = Path(f"{path}.tmp")
-    draft.write_text(text, encoding="utf-8")
-    draft.replace(path)
+COMMAND = Command(
+    name="generate",
+    summary="let a model, with or without adapters, answer prompts",
+    description="Answer prompts with a model and the adapters of a run, which are not merged into it.",
+    examples=(
+        (
+            'rslora generate my-run --prompt "What is the capital of France?"',
+            "The run's last adapters on the model they were trained on; the answer appears as it comes.",
+        ),
+        (
+            'rslora generate --prompt "What is the capital of France?"',
+            "The base model alone: SmolLM2, or --model other.gguf.",
+        ),
+        (
+            "rslora generate my-run --step best --prompts questions.txt --out answers.jsonl",
+            'Many prompts, one a line, in batches. A .jsonl file has {"prompt"}, {"question"} or {"messages"} a line.',
+        ),
+        (
+            'rslora generate my-run --plain --prompt "Once upon a time" --temperature 0.8 --top-p 0.9 --seed 1',
+            "No chat template, and tokens drawn at random.",
+        ),
+        (
+            "rslora generate my-run < questions.txt",
+            "Without prompts, each line of the input is answered as it comes; on a terminal, each line you type.",
+        ),
+    ),
+    add_flags=_add_flags,
+    run=generate,
+)

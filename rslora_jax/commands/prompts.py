@@ -38,10 +38,10 @@ def read_prompts(path: str) -> list[Prompt]:
         raise ValueError(f"{path} holds no prompt: write one a line")
     if Path(path).suffix.lower() not in (".jsonl", ".json"):
         return [line for _, line in filled]
-    return [parse(line, f"{path}:{n}") for n, line in filled]
+    return [_parse(line, f"{path}:{n}") for n, line in filled]
 
 
-def parse(line: str, where: str) -> Prompt:
+def _parse(line: str, where: str) -> Prompt:
     """Read one line of JSON."""
     try:
         record = json.loads(line)
@@ -52,28 +52,28 @@ def parse(line: str, where: str) -> Prompt:
         raise ValueError(f'{where} is not {{"prompt": ...}}, {{"question": ...}} or {{"messages": [...]}}: write one')
     value = record[found[0]]
     if found == ["messages"]:
-        return chat(value, where)
+        return _chat(value, where)
     if not isinstance(value, str) or not value.strip():
         raise ValueError(f'{where} has "{found[0]}" that is no text: fill it in')
     return value
 
 
-def chat(value: Any, where: str) -> tuple[Mapping[str, str], ...]:
+def _chat(value: Any, where: str) -> tuple[Mapping[str, str], ...]:
     """Check the turns of a chat."""
     turns = value if isinstance(value, list) else []
-    fine = lambda turn: (
-        isinstance(turn, dict)
-        and set(turn) == {"role", "content"}
-        and turn["role"] in ROLES
-        and isinstance(turn["content"], str)
-    )
-    if not all(map(fine, turns)):
+    if not all(map(_is_turn, turns)):
         raise ValueError(f'{where} has a message that is not {{"role", "content"}} with a role of {", ".join(ROLES)}')
     if turns and turns[-1]["role"] == "assistant":
         turns = turns[:-1]
     if not turns:
         raise ValueError(f'{where} has "messages" without one to answer: write a list of {{role, content}}')
     return tuple(turns)
+
+
+def _is_turn(turn: Any) -> bool:
+    if not isinstance(turn, dict) or set(turn) != {"role", "content"}:
+        return False
+    return turn["role"] in ROLES and isinstance(turn["content"], str)
 
 
 def prompt_ids(tokenizer: Any, prompt: Prompt, *, plain: bool) -> list[int]:

@@ -77,7 +77,7 @@ def load(
     loras, loaded = list[Lora](), []
     for folder, one in zip(runs, opened, strict=True):
         lora, variables, adapters, _ = attach(one, base)
-        known = next((other for other in loras if same_shapes(other, lora)), lora)
+        known = next((other for other in loras if _same_shapes(other, lora)), lora)
         loras.append(known)
         at = int(one.source.name) if one.source.parent.name == "checkpoints" else None
         loaded.append(Run(folder, at, lora.config, known, variables, rescaled(adapters, lora, known)))
@@ -112,23 +112,30 @@ def program(loaded: Loaded, run: Run | None, *, merged: bool = False) -> tuple[C
     if merged and run:
         return loaded.family.build(loaded.config).apply, run.lora.merge(run.variables, run.adapters)
     if run:
-        return adapted(run.lora), (run.variables, run.adapters)
+        return _adapted(run.lora), (run.variables, run.adapters)
     if loaded.runs:
         first = loaded.runs[0]
-        return adapted(first.lora), (loaded.variables, jax.tree.map(np.zeros_like, first.adapters))
+        return _adapted(first.lora), (loaded.variables, jax.tree.map(np.zeros_like, first.adapters))
     return loaded.family.build(loaded.config).apply, loaded.variables
 
 
 @functools.lru_cache(maxsize=8)
-def adapted(lora: Lora) -> Callable[..., Any]:
+def _adapted(lora: Lora) -> Callable[..., Any]:
     """Give `lora.apply` as a function of ((base, adapters), ...), the same one for the same `Lora`."""
-    return lambda both, *args, **kwargs: lora.apply(*both, *args, **kwargs)
+
+    def apply(both: Any, *args: Any, **kwargs: Any) -> Any:
+        return lora.apply(*both, *args, **kwargs)
+
+    return apply
 
 
-def same_shapes(one: Lora, other: Lora) -> bool:
+def _same_shapes(one: Lora, other: Lora) -> bool:
     """Say whether two have the same adapters, but for what their factors are."""
-    plain = lambda lora: [dataclasses.replace(site, alpha=1.0, gamma=1.0) for site in lora.sites.values()]
-    return plain(one) == plain(other) and one.config.dtype == other.config.dtype
+
+    def unscaled(lora: Lora) -> list[Any]:
+        return [dataclasses.replace(site, alpha=1.0, gamma=1.0) for site in lora.sites.values()]
+
+    return unscaled(one) == unscaled(other) and one.config.dtype == other.config.dtype
 
 
 def rescaled(adapters: Mapping[str, Any], lora: Lora, other: Lora) -> Adapters:

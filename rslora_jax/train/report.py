@@ -95,23 +95,3 @@ class Display:
 
 def _ignore(record: Record) -> None:
     """Show nothing."""
-
-
-def progress_line(what: str, after: float = 2.0) -> Callable[[int, int], None]:
-    """Return `progress(done, total)`, which shows a bar with the time left for what takes more than some seconds."""
-    from rich.console import Console
-    from rich.progress import Progress
-
-    console = Console()
-    # Elsewhere than on a terminal, a bar that goes away leaves an empty line.
-    begun, bar = time.monotonic(), Progress(console=console, transient=True, disable=not console.is_terminal)
-    task = bar.add_task(what, total=None)
-
-    def progress(done: int, total: int) -> None:
-        if done < total and time.monotonic() - begun > after:
-            bar.start()
-            bar.update(task, completed=done, total=total)
-        if done == total:
-            bar.stop()
-
-    return progress

@@ -10,6 +10,7 @@ from safetensors.numpy import load_file, save_file
 
 from rslora_jax.cli import main
 from rslora_jax.interop.adapter_folder import attach, load_base, open_adapters
+from rslora_jax.train import samples
 
 pytestmark = [pytest.mark.usefixtures("compile_fast"), pytest.mark.by_day_on("newest")]
 
@@ -75,14 +76,20 @@ def test_what_a_peft_folder_cannot_tell_is_asked_for(exported, capsys):
         assert said in capsys.readouterr().err
 
 
-def test_training_goes_on_from_it_and_is_resumed_without_it(place, exported, capsys, tmp_path):
+def test_training_goes_on_from_it_and_is_resumed_without_it(place, exported, capsys, tmp_path, monkeypatch):
     model, sums = str(place.folder / "model.gguf"), str(place.folder / "sums.jsonl")
     start, out = tmp_path / "start", tmp_path / "out"
     shutil.copytree(exported, start)
     train = ["train", "--model", model, "--data", sums, "--max-len", "48", "--adapters", str(start), "--out", str(out)]
     assert main([*train, "--rank", "7"]) == 2
     assert "--rank 7 is for new adapters, and --adapters has its own: leave it out" in capsys.readouterr().err
+    applies, write = [], samples.write
+    monkeypatch.setattr(
+        samples, "write", lambda apply, *args, **more: (applies.append(apply), write(apply, *args, **more))[1]
+    )
     assert main([*train, "--steps", "3", "--heldout", "4", "--learning-rate", "0.01"]) == 0
+    # What is compiled for the answers before serves those after: it is told apart by `apply`.
+    assert len(applies) == 2 and applies[0] == applies[1]
     records = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
     first, last = (next(r["heldout_loss"] for r in records if r["step"] == n and "heldout_loss" in r) for n in (0, 3))
     scores = tmp_path / "scores.json"
