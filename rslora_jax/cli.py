@@ -166,14 +166,28 @@ def _laid_out(examples: Sequence[tuple[str, str]], note: str = "") -> str:
     """
     lines = ["examples:"]
     for command, text in examples:
-        lines += [f"  {command}", _filled(text, " " * 6)]
+        lines += [_continued(command), _filled(text, " " * 6)]
     return "\n".join([*lines, "", _filled(note)] if note else lines)
 
 
 def _filled(text: str, indent: str = "") -> str:
     """Break a text into lines as wide as argparse makes its own."""
-    width = max(40, min(shutil.get_terminal_size().columns, 120) - 2)
-    return textwrap.fill(text, width, initial_indent=indent, subsequent_indent=indent, break_on_hyphens=False)
+    return textwrap.fill(text, _width(), initial_indent=indent, subsequent_indent=indent, break_on_hyphens=False)
+
+
+def _continued(command: str) -> str:
+    """Break a command line before flags where it is too long, as a shell takes it."""
+    lines = [" "]
+    for piece in re.split(" (?=--)", command):
+        if len(lines[-1]) + len(piece) + 3 > _width():
+            lines[-1] += " \\"
+            lines.append("   ")
+        lines[-1] += f" {piece}"
+    return "\n".join(lines)
+
+
+def _width() -> int:
+    return max(40, min(shutil.get_terminal_size().columns, 120) - 2)
 
 
 def _quieten() -> None:
