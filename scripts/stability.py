@@ -31,6 +31,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+import scipy.stats
 from jax import Array, lax
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
@@ -162,13 +163,8 @@ def interval(samples: np.ndarray, level: float = 0.95) -> tuple[float, float]:
     >>> [round(x, 3) for x in interval(np.array([1.0, 2.0, 3.0]))]
     [-0.484, 4.484]
     """
-    n = len(samples)
-    t = np.linspace(0, 100, 1_000_001)  # a quantile of more than 100 needs fewer than two samples
-    density = (1 + t**2 / (n - 1)) ** (-n / 2)
-    density *= math.gamma(n / 2) / (math.sqrt((n - 1) * math.pi) * math.gamma((n - 1) / 2))
-    reach = np.interp(level / 2, np.cumsum(density) * (t[1] - t[0]) - density[0] * t[1] / 2, t)
-    half = reach * samples.std(ddof=1) / math.sqrt(n)
-    return samples.mean() - half, samples.mean() + half
+    low, high = scipy.stats.t.interval(level, len(samples) - 1, samples.mean(), scipy.stats.sem(samples))
+    return float(low), float(high)
 
 
 @dataclasses.dataclass(frozen=True)

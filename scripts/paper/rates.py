@@ -5,11 +5,9 @@ from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
+import scipy.stats
 
 from paper.plan import Spec
-
-# Two-sided 95 % points of Student's t, by degrees of freedom.
-STUDENT = {1: 12.71, 2: 4.30, 3: 3.18, 4: 2.78, 5: 2.57, 6: 2.45, 7: 2.36, 8: 2.31}
 
 
 class Best(NamedTuple):
@@ -90,18 +88,13 @@ def best_rate(losses: Mapping[float, float]) -> Best | None:
 
 
 def exponent(ranks: Sequence[int], rates: Sequence[float]) -> Exponent | None:
-    """Fit log rate over log rank by least squares; None for less than two ranks.
+    """Fit log rate over log rank by least squares, with Student's interval; None for less than two ranks.
 
     >>> round(exponent([4, 16, 64], [1.0, 0.5, 0.25]).slope, 3)
     -0.5
     """
     if len(ranks) < 2:
         return None
-    x, y = np.log(ranks), np.log(rates)
-    slope, start = np.polyfit(x, y, 1)
-    free = len(ranks) - 2
-    if not free:
-        return Exponent(float(slope), -math.inf, math.inf)
-    error = math.sqrt(np.sum((y - start - slope * x) ** 2) / free / np.sum((x - x.mean()) ** 2))
-    reach = STUDENT[min(free, max(STUDENT))] * error
-    return Exponent(float(slope), float(slope - reach), float(slope + reach))
+    line, free = scipy.stats.linregress(np.log(ranks), np.log(rates)), len(ranks) - 2
+    reach = float(scipy.stats.t.ppf(0.975, free) * line.stderr) if free else math.inf
+    return Exponent(float(line.slope), float(line.slope) - reach, float(line.slope) + reach)

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import scipy.stats
 
 from paper.plan import Spec
 from rslora_jax.train.sweep import Outcome
@@ -126,5 +127,4 @@ def mean_and_error(values: list[float]) -> tuple[float, float]:
     >>> mean_and_error([1.0, 3.0])
     (2.0, 1.0)
     """
-    error = float(np.std(values, ddof=1)) / math.sqrt(len(values)) if len(values) > 1 else math.nan
-    return float(np.mean(values)), error
+    return float(np.mean(values)), float(scipy.stats.sem(values)) if len(values) > 1 else math.nan
