@@ -23,6 +23,12 @@ gc.freeze()
 gc.set_threshold(50_000, 20, 100)
 
 
+def pytest_configure(config):
+    """Make a deprecated call from a script an error, as from the package and the tests; scripts go by bare names."""
+    names = sorted(path.stem for path in (Path(__file__).parent.parent / "scripts").iterdir())
+    config.addinivalue_line("filterwarnings", rf"error::DeprecationWarning:({'|'.join(names)})(\.|\Z)")
+
+
 @pytest.fixture(scope="module")
 def compile_fast():
     """Compile without most optimisations, in modules whose programs are small and run once or twice."""
