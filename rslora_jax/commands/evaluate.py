@@ -10,7 +10,8 @@ from typing import Any
 
 from rslora_jax.commands.command import Command
 from rslora_jax.commands.flags import add_flag, check_above_zero, check_parent, shared
-from rslora_jax.commands.output import print_table, tell, write_text_whole
+from rslora_jax.commands.output import tell, write_text_whole
+from rslora_jax.commands.tables import print_table
 
 
 def _add_flags(parser: argparse.ArgumentParser) -> None:
@@ -158,7 +159,7 @@ def _print_scores(found: Sequence[Mapping[str, Any]]) -> None:
     one = found[0]
     note = f"{one['tokens']:,} tokens with loss; ± is one standard error over examples, of the change a paired one"
     table = Table(caption=note, caption_justify="left")
-    table.add_column("model", overflow="fold")
+    table.add_column("model")
     columns = ["step", "rank", "perplexity", "loss", "change of loss", *(["right"] if "right" in one else [])]
     for column in columns:
         table.add_column(column, justify="right")

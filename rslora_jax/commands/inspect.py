@@ -11,7 +11,8 @@ from typing import Any
 
 from rslora_jax.commands.command import Command
 from rslora_jax.commands.flags import shared
-from rslora_jax.commands.output import model_name, print_table, writing
+from rslora_jax.commands.output import model_name, writing
+from rslora_jax.commands.tables import print_table
 
 
 def _add_flags(parser: argparse.ArgumentParser) -> None:

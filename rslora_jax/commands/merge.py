@@ -9,7 +9,8 @@ from typing import Any
 
 from rslora_jax.commands.command import Command
 from rslora_jax.commands.flags import add_flag, shared
-from rslora_jax.commands.output import model_name, print_table, whether_written, writing
+from rslora_jax.commands.output import model_name, whether_written, writing
+from rslora_jax.commands.tables import print_table
 
 
 def _add_flags(parser: argparse.ArgumentParser) -> None:

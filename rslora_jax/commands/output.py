@@ -14,14 +14,6 @@ def tell(text: str) -> None:
     print(text, file=sys.stderr, flush=True)
 
 
-def print_table(table: Any) -> None:
-    """Print a table of rich's; where nobody looks, it is not cut to a terminal's width."""
-    from rich.console import Console
-
-    console = Console(highlight=False)
-    (console if console.is_terminal else Console(highlight=False, width=200)).print(table)
-
-
 def model_name(model: str | None, settings: Mapping[str, Any] | None = None) -> str:
     """Say which base is read: the one that a flag gives, that of the run's settings, or SmolLM2.
 
