@@ -84,7 +84,7 @@ def test_a_misspelt_command_or_flag_is_named_with_what_comes_close(command, caps
     assert f"rslora {command} --help" in error_of([command, *NEEDED.get(command, []), "--qqqqqqq"], capsys)
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=25, deadline=None)
 @given(st.lists(st.text(st.characters(codec="ascii", exclude_categories=["Cc"]), max_size=9), min_size=1, max_size=4))
 def test_a_line_of_anything_is_read_or_refused_in_a_sentence(words):
     for command in COMMANDS:
@@ -165,6 +165,7 @@ def test_however_a_command_ends_its_status_and_one_sentence_say_so(command, end,
         if isinstance(end, Exception | KeyboardInterrupt):
             raise end
         if isinstance(end, signal.Signals):
+            assert signal.getsignal(end) is not signal.SIG_DFL  # which would end the tests
             os.kill(os.getpid(), end)
         return end
 
