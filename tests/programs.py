@@ -7,6 +7,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 from jax import lax
 from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import PartitionSpec as P
@@ -372,6 +373,34 @@ CASES: dict[str, Callable[[], Case]] = {
     **family(mapped, "shard_map_by_in shard_map_by_data vmap_of_weights pmap associative_scan printed"),
     **family(lookup, "tied take_with_fill columns"),
 }
+
+
+# One or two of each kind, for what goes over all of them at night.
+BY_DAY = (
+    "linen scanned, remat",
+    "linen tied, every matrix",
+    "stacked by_scan",
+    "stacked experts",
+    "control checkpoint_policy",
+    "layout fused",
+    "arithmetic scaled",
+    "arithmetic split_and_joined",
+    "arithmetic padded",
+    "convolution grouped",
+    "convolution tied",
+    "picked by_row",
+    "picked ragged",
+    "mapped shard_map_by_in",
+    "mapped vmap_of_weights",
+    "lookup tied",
+    "lookup take_with_fill",
+)
+
+
+def each_at_night() -> list[Any]:
+    """The names of all cases, as parameters: those that are not in `BY_DAY` run at night."""
+    assert set(BY_DAY) <= set(CASES)
+    return [pytest.param(name, marks=[] if name in BY_DAY else [pytest.mark.nightly]) for name in CASES]
 
 
 def trained(lora: rslora.Lora, seed: int = 7, scale: float = 0.15) -> dict:

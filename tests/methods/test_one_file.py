@@ -17,14 +17,12 @@ from rslora_jax.sites import from_paths, named_leaves
 from rslora_jax.train.optimizers import muon_axes
 from tests.methods.gained import Gained, by_hand, gradients_by_hand, trained
 from tests.program_models import normal
-from tests.programs import CASES
+from tests.programs import CASES, each_at_night
 from tests.reference import assert_near
 
 pytestmark = [pytest.mark.by_day_on("newest"), pytest.mark.usefixtures("compile_fast")]
 
 CONFIG = dict(rank=6, alpha=10.0, method=Gained())
-# What is complex or held in few bits has a reference of its own in the laws.
-NAMES = [name for name in CASES if not name.startswith(("dtype", "complex"))]
 
 
 def merged_by_hand(lora, params, adapters):
@@ -34,7 +32,7 @@ def merged_by_hand(lora, params, adapters):
     return from_paths(params, leaves | cast)
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", each_at_night())
 def test_values_gradients_and_merged_weights_are_those_of_the_definition(name):
     case = CASES[name]()
     with warnings.catch_warnings():

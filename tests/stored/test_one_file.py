@@ -16,7 +16,7 @@ from rslora_jax.sites import from_paths, named_leaves
 from rslora_jax.store.checksum import checksums
 from rslora_jax.stored import dense
 from tests.program_models import normal
-from tests.programs import CASES, trained
+from tests.programs import CASES, each_at_night, trained
 from tests.reference import assert_near
 from tests.stored.eight_bits import EightBits, eight_bits
 
@@ -43,7 +43,7 @@ def gradient(lora, case):
 
 
 @pytest.mark.filterwarnings("ignore::rslora_jax.RsloraWarning")
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("name", each_at_night())
 def test_every_program_gives_what_it_gives_on_the_dense_weights(name):
     case = CASES[name]()
     stored, plain = packed(case.params)
@@ -66,7 +66,15 @@ def test_every_program_gives_what_it_gives_on_the_dense_weights(name):
     )
 
 
-@pytest.mark.parametrize("name", ["linen tied, every matrix", "stacked by_scan", "arithmetic fused"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "lookup tied",
+        "stacked by_scan",
+        "arithmetic fused",
+        pytest.param("linen tied, every matrix", marks=pytest.mark.nightly),
+    ],
+)
 def test_op_by_op_no_bit_differs(name):
     case = CASES[name]()
     stored, plain = packed(case.params)
