@@ -115,14 +115,18 @@ def rescaled(site: Site, factors: Mapping[str, Any], by: Any) -> dict[str, Any]:
 
 def aligned(site: Site, factors: Mapping[str, Array]) -> dict[str, Array]:
     """Return an adapter's arrays with all axes of their weight, of size 1 where they lack one, and the rank last."""
-    axes = site.factors
-    return {name: _align(site.shape, axes[name], array) for name, array in factors.items() if name in axes}
+    axes = {name: own for name, own in site.factors.items() if name in factors}
+    arrays = _align(site.shape, tuple(axes.values()), [factors[name] for name in axes])
+    return dict(zip(axes, arrays, strict=True))
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1))  # layers of one kind are traced once
-def _align(shape: tuple[int, ...], axes: Sequence[Axis], factor: Array) -> Array:
-    own = [axis for axis in axes if axis != RANK]
+def _align(shape: tuple[int, ...], axes: Sequence[Sequence[Axis]], factors: Sequence[Array]) -> list[Array]:
+    return [_with_all_axes(shape, own, factor) for own, factor in zip(axes, factors, strict=True)]
+
+
+def _with_all_axes(shape: tuple[int, ...], axes: Sequence[Axis], factor: Array) -> Array:
     rank = [n for n, axis in enumerate(axes) if axis == RANK]
-    order = sorted((n for n, axis in enumerate(axes) if axis != RANK), key=lambda n: axes[n])
-    sizes = [n if axis in own else 1 for axis, n in enumerate(shape)]
-    return jnp.reshape(jnp.transpose(factor, (*order, *rank)), (*sizes, *(factor.shape[n] for n in rank)))
+    own = sorted((n for n in range(len(axes)) if n not in rank), key=lambda n: axes[n])
+    sizes = [n if axis in axes else 1 for axis, n in enumerate(shape)]
+    return jnp.reshape(jnp.transpose(factor, (*own, *rank)), (*sizes, *(factor.shape[n] for n in rank)))
