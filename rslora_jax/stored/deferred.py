@@ -34,7 +34,7 @@ class Deferred(Stored):
 
     @property
     def lost(self) -> int:
-        """How many axes of the stack were taken off since, as a scan takes them off."""
+        """How many axes of the stack were taken off since, as a scan takes them off; negative where some were added."""
         return self.depth - self.sources[0].ndim
 
     @property
@@ -46,10 +46,14 @@ class Deferred(Stored):
         return self.whole[self.leading :]
 
     def dense(self) -> Array:
-        ones = (1,) * self.lost
-        arrays = [dense(source) for source in self.sources]
-        out = self.act(*(array.reshape(*ones, *array.shape) for array in arrays), *self.others)
-        return out.reshape(out.shape[self.lost :])
+        def act(*arrays: Array) -> Array:
+            ones = (1,) * self.lost
+            out = self.act(*(array.reshape(*ones, *array.shape) for array in arrays), *self.others)
+            return out.reshape(out.shape[len(ones) :])
+
+        for _ in range(-self.lost):
+            act = jax.vmap(act)
+        return act(*map(dense, self.sources))
 
 
 def deferred(act: Callable[..., Array], sources: Sequence[Any], others: tuple[Any, ...], leading: int = 0) -> Deferred:

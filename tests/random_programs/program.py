@@ -8,7 +8,7 @@ import collections
 import dataclasses
 import itertools
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -20,6 +20,7 @@ from hypothesis import strategies as st
 import rslora_jax as rslora
 from tests.random_programs.around import AROUND, PLACES, STACKS
 from tests.random_programs.changes import CHANGES
+from tests.random_programs.forms import ALPHA, PLAIN, Form
 from tests.random_programs.scope import STACK, WIDEST, Scope, as_is, flat, widths
 from tests.random_programs.uses import USES
 
@@ -202,9 +203,12 @@ def build(program: Program, seed: int = 0) -> tuple[Callable[[Any, Any], Any], A
     return fn, *jax.device_put((params, x))  # which compiles nothing
 
 
-def adapt(program: Program, fn: Callable, params: Any, x: Any) -> tuple[rslora.Lora | None, list[str]]:
+def adapt(
+    program: Program, fn: Callable, params: Any, x: Any, form: Form = PLAIN, exclude: Sequence[str] = ()
+) -> tuple[rslora.Lora | None, list[str]]:
     """Wrap a program, every weight of it; return what was said, and None where no weight was found."""
-    config = rslora.LoraConfig(rank=program.rank, alpha=5, targets=["*"], dtype="float64", allow_large_rank=True)
+    options: dict[str, Any] = {"targets": ["*"], "exclude": exclude, "dtype": "float64", "allow_large_rank": True}
+    config = rslora.LoraConfig(rank=program.rank, alpha=ALPHA, method=form.method, **options)
     with warnings.catch_warnings(record=True) as said:
         warnings.simplefilter("always")
         try:
@@ -217,6 +221,8 @@ def adapt(program: Program, fn: Callable, params: Any, x: Any) -> tuple[rslora.L
             ):
                 return None, [str(error)]
             raise
+    if form.first_alone and len(lora.sites) > 1 and not exclude:
+        return adapt(program, fn, params, x, form, list(lora.sites)[1:])
     return lora, [str(w.message) for w in said if w.category is rslora.RsloraWarning]
 
 

@@ -5,6 +5,7 @@ import dataclasses
 import itertools
 import os
 import random
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -17,6 +18,7 @@ from hypothesis import strategies as st
 from rslora_jax.sites import named_leaves, path_name
 from tests.random_programs.around import AROUND, FIRED
 from tests.random_programs.changes import CHANGES
+from tests.random_programs.forms import FORMS, PLAIN, Form, acting
 from tests.random_programs.program import Program, adapt, alone, build, outcomes, programs
 from tests.random_programs.uses import USES
 
@@ -27,27 +29,6 @@ COUNTED: collections.Counter[str] = collections.Counter()  # what the programs s
 
 # Most of the time goes into compiling, and next to none into running.
 QUICK = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}
-
-
-def summed_by_hand(lora: Any, params: Any, adapters: Any, off: Any) -> Any:
-    """Add W + alpha / sqrt(r) A B from the definition, with nothing of the package but the sites' axes.
-
-    Every number of the sum is then put off by `off`, relative to it, some up and some down.
-    """
-
-    def one(path: Any, w: Any) -> Any:
-        name = path_name(path)
-        if name not in adapters:
-            return w
-        site = lora.sites[name]
-        letters = "abcdefghij"[: w.ndim]
-        of = lambda axes: "".join(letters[n] for n in axes)
-        a, b = of(site.stack_axes + site.in_axes) + "z", of(site.stack_axes) + "z" + of(site.out_axes)
-        update = jnp.einsum(f"{a},{b}->{letters}", adapters[name]["a"], adapters[name]["b"])
-        signs = np.random.default_rng(2).choice([-1, 1], w.shape)
-        return (w.astype(jnp.float64) + 5 / np.sqrt(site.rank) * update) * (1 + off * signs)
-
-    return jax.tree_util.tree_map_with_path(one, params)
 
 
 def measured(program: Program, f: Any, outer: str) -> Any:
@@ -140,14 +121,29 @@ def accounted(program: Program, fn: Any, params: Any, x: Any) -> None:
         np.testing.assert_array_equal(got, want)
 
 
-def check(program: Program, outer: str, op_by_op: bool) -> None:
+def alike_when_stored(program: Program, fn: Any, arrays: Any, held: Any, x: Any, form: Form) -> None:
+    """Assert that discovery finds in stored weights what it finds in arrays."""
+    (dense, _), (stored, _) = adapt(program, fn, arrays, x, form), adapt(program, fn, held, x, form)
+    assert (dense is None) == (stored is None)
+    if dense is None:
+        return
+    bare = lambda lora: {path: dataclasses.replace(site, fallbacks=()) for path, site in lora.sites.items()}
+    assert bare(dense) == bare(stored)
+    assert (dense.left_out, dense.unused) == (stored.left_out, stored.unused)
+
+
+def check(program: Program, outer: str, op_by_op: bool, form: Form = PLAIN) -> None:
     """Assert every law on one program."""
     if "ragged_dot" in program.names:
         outer = "plain"  # JAX has no second derivative of it, and no vmap over all its axes
     COUNTED["programs"] += 1
     fn, params, x = build(program)
-    accounted(program, fn, params, x)
-    lora, said = adapt(program, fn, params, x)
+    params, held, arrays = form.held(params)
+    if form.stored:
+        alike_when_stored(program, fn, arrays(params), held(params), x, form)
+    else:
+        accounted(program, fn, params, x)
+    lora, said = adapt(program, fn, held(params), x, form)
     if lora is None:
         COUNTED["without a weight"] += 1
         return
@@ -155,13 +151,11 @@ def check(program: Program, outer: str, op_by_op: bool) -> None:
     assert bool(loud) == any("materialised" in text for text in said)
 
     r = np.random.default_rng(1)  # not by lora.init, which compiles for every shape
-    fresh = {
-        n: {"a": r.normal(size=s.factor_shapes["a"]), "b": np.zeros(s.factor_shapes["b"])}
-        for n, s in lora.sites.items()
-    }
+    fresh = {name: form.fresh(site, r) for name, site in lora.sites.items()}
     trained = jax.tree.map(lambda v: v + 0.2 * r.normal(size=v.shape), fresh)
     fresh, trained = jax.device_put((fresh, trained))
-    by_hand = lambda off: lambda params, adapters, x: fn(summed_by_hand(lora, params, adapters, off), x)
+    apply = lambda params, adapters, x: lora.apply(held(params), adapters, x)
+    by_hand = lambda off: lambda params, adapters, x: fn(acting(lora, arrays(params), adapters, off), x)
     tolerance, rounding = program.tolerance, program.rounding
     computed = loud or {"inner_step", "force"} & program.names  # with the weights, in their own dtype
     if computed and any(layer.dtype != "float64" for layer in program.layers):
@@ -169,23 +163,24 @@ def check(program: Program, outer: str, op_by_op: bool) -> None:
         # grow without bounds on the way.
         if any(layer.dtype == "bfloat16" for layer in program.layers):
             layers = [dataclasses.replace(layer, dtype="float32") for layer in program.layers]
-            return check(dataclasses.replace(program, layers=tuple(layers)), outer, op_by_op)
+            return check(dataclasses.replace(program, layers=tuple(layers)), outer, op_by_op, form)
         tolerance, rounding = max(tolerance, 1e-5), max(rounding, 2.0**-24)
     if outer == "grad of grad":
         tolerance = max(20 * tolerance, 1e-7)
 
     if op_by_op:
         with jax.disable_jit():
-            got, want = lora.apply(params, fresh, x), fn(params, x)
+            got, want = apply(params, fresh, x), fn(arrays(params), x)
         for g, w in zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True):
             np.testing.assert_array_equal(g, w)
     if "effect" in program.names:
-        assert fired(lora.apply, params, trained, x) == fired(fn, params, x)
-        assert fired(jax.jit(lora.apply, compiler_options=QUICK), params, trained, x) == fired(
-            jax.jit(fn, compiler_options=QUICK), params, x
+        plainly = lambda params, x: fn(arrays(params), x)
+        assert fired(apply, params, trained, x) == fired(plainly, params, x)
+        assert fired(jax.jit(apply, compiler_options=QUICK), params, trained, x) == fired(
+            jax.jit(plainly, compiler_options=QUICK), params, x
         )
 
-    got_of = measured(program, lora.apply, outer)
+    got_of = measured(program, apply, outer)
     uncompiled = lambda off, *args: (got_of(*args), measured(program, by_hand(off), outer)(*args))
     both = jax.jit(uncompiled, compiler_options=QUICK)
     first = lambda tree: jax.tree.leaves(tree)[0]
@@ -208,19 +203,25 @@ def check(program: Program, outer: str, op_by_op: bool) -> None:
             off = 8 * (rounding or 2.0**-53)
             wrong = far(got, want, allowed, part(both(off, params, adapters, x)[1]))
             if rounding:
-                check(program.unrounded, outer, False)
+                check(program.unrounded, outer, False, form)
         assert not wrong, wrong
 
 
-def check_ten(number: int, most_layers: int, op_by_op: tuple[bool, ...], phases: tuple[Phase, ...]) -> None:
+def check_ten(
+    number: int,
+    most_layers: int,
+    op_by_op: tuple[bool, ...],
+    phases: tuple[Phase, ...],
+    forms: Sequence[Form] = [PLAIN],
+) -> None:
     """Check ten programs: hypothesis varies what it has drawn only from the eleventh on, and new ones find more."""
 
     @seed(number)
     @settings(max_examples=10, deadline=None, suppress_health_check=list(HealthCheck), database=None, phases=phases)
-    @given(programs(most_layers), st.sampled_from(OUTER), st.sampled_from(op_by_op))
-    def ten(program: Program, outer: str, op_by_op: bool) -> None:
-        note(f"\n{program}\n{outer}")
-        check(program, outer, op_by_op)
+    @given(programs(most_layers), st.sampled_from(OUTER), st.sampled_from(op_by_op), st.sampled_from(forms))
+    def ten(program: Program, outer: str, op_by_op: bool, form: Form) -> None:
+        note(f"\n{program}\n{outer}\n{form}")
+        check(program, outer, op_by_op, form)
 
     with jax.enable_x64(True):
         ten()
@@ -262,9 +263,13 @@ def test_every_law_on_random_programs(number):
     check_ten(number, most_layers=1, op_by_op=(False,), phases=(Phase.generate,))
 
 
-@pytest.mark.nightly
-@pytest.mark.parametrize("chunk", range(300))
-def test_every_law_on_thousands_of_random_programs(chunk, request):
+@pytest.mark.parametrize("number", [pytest.param(n, marks=HALVES[n].marks) for n in range(8)])
+def test_every_law_with_a_gain_and_on_stored_weights(number):
+    check_ten(1000 + number, most_layers=1, op_by_op=(False,), phases=(Phase.generate,), forms=FORMS)
+
+
+def check_chunk(chunk: int, again: str, forms: Sequence[Form]) -> None:
+    """Check ten programs of a random seed, or of that which is given."""
     fixed = os.environ.get("RANDOM_PROGRAMS")
     number = int(fixed) + chunk if fixed else random.SystemRandom().getrandbits(32)
     if chunk % 10 == 0:  # op by op, programs share what is compiled; but nothing is ever freed
@@ -272,7 +277,19 @@ def test_every_law_on_thousands_of_random_programs(chunk, request):
     try:
         # A program that fails is shrunk when it is run again: that can take minutes.
         phases = (Phase.generate, Phase.shrink) if fixed else (Phase.generate,)
-        check_ten(number, most_layers=3, op_by_op=(False, False, False, True), phases=phases)
+        check_ten(number, most_layers=3, op_by_op=(False, False, False, True), phases=phases, forms=forms)
     except Exception as error:
-        again = f"RANDOM_PROGRAMS={number} pytest -m nightly '{request.node.nodeid.split('[')[0]}[0]'"
+        again = f"RANDOM_PROGRAMS={number} pytest -m nightly '{again.split('[')[0]}[0]'"
         raise AssertionError(f"seed {number}, to be run again by {again}: {error}") from error
+
+
+@pytest.mark.nightly
+@pytest.mark.parametrize("chunk", range(300))
+def test_every_law_on_thousands_of_random_programs(chunk, request):
+    check_chunk(chunk, request.node.nodeid, [PLAIN])
+
+
+@pytest.mark.nightly
+@pytest.mark.parametrize("chunk", range(200))
+def test_every_law_with_gains_and_stored_weights_on_thousands(chunk, request):
+    check_chunk(chunk, request.node.nodeid, FORMS)

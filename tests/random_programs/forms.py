@@ -1,0 +1,105 @@
+"""What adapters and base of a random program are made of, and what then acts in place of each weight, by hand."""
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+
+import rslora_jax as rslora
+from rslora_jax.sites import from_paths, named_leaves
+from tests.methods.gained import Gained
+from tests.stored.eight_bits import EightBits
+
+ALPHA = 5
+
+
+@dataclasses.dataclass(frozen=True)
+class Form:
+    """A method, whether weights are stored in 8 bits, and whether the first weight alone is adapted."""
+
+    method: Any = "lora"
+    stored: bool = False
+    first_alone: bool = False
+
+    def fresh(self, site: rslora.Site, r: np.random.Generator) -> dict[str, np.ndarray]:
+        """Draw the arrays of an adapter that changes nothing."""
+        start = {"a": r.normal, "b": lambda size: np.zeros(size), "m": lambda size: np.ones(size)}
+        return {name: start[name](size=shape) for name, shape in site.factor_shapes.items()}
+
+    def held(self, params: Any) -> tuple[Any, Callable[[Any], Any], Callable[[Any], Any]]:
+        """Return what is differentiated of some parameters, and how they are had from it: held, and as arrays.
+
+        A weight that is stored has its scales for a derivative, and its codes have none.
+        """
+        if not self.stored:
+            return params, lambda params: params, lambda params: params
+        packed = {path: eight_bits(w) for path, w in named_leaves(params).items() if eligible(w)}
+        loose = from_paths(params, named_leaves(params) | {path: w.scale for path, w in packed.items()})
+
+        def held(loose: Any) -> Any:
+            leaves = named_leaves(loose)
+            return from_paths(
+                loose,
+                {
+                    path: dataclasses.replace(packed[path], scale=w) if path in packed else w
+                    for path, w in leaves.items()
+                },
+            )
+
+        def arrays(loose: Any) -> Any:
+            return from_paths(
+                loose,
+                {
+                    path: (packed[path].codes * w.astype(wider(w.dtype))).astype(w.dtype) if path in packed else w
+                    for path, w in named_leaves(loose).items()
+                },
+            )
+
+        return loose, held, arrays
+
+
+PLAIN = Form()
+FORMS = [
+    Form(Gained()),
+    Form("lora", stored=True),
+    Form("lora", stored=True, first_alone=True),
+    Form(Gained(), stored=True),
+]
+
+
+def eligible(w: Any) -> bool:
+    return w.ndim >= 2 and jnp.issubdtype(w.dtype, jnp.floating)
+
+
+def wider(dtype: Any) -> Any:
+    return jnp.promote_types(dtype, jnp.float32)
+
+
+def eight_bits(w: Any) -> EightBits:
+    """Round a weight to 8 bits, with scales of its own dtype."""
+    largest = jnp.maximum(jnp.abs(w).max(-2, keepdims=True), 0.1)
+    scale = (largest / 100).astype(w.dtype)
+    return EightBits(jnp.round(w / scale).astype(jnp.int8), scale, jnp.dtype(w.dtype))
+
+
+def acting(lora: rslora.Lora, params: Any, adapters: Any, off: Any) -> Any:
+    """Return m * (W + alpha / sqrt(r) A B) from the definition, with nothing of the package but the sites' axes.
+
+    Every number of it is then put off by `off`, relative to it, some up and some down.
+    """
+
+    def one(site: rslora.Site, w: Any) -> Any:
+        own = adapters[site.path]
+        letters = "abcdefghij"[: w.ndim]
+        of = lambda axes: "".join(letters[n] for n in axes)
+        a, b = of(site.stack_axes + site.in_axes) + "z", of(site.stack_axes) + "z" + of(site.out_axes)
+        update = jnp.einsum(f"{a},{b}->{letters}", own["a"], own["b"])
+        total = w.astype(jnp.float64) + ALPHA / np.sqrt(site.rank) * update
+        if "m" in own:
+            total = jnp.einsum(f"{letters},{of(site.stack_axes + site.out_axes)}->{letters}", total, own["m"])
+        return total * (1 + off * np.random.default_rng(2).choice([-1, 1], w.shape))
+
+    leaves = named_leaves(params)
+    return from_paths(params, leaves | {path: one(site, leaves[path]) for path, site in lora.sites.items()})
