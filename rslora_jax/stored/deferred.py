@@ -48,7 +48,7 @@ class Deferred(Stored):
     def dense(self) -> Array:
         def act(*arrays: Array) -> Array:
             ones = (1,) * self.lost
-            out = self.act(*(array.reshape(*ones, *array.shape) for array in arrays), *self.others)
+            out = self.act(*(array.reshape((*ones, *array.shape)) for array in arrays), *self.others)
             return out.reshape(out.shape[len(ones) :])
 
         for _ in range(-self.lost):

@@ -1,7 +1,7 @@
 """The one thing that the transform knows of a weight that is no array: it stands for one."""
 
 import math
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import jax
 import jax.numpy as jnp
@@ -20,15 +20,16 @@ class Stored:
     of the array behind these; `dtype`, that of the array; and `dense()`, which makes the array, for any stack.
     """
 
-    @property
-    def stack(self) -> tuple[int, ...]:
-        raise NotImplementedError
+    if TYPE_CHECKING:  # a property here would be in the way of a field of the same name
 
-    @property
-    def inner(self) -> tuple[int, ...]:
-        raise NotImplementedError
+        @property
+        def stack(self) -> tuple[int, ...]: ...
 
-    dtype: Any
+        @property
+        def inner(self) -> tuple[int, ...]: ...
+
+        @property
+        def dtype(self) -> Any: ...
 
     def dense(self) -> Array:
         raise NotImplementedError

@@ -61,7 +61,8 @@ def scan(walk: Walk, eqn: compat.Eqn, values: list[Any]) -> list[Any]:
     # A view's leading axis is the scan's own only where both factors span it.
     for n, v in enumerate(values[num_consts + num_carry :], num_consts + num_carry):
         if isinstance(v, View) and not v.stacked:
-            values[n] = walk.array(v, "scan along an axis of A or B")
+            unstacked = is_stored(v.w) and not v.w.stack
+            values[n] = walk.array(v, "scan of a stored weight" if unstacked else "scan along an axis of A or B")
 
     def build():
         def whole(*values):

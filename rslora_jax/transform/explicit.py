@@ -8,6 +8,8 @@ from jax import Array
 from jax.sharding import AxisType, NamedSharding, auto_axes, reshard
 from jax.sharding import PartitionSpec as P
 
+from rslora_jax.stored.form import dense, is_stored
+
 
 def explicit_mesh(*arrays: Any) -> Any:
     """Return the mesh of the first array that lies on one with explicit axes, or None."""
@@ -15,22 +17,31 @@ def explicit_mesh(*arrays: Any) -> Any:
     return next((mesh for mesh in meshes if AxisType.Explicit in mesh.axis_types), None)
 
 
-def cut(array: Any) -> tuple[Any, ...]:
-    """Return for each axis of an array the mesh axes along which its type says that it is cut."""
-    spec = jax.typeof(array).sharding.spec
-    return (*spec, *(None,) * (array.ndim - len(spec)))
+def type_of_weight(w: Any) -> Any:
+    """Return the type of a weight, or of the array that a stored one stands for."""
+    return type_of(dense, w) if is_stored(w) else jax.typeof(w)
 
 
-def lay_factor(factor: Array, spanned: Sequence[bool], like: Array) -> Array:
+def cut(of: Any) -> tuple[Any, ...]:
+    """Return for each axis of an array the mesh axes along which its type, which is given, says that it is cut."""
+    return (*of.sharding.spec, *(None,) * (of.ndim - len(of.sharding.spec)))
+
+
+def lay_factor(factor: Array, spanned: Sequence[bool], like: Any) -> Array:
     """Lay a factor as its weight lies along the axes that it spans; its rank stays as it is, where it can."""
     # Op by op, the weight itself knows its devices.
-    mesh = (jax.typeof(like) if isinstance(like, jax.core.Tracer) else like).sharding.mesh  # type: ignore[union-attr]
-    own = tuple(of if there else None for of, there in zip(cut(like), spanned, strict=True))
-    rank = cut(factor)[-1]
+    first, whole = jax.tree.leaves(like)[0], type_of_weight(like)
+    where = (jax.typeof(first) if isinstance(first, jax.core.Tracer) else first).sharding
+    if not isinstance(where, NamedSharding):  # a weight on one device goes to the mesh of whatever it meets
+        return factor
+    mesh = where.mesh
+    own = tuple(of if there else None for of, there in zip(cut(whole), spanned, strict=True))
+    now = cut(jax.typeof(factor))
+    rank = now[-1]
     free = set(mesh.explicit_axes) - {name for of in own for name in names(of)}
     wanted = (*own, rank if names(rank) <= free else None)
-    same_mesh = jax.typeof(factor).sharding.mesh == jax.typeof(like).sharding.mesh
-    return factor if same_mesh and cut(factor) == wanted else reshard(factor, NamedSharding(mesh, P(*wanted)))
+    same_mesh = jax.typeof(factor).sharding.mesh == whole.sharding.mesh
+    return factor if same_mesh and now == wanted else reshard(factor, NamedSharding(mesh, P(*wanted)))
 
 
 def names(of: Any) -> set[str]:

@@ -215,13 +215,18 @@ def tangent_of_dense(w: Any, tangent: Any) -> Array | None:
         return None
     if not is_stored(w):
         return tangent
-    tangents = [_instantiated(t) if isinstance(t, SymbolicZero) else t for t in given]
+    tangents = [
+        _zero_of(array) if isinstance(t, SymbolicZero) else t
+        for array, t in zip(tree.flatten_up_to(w), given, strict=True)
+    ]
     return jax.jvp(dense, (w,), (jax.tree.unflatten(tree, tangents),))[1]
 
 
-def _instantiated(zero: SymbolicZero) -> Any:
-    """Return a zero tangent as an array; that of integers has a dtype that only numpy has."""
-    return np.zeros(zero.shape, zero.dtype) if zero.dtype == jax.dtypes.float0 else zero.instantiate()
+def _zero_of(array: Array) -> Any:
+    """Return the zero tangent of an array; that of integers has a dtype that only numpy has."""
+    if jnp.issubdtype(array.dtype, jnp.inexact):
+        return jnp.zeros_like(array)
+    return np.zeros(array.shape, jax.dtypes.float0)
 
 
 def without_explicit_axes(op: Any, x: Array, w: Any, factors: Any, extra: Any, seen: Any) -> Array:

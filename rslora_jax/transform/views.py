@@ -16,7 +16,7 @@ import numpy as np
 from jax import Array
 
 from rslora_jax.stored.form import dense, is_stored
-from rslora_jax.transform.explicit import by_compiler, explicit_mesh
+from rslora_jax.transform.explicit import by_compiler, explicit_mesh, type_of_weight
 
 Axes = frozenset[tuple[str, int]]
 
@@ -148,7 +148,7 @@ def update(view: View) -> Array:
         return jnp.einsum(f"{a},{b}->{letters}", a_array, view.gamma * b_array)
 
     if explicit_mesh(view.w):
-        return by_compiler(form, jax.typeof(view.w).sharding, a_array, b_array)
+        return by_compiler(form, type_of_weight(view.w).sharding, a_array, b_array)
     return form(a_array, b_array)
 
 
