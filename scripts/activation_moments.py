@@ -103,7 +103,11 @@ def one_run(
     optimizer = train.make_optimizer("adamw", schedule=a.learning_rate, clip=None)
     state = train.TrainState.create(lora.init(jax.random.key(a.seed)), optimizer)
     step = train.make_step(lora, loss, optimizer)
-    mean_loss = lambda run, batch: (lambda total, count: total / count)(*loss(run, batch))
+
+    def mean_loss(run, batch):
+        total, count = loss(run, batch)
+        return total / count
+
     moments = jax.jit(partial(output_moments, lora, mean_loss))
     for n, batch in enumerate(batches, 1):
         state, metrics = step(state, variables, batch)

@@ -140,7 +140,10 @@ def main() -> None:
         for name, found in times.items():
             read, write = ([pair[n] for pair in found] for n in (0, 1))
             steps = [1e3 * seconds / (a.new - 1) for seconds in write]
-            shown = lambda values: f"{statistics.median(values):.3g} ({min(values):.3g}, {max(values):.3g})"
+
+            def shown(values):
+                return f"{statistics.median(values):.3g} ({min(values):.3g}, {max(values):.3g})"
+
             rate = batch * (a.new - 1) / statistics.median(write)
             compiled = getattr(ways[name], "compiled", None)
             note = "" if compiled is None else f"{compiled:.1f} s"

@@ -40,9 +40,14 @@ SMALLEST_WEIGHT = 64 * 32
 def compared(one: dict, many: dict) -> tuple[float, str, str, str]:
     """Return the columns of a line."""
 
-    relative = lambda name: np.abs(np.array(many[name]) / np.array(one[name])[-len(many[name]) :] - 1)
+    def relative(name):
+        return np.abs(np.array(many[name]) / np.array(one[name])[-len(many[name]) :] - 1)
+
     adapters = max(np.abs(np.subtract(many["adapters"][path], want)).max() for path, want in one["adapters"].items())
-    large = lambda name: sum(size >= SMALLEST_WEIGHT for size in many[name])
+
+    def large(name):
+        return sum(size >= SMALLEST_WEIGHT for size in many[name])
+
     gathers = f"{large('gathers')}, {large('base_gathers')}" if "gathers" in many else ""
     held = f"{abs(many['heldout'][-1] / one['heldout'][-1] - 1):.1e}" if "heldout" in many else ""
     return relative("losses").max(), held, f"{adapters:.1e}", gathers

@@ -120,7 +120,10 @@ def best_rates(grid: Grid, done: Any) -> list[str]:
 
 def grid_of(done: Any) -> Grid:
     """Return the grid that trials are part of."""
-    of = lambda name: sorted({getattr(spec, name) for spec in done})
+
+    def of(name):
+        return sorted({getattr(spec, name) for spec in done})
+
     optimizers = of("optimizer")
     rates = {o: sorted({s.rate for s in done if s.optimizer == o and s.seed == 0}) for o in optimizers}
     scalings = [name for name in ORDER if name in of("scaling")]

@@ -84,7 +84,10 @@ def weight_gathers(counts: hlo.Counts, params: Any) -> int:
             split = [axis for axis, (n, m) in enumerate(zip(leaf.shape, local, strict=True)) if n != m]
             if leaf.ndim > 1 and any(sizes[axis] == leaf.shape[axis] for axis in split):
                 found |= {tuple(sorted(sizes)), tuple(sorted(sizes[1:]))} if leaf.ndim > 2 else {tuple(sorted(sizes))}
-    plain = lambda sizes: tuple(sorted(n for n in sizes if n != 1))
+
+    def plain(sizes):
+        return tuple(sorted(n for n in sizes if n != 1))
+
     gathers = [c for c in counts.collectives if c.kind == "all-gather"]
     return sum(c.bytes for c in gathers if any(plain(sizes) in found for _, sizes in c.shapes))
 
@@ -203,7 +206,10 @@ def main() -> None:
             "free" if arguments.free else "by rows",
             "rank too" if arguments.split_rank else "as weights",
         )
-        of = lambda rank: Case(arguments.topology, arguments.mesh, rank, arguments.remat, activations, adapters)
+
+        def of(rank):
+            return Case(arguments.topology, arguments.mesh, rank, arguments.remat, activations, adapters)
+
         cases = [of(rank) for rank in ranks]
     console, bases, found = Console(), {}, []
     for case in cases:

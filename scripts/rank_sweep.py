@@ -57,8 +57,13 @@ class OutOfTime(Exception):
 
 def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    words = lambda text: text.split(",")
-    whole = lambda text: [int(part) for part in text.split(",")]
+
+    def words(text):
+        return text.split(",")
+
+    def whole(text):
+        return [int(part) for part in text.split(",")]
+
     add = parser.add_argument
     add("--model", default="smollm2", help="smollm2, tiny (random, of bytes) or a GGUF file (smollm2)")
     add(
@@ -152,8 +157,12 @@ def run(a: argparse.Namespace) -> int:
         return rslora.wrap(model.apply, variables, jax.ShapeDtypeStruct((1, 8), "int32"), config=config)
 
     per_rank = cost_of_a_rank(wrap(a.ranks[0]), a.ranks[0], variables)
-    cost = lambda spec: 1 + per_rank * spec.rank
-    pace = lambda done: statistics.median(t["seconds"] / cost(spec) for spec, t in done.items()) if done else None
+
+    def cost(spec):
+        return 1 + per_rank * spec.rank
+
+    def pace(done):
+        return statistics.median(t["seconds"] / cost(spec) for spec, t in done.items()) if done else None
 
     done, cut = store.load(trials), False
     while unit := a.grid.next_unit(done, a.together):

@@ -123,19 +123,26 @@ def experiment(problem: Problem, scaling: Any, rank: int, steps: int) -> Callabl
     """
     config = rslora.LoraConfig(rank=rank, alpha=ALPHA, scaling=scaling, allow_large_rank=True)
     params, batch = jax.eval_shape(problem.make, jax.random.key(0))
+
     # The loss is what is wrapped: so the shapes of the model's own arguments need not be known here.
-    whole = lambda params, batch: problem.loss(lambda *args: problem.fn(params, *args), batch)
+    def whole(params, batch):
+        return problem.loss(lambda *args: problem.fn(params, *args), batch)
+
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", rslora.RsloraWarning)  # ranks above the width are the point
         lora = rslora.wrap(whole, params, batch, config=config)
 
     @jax.jit
     def run(params: Any, batch: Any, key: Array, learning_rate: Array) -> tuple[dict[str, Array], Array]:
-        loss = lambda adapters: lora.apply(params, adapters, batch)
+        def loss(adapters):
+            return lora.apply(params, adapters, batch)
 
         def step(adapters: Any, _: None) -> tuple[Any, Array]:
             value, grads = jax.value_and_grad(loss)(adapters)
-            move = lambda p, g: p - learning_rate.astype(p.dtype) * g
+
+            def move(p, g):
+                return p - learning_rate.astype(p.dtype) * g
+
             return jax.tree.map(move, adapters, grads), value
 
         end, losses = lax.scan(step, lora.init(key), length=steps)

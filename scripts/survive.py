@@ -136,7 +136,10 @@ def main() -> int:
             return 1
         same_arrays, same_metrics = (a == b for a, b in zip(contents(whole), contents(broken), strict=True))
     saves = sum(cell == "yes" for cell in table.columns[-1].cells)
-    same = lambda equal: "the same, bit for bit" if equal else "NOT the same"
+
+    def same(equal):
+        return "the same, bit for bit" if equal else "NOT the same"
+
     console.print(
         f"survived {killed} kills, {saves} of them in a save: after {arguments.steps} steps adapters and optimiser are "
         f"{same(same_arrays)}, metrics are {same(same_metrics)}"

@@ -32,7 +32,10 @@ from rslora_jax.transform import cost
 def orders(problem: Problem) -> str:
     """Name the orders chosen: which parts go through the weight, and for how many weights."""
     plans = [cost.plan(s, problem.summable) for s in problem.sizes().values()]
-    name = lambda p: "+".join(n for n in ("forward", "dx", "factors", "keep") if getattr(p, n)) or "factored"
+
+    def name(p):
+        return "+".join(n for n in ("forward", "dx", "factors", "keep") if getattr(p, n)) or "factored"
+
     return ", ".join(f"{n} x {count}" for n, count in collections.Counter(map(name, plans)).items())
 
 

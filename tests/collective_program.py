@@ -19,7 +19,10 @@ from tests.reference import assert_near, gradients_by_hand
 
 DEVICES = 4
 RING = [(n, (n + 1) % DEVICES) for n in range(DEVICES)]
-gather = lambda w, axis, tiled=True: lax.all_gather(w, "n", axis=axis, tiled=tiled)
+
+
+def gather(w, axis, tiled=True):
+    return lax.all_gather(w, "n", axis=axis, tiled=tiled)
 
 
 def ring(w, x):
@@ -64,8 +67,13 @@ PROGRAMS = {
 def check(name: str, vma: bool) -> None:
     body, spec, fallback = PROGRAMS[name]
     mesh = jax.make_mesh((DEVICES,), ("n",), axis_types=(jax.sharding.AxisType.Auto,))
-    total = lambda w, x: lax.psum(jnp.sin(body(w, x)) * (1.0 + lax.axis_index("n")), "n")
-    fn = lambda p, x: jax.shard_map(total, mesh=mesh, in_specs=(spec, P()), out_specs=P(), check_vma=vma)(p["w"], x)
+
+    def total(w, x):
+        return lax.psum(jnp.sin(body(w, x)) * (1.0 + lax.axis_index("n")), "n")
+
+    def fn(p, x):
+        return jax.shard_map(total, mesh=mesh, in_specs=(spec, P()), out_specs=P(), check_vma=vma)(p["w"], x)
+
     params, x = {"w": normal(0, 12, 16)}, normal(1, 5, 12)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", rslora.RsloraWarning)

@@ -97,8 +97,13 @@ def on_mesh(mesh_text: str | None) -> dict:
     setup = Setup(mesh_text)
     with tempfile.TemporaryDirectory() as folder:
         result = setup.fit(folder, STEPS)
-    spec = lambda leaf: [*leaf.sharding.spec, *[None] * leaf.ndim][: leaf.ndim] if mesh_text else None
-    specs = lambda tree: {path: spec(leaf) for path, leaf in named_leaves(tree).items()}
+
+    def spec(leaf):
+        return [*leaf.sharding.spec, *[None] * leaf.ndim][: leaf.ndim] if mesh_text else None
+
+    def specs(tree):
+        return {path: spec(leaf) for path, leaf in named_leaves(tree).items()}
+
     state = TrainState.create(setup.adapters, OPTIMIZER)
     found = outcome(result) | {
         "adapter_specs": specs(result.adapters),

@@ -52,11 +52,17 @@ def train(optimizer, way: str, parts: int):
         params = jax.device_put(params, sharding.param_shardings(params, mesh, [("w", (None, "fsdp"))]))
         adapters = jax.device_put(adapters, sharding.adapter_shardings(lora.sites, params))
         where = sharding.batch_sharding(mesh)
-        put = lambda rows: jax.device_put(rows, where)
+
+        def put(rows):
+            return jax.device_put(rows, where)
+
     state = TrainState.create(adapters, optimizer)
     if way == "pmap":
         state, params = replicate(state), replicate(params)
-        put = lambda rows: jax.tree.map(lambda x: x.reshape(4, 2, *x.shape[1:]), rows)
+
+        def put(rows):
+            return jax.tree.map(lambda x: x.reshape(4, 2, *x.shape[1:]), rows)
+
         step = make_pmap_step(lora, loss, optimizer, accumulate=parts)
     else:
         shardings = jax.tree.map(lambda leaf: leaf.sharding, state) if where else None

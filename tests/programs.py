@@ -61,7 +61,9 @@ def control(name: str) -> Case:
 
     def while_each(p, x):
         def one(row):
-            going = lambda c: (c[1] < 4) & (jnp.sum(c[0] @ p["w"]) < 0.5)
+            def going(c):
+                return (c[1] < 4) & (jnp.sum(c[0] @ p["w"]) < 0.5)
+
             return lax.while_loop(going, lambda c: (jnp.sin(c[0] @ p["w"]), c[1] + 1), (row, 0))
 
         y, steps = jax.vmap(one)(x)
@@ -303,11 +305,15 @@ def mapped(name: str) -> Case:
     mesh = jax.make_mesh((1,), ("n",), axis_types=(jax.sharding.AxisType.Auto,))
 
     def shard_map_by_in(p, x):
-        body = lambda w, x: lax.psum(jnp.tanh(x @ w) @ w.T, "n")
+        def body(w, x):
+            return lax.psum(jnp.tanh(x @ w) @ w.T, "n")
+
         return jax.shard_map(body, mesh=mesh, in_specs=(P("n", None), P(None, "n")), out_specs=P())(p["w"], x)
 
     def shard_map_by_data(p, x):
-        body = lambda w, x: lax.scan(lambda c, _: (jnp.tanh(c @ w), None), x, None, length=2)[0]
+        def body(w, x):
+            return lax.scan(lambda c, _: (jnp.tanh(c @ w), None), x, None, length=2)[0]
+
         return jax.shard_map(body, mesh=mesh, in_specs=(P(), P("n")), out_specs=P("n"))(p["w"], x)
 
     def vmap_of_weights(p, x):
@@ -406,7 +412,10 @@ def each_at_night() -> list[Any]:
 def trained(lora: rslora.Lora, seed: int = 7, scale: float = 0.15) -> dict:
     """Return adapters as if trained, neither factor at its start; from numpy: JAX would compile for every shape."""
     rng = np.random.default_rng(seed)
-    draw = lambda factor: jnp.asarray(scale * rng.standard_normal(factor.shape), factor.dtype)
+
+    def draw(factor):
+        return jnp.asarray(scale * rng.standard_normal(factor.shape), factor.dtype)
+
     return jax.tree.map(draw, jax.eval_shape(lora.init, jax.random.key(seed)))
 
 

@@ -25,7 +25,10 @@ def gradients_by_hand(lora: Any, adapters: dict, dw: Any) -> dict:
 
     def one(name: str, site: Any) -> dict:
         order = (*site.stack_axes, *site.in_axes, *site.out_axes)
-        size = lambda axes: [site.shape[n] for n in axes]
+
+        def size(axes):
+            return [site.shape[n] for n in axes]
+
         n_in, n_out = (int(np.prod(size(axes))) for axes in (site.in_axes, site.out_axes))
         stack, rank = size(site.stack_axes), site.rank
         g = np.transpose(np.asarray(by_path[name], np.float64), order).reshape(*stack, n_in, n_out)

@@ -57,7 +57,10 @@ def test_what_is_adapted_is_exact(entry: Entry):
     assert jnp.abs(want - entry.fn(entry.params, *entry.args)).max() > 1e-3
     if "kernel" in entry.code or "linear_call" in entry.code:
         return  # JAX differentiates neither a Pallas kernel nor a linear call by what is not its linear argument
-    loss = lambda y: jnp.sum(jnp.sin(y))
+
+    def loss(y):
+        return jnp.sum(jnp.sin(y))
+
     grads = jax.jit(jax.grad(lambda a: loss(lora.apply(entry.params, a, *entry.args))))(adapters)
     dw = jax.jit(jax.grad(lambda p: loss(entry.fn(p, *entry.args)), allow_int=True))(by_hand)
     assert_near(grads, gradients_by_hand(lora, adapters, dw), 2e-4)
@@ -79,7 +82,10 @@ def test_what_is_left_out_loudly_is_exact_once_its_axes_are_stated(name):
 
 def test_stated_axes_take_the_place_of_those_found_and_have_to_fit():
     params = {"w": normal(0, 12, 12), "v": normal(1, 12, 12), "bias": jnp.ones(12)}
-    fn = lambda p, x: x @ p["w"] + x @ p["v"] + p["bias"]
+
+    def fn(p, x):
+        return x @ p["w"] + x @ p["v"] + p["bias"]
+
     lora, _ = wrapped(fn, params, X, axes={"w": ("out", "in")})
     assert (letters(lora.sites["w"]), letters(lora.sites["v"])) == ("oi", "io")
     adapters = trained(lora)
@@ -94,7 +100,10 @@ def test_stated_axes_take_the_place_of_those_found_and_have_to_fit():
 
 def test_where_nothing_is_found_the_error_says_what_was_left_out_and_why():
     params = {"layers_0": {"s": jnp.ones(12)}, "layers_1": {"s": jnp.ones(12)}, "w": normal(0, 12, 16)}
-    fn = lambda p, x: ((x * p["layers_0"]["s"] + p["layers_1"]["s"])[..., None] * p["w"]).sum(1)
+
+    def fn(p, x):
+        return ((x * p["layers_0"]["s"] + p["layers_1"]["s"])[..., None] * p["w"]).sum(1)
+
     with pytest.raises(ValueError, match="no weight is left to adapt") as error:
         wrapped(fn, params, X)
     for part in ("norms and biases: layers_{0..1}/s", "meets data in mul and reduce_sum", "axes={'w': ('in', 'out')}"):
@@ -102,7 +111,9 @@ def test_where_nothing_is_found_the_error_says_what_was_left_out_and_why():
 
 
 def test_a_target_that_cannot_be_adapted_says_why_and_what_to_write():
-    fn = lambda p, x: x @ p["v"] + (x[..., None] * p["w"]).sum(1)
+    def fn(p, x):
+        return x @ p["v"] + (x[..., None] * p["w"]).sum(1)
+
     params = {"w": normal(0, 12, 16), "v": normal(1, 12, 16)}
     with pytest.raises(ValueError, match=r"target 'w' matches w .*mul and reduce_sum.*axes=\{'w': \('in', 'out'\)\}"):
         wrapped(fn, params, X, targets=["w"])
@@ -134,10 +145,16 @@ def test_what_is_dead_is_unused_and_takes_no_part():
 
 def test_an_axis_that_a_scan_takes_apart_is_no_tables_rows_and_a_large_table_is_said():
     params = {"stack": normal(0, 3, 12, 12)}
-    both = lambda p, x: jax.lax.scan(lambda x, w: (x @ w, None), x, p["stack"])[0] + p["stack"][NAMES["idx"] % 3].sum()
+
+    def both(p, x):
+        return jax.lax.scan(lambda x, w: (x @ w, None), x, p["stack"])[0] + p["stack"][NAMES["idx"] % 3].sum()
+
     lora, said = wrapped(both, params, X)
     assert letters(lora.sites["stack"]) == "sio" and any("materialised" in text for text in said)
-    table = lambda p, x: x + p["stack"][NAMES["idx"] % 3].sum()
+
+    def table(p, x):
+        return x + p["stack"][NAMES["idx"] % 3].sum()
+
     lora, said = wrapped(table, params, X, targets=["*"])
     assert any("is taken for a table" in text or "taken for a table" in text for text in said)
     assert any("LoraConfig(axes={'stack': ('stack', 'in', 'out')})" in text for text in said)
@@ -165,7 +182,10 @@ def test_lookups_of_every_form_are_lookups():
     del forms["one hot"]
     params = {"table": normal(0, 10, 12), "w": normal(1, 12, 12), "head": normal(2, 12, 10)}
     for name, look in forms.items():
-        fn = lambda p, i, look=look: jnp.tanh(look(p["table"], i) @ p["w"]) @ p["head"]
+
+        def fn(p, i, look=look):
+            return jnp.tanh(look(p["table"], i) @ p["w"]) @ p["head"]
+
         lora, said = wrapped(fn, params, NAMES["ids"], targets=["*"])
         assert lora.sites["table"].kind == "embedding", name
         assert not said and not lora.sites["table"].fallbacks, name
@@ -178,7 +198,10 @@ def test_lookups_of_every_form_are_lookups():
 @pytest.mark.parametrize(("rank", "want"), [(2, 2), (8, 8), (24, 10)])
 def test_a_rank_above_a_weights_own_is_cut_down_and_said(rank, want):
     params = {"w": normal(0, 12, 10), "big": normal(1, 12, 60)}
-    fn = lambda p, x: x @ p["w"] @ p["w"].T @ p["big"]
+
+    def fn(p, x):
+        return x @ p["w"] @ p["w"].T @ p["big"]
+
     lora, said = wrapped(fn, params, X, rank=rank)
     site = lora.sites["w"]
     assert site.rank == want and site.gamma == pytest.approx(7 / want**0.5)

@@ -61,9 +61,16 @@ def test_every_method_gives_the_gradients_of_the_merged_weights(parts):
     measure, methods, problem, p = parts
     data = problem.make_data(p)
     gamma = 10.0 / np.sqrt(24)
-    factor = lambda path, name: np.asarray(data.adapters[path][name], np.float64)
-    name_of = lambda path: jax.tree_util.keystr(path, simple=True, separator="/")
-    add = lambda path, w: merge(name_of(path), w, p.kernels, factor, gamma)
+
+    def factor(path, name):
+        return np.asarray(data.adapters[path][name], np.float64)
+
+    def name_of(path):
+        return jax.tree_util.keystr(path, simple=True, separator="/")
+
+    def add(path, w):
+        return merge(name_of(path), w, p.kernels, factor, gamma)
+
     merged = jax.tree_util.tree_map_with_path(add, data.variables)
     want_loss, (dw, _) = methods.jitted("full", p)(data.adapters, merged, data.x, data.target)
     by_path = {name_of(k): g for k, g in jax.tree.leaves_with_path(dw)}

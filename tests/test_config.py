@@ -217,7 +217,9 @@ W = [normal(6, 8, 8), normal(7, 8, 8)]
     ],
 )
 def test_leaves_of_one_path_are_refused_and_not_mixed_up(params, said):
-    last = lambda p, x: x @ jax.tree.leaves(p)[0] @ jax.tree.leaves(p)[1]
+    def last(p, x):
+        return x @ jax.tree.leaves(p)[0] @ jax.tree.leaves(p)[1]
+
     with pytest.raises(ValueError, match="a leaf is known by its path, so rename one") as error:
         rslora.wrap(last, params, X, config=rslora.LoraConfig(rank=3, alpha=7))
     assert said in str(error.value)

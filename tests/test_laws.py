@@ -95,7 +95,10 @@ def test_law_2_gradients_are_those_through_merged_weights(case, lora):
     adapters = trained(lora)
     if "while" in str(jax.make_jaxpr(case.fn)(case.params, *case.args)):
         pytest.skip("JAX has no reverse mode for while loops of unknown length")
-    loss = lambda out: jnp.sum(jnp.sin(first(out)))
+
+    def loss(out):
+        return jnp.sum(jnp.sin(first(out)))
+
     got = jax.jit(jax.grad(lambda a: loss(lora.apply(case.params, a, *case.args))))(adapters)
     gradient = jax.jit(jax.grad(lambda p: loss(case.fn(p, *case.args)), allow_int=True))
     dw = gradient(merged_by_hand(lora, case.params, adapters))
@@ -167,8 +170,11 @@ def least_on_paper(t, d, r):
 @pytest.mark.parametrize(("tokens", "rank"), [(512, 3), (512, 24), (512, 80), (512, 128), (60, 24), (60, 128)])
 def test_laws_4_and_6_flops_are_the_least_on_paper_and_hold_no_base_gradient(tokens, rank):
     step, floor, full = compiled_steps(tokens, rank)
+
     # XLA counts the body of a scan once, so the chain's cost is that of one layer.
-    body = lambda compiled: compiled.cost_analysis()["flops"]
+    def body(compiled):
+        return compiled.cost_analysis()["flops"]
+
     paper = least_on_paper(tokens, WIDTH, rank)
     assert body(step) - body(floor) == pytest.approx(paper, rel=0.02, abs=12 * tokens * WIDTH)
     if rank < WIDTH / 8:
@@ -191,7 +197,10 @@ def test_law_4_nothing_of_base_size_is_kept():
 def test_law_6_an_update_is_not_rounded_away_in_a_bfloat16_weight():
     """Each entry of the update is far below half a unit in the last place of the weight's."""
     x, w = jnp.ones((4096, 64), jnp.bfloat16), jnp.ones((64, 64), jnp.bfloat16)
-    fn = lambda p, x: jnp.matmul(x, p["w"], preferred_element_type=jnp.float32)
+
+    def fn(p, x):
+        return jnp.matmul(x, p["w"], preferred_element_type=jnp.float32)
+
     lora = rslora.wrap(fn, {"w": w}, x, config=rslora.LoraConfig(rank=3, alpha=7))
     gamma = 7 / np.sqrt(3)
     adapters = {"w": {"a": jnp.full((64, 3), 1.0), "b": jnp.full((3, 64), 2.0**-12 / 3 / gamma)}}
@@ -304,10 +313,16 @@ def test_law_8_a_second_call_op_by_op_traces_and_compiles_nothing():
     events = []
     jax.monitoring.register_event_duration_secs_listener(lambda name, _, **__: events.append(name))
     params, x = {"w": normal(0, 3, 16, 16)}, normal(1, 5, 16)
-    fn = lambda p, x: jax.lax.scan(lambda x, w: (jax.jit(jnp.matmul)(x, w), None), x, p["w"])[0]
+
+    def fn(p, x):
+        return jax.lax.scan(lambda x, w: (jax.jit(jnp.matmul)(x, w), None), x, p["w"])[0]
+
     lora = rslora.wrap(fn, params, x, config=rslora.LoraConfig(rank=3, alpha=7))
     first, second = trained(lora, 0), trained(lora, 1)
-    seen = lambda: sum("compile" in name for name in events)
+
+    def seen():
+        return sum("compile" in name for name in events)
+
     lora.apply(params, first, x)
     before = seen()
     lora.apply(params, second, x)
@@ -323,7 +338,10 @@ def test_apply_composes_with_vmap_over_adapters_checkpoint_scan_and_forward_mode
     assert_near(jax.vmap(lora.apply, (None, 0, None))(case.params, stacked, *case.args), want, 1e-5)
     scanned = jax.lax.scan(lambda c, a: (c, jax.checkpoint(lora.apply)(case.params, a, *case.args)), 0, stacked)[1]
     assert_near(scanned, want, 1e-5)
-    loss = lambda a: jnp.sum(jnp.sin(lora.apply(case.params, a, *case.args)))
+
+    def loss(a):
+        return jnp.sum(jnp.sin(lora.apply(case.params, a, *case.args)))
+
     forward = jax.jvp(loss, (many[0],), (many[1],))[1]
     backward = jax.tree.map(lambda g, t: (g * t).sum(), jax.grad(loss)(many[0]), many[1])
     assert float(forward) == pytest.approx(float(sum(jax.tree.leaves(backward))), rel=1e-4)

@@ -119,8 +119,13 @@ def make(names, seed=0) -> Net:
 
 def contents(tree):
     """The arrays of a pytree by path, in numpy, keys as their data."""
-    is_key = lambda leaf: jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key)
-    plain = lambda leaf: np.asarray(jax.random.key_data(leaf) if is_key(leaf) else leaf)
+
+    def is_key(leaf):
+        return jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key)
+
+    def plain(leaf):
+        return np.asarray(jax.random.key_data(leaf) if is_key(leaf) else leaf)
+
     return {jax.tree_util.keystr(path): plain(leaf) for path, leaf in jax.tree_util.tree_leaves_with_path(tree)}
 
 
@@ -255,7 +260,10 @@ def test_a_module_without_values_is_wrapped_too():
 
 def test_values_that_went_through_json_like_names_are_found():
     fn, params, state = rslora.from_nnx(make(["linear", "batch norm"]), state=True)
-    words = lambda tree: {str(k): words(v) for k, v in tree.items()} if isinstance(tree, dict) else tree
+
+    def words(tree):
+        return {str(k): words(v) for k, v in tree.items()} if isinstance(tree, dict) else tree
+
     assert_same(fn(words(params), words(state), X), fn(params, state, X))
     with pytest.raises(ValueError, match="there is no last/kernel"):
         fn({**params, "last": {"bias": 0}}, state, X)
@@ -277,7 +285,10 @@ def test_rngs_given_to_a_call_advance_only_where_flax_lets_them():
     with pytest.raises(errors.TraceContextError):
         jax.jit(lambda x: lora.apply(params, adapters, x, rngs=rngs))(x)
     with pytest.raises(ValueError, match="given twice"):
-        both = lambda params, x, one, other: fn(params, x, rngs=one) + fn(params, x, rngs=other)
+
+        def both(params, x, one, other):
+            return fn(params, x, rngs=one) + fn(params, x, rngs=other)
+
         rslora.wrap(both, params, x, rngs, rngs, config=CONFIG).apply(params, adapters, x, rngs, rngs)
     # What does not change may be given anywhere.
     model.deterministic = True

@@ -173,7 +173,10 @@ def test_collectives_in_a_loop_are_counted_as_often_as_it_turns():
 def test_a_gathered_weight_is_told_from_gathered_activations(parts):
     hlo, scale, paper_scale = parts
     params = seven_billion(scale, 64, {"fsdp": 4, "tensor": 4}).params
-    gathers = lambda *sizes: hlo.Counts(0, 0, (hlo.Collective("all-gather", (("bf16", sizes),), 2),))
+
+    def gathers(*sizes):
+        return hlo.Counts(0, 0, (hlo.Collective("all-gather", (("bf16", sizes),), 2),))
+
     for weight in [(32, 4096, 11008), (32, 4096, 2752), (1, 4096, 2752), (4096, 4096), (32000, 1024)]:
         assert paper_scale.weight_gathers(gathers(*weight), params) == 2 * 2 * math.prod(weight)
     for other in [(32, 512, 4096), (8, 512, 11008), (4096, 64), (32, 512, 2752)]:

@@ -44,7 +44,10 @@ def test_every_rank_has_a_trial_before_any_has_two(script):
 
 def test_later_seeds_take_the_best_rate_of_the_first(script):
     asked = grid(script, ranks=[5], optimizers=["sgd"], scalings=["lora"])
-    spec = lambda rate, seed=0: script.Spec("sgd", 5, "lora", rate, seed)
+
+    def spec(rate, seed=0):
+        return script.Spec("sgd", 5, "lora", rate, seed)
+
     done = {spec(0.2): trial(2.0), spec(0.1): trial(1.5)}
     assert asked.left(done) == [spec(0.4), spec(0.2, 1), spec(None, 1), spec(0.2, 2), spec(None, 2)]
     done[spec(0.4)] = trial(1.0, diverged=7)
@@ -123,7 +126,9 @@ def measured(losses_by_rate_and_rank, scaling="rslora", **more):
     """Make trials of AdamW and one seed from {rank: {rate: held-out loss}}."""
     from paper.plan import Spec
 
-    trial = lambda loss: {"diverged": None, "heldout_loss": loss, "train_loss": loss, "losses": [9.5], **more}
+    def trial(loss):
+        return {"diverged": None, "heldout_loss": loss, "train_loss": loss, "losses": [9.5], **more}
+
     return {
         Spec("adamw", rank, scaling, rate, 0): trial(loss)
         for rank, losses in losses_by_rate_and_rank.items()
@@ -133,7 +138,10 @@ def measured(losses_by_rate_and_rank, scaling="rslora", **more):
 
 def test_the_exponent_of_best_rates_is_found_between_the_rates_tried(script):
     rates, ranks = [1e-4, 1e-3, 1e-2, 1e-1], [2, 5, 17, 60]
-    bowl = lambda rank, rate: 3 + 0.05 * math.log(rate / (0.02 * rank**-0.4)) ** 2
+
+    def bowl(rank, rate):
+        return 3 + 0.05 * math.log(rate / (0.02 * rank**-0.4)) ** 2
+
     done = measured({rank: {rate: bowl(rank, rate) for rate in rates} for rank in ranks})
     asked = grid(script, ranks=ranks, optimizers=["adamw"], scalings=["rslora"], rates={"adamw": rates})
     best = script.maps.best_rates(asked, done, "adamw", "rslora")
@@ -155,12 +163,17 @@ def test_the_exponent_of_best_rates_is_found_between_the_rates_tried(script):
 def test_one_rate_for_all_ranks_is_read_off_the_map(script):
     from paper import transfer
 
-    bowl = lambda rank, rate: 2 + math.log10(rate / (1e-3 * (rank / 8) ** -0.25)) ** 2
+    def bowl(rank, rate):
+        return 2 + math.log10(rate / (1e-3 * (rank / 8) ** -0.25)) ** 2
+
     rates = [1e-4, 1e-3, 1e-2]
     done = measured({rank: {rate: bowl(rank, rate) for rate in rates} for rank in (8, 128)})
     table = transfer.transfer_table(done, {})
     assert "best for rsLoRA of rank 8 is 0.001" in table[0]
-    line = lambda at: bowl(128, 1e-4) + (bowl(128, 1e-3) - bowl(128, 1e-4)) * at
+
+    def line(at):
+        return bowl(128, 1e-4) + (bowl(128, 1e-3) - bowl(128, 1e-4)) * at
+
     halved = 1 - math.log10(2)  # 128 is 16 times 8
     assert f"| 128 | 0.001 | {bowl(128, 1e-3):.4f} | ~{line(1):.4f} | 0.0005 | ~{line(halved):.4f} |" in table
     assert transfer.transfer_table({}, {}) == []
@@ -188,7 +201,9 @@ def test_the_interval_of_an_exponent_is_students(script):
 def test_claims_are_judged_by_the_numbers(script):
     from paper import claims
 
-    rates = lambda loss: {0.01: 3.0, 0.1: loss, 1.0: 3.0}
+    def rates(loss):
+        return {0.01: 3.0, 0.1: loss, 1.0: 3.0}
+
     better, same = {2: rates(2.0), 8: rates(1.5)}, {2: rates(2.0), 8: rates(1.991)}
     done = measured(better) | measured(same, "lora")
     row = claims.improves(done, "adamw", "")
@@ -251,7 +266,9 @@ def test_seeds_are_compared_in_pairs_beyond_two_standard_errors(script):
             done |= {dataclasses.replace(s, seed=seed): t for s, t in measured(moved, scaling).items()}
         return done
 
-    bowl = lambda least: {0.01: 3.0, 0.1: least, 1.0: 3.0}
+    def bowl(least):
+        return {0.01: 3.0, 0.1: least, 1.0: 3.0}
+
     lora = seeds({2: bowl(2.0), 8: bowl(2.0)}, (0.0, 0.0, 0.0), "lora")
     for by, verdict in (
         ((-0.3, -0.2, -0.25), "yes"),
@@ -268,7 +285,9 @@ def test_seeds_are_compared_in_pairs_beyond_two_standard_errors(script):
 def test_other_scales_are_judged_at_the_largest_rank_they_have(script, tmp_path):
     from paper import claims
 
-    rows = lambda **held: {k: v for name, loss in held.items() for k, v in measured({8: {0.1: loss}}, name).items()}
+    def rows(**held):
+        return {k: v for name, loss in held.items() for k, v in measured({8: {0.1: loss}}, name).items()}
+
     found = claims.other_exponents(rows(rslora=1.5, quarter=2.5, square=3.0))
     assert found.verdict == "yes, of one seed"
     assert "1.5000 with r^-1/2, 2.5000 with r^-1/4 (+1.0000), 3.0000 with r^-2 (+1.5000) (1 seed)" in found.measured
@@ -278,8 +297,13 @@ def test_other_scales_are_judged_at_the_largest_rank_they_have(script, tmp_path)
         done = measured({2: {0.1: 2.0}}, "init-only", first_factor_norm=first)
         done |= measured({8: {0.1: held}}, "init-only", first_factor_norm=last)
         assert claims.init_only(done).verdict == f"{verdict}, of one seed"
-    of = lambda losses: measured(losses, "init-only", first_factor_norm=1.0)
-    several = lambda seeds: {dataclasses.replace(s, seed=n): t for n, done in enumerate(seeds) for s, t in done.items()}
+
+    def of(losses):
+        return measured(losses, "init-only", first_factor_norm=1.0)
+
+    def several(seeds):
+        return {dataclasses.replace(s, seed=n): t for n, done in enumerate(seeds) for s, t in done.items()}
+
     for quarter, verdict in (((2.5, 2.9, 2.7), "yes"), ((1.2, 1.3, 1.1), "no"), ((1.7, 1.0, 2.1), "undecided")):
         done = several([rows(rslora=1.5 + n, quarter=q + n, square=3.0 + n) for n, q in enumerate(quarter)])
         mean, error = np.mean(quarter) - 1.5, np.std(quarter, ddof=1) / math.sqrt(3)
@@ -301,8 +325,10 @@ def test_other_scales_are_judged_at_the_largest_rank_they_have(script, tmp_path)
 def test_a_smaller_start_is_the_usual_one_over_the_root_of_the_rank(script):
     import jax
 
-    draw = lambda init: init(jax.random.key(3), (4, 7, 6), "float32", 7)
     from rslora_jax.methods.random import uniform
+
+    def draw(init):
+        return init(jax.random.key(3), (4, 7, 6), "float32", 7)
 
     np.testing.assert_allclose(draw(script.smaller_by_rank), np.asarray(draw(uniform)) / math.sqrt(6), rtol=1e-6)
     assert script.GAMMAS["quarter"](16) == 0.5 and script.GAMMAS["square"](4) == 1 / 16
@@ -340,8 +366,11 @@ def test_a_tiny_sweep_goes_on_where_it_was_cut_and_leaves_figures(script, compil
     kept = (out / "trials.jsonl").read_bytes()
     trials = script.store.load(out / "trials.jsonl")
     assert all(len(t["losses"]) == len(t["factor_norms"]) == 5 for t in trials.values()) and len(trials) == 4
+
     # At first B is zero, and its gradient is in proportion to gamma: sqrt(5) between the scalings at rank 5.
-    first = lambda scaling: trials[script.Spec("adamw", 5, scaling, 1e-3, 0)]["factor_norms"][0]
+    def first(scaling):
+        return trials[script.Spec("adamw", 5, scaling, 1e-3, 0)]["factor_norms"][0]
+
     assert first("rslora") / first("lora") == pytest.approx(math.sqrt(5), rel=1e-4)
     for name in ("perplexity-adamw.png", "gradients-adamw.png"):
         assert (out / name).read_bytes().startswith(b"\x89PNG")

@@ -51,7 +51,10 @@ def test_models_with_state_train_as_the_guide_says(tmp_path, monkeypatch):
     _, section = guide.split("## Models with state")
     of_nnx, of_linen = re.findall(r"```python\n(.*?)```", section.split("\n## ")[0], re.DOTALL)
     monkeypatch.chdir(tmp_path)
-    draw = lambda n: jax.random.normal(jax.random.key(n), (16, 8))
+
+    def draw(n):
+        return jax.random.normal(jax.random.key(n), (16, 8))
+
     names: dict = {"batches": [{"x": draw(n), "y": jnp.flip(draw(n), -1)} for n in range(20)]}
     for source, statistics in ((of_nnx, "state"), (of_linen, "stats")):
         exec(source, names)

@@ -34,14 +34,19 @@ BOXES = (
 
 def trees(leaves):
     names = st.sampled_from(["value", "kernel", "0", "names"])  # also what a box calls its own parts
-    nodes = lambda inner: st.lists(inner, max_size=3) | st.dictionaries(names, inner, max_size=3)
+
+    def nodes(inner):
+        return st.lists(inner, max_size=3) | st.dictionaries(names, inner, max_size=3)
+
     return st.recursive(leaves, nodes, max_leaves=8)
 
 
 @settings(max_examples=100, deadline=None)
 @given(trees(st.tuples(st.integers(0, 99), st.none() | st.sampled_from(BOXES))))
 def test_a_box_is_no_step_of_a_path(tree):
-    is_pair = lambda node: isinstance(node, tuple)
+    def is_pair(node):
+        return isinstance(node, tuple)
+
     plain = jax.tree.map(lambda pair: {"inner": pair[0]} if pair[1] is BOXES[-1] else pair[0], tree, is_leaf=is_pair)
     boxed = jax.tree.map(lambda pair: pair[1](pair[0]) if pair[1] else pair[0], tree, is_leaf=is_pair)
     found = named_leaves(boxed)

@@ -99,7 +99,10 @@ def count(text: str) -> Counts:
                 channel = re.search(r"channel_id=(\d+)", one.rest)
                 key = (kind, channel[1]) if channel else (name, one.name)
                 moves.setdefault(key, Collective(kind, _made(one), times[name]))
-    total = lambda by: sum(by[name] * flops for name, flops in products.items())
+
+    def total(by):
+        return sum(by[name] * flops for name, flops in products.items())
+
     return Counts(total(times), total(once), tuple(moves.values()))
 
 
@@ -191,7 +194,10 @@ def _convolution(rest: str, left: tuple[int, ...], right: tuple[int, ...], out: 
     window = dict(re.findall(r"(\w+)=([\dx_-]+)", (re.search(r"window=\{([^}]*)\}", rest) or [0, ""])[1]))
     met = 1
     for n in range(len(ins) - 2):
-        part = lambda key, default, n=n: window[key].split("x")[n] if key in window else default
+
+        def part(key, default, n=n):
+            return window[key].split("x")[n] if key in window else default
+
         places = np.arange(out[outs.index(str(n))])[:, None] * int(part("stride", "1"))
         places = places + np.arange(right[kernel.index(str(n))]) * int(part("rhs_dilate", "1"))
         places = places - int(part("pad", "0_0").split("_")[0])

@@ -87,7 +87,10 @@ class Problem:
     @property
     def adapters(self) -> Any:
         """The shapes of the adapters, in the form of `rslora_jax.Lora.init`: float32 in every method."""
-        leaf = lambda *shape: jax.ShapeDtypeStruct(shape, jnp.float32)
+
+        def leaf(*shape):
+            return jax.ShapeDtypeStruct(shape, jnp.float32)
+
         return {p: {"a": leaf(i, self.rank), "b": leaf(self.rank, o)} for p, (i, o) in self.kernels.items()}
 
     @property
@@ -150,8 +153,11 @@ def make_data(problem: Problem, variables: Any = None) -> Data:
         variables = jax.jit(Stack(problem.config).init)(w_key, problem.x)
     leaves, tree = jax.tree.flatten(problem.adapters)
     keys = jax.random.split(a_key, len(leaves))
+
     # Of the size of a trained update, so that a wrong scale would show.
-    normal = lambda key, leaf: jax.random.normal(key, leaf.shape, leaf.dtype) * 0.3 / math.sqrt(leaf.shape[0])
+    def normal(key, leaf):
+        return jax.random.normal(key, leaf.shape, leaf.dtype) * 0.3 / math.sqrt(leaf.shape[0])
+
     adapters = jax.tree.unflatten(tree, [normal(k, leaf) for k, leaf in zip(keys, leaves, strict=True)])
     x, target = (jax.random.normal(key, problem.x.shape, problem.x.dtype) for key in (x_key, y_key))
     return Data(adapters, variables, x, target)

@@ -81,7 +81,10 @@ def table(rows: Sequence[Row], title: str) -> Table:
     names = "tokens rank method|step s|from - to|to floor|CPU s|GFLOPs|to least|TFLOP/s|temp MB|trace s|compile s"
     for name in names.replace(" rank method", "|rank|method").split("|"):
         out.add_column(name, justify="left" if name == "method" else "right")
-    show = lambda value, form, unit=1: "" if value is None else format(value / unit, form)
+
+    def show(value, form, unit=1):
+        return "" if value is None else format(value / unit, form)
+
     for n, r in enumerate(rows):
         if n and (r.tokens, r.rank) != (rows[n - 1].tokens, rows[n - 1].rank):
             out.add_section()

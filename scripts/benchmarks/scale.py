@@ -75,7 +75,10 @@ class Job:
     @functools.cached_property
     def batch(self) -> Batch:
         where = sharding.batch_sharding(self.mesh, self.rows)
-        of = lambda dtype: jax.ShapeDtypeStruct((self.rows, self.length), dtype, sharding=where)
+
+        def of(dtype):
+            return jax.ShapeDtypeStruct((self.rows, self.length), dtype, sharding=where)
+
         return Batch(of("int32"), of("int32"), of("float32"), of("int32"), of("int32"))
 
     @functools.cached_property

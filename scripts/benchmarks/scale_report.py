@@ -46,7 +46,10 @@ def table(rows: Sequence[Row]) -> tuple[list[str], list[list[str]]]:
     """Return the table's head and its lines."""
     head = "slice|mesh|rank|remat|activations|adapters|arguments GB|temporary GB|total of GB|TFLOPs a device"
     head += "|to hand count|collectives a step|base alone moves GB|compile s"
-    gb = lambda n: "" if n is None else f"{n / 1e9:.2f}"
+
+    def gb(n):
+        return "" if n is None else f"{n / 1e9:.2f}"
+
     lines = []
     for r in rows:
         total = (
@@ -91,7 +94,10 @@ def update_page(path: Path, rows: Sequence[Row]) -> None:
 
 def parse(line: dict[str, str]) -> Row:
     kinds = {f.name: f.type for f in dataclasses.fields(Row)}
-    make = lambda kind: str if kind is str else float if "float" in str(kind) else int
+
+    def make(kind):
+        return str if kind is str else float if "float" in str(kind) else int
+
     values = {
         name: None if text == "" and kinds[name] is not str else make(kinds[name])(text) for name, text in line.items()
     }

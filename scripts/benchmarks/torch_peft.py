@@ -104,7 +104,10 @@ def prepare(method: str, problem: Problem, data: Data) -> Ready:
     def gradients() -> dict[str, dict[str, np.ndarray]] | None:
         if method != "peft":
             return None
-        grad = lambda layer: layer.weight.grad.T.float().cpu().numpy()
+
+        def grad(layer):
+            return layer.weight.grad.T.float().cpu().numpy()
+
         adapted = {path: modules[module_of(path)] for path in problem.kernels}
         return {p: {"a": grad(m.lora_A["default"]), "b": grad(m.lora_B["default"])} for p, m in adapted.items()}
 

@@ -176,7 +176,10 @@ def best_of_all(done: Done, optimizer: str, claim: str) -> Row:
     high, rank = max(ours), min(means, key=means.__getitem__)
     (rate, losses), (other, least) = ours[high], theirs[rank]
     seeds = sorted(losses.keys() & least.keys())
-    mean = lambda losses: float(np.mean([losses[seed] for seed in seeds]))
+
+    def mean(losses):
+        return float(np.mean([losses[seed] for seed in seeds]))
+
     gap, error = mean_and_error([losses[seed] - least[seed] for seed in seeds])
     measured = (
         f"held-out {mean(losses):.4f} (rsLoRA, r = {high}, rate {rate:g}) against {mean(least):.4f} (LoRA, r = {rank}, "

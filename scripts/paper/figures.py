@@ -34,7 +34,10 @@ def draw(prefix: str, grid: Grid, done: Done) -> list[Path]:
     for optimizer in grid.optimizers:
         rate = common_rate(done, optimizer)
         at_rate = [spec for spec in done if (spec.optimizer, spec.rate, spec.seed) == (optimizer, rate, 0)]
-        of = lambda scaling, tried=at_rate: len({spec.rank for spec in tried if spec.scaling == scaling})
+
+        def of(scaling, tried=at_rate):
+            return len({spec.rank for spec in tried if spec.scaling == scaling})
+
         shown = [name for name in grid.scalings if of(name) and (name in BOTH or of(name) > 1)]
         if {spec.scaling for spec in at_rate} - BOTH:
             files.append(Path(f"{prefix}scales-{optimizer}.png"))
@@ -50,7 +53,10 @@ def draw(prefix: str, grid: Grid, done: Done) -> list[Path]:
         seeds = set.intersection(*(set(trials) for trials in found.values() if trials))
         curves = {at: [trials[seed] for seed in sorted(seeds & set(trials))] for at, trials in found.items()}
         title = f"{optimizer}, learning rate {rate:g}"
-        smooth = lambda losses: np.exp(np.minimum(running_mean(losses), 700))
+
+        def smooth(losses):
+            return np.exp(np.minimum(running_mean(losses), 700))
+
         for name, key, change, label in (
             ("perplexity", "losses", smooth, "training perplexity (running mean)"),
             ("gradients", "factor_norms", running_mean, "average parameter gradient norm"),

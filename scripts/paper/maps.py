@@ -54,7 +54,10 @@ def draw_maps(prefix: str, grid: Grid, done: Done) -> list[Path]:
         rates = [rate for rate in grid.rates[optimizer] if rate in tried]
         if len(rates) > 1:
             here = [spec for spec in done if spec.optimizer == optimizer]
-            several = lambda name, here=here: len({s.rate for s in here if s.scaling == name}) > 1
+
+            def several(name, here=here):
+                return len({s.rate for s in here if s.scaling == name}) > 1
+
             shown = dataclasses.replace(
                 grid, scalings=list(filter(several, grid.scalings)), ranks=sorted({spec.rank for spec in here})
             )
@@ -83,7 +86,10 @@ def draw_map(file: Path, grid: Grid, done: Done, optimizer: str, rates: list[flo
                 text = f"{loss:.3f}" if math.isfinite(loss) else "div."
                 axis.text(column, row - 0.35, text, ha="center", va="center", fontsize=7, color="w" if dark else "k")
         best = best_rates(grid, done, optimizer, scaling)
-        height = lambda rate: np.interp(math.log(rate), np.log(rates), range(len(rates)))
+
+        def height(rate):
+            return np.interp(math.log(rate), np.log(rates), range(len(rates)))
+
         columns = [list(grid.ranks).index(rank) for rank in best]
         axis.plot(columns, [height(b.rate) for b in best.values()], "o-", mfc="none", color="tab:red", lw=1)
         fit, expected = fitted(best), EXPECTED.get((optimizer, scaling))

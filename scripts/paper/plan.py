@@ -75,7 +75,9 @@ class Grid:
                 for scaling in self.scalings
             ]
 
-        others = lambda o: [rate for rate in self.rates[o] if rate != self.middle(o)]
+        def others(o):
+            return [rate for rate in self.rates[o] if rate != self.middle(o)]
+
         more = range(1, self.seeds)
         return of(lambda o: [self.middle(o)], [0]) + of(others, [0]) + of(lambda o: [self.middle(o), None], more)
 
@@ -108,8 +110,11 @@ class Grid:
         ready = [spec for spec in self.left(done) if spec.rate is not None]
         if not ready:
             return []
+
         # What starts otherwise is another program.
-        kind = lambda spec: (spec.optimizer, spec.rank, spec.scaling == INIT_ONLY)
+        def kind(spec):
+            return (spec.optimizer, spec.rank, spec.scaling == INIT_ONLY)
+
         same = [spec for spec in ready if kind(spec) == kind(ready[0])]
         # Another round of the same rank is not to overtake the first one of the others.
         run = list(itertools.takewhile(lambda spec: spec in same, ready))

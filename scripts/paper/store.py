@@ -64,7 +64,10 @@ def save(file: Path, spec: Spec, outcome: Outcome, seconds: float) -> None:
     """Keep a finished trial. Curves have five digits: the file is to be small enough to be kept in a repository."""
     steps = len(outcome.losses)
     held = outcome.heldout[steps]
-    rounded = lambda curve: [float(f"{value:.5g}") for value in curve]
+
+    def rounded(curve):
+        return [float(f"{value:.5g}") for value in curve]
+
     trial = {
         "optimizer": spec.optimizer,
         "rank": spec.rank,

@@ -86,7 +86,10 @@ def test_without_a_base_all_but_the_weights_norms_is_the_same(trained):
     whole = spectrum.measure(lora.config, adapters, sites=lora.sites, weights=named_leaves(variables))
     without = [dataclasses.replace(m, weight_frobenius=None, weight_spectral=None) for m in whole]
     shapes = {path: leaf.shape for path, leaf in named_leaves(variables).items()}
-    ordered = lambda found: sorted(found, key=lambda m: (m.path, m.index))  # there is no model to tell the order of use
+
+    def ordered(found):
+        return sorted(found, key=lambda m: (m.path, m.index))  # there is no model to tell the order of use
+
     assert ordered(spectrum.measure(lora.config, adapters, shapes=shapes)) == ordered(without)
     assert ordered(spectrum.measure(lora.config, adapters)) == ordered(without)
     assert without[0].relative_frobenius is None
@@ -105,11 +108,14 @@ def test_kernels_of_many_axes_are_taken_as_matrices_in_by_out():
     adapters = jax.tree.map(lambda x: RNG.normal(size=x.shape), lora.init(jax.random.key(0)))
     found = spectrum.measure(lora.config, adapters, sites=lora.sites, weights=params)
     update = jax.tree.map(lambda merged, w: np.asarray(merged - w), lora.merge(params, adapters), params)
-    flat = lambda tree: [
-        (tree["q"].reshape(10, 20)),
-        (tree["o"].reshape(20, 9)),
-        *tree["experts"],
-    ]
+
+    def flat(tree):
+        return [
+            (tree["q"].reshape(10, 20)),
+            (tree["o"].reshape(20, 9)),
+            *tree["experts"],
+        ]
+
     found = sorted(found, key=lambda m: (["q", "o", "experts"].index(m.path), m.index))
     assert [(m.in_size, m.out_size) for m in found] == [(10, 20), (20, 9)] + [(9, 8)] * 6
     for m, product, weight in zip(found, flat(update), flat(jax.tree.map(np.asarray, params)), strict=True):

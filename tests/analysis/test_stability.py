@@ -120,7 +120,10 @@ def test_a_stack_by_hand_has_values_for_each_layer(around):
 
 def test_all_uses_of_a_weight_count_alike_however_it_is_scaled():
     scale = np.linspace(0.5, 2, 9)[:, None]
-    fn = lambda p, x: jnp.tanh(x @ (p["w"] * jnp.float32(scale))) @ p["w"].T
+
+    def fn(p, x):
+        return jnp.tanh(x @ (p["w"] * jnp.float32(scale))) @ p["w"].T
+
     params, x, target = {"w": normal(0, 9, 5)}, normal(1, 4, 9), normal(2, 4, 9)
     lora, adapters = adapted(fn, params, x)
     site, a, b = lora.sites["w"], *(np.asarray(adapters["w"][n], np.float64) for n in "ab")
@@ -136,7 +139,9 @@ def test_all_uses_of_a_weight_count_alike_however_it_is_scaled():
 
 
 def test_experts_of_one_product_share_their_output_and_have_gradients_of_their_own():
-    fn = lambda p, x: jnp.einsum("etd,edf->etf", x, p["w"])
+    def fn(p, x):
+        return jnp.einsum("etd,edf->etf", x, p["w"])
+
     params, x, target = {"w": normal(0, 3, 6, 5)}, normal(1, 3, 4, 6), normal(2, 3, 4, 5)
     lora, adapters = adapted(fn, params, x)
     found = measured(lora, squares, params, adapters, x, target)["w"]
@@ -151,7 +156,9 @@ def test_experts_of_one_product_share_their_output_and_have_gradients_of_their_o
 
 
 def test_a_convolution_is_measured_as_that_of_its_update():
-    conv = lambda x, w: lax.conv_general_dilated(x, w, (2,), "SAME", dimension_numbers=("NWC", "WIO", "NWC"))
+    def conv(x, w):
+        return lax.conv_general_dilated(x, w, (2,), "SAME", dimension_numbers=("NWC", "WIO", "NWC"))
+
     params, x, target = {"w": normal(0, 3, 6, 5)}, normal(1, 2, 8, 6), normal(2, 2, 4, 5)
     lora, adapters = adapted(lambda p, x: conv(x, p["w"]), params, x, targets="w")
     found = measured(lora, squares, params, adapters, x, target)["w"]
@@ -164,7 +171,9 @@ def test_a_convolution_is_measured_as_that_of_its_update():
 
 
 def test_a_look_up_has_an_output_and_no_input():
-    fn = lambda p, i: jnp.tanh(p["w"][i]) @ p["w"].T
+    def fn(p, i):
+        return jnp.tanh(p["w"][i]) @ p["w"].T
+
     params, ids, target = {"w": normal(0, 9, 5)}, jnp.array([[3, 3], [0, 8]]), normal(2, 2, 2, 9)
     lora, adapters = adapted(lambda p, i: p["w"][i], {"w": params["w"]}, ids, targets="*")
     found = measured(lora, lambda run, ids: jnp.sum(run(ids) ** 2), params, adapters, ids)["w"]

@@ -49,10 +49,16 @@ def exact(name, variables, adapters, scale):
     parts = name.split(".")
     layer = int(parts[2]) if parts[1] == "layers" else None
     path = FLAX[name if layer is None else ".".join([*parts[:2], "{i}", *parts[3:]])]
-    take = lambda x: np.asarray(x if layer is None else x[layer], np.float64)
+
+    def take(x):
+        return np.asarray(x if layer is None else x[layer], np.float64)
+
     weight = take(named_leaves(variables)[path])
     update = scale * take(adapters[path]["a"]) @ take(adapters[path]["b"]) if path in adapters else None
-    turn = lambda x: x.T if path.endswith("kernel") else x
+
+    def turn(x):
+        return x.T if path.endswith("kernel") else x
+
     return turn(weight), None if update is None else turn(update)
 
 
@@ -160,8 +166,13 @@ def test_what_is_not_finite_is_refused_by_name_and_nothing_is_left(dtype, number
         adapters = adapters | {"params/layers/mlp/up_proj/kernel": factors | {"b": b}}
     else:
         last = (1,) if where.startswith("params/layers") else ()
-        put = lambda path, leaf: leaf.at[(*last, *(3,) * (leaf.ndim - len(last)))].set(number)
-        named = lambda p: "/".join(str(k.key) for k in p)
+
+        def put(path, leaf):
+            return leaf.at[(*last, *(3,) * (leaf.ndim - len(last)))].set(number)
+
+        def named(p):
+            return "/".join(str(k.key) for k in p)
+
         variables = jax.tree_util.tree_map_with_path(
             lambda p, leaf: put(p, leaf) if named(p) == where else leaf, variables
         )
@@ -259,7 +270,10 @@ def test_the_folder_says_what_the_model_is(run, tmp_path):
     lora, (config, variables, tokenizer), adapters = run
     tokenizer = dataclasses.replace(tokenizer, chat_template="{{ messages }} ü", bos_id=2)
     merged.write_merged(tmp_path / "out", lora, variables, adapters, config=config, tokenizer=tokenizer)
-    read = lambda name: json.loads((tmp_path / "out" / name).read_text("utf-8"))
+
+    def read(name):
+        return json.loads((tmp_path / "out" / name).read_text("utf-8"))
+
     about = read("config.json")
     assert about["architectures"] == ["LlamaForCausalLM"] and about["torch_dtype"] == "bfloat16"
     sizes = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads")

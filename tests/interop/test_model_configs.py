@@ -47,7 +47,9 @@ def test_the_configuration_of_each_family(tmp_path):
 
 
 def test_the_configurations_of_gemma(tmp_path):
-    named = lambda kind, name: {"model_type": kind, "architectures": [f"{name}ForCausalLM"], "hidden_act": None}
+    def named(kind, name):
+        return {"model_type": kind, "architectures": [f"{name}ForCausalLM"], "hidden_act": None}
+
     one, two, three = named("gemma", "Gemma"), named("gemma2", "Gemma2"), named("gemma3_text", "Gemma3")
     c = config_of(tmp_path, **one, tie_word_embeddings=True)
     assert (c.activation, c.norm_offset, c.embed_scale, c.window) == ("gelu_tanh", 1, 4, None)

@@ -292,7 +292,10 @@ def on_eight_devices(folder):
     mesh = make_mesh("data=2,fsdp=2,tensor=2")
     weights._CHUNK = 300
     for scan_layers in (True, False):
-        place = lambda shapes: param_shardings(shapes, mesh, SHARDING_RULES)
+
+        def place(shapes):
+            return param_shardings(shapes, mesh, SHARDING_RULES)
+
         variables = load_model(folder, scan_layers=scan_layers, shardings=place).variables
         plain = load_model(folder, scan_layers=scan_layers).variables
         jax.tree.map(np.testing.assert_array_equal, variables, plain)

@@ -110,7 +110,10 @@ def run(lora, *args):
 
 def random_adapters(lora, seed=0):
     rng = np.random.default_rng(seed)
-    draw = lambda leaf: jnp.array(0.3 * rng.standard_normal(leaf.shape), leaf.dtype)
+
+    def draw(leaf):
+        return jnp.array(0.3 * rng.standard_normal(leaf.shape), leaf.dtype)
+
     return jax.tree.map(draw, lora.init(jax.random.key(0)))
 
 
@@ -249,7 +252,10 @@ class TorchBlock(torch.nn.Module):
 
     def forward(self, tokens):
         x = self.conv(self.tok(tokens).mT).mT
-        heads = lambda y: y.unflatten(-1, (4, 5)).transpose(1, 2)
+
+        def heads(y):
+            return y.unflatten(-1, (4, 5)).transpose(1, 2)
+
         q, k, v = (heads(one(x)) for one in (self.query, self.key, self.value))
         return self.out(torch.nn.functional.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(-2))
 

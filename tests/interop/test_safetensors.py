@@ -31,7 +31,10 @@ def read(path):
 def test_the_library_reads_what_was_written(dtype, name, most, tmp_path):
     tensors = {key: np.asarray(value).astype(jnp.dtype(dtype)) for key, value in TENSORS.items()}
     asked = []
-    make = lambda key: asked.append(key) or tensors[key]
+
+    def make(key):
+        return asked.append(key) or tensors[key]
+
     files = ours.write_folder(tmp_path, {key: t.shape for key, t in tensors.items()}, dtype, make, most=most)
     assert asked == list(TENSORS)
     found = {}

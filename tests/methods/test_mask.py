@@ -48,7 +48,10 @@ def test_a_part_of_the_data_is_zero_and_the_rest_is_larger():
 
 def test_gradients_are_those_of_the_mask_that_the_value_had():
     w, x = normal(4, SIZE, SIZE), normal(0, 30, SIZE)
-    fn = lambda p, x: jax.checkpoint(lambda x: jnp.sin(x @ p["w"]))(x)
+
+    def fn(p, x):
+        return jax.checkpoint(lambda x: jnp.sin(x @ p["w"]))(x)
+
     lora, adapters = adapted(fn, w, x)
     zeros = {"w": jnp.zeros((SIZE, SIZE))}
     plain, _ = adapted(lambda p, x: x @ p["w"], w, x)
@@ -65,7 +68,10 @@ def test_gradients_are_those_of_the_mask_that_the_value_had():
 
 def test_every_layer_of_a_scan_has_its_own():
     x = 1 + jnp.abs(normal(0, 30, SIZE))
-    fn = lambda p, x: lax.scan(lambda c, w: (c, c @ w), x, p["w"])[1]
+
+    def fn(p, x):
+        return lax.scan(lambda c, w: (c, c @ w), x, p["w"])[1]
+
     lora, adapters = adapted(fn, jnp.zeros((3, SIZE, SIZE)), x)
     kept = np.asarray(lora.apply({"w": jnp.zeros((3, SIZE, SIZE))}, adapters, x)) != 0
     together = [(kept[n] & kept[m]).mean() for n, m in ((0, 1), (1, 2), (0, 2))]

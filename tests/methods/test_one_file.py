@@ -73,7 +73,10 @@ def test_a_fresh_one_changes_no_bit():
 def test_no_array_of_the_weights_size_is_made():
     size, rows, plain = 512, 8, {}
     params, x = {"w": normal(0, size, size), "v": normal(1, size, size)}, normal(2, rows, size)
-    fn = lambda p, x: jnp.tanh(x @ p["w"]) @ p["v"]
+
+    def fn(p, x):
+        return jnp.tanh(x @ p["w"]) @ p["v"]
+
     for name, method in (("lora", "lora"), ("gained", Gained())):
         lora = rslora.wrap(fn, params, x, config=rslora.LoraConfig(rank=6, alpha=10, method=method))
         step = jax.jit(jax.grad(lambda a, p, x, lora=lora: jnp.sum(lora.apply(p, a, x) ** 2)))

@@ -137,7 +137,10 @@ def test_a_window_shuts_out_what_lies_before_it(added_variables):
         """Say which logits of the last row change with a token."""
         config = dataclasses.replace(CONFIG, **ADDED | {"window_layers": windows})
         other = TOKENS.at[0, token].set((TOKENS[0, token] + 1) % CONFIG.vocab_size)
-        run = lambda tokens: Decoder(config).apply(added_variables, tokens)[0]
+
+        def run(tokens):
+            return Decoder(config).apply(added_variables, tokens)[0]
+
         return (jnp.abs(run(other) - run(TOKENS)).max(axis=-1) > 1e-5).tolist()
 
     # A window of 3 hands a token on by 2 positions in each of the 3 layers, hence by 6, and without a window on and on.

@@ -68,12 +68,18 @@ def test_the_rank_is_split_over_the_axes_that_the_other_factor_uses():
     where = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec(None, ("fsdp",), "tensor"))
     w = jax.ShapeDtypeStruct((5, 8, 12), "float32", sharding=where)
     x = jax.ShapeDtypeStruct((2, 8), "float32")
-    layers = lambda p, x: jax.lax.scan(lambda c, w: (c, x @ w), 0, p["w"])[1]
+
+    def layers(p, x):
+        return jax.lax.scan(lambda c, w: (c, x @ w), 0, p["w"])[1]
+
     lora = wrap(layers, {"w": w}, x, config=LoraConfig(rank=6, alpha=7))
-    split = lambda rank_split: {
-        factor: tuple(found.spec)
-        for factor, found in sharding.adapter_shardings(lora.sites, {"w": w}, split_rank=rank_split)["w"].items()
-    }
+
+    def split(rank_split):
+        return {
+            factor: tuple(found.spec)
+            for factor, found in sharding.adapter_shardings(lora.sites, {"w": w}, split_rank=rank_split)["w"].items()
+        }
+
     assert split(False) == {"a": (None, "fsdp", None), "b": (None, None, "tensor")}
     assert split(True) == {"a": (None, "fsdp", "tensor"), "b": (None, "fsdp", "tensor")}
     lora = wrap(layers, {"w": w}, x, config=LoraConfig(rank=4, alpha=7))
@@ -85,7 +91,10 @@ def test_the_rank_is_split_over_the_axes_that_the_other_factor_uses():
 def test_no_weight_is_gathered_that_the_base_alone_would_not(mesh):
     found = result(mesh)
     smallest_weight = 64 * 32  # k_proj
-    large = lambda sizes: [size for size in sizes if size >= smallest_weight]
+
+    def large(sizes):
+        return [size for size in sizes if size >= smallest_weight]
+
     assert len(large(found["gathers"])) <= len(large(found["base_gathers"]))
     assert max([0, *large(found["gathers"])]) <= max([0, *large(found["base_gathers"])])
 

@@ -46,7 +46,9 @@ def scan_consts(f, s):
     options = {"reverse": s.pick([False, True]), "unroll": s.pick([1, 2])}
 
     def around(p, x):
-        body = lambda c, _: (as_is(f(p, c), c), c.sum())
+        def body(c, _):
+            return (as_is(f(p, c), c), c.sum())
+
         y, sums = lax.scan(body, x, None, length=2, **options)
         return y + sums.sum()
 
@@ -59,7 +61,9 @@ def scan_stack(f, s):
     passed = s.pick([False, False, True])  # hand the weight on, as a scanned nnx module does
 
     def around(p, x):
-        body = lambda c, p: (as_is(f(p, c), c), p if passed else None)
+        def body(c, p):
+            return (as_is(f(p, c), c), p if passed else None)
+
         return lax.scan(jax.checkpoint(body) if passed else body, x, leading(p, at), **options)[0]
 
     return around
@@ -69,7 +73,9 @@ def scan_index(f, s):
     at = s.pick(PLACES)
 
     def around(p, x):
-        body = lambda c, i: (as_is(f(jax.tree.map(lambda w: jnp.moveaxis(w, axis(w, at), 0)[i], p), c), c), None)
+        def body(c, i):
+            return (as_is(f(jax.tree.map(lambda w: jnp.moveaxis(w, axis(w, at), 0)[i], p), c), c), None)
+
         return lax.scan(body, x, jnp.arange(STACK))[0]
 
     return around
@@ -90,7 +96,10 @@ def while_loop(f, s):
         return lambda p, x: lax.while_loop(
             lambda c: c[1] < 2, lambda c: (as_is(f(c[2], c[0]), x), c[1] + 1, c[2]), (x, 0, p)
         )[0]
-    going = lambda p, c: (c[1] < 2) & (f(p, c[0]).sum() < 1e9)
+
+    def going(p, c):
+        return (c[1] < 2) & (f(p, c[0]).sum() < 1e9)
+
     return lambda p, x: lax.while_loop(lambda c: going(p, c), lambda c: (as_is(f(p, c[0]), x), c[1] + 1), (x, 0))[0]
 
 

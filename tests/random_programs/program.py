@@ -102,7 +102,10 @@ class Program:
     @property
     def unrounded(self) -> "Program":
         """The same program in float64 throughout."""
-        exact = lambda piece: Piece("copy") if piece.name.startswith("cast_") else piece
+
+        def exact(piece):
+            return Piece("copy") if piece.name.startswith("cast_") else piece
+
         layers = (dataclasses.replace(x, changes=tuple(map(exact, x.changes)), dtype="float64") for x in self.layers)
         return dataclasses.replace(self, layers=tuple(layers))
 
@@ -138,7 +141,10 @@ def innermost(layer: Layer, more: Callable, said: list[str]) -> Callable:
 
     def use(p: Any, x: Any) -> Any:
         count = iter(range(1, 100))
-        scope = lambda piece: Scope(piece.number, x, lambda shape: more(p, f"v{next(count)}", tuple(shape)))
+
+        def scope(piece):
+            return Scope(piece.number, x, lambda shape: more(p, f"v{next(count)}", tuple(shape)))
+
         w = p["w"].astype(jnp.float64)
         plain = flat(jnp.tensordot(widths(x, w.shape[0]), w, 1)) if layer.plainly else None
         for piece in layer.changes:
@@ -248,7 +254,10 @@ def programs(draw: Callable, most_layers: int = 2) -> Program:
     if (
         len(layers) > 1 or layers[0].around or layers[0].use.name in TWICE
     ):  # what bfloat16 rounds would grow without bounds on the way
-        narrow = lambda piece: Piece("cast_narrow") if piece.name == "cast_bfloat16" else piece
+
+        def narrow(piece):
+            return Piece("cast_narrow") if piece.name == "cast_bfloat16" else piece
+
         layers = tuple(dataclasses.replace(x, changes=tuple(map(narrow, x.changes))) for x in layers)
     return Program(
         layers=layers,

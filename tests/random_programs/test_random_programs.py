@@ -33,7 +33,9 @@ QUICK = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes
 
 def measured(program: Program, f: Any, outer: str) -> Any:
     """Make a function of f's value and derivatives, under one of the transformations around it."""
-    loss = lambda *args: sum(jnp.sin(y.astype(jnp.float64)).sum() for y in jax.tree.leaves(f(*args)))
+
+    def loss(*args):
+        return sum(jnp.sin(y.astype(jnp.float64)).sum() for y in jax.tree.leaves(f(*args)))
 
     def directions(tree: Any) -> Any:
         return jax.tree.map(
@@ -58,7 +60,10 @@ def measured(program: Program, f: Any, outer: str) -> Any:
     def grad_of_grad(*args: Any) -> Any:
         if not program.reverse_mode or {"custom_jvp", "ragged_dot"} & program.names:
             return plain(*args)
-        inner = lambda *args: sum((g * jnp.cos(g)).sum() for g in jax.tree.leaves(jax.grad(loss, 1)(*args)))
+
+        def inner(*args):
+            return sum((g * jnp.cos(g)).sum() for g in jax.tree.leaves(jax.grad(loss, 1)(*args)))
+
         return jax.value_and_grad(inner, (1, 2))(*args)
 
     def scan(params: Any, adapters: Any, x: Any) -> Any:
@@ -105,7 +110,10 @@ def fired(f: Any, *args: Any) -> int:
 def accounted(program: Program, fn: Any, params: Any, x: Any) -> None:
     """Assert that every parameter is one of a site, left out and unused, and that the unused change nothing."""
     extra = jnp.ones((x.shape[1], 2))  # so that there is something to adapt
-    both = lambda p, x: (fn(p["own"], x), x @ p["extra"])
+
+    def both(p, x):
+        return (fn(p["own"], x), x @ p["extra"])
+
     lora, _ = adapt(program, both, {"own": params, "extra": extra}, x)
     places = [*lora.sites, *lora.left_out, *lora.unused]
     assert sorted(places) == sorted([*(f"own/{path}" for path in named_leaves(params)), "extra"])
@@ -114,7 +122,10 @@ def accounted(program: Program, fn: Any, params: Any, x: Any) -> None:
         return
     COUNTED["with an unused parameter"] += 1
     r = np.random.default_rng(3)
-    other = lambda path, w: w + r.normal(size=w.shape).astype(w.dtype) if path_name(path) in unused else w
+
+    def other(path, w):
+        return w + r.normal(size=w.shape).astype(w.dtype) if path_name(path) in unused else w
+
     changed = jax.tree_util.tree_map_with_path(other, params)
     run = jax.jit(fn, compiler_options=QUICK)
     for got, want in zip(jax.tree.leaves(run(changed, x)), jax.tree.leaves(run(params, x)), strict=True):
@@ -127,7 +138,10 @@ def alike_when_stored(program: Program, fn: Any, arrays: Any, held: Any, x: Any,
     assert (dense is None) == (stored is None)
     if dense is None:
         return
-    bare = lambda lora: {path: dataclasses.replace(site, fallbacks=()) for path, site in lora.sites.items()}
+
+    def bare(lora):
+        return {path: dataclasses.replace(site, fallbacks=()) for path, site in lora.sites.items()}
+
     assert bare(dense) == bare(stored)
     assert (dense.left_out, dense.unused) == (stored.left_out, stored.unused)
 
@@ -154,8 +168,13 @@ def check(program: Program, outer: str, op_by_op: bool, form: Form = PLAIN) -> N
     fresh = {name: form.fresh(site, r) for name, site in lora.sites.items()}
     trained = jax.tree.map(lambda v: v + 0.2 * r.normal(size=v.shape), fresh)
     fresh, trained = jax.device_put((fresh, trained))
-    apply = lambda params, adapters, x: lora.apply(held(params), adapters, x)
-    by_hand = lambda off: lambda params, adapters, x: fn(acting(lora, arrays(params), adapters, off), x)
+
+    def apply(params, adapters, x):
+        return lora.apply(held(params), adapters, x)
+
+    def by_hand(off):
+        return lambda params, adapters, x: fn(acting(lora, arrays(params), adapters, off), x)
+
     tolerance, rounding = program.tolerance, program.rounding
     computed = loud or {"inner_step", "force"} & program.names  # with the weights, in their own dtype
     if computed and any(layer.dtype != "float64" for layer in program.layers):
@@ -174,16 +193,25 @@ def check(program: Program, outer: str, op_by_op: bool, form: Form = PLAIN) -> N
         for g, w in zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True):
             np.testing.assert_array_equal(g, w)
     if "effect" in program.names:
-        plainly = lambda params, x: fn(arrays(params), x)
+
+        def plainly(params, x):
+            return fn(arrays(params), x)
+
         assert fired(apply, params, trained, x) == fired(plainly, params, x)
         assert fired(jax.jit(apply, compiler_options=QUICK), params, trained, x) == fired(
             jax.jit(plainly, compiler_options=QUICK), params, x
         )
 
     got_of = measured(program, apply, outer)
-    uncompiled = lambda off, *args: (got_of(*args), measured(program, by_hand(off), outer)(*args))
+
+    def uncompiled(off, *args):
+        return (got_of(*args), measured(program, by_hand(off), outer)(*args))
+
     both = jax.jit(uncompiled, compiler_options=QUICK)
-    first = lambda tree: jax.tree.leaves(tree)[0]
+
+    def first(tree):
+        return jax.tree.leaves(tree)[0]
+
     close = tolerance if tolerance > 1e-9 else 1e-12
     for adapters, part, allowed in ((fresh, first, close), (trained, lambda tree: tree, tolerance)):
         got, want = map(part, both(0.0, params, adapters, x))

@@ -25,7 +25,10 @@ pytestmark = [pytest.mark.by_day_on("newest"), pytest.mark.usefixtures("compile_
 
 def packed(params):
     """All weights of two axes or more in 8 bits, and what they stand for."""
-    of = lambda leaf: leaf.ndim >= 2 and jnp.issubdtype(leaf.dtype, jnp.floating) and jnp.finfo(leaf.dtype).bits >= 16
+
+    def of(leaf):
+        return leaf.ndim >= 2 and jnp.issubdtype(leaf.dtype, jnp.floating) and jnp.finfo(leaf.dtype).bits >= 16
+
     stored = {path: eight_bits(leaf) if of(leaf) else leaf for path, leaf in named_leaves(params).items()}
     return from_paths(params, stored), from_paths(params, {path: dense(leaf) for path, leaf in stored.items()})
 
@@ -38,7 +41,9 @@ def wrapped(case, params):
 
 
 def gradient(lora, case):
-    loss = lambda a, p: jnp.sum(jnp.sin(jax.tree.leaves(lora.apply(p, a, *case.args))[0].real.astype(jnp.float32)))
+    def loss(a, p):
+        return jnp.sum(jnp.sin(jax.tree.leaves(lora.apply(p, a, *case.args))[0].real.astype(jnp.float32)))
+
     return jax.grad(loss)
 
 

@@ -36,7 +36,10 @@ def assert_exact(lora: rslora.Lora, params: Any, *args: Any, tolerance: float = 
     assert_near(jax.jit(lora.fn)(lora.merge(params, adapters), *args), want, tolerance)
     assert np.abs(want - plain).max() > 0.01  # the adapters do something
     if gradients:
-        loss = lambda y: jnp.sum(jnp.sin(y))
+
+        def loss(y):
+            return jnp.sum(jnp.sin(y))
+
         grads = jax.jit(jax.grad(lambda a: loss(lora.apply(params, a, *args))))(adapters)
         dw = jax.jit(jax.grad(lambda p: loss(lora.fn(p, *args)), allow_int=True))(by_hand)
         assert_near(grads, gradients_by_hand(lora, adapters, dw), 10 * tolerance, floor=1e-3)

@@ -55,7 +55,10 @@ class Decoder(eqx.Module):
 
 def decoder(tied):
     params, static = eqx.partition(Decoder(jax.random.key(0), tied), eqx.is_array)
-    fn = lambda params, tokens: jax.vmap(eqx.combine(params, static))(tokens)
+
+    def fn(params, tokens):
+        return jax.vmap(eqx.combine(params, static))(tokens)
+
     return fn, params, jax.random.randint(jax.random.key(1), (2, LENGTH), 0, VOCABULARY)
 
 

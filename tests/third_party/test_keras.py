@@ -32,14 +32,19 @@ def network():
             layers.Dense(4, name="classes"),
         ]
     )
-    by_path = lambda variables: {v.path: v.value for v in variables}
+
+    def by_path(variables):
+        return {v.path: v.value for v in variables}
+
     params = filled(by_path(model.trainable_variables))
     statistics = by_path(model.non_trainable_variables)
 
     def fn(params, x):
         return model.stateless_call(list(params.values()), list(statistics.values()), x)[0]
 
-    fn_in_order = lambda params, x: fn({v.path: params[v.path] for v in model.trainable_variables}, x)
+    def fn_in_order(params, x):
+        return fn({v.path: params[v.path] for v in model.trainable_variables}, x)
+
     return fn_in_order, params, jax.random.normal(jax.random.key(0), (2, 8, 8, 3))
 
 

@@ -40,7 +40,10 @@ def test_axes_are_made_one_where_they_stay_neighbours(subscripts, followers):
 def test_gradients_need_no_transposed_copy_and_are_formed_with_the_rank_first(back):
     batch, length, width, out, rank = 4, 96, 128, 160, 6
     params, x = {"w": normal(0, width, out)}, normal(1, batch, length, width)
-    up = lambda p, x: jnp.tanh(jnp.tanh(x) @ p["w"])
+
+    def up(p, x):
+        return jnp.tanh(jnp.tanh(x) @ p["w"])
+
     fn = (lambda p, x: jnp.tanh(up(p, x) @ p["w"].T)) if back else up  # tied: there the data meets B first
     lora = rslora.wrap(fn, params, x, config=rslora.LoraConfig(rank=rank, alpha=4))
     step = jax.jit(jax.grad(lambda a, x: jnp.sin(lora.apply(params, a, x)).sum(), argnums=(0, 1)))
@@ -63,8 +66,13 @@ def test_each_platform_has_the_barriers_that_help_there(monkeypatch, platform, f
     adapters = jax.tree.map(lambda a: normal(2, *a.shape), lora.init(jax.random.key(0)))
     there = lora.on(platform)
     jax.clear_caches()  # what was traced with another threshold
-    apply = lambda a, x: there.apply(params, a, x)
-    loss = lambda a, x: jnp.sin(apply(a, x)).sum()
+
+    def apply(a, x):
+        return there.apply(params, a, x)
+
+    def loss(a, x):
+        return jnp.sin(apply(a, x)).sum()
+
     programs = [jax.make_jaxpr(f)(adapters, x) for f in (apply, jax.grad(loss, argnums=(0, 1)))]
     merged = np.asarray(lora.merge(params, adapters)["w"], np.float64)
     got, (dx, _) = apply(adapters, x), jax.grad(lambda x, a: loss(a, x), argnums=(0, 1))(x, adapters)

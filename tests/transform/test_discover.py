@@ -48,7 +48,9 @@ def test_what_is_added_to_data_or_put_beside_it_is_no_weight(fn):
 
 
 def test_latent_queries_are_no_weight_once_they_are_computed_with():
-    fn = lambda p, x: jax.nn.softmax((normalise(p["queries"]) @ p["w"]) @ (x @ p["w"]).T) @ x
+    def fn(p, x):
+        return jax.nn.softmax((normalise(p["queries"]) @ p["w"]) @ (x @ p["w"]).T) @ x
+
     assert found(fn, {**W, "queries": normal(1, 4, 12)}) == {"w": "linear"}
 
 
@@ -75,15 +77,22 @@ def test_a_weight_is_found_through_what_is_computed_from_it_alone(through):
 def test_a_stack_that_is_indexed_is_a_stack_and_a_table_a_table():
     which = jnp.array([0, 2, 1, 1, 0])
     stack = {"w": normal(0, 3, 12, 16)}
-    by_row = lambda p, x: jnp.einsum("ti,tio->to", x, p["w"][which])
-    table = lambda p, x: jnp.einsum("thi,hi->t", p["w"][which], jnp.ones((12, 16)))
+
+    def by_row(p, x):
+        return jnp.einsum("ti,tio->to", x, p["w"][which])
+
+    def table(p, x):
+        return jnp.einsum("thi,hi->t", p["w"][which], jnp.ones((12, 16)))
+
     lora = rslora.wrap(by_row, stack, normal(9, 5, 12), config=rslora.LoraConfig(rank=3, alpha=7))
     assert (lora.sites["w"].stack_axes, lora.sites["w"].in_axes, lora.sites["w"].out_axes) == ((0,), (1,), (2,))
     assert found(table, stack) == {"w": "embedding"}
 
 
 def test_convolutions_are_named_not_taken():
-    fn = lambda p, x: lax.conv(x, p["kernel"], (1,), "SAME").reshape(5, -1) @ p["w"]
+    def fn(p, x):
+        return lax.conv(x, p["kernel"], (1,), "SAME").reshape(5, -1) @ p["w"]
+
     params, x = {"w": normal(0, 12, 16), "kernel": normal(1, 3, 2, 3)}, normal(9, 5, 2, 4)
     assert found(fn, params, x) == {"kernel": "convolution", "w": "linear"}
     lora = rslora.wrap(fn, params, x, config=rslora.LoraConfig(rank=3, alpha=7))

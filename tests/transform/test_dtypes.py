@@ -41,7 +41,10 @@ def test_complex_data_and_gradients_are_those_of_the_merged_weight(name, order, 
     lora = rslora.wrap(fn, params, x, config=CONFIG)
     adapters = trained(lora)
     by_hand = merged_by_hand(lora, params, adapters)
-    loss = lambda y: jnp.sum(jnp.sin(y.real) + jnp.cos(y.imag))
+
+    def loss(y):
+        return jnp.sum(jnp.sin(y.real) + jnp.cos(y.imag))
+
     y, (da, dx) = jax.jit(
         lambda a, x: (lora.apply(params, a, x), jax.grad(lambda a, x: loss(lora.apply(params, a, x)), (0, 1))(a, x))
     )(adapters, x)
@@ -56,7 +59,10 @@ def test_complex_data_and_gradients_are_those_of_the_merged_weight(name, order, 
 @pytest.mark.parametrize("dtype", FLOAT8)
 def test_float8_weights_are_merged_in_float32_and_rounded_once(dtype):
     params, x = {"w": normal(0, 12, 20).astype(dtype)}, normal(1, 5, 12)
-    fn = lambda p, x: x @ p["w"].astype(jnp.float32) + x @ jnp.tanh(p["w"].astype(jnp.float32))
+
+    def fn(p, x):
+        return x @ p["w"].astype(jnp.float32) + x @ jnp.tanh(p["w"].astype(jnp.float32))
+
     with pytest.warns(rslora.RsloraWarning, match="tanh"):
         lora = rslora.wrap(fn, params, x, config=CONFIG)
     adapters = trained(lora)
@@ -67,14 +73,20 @@ def test_float8_weights_are_merged_in_float32_and_rounded_once(dtype):
     # Where float32 has rounded to just the middle between two places, either of them is right.
     assert np.mean(np.asarray(merged, np.float32) != want) < 0.02
     assert_near(lora.apply(params, adapters, x), fn(wide, x), 1e-5)
-    loss = lambda y: jnp.sum(jnp.sin(y))
+
+    def loss(y):
+        return jnp.sum(jnp.sin(y))
+
     got = jax.grad(lambda a: loss(lora.apply(params, a, x)))(adapters)
     assert_near(got, gradients_by_hand(lora, adapters, jax.grad(lambda p: loss(fn(p, x)))(wide)), 1e-4)
 
 
 def test_a_product_in_float8_gets_its_update_in_more_bits():
     params, x = {"w": jnp.zeros((12, 20), jnp.float8_e4m3fn)}, normal(1, 5, 12).astype(jnp.float8_e4m3fn)
-    fn = lambda p, x: jax.lax.dot(x, p["w"], preferred_element_type=jnp.float32)
+
+    def fn(p, x):
+        return jax.lax.dot(x, p["w"], preferred_element_type=jnp.float32)
+
     lora = rslora.wrap(fn, params, x, config=CONFIG)
     adapters = trained(lora)
     by_hand = merged_by_hand(lora, {"w": params["w"].astype(jnp.float32)}, adapters)
@@ -94,7 +106,10 @@ def test_nothing_here_relies_on_promotion(name, stored):
     case = CASES[name]()
     keep = jax.tree.map(lambda w: w.dtype, case.params)
     params = jax.tree.map(lambda w: w.astype(stored) if w.dtype == jnp.float32 else w, case.params)
-    fn = lambda p, *args: case.fn(jax.tree.map(lambda w, dtype: w.astype(dtype), p, keep), *args)
+
+    def fn(p, *args):
+        return case.fn(jax.tree.map(lambda w, dtype: w.astype(dtype), p, keep), *args)
+
     with jax.numpy_dtype_promotion("strict"):
         try:
             jaxpr = jax.make_jaxpr(fn)(params, *case.args)
@@ -104,7 +119,10 @@ def test_nothing_here_relies_on_promotion(name, stored):
         lora = rslora.wrap(fn, params, *case.args, config=config)
         adapters = jax.eval_shape(lora.init, jax.random.key(0))
         jax.eval_shape(lora.merge, params, adapters)
-        loss = lambda a: jnp.sum(jax.tree.leaves(lora.apply(params, a, *case.args))[0])
+
+        def loss(a):
+            return jnp.sum(jax.tree.leaves(lora.apply(params, a, *case.args))[0])
+
         jax.eval_shape(loss, adapters)
         if "while" not in str(jaxpr):
             jax.eval_shape(jax.grad(loss), adapters)

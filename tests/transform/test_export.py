@@ -47,10 +47,16 @@ def compare(fn, symbolic, x, *others):
     """Export value and gradients by adapters, and wrapping itself, for all sizes; compare with merged weights."""
     lora = rslora.wrap(fn, PARAMS, x, config=CONFIG)
     adapters = trained(lora)
-    loss = lambda a, p, x: jnp.sum(jnp.sin(lora.apply(p, a, x)))
+
+    def loss(a, p, x):
+        return jnp.sum(jnp.sin(lora.apply(p, a, x)))
+
     value = export.export(jax.jit(lora.apply))(shapes(PARAMS), shapes(adapters), symbolic)
     gradient = export.export(jax.jit(jax.grad(loss)))(shapes(adapters), shapes(PARAMS), symbolic)
-    whole = lambda p, x: rslora.wrap(fn, p, x, config=CONFIG).apply(p, adapters, x)
+
+    def whole(p, x):
+        return rslora.wrap(fn, p, x, config=CONFIG).apply(p, adapters, x)
+
     wrapped_inside = export.export(jax.jit(whole))(shapes(PARAMS), symbolic)
     for data in (x, *others):
         want = fn(merged_by_hand(lora, PARAMS, adapters), data)
@@ -70,7 +76,10 @@ def test_a_symbol_for_the_rows(name):
 
 def test_symbols_for_the_places_of_an_image():
     h, w = export.symbolic_shape("h, w", constraints=["h >= 8", "w >= 8"])
-    fn = lambda p, x: convolve(x, p["k"], ("NHWC", "HWIO", "NHWC"), "VALID")
+
+    def fn(p, x):
+        return convolve(x, p["k"], ("NHWC", "HWIO", "NHWC"), "VALID")
+
     compare(fn, jax.ShapeDtypeStruct((2, h, w, 4), "float32"), normal(6, 2, 9, 9, 4), normal(7, 2, 8, 12, 4))
 
 

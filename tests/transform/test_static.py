@@ -181,7 +181,10 @@ def test_numbers_that_a_function_must_know_are_static(fn):
     lora = rslora.wrap(fn, PARAMS, X, 0.7, config=CONFIG)
     adapters = trained(lora)
     for number in [0.5, 0.25, -0.0]:
-        loss = lambda fn, number=number: lambda *a: jnp.sum(jnp.sin(fn(*a, X, number)))
+
+        def loss(fn, number=number):
+            return lambda *a: jnp.sum(jnp.sin(fn(*a, X, number)))
+
         got = jax.jit(jax.value_and_grad(loss(lora.apply), argnums=1))(PARAMS, adapters)
         want = jax.value_and_grad(lambda a, loss=loss: loss(fn)(merged(a)))(adapters)
         jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5), got, want)
@@ -198,7 +201,10 @@ def test_any_sequence_of_values_is_traced_as_often_as_it_has_values(values, data
     program = Program(counting)
     for value in values:
         program.trace(PARAMS, (X, value), {})
-    static = lambda v: fn is tell or type(v) not in (float, complex)
+
+    def static(v):
+        return fn is tell or type(v) not in (float, complex)
+
     assert len(ends) == len({told(v) if static(v) else type(v) for v in values})
 
 
@@ -216,7 +222,10 @@ def test_numbers_in_containers_and_among_others():
         return jnp.tanh(y) if options["tanh"] else y
 
     counting, ends = counted(fn)
-    options = lambda scale, tanh=True: {"scale": scale, "tanh": tanh}
+
+    def options(scale, tanh=True):
+        return {"scale": scale, "tanh": tanh}
+
     lora = rslora.wrap(counting, PARAMS, X, options(0.5), scale=(1, 2.0), n=2, config=CONFIG)
     adapters = trained(lora)
     for scale, tanh, number, n, traces in [(0.25, True, 3.0, 2, 1), (0.3, False, 5.0, 2, 2), (0.5, True, 7.0, 3, 3)]:
@@ -228,7 +237,10 @@ def test_numbers_in_containers_and_among_others():
 
 def test_the_length_of_a_loop_leaves_it_its_gradient():
     """Traced, as `jax.jit` would, an int would make it a loop that cannot be differentiated backwards."""
-    fn = lambda p, x, n: jax.lax.fori_loop(0, n, lambda _, y: jnp.tanh(y @ p["w"] @ p["w"].T), x).sum()
+
+    def fn(p, x, n):
+        return jax.lax.fori_loop(0, n, lambda _, y: jnp.tanh(y @ p["w"] @ p["w"].T), x).sum()
+
     lora = rslora.wrap(fn, PARAMS, X, 2, config=CONFIG)
     adapters = trained(lora)
     got = jax.grad(lambda a: lora.apply(PARAMS, a, X, 3))(adapters)
@@ -237,7 +249,9 @@ def test_the_length_of_a_loop_leaves_it_its_gradient():
 
 
 def test_a_number_among_the_parameters_is_static():
-    fn = lambda p, x: x @ p["w"] if p["eps"] > 0 else x @ p["w"] / 2
+    def fn(p, x):
+        return x @ p["w"] if p["eps"] > 0 else x @ p["w"] / 2
+
     lora = rslora.wrap(fn, PARAMS | {"eps": 0.0}, X, config=CONFIG)
     adapters = lora.init(jax.random.key(0))
     for eps in (0.5, 0.0):

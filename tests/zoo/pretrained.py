@@ -17,7 +17,10 @@ from tests.zoo.model import Model, filled
 # T5 calls jnp.clip by the names of its arguments before JAX 0.4.27.
 for family in ("t5", "longt5"):
     module: Any = importlib.import_module(f"transformers.models.{family}.modeling_flax_{family}")
-    clip = lambda x, a_min=None, a_max=None: jnp.clip(x, a_min, a_max)
+
+    def clip(x, a_min=None, a_max=None):
+        return jnp.clip(x, a_min, a_max)
+
     module.jnp = types.SimpleNamespace(**{**vars(jnp), "clip": clip})
 
 RNG = np.random.default_rng(1)
@@ -115,7 +118,10 @@ def decoder_step(model: Any, params: Any, tokens: Any, cache: Any, at: Any, _: N
 def decoder(kind: str, config: str, options: dict, **known: Any) -> Model:
     """A decoder: all tokens at once, and from a cache."""
     model, params = load(kind, config, options)
-    start = lambda params: (zeros(lambda: model.init_cache(2, MAX)), None)
+
+    def start(params):
+        return (zeros(lambda: model.init_cache(2, MAX)), None)
+
     step = functools.partial(decoder_step, model)
     return Model(lambda params, x: arrays(model(x, params=params)), params, (TOKENS,), start=start, step=step, **known)
 
@@ -139,7 +145,10 @@ def start_answer(model: Any, params: Any, source: Any) -> tuple[Any, Any]:
 def encoder_decoder(kind: str, config: str, options: dict, source: Any = TOKENS, **known: Any) -> Model:
     """An encoder and a decoder: all tokens at once, and from a cache."""
     model, params = load(kind, config, options)
-    fn = lambda params, x, y: arrays(model(x, decoder_input_ids=y, params=params))
+
+    def fn(params, x, y):
+        return arrays(model(x, decoder_input_ids=y, params=params))
+
     start, step = functools.partial(start_answer, model), functools.partial(answer_step, model)
     return Model(fn, params, (source, ANSWER), start=start, step=step, **known)
 

@@ -73,7 +73,10 @@ def adapters_of(lora):
     """Return adapters as at the start and as if trained, from numpy: op by op, JAX compiles for every shape."""
     rng = np.random.default_rng(3)
     shapes = jax.eval_shape(lora.init, jax.random.key(0))
-    draw = lambda shape: jnp.asarray(0.3 * rng.standard_normal(shape.shape), shape.dtype)
+
+    def draw(shape):
+        return jnp.asarray(0.3 * rng.standard_normal(shape.shape), shape.dtype)
+
     adapters = jax.tree.map(draw, shapes)
     return {path: f | {"b": jnp.zeros_like(f["b"])} for path, f in adapters.items()}, adapters
 
