@@ -47,7 +47,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         with _sigterm_raises():
             command, arguments = parse(sys.argv[1:] if argv is None else argv)
             if command is None:
-                print(versions() if arguments.version else parser().format_help().rstrip())
+                print(_versions() if arguments.version else parser().format_help().rstrip())
                 return 0
             _quieten()
             status = command.run(arguments)
@@ -105,7 +105,7 @@ def parser(settings: Mapping[str, Any] | None = None) -> argparse.ArgumentParser
     return top
 
 
-def versions() -> str:
+def _versions() -> str:
     """Say which versions of this package and of what it stands on are installed."""
     found = {name: _version(name) for name in ("rslora_jax", "jax", "flax")}
     return (

@@ -13,8 +13,6 @@ import jax.numpy as jnp
 from rslora_jax import scaling as scalings
 from rslora_jax.methods.method import Method, method_of
 
-Patterns = tuple[tuple[str, Any], ...]
-
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class LoraConfig:
@@ -140,20 +138,20 @@ def matches(path: str, pattern: str) -> bool:
     >>> matches("params/layers_3/attn/q_proj/kernel", "*/{q,v}_proj/kernel")
     True
     """
-    return any(fnmatch.fnmatchcase(path, p) for p in expand_braces(pattern))
+    return any(fnmatch.fnmatchcase(path, p) for p in _expand_braces(pattern))
 
 
-def expand_braces(pattern: str) -> list[str]:
+def _expand_braces(pattern: str) -> list[str]:
     """Write out the alternatives of a pattern.
 
-    >>> expand_braces("{q,v}_proj/*")
+    >>> _expand_braces("{q,v}_proj/*")
     ['q_proj/*', 'v_proj/*']
     """
     found = re.search(r"\{([^{}]*)\}", pattern)
     if not found:
         return [pattern]
     head, tail = pattern[: found.start()], pattern[found.end() :]
-    return [p for option in found[1].split(",") for p in expand_braces(head + option + tail)]
+    return [p for option in found[1].split(",") for p in _expand_braces(head + option + tail)]
 
 
 def first_match(path: str, patterns: Iterable[tuple[str, Any]], default: Any) -> Any:

@@ -12,11 +12,11 @@ from flax import nnx
 from rslora_jax.transform.objects import same
 from rslora_jax.wrap import RsloraWarning
 
-Method = Callable[..., Any] | None
-Path = tuple[Any, ...]
+_Method = Callable[..., Any] | None
+_Path = tuple[Any, ...]
 
 # What users call the variables of NNX that a call may change; others go by the name of their class.
-KINDS = (
+_KINDS = (
     (nnx.RngState, "random keys and counts"),
     (nnx.BatchStat, "batch statistics"),
     (nnx.Cache, "caches"),
@@ -26,17 +26,17 @@ KINDS = (
 
 @overload
 def from_nnx(
-    model: nnx.Module, method: Method = None, *, state: Literal[False] | None = None
+    model: nnx.Module, method: _Method = None, *, state: Literal[False] | None = None
 ) -> tuple[Callable[..., Any], dict]: ...
 
 
 @overload
 def from_nnx(
-    model: nnx.Module, method: Method = None, *, state: Literal[True]
+    model: nnx.Module, method: _Method = None, *, state: Literal[True]
 ) -> tuple[Callable[..., Any], dict, dict]: ...
 
 
-def from_nnx(model: nnx.Module, method: Method = None, *, state: bool | None = None) -> tuple[Any, ...]:
+def from_nnx(model: nnx.Module, method: _Method = None, *, state: bool | None = None) -> tuple[Any, ...]:
     """Return an NNX module as (fn, params), or as (fn, params, state), ready for `wrap`.
 
     Args:
@@ -72,13 +72,13 @@ def from_nnx(model: nnx.Module, method: Method = None, *, state: bool | None = N
     """
     graph, *parts = nnx.split(model, nnx.Param, ...)
     weights, others = parts
-    held, known = values(others), variables(others)
+    held, known = _values(others), _variables(others)
     if not state and (shapes := [path for path, value in held.items() if isinstance(value, jax.ShapeDtypeStruct)]):
         raise ValueError(
-            f"the module has no values for {named(shapes)}, which are no parameters: give them to each call, with "
+            f"the module has no values for {_named(shapes)}, which are no parameters: give them to each call, with "
             "`fn, params, state = from_nnx(model, state=True)`"
         )
-    if state is None and (kinds := by_kind(others)):
+    if state is None and (kinds := _by_kind(others)):
         warnings.warn(
             f"the module holds variables that are no parameters, and each call will find them as they are: {kinds}; "
             "to carry them on, take `fn, params, state = from_nnx(model, state=True)`, or else say state=False",
@@ -86,48 +86,49 @@ def from_nnx(model: nnx.Module, method: Method = None, *, state: bool | None = N
             stacklevel=2,
         )
 
-    def call(params: Mapping, rest: Mapping, args: tuple, kwargs: dict) -> tuple[Any, dict[Path, Any]]:
-        given = filled(others, rest)
-        before = values(given)
-        module = nnx.merge(graph, filled(weights, params), given)
+    def call(params: Mapping, rest: Mapping, args: tuple, kwargs: dict) -> tuple[Any, dict[_Path, Any]]:
+        given = _filled(others, rest)
+        before = _values(given)
+        module = nnx.merge(graph, _filled(weights, params), given)
         out = (module if method is None else method.__get__(module))(*args, **kwargs)
         new: Any = nnx.split(module, nnx.Param, ...)[-1]
-        after = before | values(new)  # what a call takes away stays
+        after = before | _values(new)  # what a call takes away stays
         if state:
             dropped = [path for path in after if path not in held]
         else:
             dropped = [path for path in held if path not in known and not same(before[path], after[path])]
         if dropped and state is not False:
             warnings.warn(
-                f"a call of the module changes {named(dropped)}, which the function that is made of it does not return",
+                f"a call of the module changes {_named(dropped)}, which the function that is made of it does not "
+                "return",
                 RsloraWarning,
                 stacklevel=3,
             )
         return out, after
 
     def pure(params: Mapping, /, *args: Any, **kwargs: Any) -> Any:
-        return call(params, nested(held), args, kwargs)[0]
+        return call(params, _nested(held), args, kwargs)[0]
 
     def stateful(params: Mapping, state: Mapping, /, *args: Any, **kwargs: Any) -> tuple[Any, dict]:
         out, after = call(params, state, args, kwargs)
-        return out, nested({path: after[path] for path in held})
+        return out, _nested({path: after[path] for path in held})
 
-    return (stateful, nested(values(weights)), nested(held)) if state else (pure, nested(values(weights)))
+    return (stateful, _nested(_values(weights)), _nested(held)) if state else (pure, _nested(_values(weights)))
 
 
-def values(state: nnx.State) -> dict[Path, Any]:
+def _values(state: nnx.State) -> dict[_Path, Any]:
     """Return the values of a state by path, with no hooks run."""
-    return {path: raw(leaf) for path, leaf in nnx.to_flat_state(state)}
+    return {path: _raw(leaf) for path, leaf in nnx.to_flat_state(state)}
 
 
-def raw(leaf: Any) -> Any:
+def _raw(leaf: Any) -> Any:
     return leaf.get_raw_value() if isinstance(leaf, nnx.Variable) else leaf
 
 
-def nested(flat: Mapping[Path, Any]) -> dict:
+def _nested(flat: Mapping[_Path, Any]) -> dict:
     """Return a nested dict of values by path.
 
-    >>> nested({("layers", 0, "kernel"): 1, ("layers", 0, "bias"): 2})
+    >>> _nested({("layers", 0, "kernel"): 1, ("layers", 0, "bias"): 2})
     {'layers': {0: {'kernel': 1, 'bias': 2}}}
     """
     tree: dict = {}
@@ -140,44 +141,44 @@ def nested(flat: Mapping[Path, Any]) -> dict:
     return tree
 
 
-def filled(state: nnx.State, tree: Mapping) -> nnx.State:
+def _filled(state: nnx.State, tree: Mapping) -> nnx.State:
     """Return a state of new variables with the values of a nested dict; its numbers may have become strings."""
 
-    def one(path: Path, leaf: Any) -> Any:
+    def one(path: _Path, leaf: Any) -> Any:
         value: Any = tree
         for step in path:
             try:
                 value = value[step] if step in value else value[str(step)]
             except KeyError:
-                raise ValueError(f"there is no {named([path])}, which the module has") from None
+                raise ValueError(f"there is no {_named([path])}, which the module has") from None
         return leaf.replace(value) if isinstance(leaf, nnx.Variable) else value
 
     return nnx.from_flat_state((path, one(path, leaf)) for path, leaf in nnx.to_flat_state(state))
 
 
-def variables(state: nnx.State) -> set[Path]:
+def _variables(state: nnx.State) -> set[_Path]:
     return {path for path, leaf in nnx.to_flat_state(state) if isinstance(leaf, nnx.Variable)}
 
 
-def by_kind(state: nnx.State) -> str:
+def _by_kind(state: nnx.State) -> str:
     """Name the variables of a state, kind by kind.
 
     >>> _, state = nnx.split(nnx.Dropout(0.5, rngs=nnx.Rngs(0)))
-    >>> by_kind(state)
+    >>> _by_kind(state)
     'random keys and counts (rngs/count, rngs/key)'
     """
-    kinds: dict[str, list[Path]] = {}
+    kinds: dict[str, list[_Path]] = {}
     for path, leaf in nnx.to_flat_state(state):
         if isinstance(leaf, nnx.Variable):
-            kind = next((name for of, name in KINDS if isinstance(leaf, of)), f"variables of {type(leaf).__name__}")
+            kind = next((name for of, name in _KINDS if isinstance(leaf, of)), f"variables of {type(leaf).__name__}")
             kinds.setdefault(kind, []).append(path)
-    return ", ".join(f"{kind} ({named(paths)})" for kind, paths in kinds.items())
+    return ", ".join(f"{kind} ({_named(paths)})" for kind, paths in kinds.items())
 
 
-def named(paths: Iterable[Path]) -> str:
+def _named(paths: Iterable[_Path]) -> str:
     """Write the first few paths.
 
-    >>> named([("layers", n, "mean") for n in range(5)])
+    >>> _named([("layers", n, "mean") for n in range(5)])
     'layers/0/mean, layers/1/mean, layers/2/mean and 2 more'
     """
     names = ["/".join(map(str, path)) for path in paths]

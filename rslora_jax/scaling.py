@@ -3,7 +3,7 @@
 import math
 from collections.abc import Callable, Mapping
 
-SCALINGS: Mapping[str, Callable[[int], float]] = {
+_SCALINGS: Mapping[str, Callable[[int], float]] = {
     "rslora": lambda rank: 1 / math.sqrt(rank),
     "lora": lambda rank: 1 / rank,
     "constant": lambda rank: 1.0,
@@ -26,6 +26,6 @@ def gamma(rank: int, alpha: float, scaling: str | Callable[[int], float] = "rslo
     """
     if callable(scaling):
         return alpha * scaling(rank)
-    if scaling not in SCALINGS:
-        raise ValueError(f"scaling={scaling!r} is not known: use one of {', '.join(SCALINGS)}, or a function")
-    return alpha * SCALINGS[scaling](rank)
+    if scaling not in _SCALINGS:
+        raise ValueError(f"scaling={scaling!r} is not known: use one of {', '.join(_SCALINGS)}, or a function")
+    return alpha * _SCALINGS[scaling](rank)

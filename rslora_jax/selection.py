@@ -16,10 +16,10 @@ from rslora_jax.sites import Site
 from rslora_jax.table import fold, shared_name
 from rslora_jax.transform.discover import Found, roles
 
-SIDES = ("in", "out", "stack")
-PRODUCTS = ("dot_general", "conv_general_dilated", "ragged_dot_general")
-VECTOR = "norm or bias: used as a vector"
-BY_NAME = {"embedding": "embedding: by name only", "convolution": "convolution: by name only"}
+_SIDES = ("in", "out", "stack")
+_PRODUCTS = ("dot_general", "conv_general_dilated", "ragged_dot_general")
+_VECTOR = "norm or bias: used as a vector"
+_BY_NAME = {"embedding": "embedding: by name only", "convolution": "convolution: by name only"}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -57,17 +57,17 @@ def select(
     shapes = {path: tuple(leaf.shape) for path, leaf in leaves.items()}
     stored = {p for p, leaf in leaves.items() if jnp.issubdtype(leaf.dtype, jnp.floating) and p not in others}
     everything = roles(shapes, found)
-    weights = {path: role for path, role in everything.items() if path in stored} | stated(
+    weights = {path: role for path, role in everything.items() if path in stored} | _stated(
         config, shapes, stored, everything
     )
     tables = {math.prod(shapes[p][n] for n in r["in_axes"]) for p, r in weights.items() if r["kind"] == "embedding"}
-    heads = {p for p in found.heads & weights.keys() if out_size(shapes, weights, p) in tables}
-    reasons = {p: reason(p, leaves, everything, weights, heads, found) for p in leaves if p in found.used}
+    heads = {p for p in found.heads & weights.keys() if _out_size(shapes, weights, p) in tables}
+    reasons = {p: _reason(p, leaves, everything, weights, heads, found) for p in leaves if p in found.used}
     reasons |= {p: f"no parameter: {kind}" for p, kind in others.items() if p in reasons}
 
-    chosen = targeted(config, shapes, weights, heads, reasons)
+    chosen = _targeted(config, shapes, weights, heads, reasons)
     left = {p: why for p, why in reasons.items() if p not in chosen}
-    for pattern in as_tuple(config.exclude):
+    for pattern in _as_tuple(config.exclude):
         if not any(matches(p, pattern) for p in shapes):
             raise ValueError(
                 f"exclude {pattern!r} matches no weight: did you mean {near_misses(pattern, list(weights))}?"
@@ -78,7 +78,7 @@ def select(
     left = {p: left[p] for p in leaves if p in left}
     if not chosen:
         nothing = "no weight is left to adapt" + ("" if reasons else ": no output depends on a parameter")
-        remedies = warnings_of(config, left, shapes, stored, everything, found)
+        remedies = _warnings_of(config, left, shapes, stored, everything, found)
         raise ValueError("\n".join([f"{nothing}; {fold(left)}" if left else nothing, *remedies]))
     for name in ("rank_pattern", "alpha_pattern"):
         for pattern, _ in getattr(config, name):
@@ -88,22 +88,22 @@ def select(
                     f"{near_misses(pattern, sorted(chosen))}?"
                 )
     order = [p for p in weights if p in chosen]
-    sites, notes = ranked(config, {p: (shapes[p], weights[p]) for p in order})
-    notes += warnings_of(config, left, shapes, stored, everything, found)
-    notes += guesses(config, sites, found) + large_tables(weights, shapes)
+    sites, notes = _ranked(config, {p: (shapes[p], weights[p]) for p in order})
+    notes += _warnings_of(config, left, shapes, stored, everything, found)
+    notes += _guesses(config, sites, found) + _large_tables(weights, shapes)
     unused = tuple(p for p in leaves if p not in found.used)
     return Selection(sites, left, unused, notes)
 
 
-def as_tuple(patterns: str | Sequence[str]) -> tuple[str, ...]:
+def _as_tuple(patterns: str | Sequence[str]) -> tuple[str, ...]:
     return (patterns,) if isinstance(patterns, str) else tuple(patterns)
 
 
-def out_size(shapes: Mapping[str, tuple[int, ...]], weights: Mapping[str, Any], path: str) -> int:
+def _out_size(shapes: Mapping[str, tuple[int, ...]], weights: Mapping[str, Any], path: str) -> int:
     return math.prod(shapes[path][n] for n in weights[path]["out_axes"])
 
 
-def stated(
+def _stated(
     config: LoraConfig, shapes: Mapping[str, tuple[int, ...]], stored: set[str], found: Mapping[str, Any]
 ) -> dict[str, dict[str, Any]]:
     """Return the roles of the weights whose axes the config states."""
@@ -122,12 +122,12 @@ def stated(
                     + ("" if path in stored else ", which is not stored in floating numbers")
                     + ": give one of 'stack', 'in', 'out' for each of its axes"
                 )
-            sides = {f"{side}_axes": tuple(n for n, name in enumerate(names) if name == side) for side in SIDES}
+            sides = {f"{side}_axes": tuple(n for n, name in enumerate(names) if name == side) for side in _SIDES}
             given.setdefault(path, {**sides, "kind": found.get(path, {}).get("kind", "linear")})
     return given
 
 
-def targeted(
+def _targeted(
     config: LoraConfig,
     shapes: Mapping[str, tuple[int, ...]],
     weights: Mapping[str, Mapping[str, Any]],
@@ -136,7 +136,7 @@ def targeted(
 ) -> set[str]:
     """Return the weights that the config's targets name."""
     chosen: set[str] = set()
-    for pattern in as_tuple(config.targets):
+    for pattern in _as_tuple(config.targets):
         if pattern == "all-linear":
             chosen |= {p for p, r in weights.items() if r["kind"] in ("linear", "expert")} - heads
             continue
@@ -147,7 +147,7 @@ def targeted(
                 why = reasons.get(other[0], "no output depends on it")
                 raise ValueError(
                     f"target {pattern!r} matches {other[0]} of shape {shapes[other[0]]}, which cannot be adapted as it "
-                    f"is used ({why}){remedy(other[0], shapes[other[0]], reasons)}: did you mean "
+                    f"is used ({why}){_remedy(other[0], shapes[other[0]], reasons)}: did you mean "
                     f"{near_misses(pattern, list(weights))}?"
                 )
             raise ValueError(
@@ -157,21 +157,21 @@ def targeted(
     return chosen
 
 
-def remedy(path: str, shape: Sequence[int], reasons: Mapping[str, str]) -> str:
+def _remedy(path: str, shape: Sequence[int], reasons: Mapping[str, str]) -> str:
     """Say how to adapt a weight all the same, if there is a way."""
     if len(shape) < 2 or path not in reasons or reasons[path].startswith("no parameter"):
         return ""
-    return f"; to adapt it exactly wherever it is used, by forming the sum, state its axes: {axes_line([path], shape)}"
+    return f"; to adapt it exactly wherever it is used, by forming the sum, state its axes: {_axes_line([path], shape)}"
 
 
-def axes_line(paths: Sequence[str], shape: Sequence[int]) -> str:
+def _axes_line(paths: Sequence[str], shape: Sequence[int]) -> str:
     """Return the line that states the axes of some weights, as the last two are most often stored."""
     pattern = paths[0] if len(paths) == 1 else re.sub(r"\d+", "*", paths[0])
     names = ("stack",) * (len(shape) - 2) + ("in", "out")
     return f"LoraConfig(axes={{{pattern!r}: {names!r}}})"
 
 
-def reason(
+def _reason(
     path: str,
     leaves: Mapping[str, Any],
     everything: Mapping[str, Mapping[str, Any]],
@@ -183,7 +183,7 @@ def reason(
     leaf = leaves[path]
     if path in weights:
         return (
-            "output head: by name only" if path in heads else BY_NAME.get(weights[path]["kind"], "no target names it")
+            "output head: by name only" if path in heads else _BY_NAME.get(weights[path]["kind"], "no target names it")
         )
     if path in everything:
         return f"stored in {leaf.dtype}: an adapter is added to floating numbers alone"
@@ -192,22 +192,22 @@ def reason(
     if leaf.ndim < 2:
         return "norm or bias: fewer than two axes"
     if sum(size != 1 for size in leaf.shape) < 2:
-        return VECTOR
+        return _VECTOR
     meetings = found.meetings.get(path, ())
     loud = [m for m in meetings if m.loud]
     if loud:
         return f"meets data in {loud[0].primitive}, which has no rule"
     used = any(use.site == path for use in found.uses)
     if used or (meetings and all(m.vector for m in meetings)):
-        return VECTOR
-    if meetings and meetings[0].primitive in PRODUCTS:
+        return _VECTOR
+    if meetings and meetings[0].primitive in _PRODUCTS:
         return f"no matrix: stands where data do, in {meetings[0].primitive}"
     if meetings:
         return f"no matrix: meets data entry by entry, in {meetings[0].primitive}"
     return "no matrix: reaches an output without meeting data"
 
 
-def ranked(
+def _ranked(
     config: LoraConfig, weights: Mapping[str, tuple[tuple[int, ...], Mapping[str, Any]]]
 ) -> tuple[dict[str, Site], list[str]]:
     """Return the sites with their ranks, and what is to be said of these."""
@@ -241,7 +241,7 @@ def ranked(
     return sites, notes
 
 
-def warnings_of(
+def _warnings_of(
     config: LoraConfig,
     left: Mapping[str, str],
     shapes: Mapping[str, tuple[int, ...]],
@@ -250,24 +250,24 @@ def warnings_of(
     found: Found,
 ) -> list[str]:
     """Return what to say of the weights that "all-linear" would have taken and could not."""
-    if "all-linear" not in as_tuple(config.targets):
+    if "all-linear" not in _as_tuple(config.targets):
         return []
     notes = []
-    for paths in grouped(p for p in left if p not in stored and p in everything and "stored in" in left[p]):
+    for paths in _grouped(p for p in left if p not in stored and p in everything and "stored in" in left[p]):
         notes.append(
             f"{shared_name(paths)} has no adapter: {left[paths[0]]}; give the function the numbers that it stands for, "
             "as floating parameters"
         )
     lost = (p for p, why in left.items() if p in stored and why.startswith("meets data in"))
-    for paths in grouped(lost):
+    for paths in _grouped(lost):
         notes.append(
             f"{shared_name(paths)} has no adapter: it {left[paths[0]]}; to adapt it exactly wherever it is used, by "
-            f"forming the sum, state its axes: {axes_line(paths, shapes[paths[0]])}"
+            f"forming the sum, state its axes: {_axes_line(paths, shapes[paths[0]])}"
         )
     return notes
 
 
-def grouped(paths: Iterable[str]) -> list[list[str]]:
+def _grouped(paths: Iterable[str]) -> list[list[str]]:
     """Put together the paths that differ in their numbers only."""
     groups: dict[str, list[str]] = {}
     for path in paths:
@@ -275,30 +275,30 @@ def grouped(paths: Iterable[str]) -> list[list[str]]:
     return list(groups.values())
 
 
-def guesses(config: LoraConfig, sites: Mapping[str, Site], found: Found) -> list[str]:
+def _guesses(config: LoraConfig, sites: Mapping[str, Site], found: Found) -> list[str]:
     """Return what to say of the axes that only convention tells."""
     named: Any = config.axes
     told = [path for path in sites if not any(matches(path, pattern) for pattern, _ in named)]
     by = {path: [use for use in found.uses if use.site == path] for path in told}
     notes = []
-    for paths in grouped(p for p, uses in by.items() if uses[0].kind == "guessed"):
+    for paths in _grouped(p for p, uses in by.items() if uses[0].kind == "guessed"):
         site, primitive = sites[paths[0]], by[paths[0]][0].eqn.primitive.name
         notes.append(
             f"{shared_name(paths)} of shape {site.shape} is taken to sum over its axes {site.in_axes} and give "
             f"{site.out_axes} in {primitive}, of which the sizes do not tell; the result is exact whatever they "
             f"are, but A starts at random and B at zero: if it is otherwise, state them, as in "
-            f"{axes_line(paths, site.shape)}"
+            f"{_axes_line(paths, site.shape)}"
         )
     return notes
 
 
-def large_tables(weights: Mapping[str, Mapping[str, Any]], shapes: Mapping[str, tuple[int, ...]]) -> list[str]:
+def _large_tables(weights: Mapping[str, Mapping[str, Any]], shapes: Mapping[str, tuple[int, ...]]) -> list[str]:
     """Return what to say of tables that may be stacks of matrices."""
     notes = []
-    for paths in grouped(p for p, r in weights.items() if r["kind"] == "embedding" and len(shapes[p]) > 2):
+    for paths in _grouped(p for p, r in weights.items() if r["kind"] == "embedding" and len(shapes[p]) > 2):
         shape, rows = shapes[paths[0]], weights[paths[0]]["in_axes"]
         notes.append(
             f"{shared_name(paths)} of shape {shape} is looked up along its axes {rows} and so taken for a table; if it "
-            f"is a stack of matrices, state its axes: {axes_line(paths, shape)}"
+            f"is a stack of matrices, state its axes: {_axes_line(paths, shape)}"
         )
     return notes

@@ -98,7 +98,7 @@ def path_name(path: Sequence[Any]) -> str:
     return jax.tree_util.keystr(tuple(path), simple=True, separator="/")
 
 
-BOXES = (AxisMetadata, nnx.Variable)  # nodes that say something of an array, such as `nn.Partitioned`
+_BOXES = (AxisMetadata, nnx.Variable)  # nodes that say something of an array, such as `nn.Partitioned`
 
 
 def named_leaves(tree: Any) -> dict[str, Any]:
@@ -113,14 +113,14 @@ def named_leaves(tree: Any) -> dict[str, Any]:
     Raises:
       ValueError: two leaves have one path, as in `{"a/b": ..., "a": {"b": ...}}`.
     """
-    leaves = list(unboxed(tree))
+    leaves = list(_unboxed(tree))
     named = {path_name(path): leaf for path, leaf in leaves}
     if len(named) < len(leaves):
-        raise ValueError(shared_path([path for path, _ in leaves]))
+        raise ValueError(_shared_path([path for path, _ in leaves]))
     return named
 
 
-def shared_path(paths: Sequence[Any]) -> str:
+def _shared_path(paths: Sequence[Any]) -> str:
     """Say which two of some pytree paths have one name."""
     first: dict[str, Any] = {}
     for path in paths:
@@ -141,8 +141,8 @@ def no_parameters(tree: Any) -> dict[str, str]:
     nodes = jax.tree.leaves(tree, is_leaf=lambda node: isinstance(node, nnx.Variable) or is_stored(node))
     others = [isinstance(n, nnx.Variable) and not isinstance(n, nnx.Param) for n in nodes]
     kinds = [type(n).__name__ if other else "" for n, other in zip(nodes, others, strict=True)]
-    each = [kind for n, kind in zip(nodes, kinds, strict=True) for _ in leaves_of(n)]
-    return {path_name(path): kind for (path, _), kind in zip(unboxed(tree), each, strict=True) if kind}
+    each = [kind for n, kind in zip(nodes, kinds, strict=True) for _ in _leaves_of(n)]
+    return {path_name(path): kind for (path, _), kind in zip(_unboxed(tree), each, strict=True) if kind}
 
 
 def from_paths(like: Any, leaves: Mapping[str, Any]) -> Any:
@@ -151,28 +151,28 @@ def from_paths(like: Any, leaves: Mapping[str, Any]) -> Any:
     >>> from_paths([0, {"a": 0}], {"1/a": 2, "0": 1})
     [1, {'a': 2}]
     """
-    return jax.tree.unflatten(structure_of(like), [leaves[name] for name in named_leaves(like)])
+    return jax.tree.unflatten(_structure_of(like), [leaves[name] for name in named_leaves(like)])
 
 
-def leaves_of(tree: Any) -> list[Any]:
+def _leaves_of(tree: Any) -> list[Any]:
     """Return the leaves of a pytree, of which a stored weight is one."""
     return jax.tree.leaves(tree, is_leaf=is_stored)
 
 
-def structure_of(tree: Any) -> Any:
+def _structure_of(tree: Any) -> Any:
     """Return the structure of a pytree in which a stored weight is one leaf."""
     return jax.tree.structure(tree, is_leaf=is_stored)
 
 
-def unboxed(tree: Any) -> Iterator[tuple[tuple[Any, ...], Any]]:
+def _unboxed(tree: Any) -> Iterator[tuple[tuple[Any, ...], Any]]:
     """Yield the leaves of a pytree with their key paths, in which boxes are no step."""
     for path, node in jax.tree_util.tree_leaves_with_path(
-        tree, is_leaf=lambda node: isinstance(node, BOXES) or is_stored(node)
+        tree, is_leaf=lambda node: isinstance(node, _BOXES) or is_stored(node)
     ):
-        if not isinstance(node, BOXES):
+        if not isinstance(node, _BOXES):
             yield path, node
             continue
         parts = jax.tree_util.tree_leaves_with_path(node, is_leaf=lambda part, box=node: part is not box)
         for step, part in parts:
-            for rest, leaf in unboxed(part):
+            for rest, leaf in _unboxed(part):
                 yield (*path, *(step if len(parts) > 1 else ()), *rest), leaf

@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 
 from rslora_jax.sites import Site
 
-HEADER = ("weight", "in x out", "stack", "rank", "gamma", "parameters")
+_HEADER = ("weight", "in x out", "stack", "rank", "gamma", "parameters")
 
 
 def shared_name(paths: Sequence[str]) -> str:
@@ -38,7 +38,7 @@ def table(sites: Mapping[str, Site], num_base: int) -> str:
     for site in sites.values():
         name = re.sub(r"\d+", "*", site.path)
         rows.setdefault((name, site.shape, site.rank, site.gamma, site.fallbacks), []).append(site)
-    lines = [HEADER]
+    lines = [_HEADER]
     for group in rows.values():
         site = group[0]
         lines.append(
@@ -51,7 +51,7 @@ def table(sites: Mapping[str, Site], num_base: int) -> str:
                 f"{sum(s.num_parameters for s in group):,}" + (" materialised" if site.fallbacks else ""),
             )
         )
-    widths = [max(len(line[n]) for line in lines) for n in range(len(HEADER))]
+    widths = [max(len(line[n]) for line in lines) for n in range(len(_HEADER))]
     text = "\n".join(
         "  ".join(c.rjust(w) if n else c.ljust(w) for n, (c, w) in enumerate(zip(line, widths, strict=True)))
         for line in lines
@@ -64,7 +64,7 @@ def table(sites: Mapping[str, Site], num_base: int) -> str:
     )
 
 
-NOUNS = {
+_NOUNS = {
     "embedding: by name only": ("table by name only", "tables by name only"),
     "output head: by name only": ("head by name only", "heads by name only"),
     "convolution: by name only": ("convolution by name only", "convolutions by name only"),
@@ -90,14 +90,14 @@ def fold(left_out: Mapping[str, str], unused: Sequence[str] = (), width: int | N
     """
     groups: dict[str, list[str]] = {}
     for path, why in left_out.items():
-        groups.setdefault(next((kind for kind in NOUNS if why.startswith(kind)), why), []).append(path)
+        groups.setdefault(next((kind for kind in _NOUNS if why.startswith(kind)), why), []).append(path)
     if unused:
         groups["unused"] = list(unused)
     if not groups:
         return ""
 
     def noun(kind: str, paths: Sequence[str]) -> str:
-        return NOUNS[kind][len(paths) > 1] if kind in NOUNS else kind
+        return _NOUNS[kind][len(paths) > 1] if kind in _NOUNS else kind
 
     counts = ", ".join(f"{len(paths)} {noun(kind, paths)}" for kind, paths in groups.items())
     width = width or shutil.get_terminal_size((120, 24)).columns

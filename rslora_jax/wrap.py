@@ -23,7 +23,7 @@ from rslora_jax.transform.program import Program, is_array
 from rslora_jax.transform.rules import RULES
 from rslora_jax.transform.views import View, materialise
 
-DEFAULT = LoraConfig()
+_DEFAULT = LoraConfig()
 
 
 class RsloraWarning(UserWarning):
@@ -31,7 +31,7 @@ class RsloraWarning(UserWarning):
 
 
 @dataclasses.dataclass
-class Fallbacks:
+class _Fallbacks:
     """What is done where a weight is materialised: each primitive is said once for each weight, or refused.
 
     Attributes:
@@ -134,7 +134,7 @@ class Lora:
 
         What products are made of differs by platform, and none of the results do.
         """
-        return restored(self._known() | {"platform": platform})
+        return _restored(self._known() | {"platform": platform})
 
     def merge(self, params: Any, adapters: Adapters, *, copy: bool = False) -> Any:
         """Return the parameters with every adapter added in: of LoRA, W + gamma A B.
@@ -191,7 +191,7 @@ class Lora:
         return {k: dict(v) if isinstance(v, MappingProxyType) else v for k, v in known.items()}
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return restored, (self._known(),)
+        return _restored, (self._known(),)
 
     def __str__(self) -> str:
         text = table(self.sites, sum(math.prod(shape) for shape in self.shapes.values()))
@@ -200,7 +200,7 @@ class Lora:
     __repr__ = __str__
 
 
-def wrap(fn: Callable[..., Any], params: Any, *args: Any, config: LoraConfig = DEFAULT, **kwargs: Any) -> Lora:
+def wrap(fn: Callable[..., Any], params: Any, *args: Any, config: LoraConfig = _DEFAULT, **kwargs: Any) -> Lora:
     """Give a function adapters on the weights it uses; the function itself is left as it is.
 
     `fn(params, *args, **kwargs)` is traced once, with abstract values; every weight in `params` is found
@@ -237,8 +237,8 @@ def wrap(fn: Callable[..., Any], params: Any, *args: Any, config: LoraConfig = D
     selection = select(config, given, found, no_parameters(params))
     sites, notes = selection.sites, selection.notes
 
-    fallbacks = Fallbacks(config, {name: set() for name in sites})
-    walk = walk_of(sites, fallbacks)
+    fallbacks = _Fallbacks(config, {name: set() for name in sites})
+    walk = _walk_of(sites, fallbacks)
     adapters = {
         path: {name: jax.ShapeDtypeStruct(shape, config.dtype) for name, shape in site.factor_shapes.items()}
         for path, site in sites.items()
@@ -270,7 +270,7 @@ def wrap(fn: Callable[..., Any], params: Any, *args: Any, config: LoraConfig = D
     return Lora(**known, _program=program, _walk=walk)
 
 
-def walk_of(sites: Mapping[str, Site], fallbacks: Fallbacks, platform: str | None = None) -> Walk:
+def _walk_of(sites: Mapping[str, Site], fallbacks: _Fallbacks, platform: str | None = None) -> Walk:
     """Return the walk that applies adapters."""
     return Walk(RULES, on_fallback=fallbacks, tables=tables_of(sites), platform=platform)
 
@@ -280,9 +280,9 @@ def tables_of(sites: Mapping[str, Site]) -> frozenset[str]:
     return frozenset(path for path, site in sites.items() if site.kind == "embedding")
 
 
-def restored(known: dict[str, Any]) -> Lora:
+def _restored(known: dict[str, Any]) -> Lora:
     """Make a `Lora` again of its fields; it traces and compiles for itself."""
     seen = {name: set(site.fallbacks) for name, site in known["sites"].items()}
-    walk = walk_of(known["sites"], Fallbacks(known["config"], seen, quiet=False), known["platform"])
+    walk = _walk_of(known["sites"], _Fallbacks(known["config"], seen, quiet=False), known["platform"])
     fields: dict[str, Any] = {k: MappingProxyType(v) if isinstance(v, dict) else v for k, v in known.items()}
     return Lora(**fields, _program=Program(known["fn"]), _walk=walk)

@@ -149,10 +149,10 @@ def summarise(matrices: Sequence[Matrix], every: bool = False) -> tuple[list[str
             f"{first.in_size} x {first.out_size}",
             str(first.rank),
             f"{first.gamma:.4g}",
-            spread([getattr(m, f"{size}_frobenius") for m in group], ".2e" if relative else ".3g"),
-            spread([getattr(m, f"{size}_spectral") for m in group], ".2e" if relative else ".3g"),
-            spread([m.effective_rank for m in group], ".1f"),
-            spread([float(m.above) for m in group], ".3g"),
+            _spread([getattr(m, f"{size}_frobenius") for m in group], ".2e" if relative else ".3g"),
+            _spread([getattr(m, f"{size}_spectral") for m in group], ".2e" if relative else ".3g"),
+            _spread([m.effective_rank for m in group], ".1f"),
+            _spread([float(m.above) for m in group], ".3g"),
         ]
 
     lines = [line(group) for group in groups.values()]
@@ -161,10 +161,10 @@ def summarise(matrices: Sequence[Matrix], every: bool = False) -> tuple[list[str
     return head, lines
 
 
-def spread(values: Sequence[float], form: str) -> str:
+def _spread(values: Sequence[float], form: str) -> str:
     """Write the mean, and the least and the largest where they differ.
 
-    >>> spread([1.0, 2.0], ".1f"), spread([1.0], ".1f")
+    >>> _spread([1.0, 2.0], ".1f"), _spread([1.0], ".1f")
     ('1.5 (1.0 to 2.0)', '1.0')
     """
     mean, low, high = (format(of(values), form) for of in (lambda v: sum(v) / len(v), min, max))

@@ -49,15 +49,15 @@ class Matrix:
     @property
     def relative_frobenius(self) -> float | None:
         """||gamma A B|| / ||W||, Frobenius."""
-        return ratio(self.update_frobenius, self.weight_frobenius)
+        return _ratio(self.update_frobenius, self.weight_frobenius)
 
     @property
     def relative_spectral(self) -> float | None:
         """||gamma A B|| / ||W||, spectral: by how much the update turns what W does most."""
-        return ratio(self.update_spectral, self.weight_spectral)
+        return _ratio(self.update_spectral, self.weight_spectral)
 
 
-def ratio(update: float, weight: float | None) -> float | None:
+def _ratio(update: float, weight: float | None) -> float | None:
     if weight is None:
         return None
     return update / weight if weight else math.nan
@@ -118,7 +118,7 @@ def _measure(site: Site, factors: Mapping[str, Any], weight: np.ndarray | None) 
     for index in np.ndindex(site.sizes(site.stack_axes)):
         a_IxR, b_RxO = first[index].astype(np.float64), second[index].astype(np.float64)
         values = singular_values(a_IxR, b_RxO)
-        module, layer = place(site.path, index)
+        module, layer = _place(site.path, index)
         w_IxO = None if weight is None else weight[index].reshape(len(a_IxR), -1)
         yield Matrix(
             site.path,
@@ -138,14 +138,14 @@ def _measure(site: Site, factors: Mapping[str, Any], weight: np.ndarray | None) 
         )
 
 
-def place(path: str, index: Sequence[int]) -> tuple[str, int | None]:
+def _place(path: str, index: Sequence[int]) -> tuple[str, int | None]:
     """Return what a matrix has in common with those of other layers, and its layer.
 
     The layer is the first number of the path, or else the first place on the stack.
 
-    >>> place("params/layers_3/attn/q_proj/kernel", ()), place("params/layers/attn/q_proj/kernel", (3,))
+    >>> _place("params/layers_3/attn/q_proj/kernel", ()), _place("params/layers/attn/q_proj/kernel", (3,))
     (('attn/q_proj', 3), ('attn/q_proj', 3))
-    >>> place("params/decoder/layers_3/moe/up", (5,)), place("params/embed/embedding", ())
+    >>> _place("params/decoder/layers_3/moe/up", (5,)), _place("params/embed/embedding", ())
     (('decoder/moe/up[5]', 3), ('embed/embedding', None))
     """
     parts = path.split("/")

@@ -22,7 +22,7 @@ from rslora_jax.transform.views import View
 from rslora_jax.wrap import Adapters, Lora, tables_of
 
 MOMENTS = (1, 2, 4)
-READING = 1 + len(MOMENTS)  # a count, and the sum of each power
+_READING = 1 + len(MOMENTS)  # a count, and the sum of each power
 
 
 @jax.tree_util.register_dataclass
@@ -77,17 +77,17 @@ def measure(
     (30.0, 900.0, 24.0)
     """
     lora.check(params, adapters)
-    walk = Walk(MEASURED, on_fallback=refuse, product=measured_product, tables=tables_of(lora.sites))
-    meters = {path: jnp.ones((*site.sizes(site.stack_axes), 2 * READING), float) for path, site in lora.sites.items()}
+    walk = Walk(_MEASURED, on_fallback=_refuse, product=_measured_product, tables=tables_of(lora.sites))
+    meters = {path: jnp.ones((*site.sizes(site.stack_axes), 2 * _READING), float) for path, site in lora.sites.items()}
 
     def value(adapters: Adapters, meters: Mapping[str, Array]) -> Array:
         def run(*args: Any, **kwargs: Any) -> Any:
-            return lora.walked(walk, params, adapters, args, kwargs, functools.partial(with_meter, lora, meters))
+            return lora.walked(walk, params, adapters, args, kwargs, functools.partial(_with_meter, lora, meters))
 
         return loss(run, *args)
 
-    grads, readings = jax.grad(value, (0, 1))(widened(adapters), meters)
-    return {path: stability(site, grads[path], readings[path]) for path, site in lora.sites.items()}
+    grads, readings = jax.grad(value, (0, 1))(_widened(adapters), meters)
+    return {path: _stability(site, grads[path], readings[path]) for path, site in lora.sites.items()}
 
 
 # How a reading gets out of a scan, a remat or a call of the program: as a gradient, which JAX carries to its weight,
@@ -96,22 +96,22 @@ def measure(
 # c = reading m' / <m', m'> there is L'c at the weight, and <m, L'c> = <m', c> = reading.
 
 
-def with_meter(lora: Lora, meters: Mapping[str, Array], view: View) -> View:
+def _with_meter(lora: Lora, meters: Mapping[str, Array], view: View) -> View:
     """Return a view with its weight's meter along."""
     site = lora.sites[view.sites[0]]
     sizes = [n if axis in site.stack_axes else 1 for axis, n in enumerate(site.shape)]
     # The stack's axes may lie anywhere in the weight; the meter's are in their order.
     order = [sorted(site.stack_axes).index(axis) for axis in site.stack_axes]
     meter = jnp.transpose(meters[site.path], (*(order.index(n) for n in range(len(order))), len(order)))
-    return dataclasses.replace(view, along={**view.along, "meter": jnp.reshape(meter, (*sizes, 2 * READING))})
+    return dataclasses.replace(view, along={**view.along, "meter": jnp.reshape(meter, (*sizes, 2 * _READING))})
 
 
-def widened(adapters: Adapters) -> Adapters:
+def _widened(adapters: Adapters) -> Adapters:
     """Return adapters in JAX's widest float, in which readings are summed."""
     return jax.tree.map(lambda factor: factor.astype(float), adapters)
 
 
-def stability(site: Site, grads: Mapping[str, Array], readings: Array) -> Stability:
+def _stability(site: Site, grads: Mapping[str, Array], readings: Array) -> Stability:
     """Put the gradients by an adapter and the readings of its meter together."""
     stack = len(site.stack_axes)
 
@@ -122,21 +122,21 @@ def stability(site: Site, grads: Mapping[str, Array], readings: Array) -> Stabil
         return {m: of[..., n] / of[..., 0] for n, m in enumerate(MOMENTS, 1)}
 
     norms = {name: norm(grad) for name, grad in grads.items()}
-    return Stability(moments(readings[..., :READING]), moments(readings[..., READING:]), norms)
+    return Stability(moments(readings[..., :_READING]), moments(readings[..., _READING:]), norms)
 
 
-def measured_product(view: View, product: Product, x: Array, *extra: Array) -> Array:
+def _measured_product(view: View, product: Product, x: Array, *extra: Array) -> Array:
     """Return what `product.adapted` does, all factored; the view's meter takes the readings."""
     meter, parts = view.along["meter"], Parts(product.op, True, extra)
     x = times(x, product.before)
-    seen = read_gradient(x, meter[..., READING:]) if jnp.issubdtype(x.dtype, jnp.inexact) else x
+    seen = _read_gradient(x, meter[..., _READING:]) if jnp.issubdtype(x.dtype, jnp.inexact) else x
     first, second = product.factors
-    update = read_value(parts.leave(parts.meet(seen, first), second), meter[..., :READING])
+    update = _read_value(parts.leave(parts.meet(seen, first), second), meter[..., :_READING])
     y = parts.base(x, view.w)
     return times(y + update.astype(y.dtype), product.after)
 
 
-def reading(array: Array, meter: Array) -> Array:
+def _reading(array: Array, meter: Array) -> Array:
     """Return the gradient that is a reading of an array to the meter."""
     size = jnp.abs(array.astype(meter.dtype))
     sums = jnp.stack([jnp.full((), array.size, meter.dtype), *(jnp.sum(size**m) for m in MOMENTS)])
@@ -144,30 +144,30 @@ def reading(array: Array, meter: Array) -> Array:
 
 
 @jax.custom_vjp
-def read_value(array: Array, meter: Array) -> Array:
+def _read_value(array: Array, meter: Array) -> Array:
     """Return an array as it is; the meter reads it, once a gradient by it arrives."""
     return array
 
 
-read_value.defvjp(
+_read_value.defvjp(
     lambda array, meter: (array, (array, meter)),
-    lambda kept, grad: (grad, reading(*kept)),
+    lambda kept, grad: (grad, _reading(*kept)),
 )
 
 
 @jax.custom_vjp
-def read_gradient(array: Array, meter: Array) -> Array:
+def _read_gradient(array: Array, meter: Array) -> Array:
     """Return an array as it is; the meter reads the gradient by it."""
     return array
 
 
-read_gradient.defvjp(
+_read_gradient.defvjp(
     lambda array, meter: (array, meter),
-    lambda meter, grad: (grad, reading(grad, meter)),
+    lambda meter, grad: (grad, _reading(grad, meter)),
 )
 
 
-def refuse(view: View, primitive: str) -> None:
+def _refuse(view: View, primitive: str) -> None:
     raise ValueError(
         f"{view.sites[0]} cannot be measured: it is used by {primitive}, where its adapter has no output of its "
         "own; exclude it"
@@ -175,5 +175,5 @@ def refuse(view: View, primitive: str) -> None:
 
 
 # Joined weights have one output between them, and inside a shard_map an array is only a device's part.
-UNMEASURED = (primitives.concatenate_p, lax.stack_p, lax.tile_p, compat.shard_map_p)
-MEASURED = {primitive: rule for primitive, rule in RULES.items() if primitive not in UNMEASURED}
+_UNMEASURED = (primitives.concatenate_p, lax.stack_p, lax.tile_p, compat.shard_map_p)
+_MEASURED = {primitive: rule for primitive, rule in RULES.items() if primitive not in _UNMEASURED}

@@ -47,7 +47,7 @@ def generate(a: argparse.Namespace) -> int:
     tell("reading the model")
     loaded = runs.load([a.folder] if a.folder else [], model=a.model, step=a.step, dtype=a.dtype, to_write=True)
     ids = functools.partial(prompt_ids, loaded.tokenizer, plain=a.plain)
-    writer = Writer.of(loaded, a)
+    writer = _Writer.of(loaded, a)
     # All are encoded first: a mistake in the last shows before the first is answered.
     answers = writer.many(prompts, [ids(p) for p in prompts]) if prompts else writer.lines(_typed(), ids)
     records = []
@@ -70,7 +70,7 @@ def _check_flags(a: argparse.Namespace) -> None:
 
 
 @dataclasses.dataclass
-class Writer:
+class _Writer:
     """Answer prompts, and show the answers."""
 
     apply: Callable[..., Any]
@@ -82,7 +82,7 @@ class Writer:
     count: int = 0
 
     @classmethod
-    def of(cls, loaded: Any, a: argparse.Namespace) -> Writer:
+    def of(cls, loaded: Any, a: argparse.Namespace) -> _Writer:
         """Make one for a model and the flags of the command."""
         from rslora_jax.commands.runs import program
 
@@ -119,7 +119,7 @@ class Writer:
         if len(prompts) == 1:
             yield prompts[0], self.shown_as_it_comes(ids[0])
             return
-        speed, done = Speed(), 0
+        speed, done = _Speed(), 0
         progress = progress_line("answering")
         # One length for all batches, so that they share what is compiled.
         bucket = -(-max(map(len, ids)) // 64) * 64
@@ -145,7 +145,7 @@ class Writer:
 
     def shown_as_it_comes(self, ids: list[int]) -> str:
         """Answer one prompt, and print each piece as soon as later tokens cannot change it."""
-        speed = Speed()
+        speed = _Speed()
         begun = time.perf_counter()
         going = self.start([ids])
         speed.compiling = time.perf_counter() - begun
@@ -160,7 +160,7 @@ class Writer:
 
 
 @dataclasses.dataclass
-class Speed:
+class _Speed:
     """Count tokens and seconds, those of compiling apart."""
 
     compiling: float = 0.0

@@ -80,7 +80,7 @@ def load(
         known = next((other for other in loras if _same_shapes(other, lora)), lora)
         loras.append(known)
         at = int(one.source.name) if one.source.parent.name == "checkpoints" else None
-        loaded.append(Run(folder, at, lora.config, known, variables, rescaled(adapters, lora, known)))
+        loaded.append(Run(folder, at, lora.config, known, variables, _rescaled(adapters, lora, known)))
     found = Loaded(base.family, base.config, base.variables, base.tokenizer, tuple(loaded), first)
     return unrolled(found) if looped and getattr(base.config, "scan_layers", False) else found
 
@@ -138,7 +138,7 @@ def _same_shapes(one: Lora, other: Lora) -> bool:
     return unscaled(one) == unscaled(other) and one.config.dtype == other.config.dtype
 
 
-def rescaled(adapters: Mapping[str, Any], lora: Lora, other: Lora) -> Adapters:
+def _rescaled(adapters: Mapping[str, Any], lora: Lora, other: Lora) -> Adapters:
     """Give adapters that do in another `Lora` what these do in theirs: gamma is in the program.
 
     The same numbers where the gammas are the same.

@@ -21,7 +21,7 @@ def file_settings(arguments: argparse.Namespace) -> Mapping[str, Any]:
 
 def resumed_settings(arguments: argparse.Namespace) -> Mapping[str, Any]:
     """Return the settings of the run that --resume goes on with."""
-    return saved_settings(arguments.out) if arguments.resume else {}
+    return _saved_settings(arguments.out) if arguments.resume else {}
 
 
 def read_settings(path: str, flags: Mapping[str, Any]) -> dict[str, Any]:
@@ -53,7 +53,7 @@ def read_settings(path: str, flags: Mapping[str, Any]) -> dict[str, Any]:
     return settings
 
 
-def saved_settings(out: str) -> dict[str, Any]:
+def _saved_settings(out: str) -> dict[str, Any]:
     """Return what the run in a folder was started with.
 
     Raises:

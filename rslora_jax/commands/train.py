@@ -123,7 +123,7 @@ def train(a: argparse.Namespace) -> int:
     return _conclude(a, result, time.monotonic() - begun)
 
 
-class Data(NamedTuple):
+class _Data(NamedTuple):
     """The data of a run as batches, and its loss on them."""
 
     batches: Any
@@ -203,7 +203,7 @@ def _wrap(a: argparse.Namespace, base: Any, start: Any, placement: Placement) ->
 
 def _prepare(
     a: argparse.Namespace, base: Any, training: Sequence[Any], heldout: Sequence[Any], placement: Placement
-) -> Data:
+) -> _Data:
     """Tokenise the examples and lay them out in batches."""
     from rslora_jax.commands.progress import progress_line
     from rslora_jax.train import batches, loss
@@ -218,7 +218,7 @@ def _prepare(
         of_heldout = batches.heldout_batches(held, batch_size=a.batch_size, share=placement.share)
         places = max(places, held.places)
     of_training = batches.train_batches(rows, batch_size=a.batch_size, seed=a.seed, share=placement.share)
-    return Data(of_training, of_heldout, loss.token_loss(places))
+    return _Data(of_training, of_heldout, loss.token_loss(places))
 
 
 def _first_adapters(a: argparse.Namespace, lora: Any, variables: Any, found: Any, placement: Placement) -> Any:
@@ -255,7 +255,7 @@ def _show_answers(asked: Sequence[Any], answers: dict[str, list[str]]) -> None:
 
 
 def _fit(
-    a: argparse.Namespace, lora: Any, variables: Any, adapters: Any, data: Data, optimizer: Any, placement: Placement
+    a: argparse.Namespace, lora: Any, variables: Any, adapters: Any, data: _Data, optimizer: Any, placement: Placement
 ) -> Any:
     """Train."""
     from rslora_jax.train import fit

@@ -36,7 +36,7 @@ _NAMES: Names = {
 }
 
 
-def read_gguf_config(path: Path, metadata: Mapping[str, Any], tensors: Container[str], **how: Any) -> DecoderConfig:
+def _read_gguf_config(path: Path, metadata: Mapping[str, Any], tensors: Container[str], **how: Any) -> DecoderConfig:
     """Read a decoder's configuration.
 
     Args:
@@ -95,11 +95,11 @@ def read_gguf_config(path: Path, metadata: Mapping[str, Any], tensors: Container
         raise ValueError(f"{path}: {error}") from error
 
 
-def row_order(config: DecoderConfig, name: str) -> np.ndarray | None:
+def _row_order(config: DecoderConfig, name: str) -> np.ndarray | None:
     """Say which rows of q and k stand where: llama.cpp has pairs side by side, Hugging Face halves.
 
     >>> config = DecoderConfig(vocab_size=8, width=6, mlp_width=8, num_layers=1, num_heads=1, num_kv_heads=1)
-    >>> row_order(config, "blk.0.attn_q.weight").tolist()
+    >>> _row_order(config, "blk.0.attn_q.weight").tolist()
     [0, 2, 4, 1, 3, 5]
     """
     heads = {"attn_q": config.num_heads, "attn_k": config.num_kv_heads}.get(name.split(".")[-2])
@@ -108,4 +108,4 @@ def row_order(config: DecoderConfig, name: str) -> np.ndarray | None:
     return np.arange(heads * config.head_dim).reshape(heads, -1, 2).swapaxes(1, 2).reshape(-1)
 
 
-FORM = GgufForm(architecture="llama", read_config=read_gguf_config, names=_NAMES, row_order=row_order)
+FORM = GgufForm(architecture="llama", read_config=_read_gguf_config, names=_NAMES, row_order=_row_order)

@@ -19,7 +19,7 @@ from rslora_jax.interop.tokenizer import Tokenizer
 from rslora_jax.interop.tokenizer_files import read_tokenizer, tokenizer_files
 from rslora_jax.interop.weights import load_weights
 
-CONFIG = "config.json"
+_CONFIG = "config.json"
 
 
 def load_huggingface(
@@ -71,7 +71,7 @@ def load_huggingface(
 
 def read_model_config(folder: str | Path, family: Family | None = None, **how: Any) -> tuple[Family, Any]:
     """Read `config.json`: (the family, the configuration). Arguments and errors as in `load_huggingface`."""
-    path = Path(folder) / CONFIG
+    path = Path(folder) / _CONFIG
     about = _about(path)
     family = family or family_of_config(path, about)
     return family, family.read_config(path, about, **how)
@@ -79,7 +79,7 @@ def read_model_config(folder: str | Path, family: Family | None = None, **how: A
 
 def family_of_folder(folder: str | Path) -> Family:
     """Give the family of a model's folder; errors as of `load_huggingface`."""
-    path = Path(folder) / CONFIG
+    path = Path(folder) / _CONFIG
     return family_of_config(path, _about(path))
 
 
@@ -91,11 +91,11 @@ def files_beside_weights(
     Where there is the folder of a `base`, only its config.json, with the dtype changed: its other files are copied.
     """
     if base is not None:
-        return {CONFIG: json_text(_with_dtype(read_json(base / CONFIG), dtype))}
+        return {_CONFIG: json_text(_with_dtype(read_json(base / _CONFIG), dtype))}
     ids = {"bos_token_id": tokenizer.bos_id, "eos_token_id": tokenizer.eos_id, "pad_token_id": tokenizer.pad_id}
     ids = {name: number for name, number in ids.items() if number is not None}
     return {
-        CONFIG: json_text(family.write_config(config, dtype) | {"bos_token_id": None} | ids),
+        _CONFIG: json_text(family.write_config(config, dtype) | {"bos_token_id": None} | ids),
         "generation_config.json": json_text(ids),
         **tokenizer_files(tokenizer, config.max_len),
     }

@@ -15,7 +15,7 @@ from rslora_jax.interop.model import Model, Progress, Shardings
 _WANTED = ("*.json", "*.jinja", "*.safetensors")
 _NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 
-SMOLLM2 = "smollm2"
+_SMOLLM2 = "smollm2"
 
 
 def load_model(
@@ -81,7 +81,7 @@ def find_family(where: str | Path | None = None) -> Family:
 
 def folder_of(where: str | Path | None) -> Path | None:
     """Return the Hugging Face folder that `load_model` reads a model from, or None where it reads another kind."""
-    if where is None or where == SMOLLM2 or Path(where).is_file():
+    if where is None or where == _SMOLLM2 or Path(where).is_file():
         return None
     if Path(where).is_dir():
         return Path(where)
@@ -90,7 +90,7 @@ def folder_of(where: str | Path | None) -> Path | None:
 
 def _find(where: str | Path | None) -> Path:
     """Give the folder or the file of a model; one of the hub is fetched."""
-    if where is None or where == SMOLLM2:
+    if where is None or where == _SMOLLM2:
         from rslora_jax.interop.gguf import find_smollm2
 
         return find_smollm2()

@@ -163,11 +163,11 @@ def tokens_of(state: State) -> list[list[int]]:
     return [row[:n].tolist() for row, n in zip(np.asarray(state["new_BxM"]), lengths, strict=True)]
 
 
-def sample(key: Array, logits_V: Array, temperature: Array, top_p: Array | None = None) -> Array:
+def _sample(key: Array, logits_V: Array, temperature: Array, top_p: Array | None = None) -> Array:
     """Draw a token id () from logits (V,), float32, among the likeliest that hold `top_p` of the probability.
 
     >>> logits = jnp.log(jnp.array([0.6, 0.3, 0.1]))
-    >>> draws = jax.vmap(lambda key: sample(key, logits, 1.0, 0.8))(jax.random.split(jax.random.key(0), 200))
+    >>> draws = jax.vmap(lambda key: _sample(key, logits, 1.0, 0.8))(jax.random.split(jax.random.key(0), 200))
     >>> sorted(set(draws.tolist()))
     [0, 1]
     """
@@ -229,7 +229,7 @@ def _advance(
             return jnp.argmax(logits_BxV, axis=-1)
         # One key for each row and step, so that a row draws the same whatever the batch.
         keys_B = jax.vmap(partial(jax.random.fold_in, jax.random.fold_in(key, step)))(jnp.arange(B))
-        draw = partial(sample, temperature=temperature, top_p=top_p if nucleus else None)
+        draw = partial(_sample, temperature=temperature, top_p=top_p if nucleus else None)
         return jax.vmap(draw)(keys_B, logits_BxV)
 
     def go_on(state: State) -> Array:

@@ -20,7 +20,7 @@ from rslora_jax.stored.form import is_stored
 # them is whole on every device.
 Rules = Sequence[tuple[str, tuple[Any, ...]]]
 
-BATCH_AXES = ("data", "fsdp")  # the mesh axes along which the rows of a batch are split
+_BATCH_AXES = ("data", "fsdp")  # the mesh axes along which the rows of a batch are split
 
 
 def make_mesh(text: str, devices: Sequence[Any] | None = None) -> Mesh:
@@ -89,13 +89,13 @@ def param_shardings(params: Any, mesh: Mesh, rules: Rules) -> Any:
         if is_stored(leaf):  # its arrays have the stack's axes in common, and no others
             spec = spec[: len(leaf.stack)]
         return NamedSharding(
-            mesh, PartitionSpec(*(dividing(mesh, n, a) for n, a in zip(leaf.shape, spec, strict=False)))
+            mesh, PartitionSpec(*(_dividing(mesh, n, a) for n, a in zip(leaf.shape, spec, strict=False)))
         )
 
     return from_paths(params, {path: one(path, leaf) for path, leaf in leaves.items()})
 
 
-def dividing(mesh: Mesh | AbstractMesh, size: int, axes: Any) -> Any:
+def _dividing(mesh: Mesh | AbstractMesh, size: int, axes: Any) -> Any:
     """Return the mesh axes of an array's axis that there are and that divide its size."""
     names = [axes] if isinstance(axes, str) else list(axes or ())
     names = [name for name in names if name in mesh.shape]
@@ -142,7 +142,7 @@ def adapter_shardings(
         def factor(axes: Sequence[int | str]) -> NamedSharding:
             used = set(flat(axes))
             free = tuple(name for name in flat(n for n in range(len(site.shape)) if n not in axes) if name not in used)
-            rank = dividing(sharding.mesh, site.rank, free) if split_rank else None
+            rank = _dividing(sharding.mesh, site.rank, free) if split_rank else None
             of = [rank if axis == RANK else spec[axis] for axis in axes]  # type: ignore[index]
             return NamedSharding(sharding.mesh, PartitionSpec(*of))
 
@@ -171,7 +171,7 @@ def batch_sharding(mesh: Mesh, rows: int | None = None) -> NamedSharding:
     Raises:
       ValueError: the rows cannot be split evenly.
     """
-    names = tuple(name for name in BATCH_AXES if name in mesh.shape)
+    names = tuple(name for name in _BATCH_AXES if name in mesh.shape)
     parts = math.prod(mesh.shape[name] for name in names)
     if rows is not None and rows % parts:
         raise ValueError(f"a batch of {rows} rows cannot be split in {parts} ({' x '.join(names)}): give a multiple")

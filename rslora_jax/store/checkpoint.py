@@ -27,7 +27,7 @@ from rslora_jax.store.checksum import checksums
 from rslora_jax.store.keys import as_data, as_keys
 
 # What a checkpoint's "about" is told by: 0, or none, before configs named a method; 1 since.
-FORMAT = 1
+_FORMAT = 1
 
 
 class Damaged(ValueError):
@@ -44,7 +44,7 @@ class Checkpoints:
 
 
 @dataclasses.dataclass(frozen=True)
-class LastAndBest:
+class _LastAndBest:
     """Say which checkpoints orbax keeps: the last few, and the one with the least held-out loss."""
 
     last: int
@@ -77,26 +77,26 @@ def open_checkpoints(folder: str | Path, *, resume: bool = False, keep: int = 2)
         def take() -> None:
             check_folder(folder, resume=resume)
             folder.mkdir(parents=True, exist_ok=True)
-            stack.enter_context(locked(folder))
+            stack.enter_context(_locked(folder))
             check_folder(folder, resume=resume)  # again: another process may have been quicker
 
         first_decides(take)
-        heldout = heldout_losses(folder)
+        heldout = _heldout_losses(folder)
         options = ocp.CheckpointManagerOptions(
-            preservation_policy=LastAndBest(keep, heldout), cleanup_tmp_directories=True
+            preservation_policy=_LastAndBest(keep, heldout), cleanup_tmp_directories=True
         )
-        manager = ocp.CheckpointManager(folder / "checkpoints", options=options, item_handlers=handlers())
-        stack.callback(close, manager)
+        manager = ocp.CheckpointManager(folder / "checkpoints", options=options, item_handlers=_handlers())
+        stack.callback(_close, manager)
         yield Checkpoints(folder, manager, heldout)
 
 
-def close(manager: ocp.CheckpointManager) -> None:
+def _close(manager: ocp.CheckpointManager) -> None:
     with contextlib.suppress(Exception):  # `save` or `wait` has told of it
         manager.wait_until_finished()
     manager.close()
 
 
-def handlers() -> dict[str, Any]:
+def _handlers() -> dict[str, Any]:
     """Return how orbax reads and writes each item of a checkpoint."""
     arrays = ocp.StandardCheckpointHandler
     return {"adapters": arrays(), "training": arrays(), "about": ocp.JsonCheckpointHandler()}
@@ -145,11 +145,11 @@ def save(
     manager.save(
         step,
         args=ocp.args.Composite(
-            **{item: ocp.args.StandardSave(stored(tree)) for item, tree in arrays.items()},
+            **{item: ocp.args.StandardSave(_stored(tree)) for item, tree in arrays.items()},
             about=ocp.args.JsonSave(
                 {
                     **about,
-                    "format": FORMAT,
+                    "format": _FORMAT,
                     "checksums": words,
                     "keys": keys,
                     "heldout_loss": checkpoints.heldout.get(step),
@@ -187,18 +187,18 @@ def restore(
         where = checkpoints.folder / "checkpoints" / str(step)
         try:
             found = read_about(where)
-            like, impls = as_saved(example, found.get("keys", {}))
+            like, impls = _as_saved(example, found.get("keys", {}))
             for item, wanted in like.items():
-                compare(where, item, metadata(where, item), stored(wanted))
+                _compare(where, item, _metadata(where, item), _stored(wanted))
             check_same(where, found, about)
-            read = as_keys(read_arrays(where, found, like), impls)
+            read = as_keys(_read_arrays(where, found, like), impls)
             return read["adapters"], read["training"], found
         except Damaged as error:
-            say(f"{error}: it is kept as {set_aside(checkpoints, step)}, and the checkpoint before it is taken")
+            say(f"{error}: it is kept as {_set_aside(checkpoints, step)}, and the checkpoint before it is taken")
     raise ValueError(f"{checkpoints.folder} has no checkpoint that is whole: start again in another folder")
 
 
-def set_aside(checkpoints: Checkpoints, step: int) -> Path:
+def _set_aside(checkpoints: Checkpoints, step: int) -> Path:
     """Move a checkpoint out of the way of the one that will take its place."""
     place = checkpoints.folder / f"damaged-{step}"
     for number in range(2, 100):
@@ -234,10 +234,10 @@ def load_adapters(
     about = read_about(where)
     if params is not None:
         check_same(where, about, {"base": checksums(params)})
-    like = jax.tree.map(lambda leaf: np.empty(leaf.shape, leaf.dtype), metadata(where, "adapters"))
+    like = jax.tree.map(lambda leaf: np.empty(leaf.shape, leaf.dtype), _metadata(where, "adapters"))
     if shardings is not None:
         like = jax.tree.map(lambda leaf, at: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=at), like, shardings)
-    return LoraConfig.from_dict(about["config"]), read_arrays(where, about, {"adapters": like})["adapters"]
+    return LoraConfig.from_dict(about["config"]), _read_arrays(where, about, {"adapters": like})["adapters"]
 
 
 def load_model_state(folder: str | Path, like: Any, *, step: int | Literal["last", "best"] = "last") -> Any:
@@ -257,8 +257,8 @@ def load_model_state(folder: str | Path, like: Any, *, step: int | Literal["last
     where = find(Path(folder).absolute(), step)
     about = read_about(where)
     item = "training"
-    arrays = jax.tree.map(lambda leaf: np.empty(leaf.shape, leaf.dtype), metadata(where, item))
-    read = as_keys(read_arrays(where, about, {item: arrays}), about.get("keys", {}))[item]
+    arrays = jax.tree.map(lambda leaf: np.empty(leaf.shape, leaf.dtype), _metadata(where, item))
+    read = as_keys(_read_arrays(where, about, {item: arrays}), about.get("keys", {}))[item]
     found = read.get("model_state", {})
     if {*found} != {*named_leaves(like)}:
         differing = sorted({*found} ^ {*named_leaves(like)})
@@ -279,7 +279,7 @@ def find(folder: Path, step: int | Literal["last", "best"]) -> Path:
     """Return the folder of one checkpoint."""
     steps = steps_in(folder)
     if step == "best" and steps:
-        losses = heldout_losses(folder)
+        losses = _heldout_losses(folder)
         if not losses:
             raise ValueError(f"{folder} has no checkpoint with a held-out loss: ask for the last")
         step = min(losses.items(), key=lambda item: item[1])[0]
@@ -289,7 +289,7 @@ def find(folder: Path, step: int | Literal["last", "best"]) -> Path:
     return folder / "checkpoints" / str(steps[-1] if step == "last" else step)
 
 
-def heldout_losses(folder: Path) -> dict[int, float]:
+def _heldout_losses(folder: Path) -> dict[int, float]:
     """Return the held-out loss of every checkpoint that has one, by step."""
     losses = {}
     for step in steps_in(folder):
@@ -306,20 +306,21 @@ def read_about(where: Path) -> dict[str, Any]:
       ValueError: a later version wrote it, in a form that this one does not know.
     """
     about = _read(where, "about", lambda: ocp.JsonCheckpointHandler().restore(where / "about"))
-    if about.get("format", 0) > FORMAT:
+    if about.get("format", 0) > _FORMAT:
         raise ValueError(
-            f"{where} is of format {about['format']}, and this version reads up to {FORMAT}: install a newer rslora_jax"
+            f"{where} is of format {about['format']}, and this version reads up to {_FORMAT}: install a newer "
+            "rslora_jax"
         )
     # What a config did not have yet, it has by default.
     return about | {"config": LoraConfig().to_dict() | about["config"]} if "config" in about else about
 
 
-def metadata(where: Path, item: str) -> Any:
+def _metadata(where: Path, item: str) -> Any:
     """Read the shapes and dtypes of an item's arrays, as a tree."""
     return _read(where, item, lambda: ocp.StandardCheckpointHandler().metadata(where / item).tree)
 
 
-def as_saved(example: Any, impls: Mapping[str, str]) -> tuple[Any, dict[str, str]]:
+def _as_saved(example: Any, impls: Mapping[str, str]) -> tuple[Any, dict[str, str]]:
     """Return an example's shapes as a checkpoint holds them, and the implementation of each key: the saved one's."""
     arrays, own = as_data(example)
     # Before implementations were saved, they were those of the run.
@@ -335,16 +336,16 @@ def as_saved(example: Any, impls: Mapping[str, str]) -> tuple[Any, dict[str, str
     return jax.tree_util.tree_map_with_path(one, arrays), impls
 
 
-def stored(tree: Any) -> Any:
+def _stored(tree: Any) -> Any:
     """Return a tree without its arrays of no elements, which orbax cannot write."""
     return jax.tree.map(lambda leaf: leaf if leaf.size else None, tree)
 
 
-def read_arrays(where: Path, about: Mapping[str, Any], like: Mapping[str, Any]) -> dict[str, Any]:
+def _read_arrays(where: Path, about: Mapping[str, Any], like: Mapping[str, Any]) -> dict[str, Any]:
     """Read items as arrays like the examples, and check that they hold what was saved."""
 
     def one(item: str) -> Any:
-        arguments = ocp.args.StandardRestore(stored(like[item]))
+        arguments = ocp.args.StandardRestore(_stored(like[item]))
         read = iter(jax.tree.leaves(ocp.StandardCheckpointHandler().restore(where / item, args=arguments)))
 
         def whole(leaf: Any) -> Any:
@@ -392,7 +393,7 @@ def check_same(where: Path, found: Mapping[str, Any], here: Mapping[str, Any]) -
         raise ValueError(f"{where} was trained with another {what} ({said}{more}): give it the same one")
 
 
-def compare(where: Path, item: str, saved: Any, wanted: Any) -> None:
+def _compare(where: Path, item: str, saved: Any, wanted: Any) -> None:
     """Raise a ValueError that names the first array whose path or shape is not the checkpoint's."""
     saved, wanted = named_leaves(saved), named_leaves(wanted)
     for name, leaf in wanted.items():
@@ -420,7 +421,7 @@ def size_of(folder: str | Path) -> int:
 
 
 @contextlib.contextmanager
-def locked(folder: Path) -> Iterator[None]:
+def _locked(folder: Path) -> Iterator[None]:
     """Hold a folder for this process; the system lets go of it even after a crash."""
     try:
         import fcntl

@@ -25,35 +25,35 @@ def checksums(tree: Any) -> dict[str, str]:
     """
     leaves = named_leaves(tree)
     # One after the other: sums over processes that overlap can each wait for the other.
-    return {path: f"{form(leaf)} {int(word(leaf)):08x}" for path, leaf in leaves.items()}
+    return {path: f"{_form(leaf)} {int(_word(leaf)):08x}" for path, leaf in leaves.items()}
 
 
-def form(leaf: Any) -> str:
+def _form(leaf: Any) -> str:
     """Write an array's dtype and shape, and the form in which it is stored if it is none.
 
-    >>> form(np.ones((2, 3)))
+    >>> _form(np.ones((2, 3)))
     'float64[2,3]'
     """
     kind = f"{type(leaf).__name__} of {leaf.dtype}" if is_stored(leaf) else leaf.dtype
     return f"{kind}[{','.join(map(str, leaf.shape))}]"
 
 
-def word(leaf: Any) -> Array:
+def _word(leaf: Any) -> Array:
     """Return the checksum of an array, or of all arrays of a stored weight, each mixed with its place among them."""
     if not is_stored(leaf):
-        return word_of_array(leaf)
-    words = [mix(word_of_array(part) + np.uint32(n)) for n, part in enumerate(jax.tree.leaves(leaf))]
+        return _word_of_array(leaf)
+    words = [_mix(_word_of_array(part) + np.uint32(n)) for n, part in enumerate(jax.tree.leaves(leaf))]
     return jnp.sum(jnp.stack(words), dtype=jnp.uint32)
 
 
 @jax.jit
-def word_of_array(x: Array) -> Array:
+def _word_of_array(x: Array) -> Array:
     """Sum an array's bits, each element mixed with its place, modulo 2^32."""
     x = jax.random.key_data(x) if is_key(x) else x
-    return jnp.sum(mix(bits_of(x) + places(bits_of(x).shape) * np.uint32(0x9E3779B9)), dtype=jnp.uint32)
+    return jnp.sum(_mix(_bits_of(x) + _places(_bits_of(x).shape) * np.uint32(0x9E3779B9)), dtype=jnp.uint32)
 
 
-def bits_of(x: Array) -> Array:
+def _bits_of(x: Array) -> Array:
     """Return an array's bits as uint32; elements of 64 bits become two."""
     if jnp.issubdtype(x.dtype, jnp.complexfloating):
         x = jnp.stack([x.real, x.imag], axis=-1)
@@ -63,7 +63,7 @@ def bits_of(x: Array) -> Array:
     return lax.bitcast_convert_type(x, f"uint{width}").astype(jnp.uint32)
 
 
-def places(shape: tuple[int, ...]) -> Array:
+def _places(shape: tuple[int, ...]) -> Array:
     """Number the elements of an array in its own order, modulo 2^32."""
     number, stride = jnp.zeros(shape, jnp.uint32), 1
     for axis in reversed(range(len(shape))):
@@ -72,7 +72,7 @@ def places(shape: tuple[int, ...]) -> Array:
     return number
 
 
-def mix(x: Array) -> Array:
+def _mix(x: Array) -> Array:
     """Spread every bit over all 32, reversibly: xor-shifts and odd multiplications, as in hash functions."""
     for shift, odd in ((16, 0x7FEB352D), (15, 0x846CA68B)):
         x = (x ^ (x >> shift)) * np.uint32(odd)

@@ -18,14 +18,14 @@ def loss_picture(run: RunInfo) -> Iterator[Callable[[Record], None]]:
         yield records.append
     finally:
         try:
-            plot(records, run.folder / "loss.png", f"{run.folder.name}: rank {run.config.rank}, {run.config.scaling}")
+            _plot(records, run.folder / "loss.png", f"{run.folder.name}: rank {run.config.rank}, {run.config.scaling}")
         except OSError:  # of a full disk, told by what writes before
             pass
         except ImportError as error:
             run.say(f"there is no loss.png: {error}")
 
 
-def plot(records: Sequence[Record], path: Path, title: str) -> None:
+def _plot(records: Sequence[Record], path: Path, title: str) -> None:
     """Draw the loss of every step, its running mean and the held-out loss over the steps, as a PNG.
 
     Raises:

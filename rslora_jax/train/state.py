@@ -173,7 +173,7 @@ def advance(
     moves = jnp.isfinite(measured.value) & jnp.isfinite(norm) & state.finite
     moved = update(optimizer, state.opt_state, state.adapters, measured)
     new, old = (*moved, measured.model_state), (state.adapters, state.opt_state, state.model_state)
-    adapters, opt_state, model_state = keep(moves, new, old)
+    adapters, opt_state, model_state = _keep(moves, new, old)
     skipped = jnp.where(moves, 0, state.skipped + 1)
     done = state.step + (1 if skip else moves.astype(jnp.int32))
     finite = state.finite if skip else moves
@@ -181,7 +181,7 @@ def advance(
     return TrainState(done, adapters, opt_state, finite, skipped, state.key, model_state), metrics
 
 
-def keep(moves: Array, new: Any, old: Any) -> Any:
+def _keep(moves: Array, new: Any, old: Any) -> Any:
     """Return `new` where `moves`, else `old`, in the old one's dtypes: a step's result is the next one's argument."""
 
     def one(new: Any, old: Any) -> Array:

@@ -25,8 +25,8 @@ from rslora_jax.train.state import TrainState, advance, drawn
 from rslora_jax.train.update import to_use
 from rslora_jax.wrap import Adapters, Lora
 
-Factors = dict[str, Array] | None
-Step = Callable[[TrainState, Array, Factors, Any, Any], tuple[TrainState, dict[str, Array]]]
+_Factors = dict[str, Array] | None
+_Step = Callable[[TrainState, Array, _Factors, Any, Any], tuple[TrainState, dict[str, Array]]]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -175,7 +175,7 @@ def sweep(
 
 
 def _heldout_sums(
-    evaluate: Callable[..., Any], factors: Factors, params: Any, batches: Sequence[Any], state: TrainState
+    evaluate: Callable[..., Any], factors: _Factors, params: Any, batches: Sequence[Any], state: TrainState
 ) -> list[Any]:
     """Return (sums of the losses, counts) of all trials for each held-out batch."""
     adapters = jax.vmap(to_use)(state.opt_state, state.adapters)
@@ -226,7 +226,7 @@ def start(
     return jax.jit(trials_of, donate_argnums=0)(adapters, rates, keys, model_state)
 
 
-def scaling_factors(lora: Lora, trials: Sequence[Trial]) -> Factors:
+def scaling_factors(lora: Lora, trials: Sequence[Trial]) -> _Factors:
     """Return, by path, what B is to be multiplied by in each trial; None where all have the `Lora`'s scaling.
 
     The gammas are each site's own, as ranks and alphas may differ by pattern.
@@ -243,19 +243,19 @@ def scaling_factors(lora: Lora, trials: Sequence[Trial]) -> Factors:
 
 
 @functools.lru_cache(maxsize=8)  # so that a second sweep of the same shapes compiles nothing
-def make_sweep_step(lora: Lora, loss: Loss, optimizer: Callable[[Any], optax.GradientTransformation]) -> Step:
+def make_sweep_step(lora: Lora, loss: Loss, optimizer: Callable[[Any], optax.GradientTransformation]) -> _Step:
     """Make the compiled step `(state, rates, factors, params, batch) -> (state, metrics)` of all trials.
 
     All but `params` have a first axis of trials. The state's memory is donated.
     """
 
-    def one(state: TrainState, rate: Array, factors: Factors, params: Any, batch: Any) -> Any:
+    def one(state: TrainState, rate: Array, factors: _Factors, params: Any, batch: Any) -> Any:
         def bind(adapters: Adapters) -> Any:
-            return functools.partial(lora.apply, params, scaled(lora, adapters, factors))
+            return functools.partial(lora.apply, params, _scaled(lora, adapters, factors))
 
         measured = measure(loss, bind, state.adapters, batch, **drawn(state))
         state, metrics = advance(optimizer(rate), state, measured, skip=False)
-        return state, metrics | {"factor_norm": factor_norm(lora, measured.grads)}
+        return state, metrics | {"factor_norm": _factor_norm(lora, measured.grads)}
 
     return jax.jit(jax.vmap(one, in_axes=(0, 0, 0, None, 0)), donate_argnums=0)
 
@@ -270,8 +270,8 @@ def make_sweep_evaluate(lora: Lora, loss: Loss, *, keyed: bool = False) -> Calla
 
 @functools.lru_cache(maxsize=8)
 def _make_sweep_evaluate(lora: Lora, loss: Loss, keyed: bool) -> Any:
-    def one(adapters: Adapters, factors: Factors, params: Any, batch: Any, model_state: Any) -> tuple[Array, Array]:
-        run = functools.partial(lora.apply, params, scaled(lora, adapters, factors))
+    def one(adapters: Adapters, factors: _Factors, params: Any, batch: Any, model_state: Any) -> tuple[Array, Array]:
+        run = functools.partial(lora.apply, params, _scaled(lora, adapters, factors))
         return call_loss(loss, run, batch, model_state, *((None,) if keyed else ()))[:2]
 
     # A count that is the same for all trials would have no axis of theirs.
@@ -279,20 +279,20 @@ def _make_sweep_evaluate(lora: Lora, loss: Loss, keyed: bool) -> Any:
     return jax.jit(lambda *given, model_state=None: of_all(*given, model_state))  # type: ignore[call-arg]
 
 
-def scaled(lora: Lora, adapters: Adapters, factors: Factors) -> Adapters:
+def _scaled(lora: Lora, adapters: Adapters, factors: _Factors) -> Adapters:
     """Return adapters that do what they would with their path's gamma so many times as large."""
     if factors is None:
         return adapters
     return {path: rescaled(lora.sites[path], own, factors[path]) for path, own in adapters.items()}
 
 
-def factor_norm(lora: Lora, grads: Adapters) -> Array:
+def _factor_norm(lora: Lora, grads: Adapters) -> Array:
     """Return the mean norm of a factor, where each slice along a stack axis (a scan's layer) is a factor.
 
     >>> import rslora_jax as rslora
     >>> lora = rslora.wrap(lambda p, x: x @ p["w"], {"w": jnp.ones((4, 4))}, jnp.ones((2, 4)),
     ...                    config=rslora.LoraConfig(rank=1))
-    >>> float(factor_norm(lora, {"w": {"a": jnp.zeros((4, 1)), "b": jnp.ones((1, 4))}}))
+    >>> float(_factor_norm(lora, {"w": {"a": jnp.zeros((4, 1)), "b": jnp.ones((1, 4))}}))
     1.0
     """
     norms = [

@@ -15,7 +15,7 @@ from rslora_jax.interop.peft.settings import PeftSettings, read_settings
 from rslora_jax.wrap import array_leaves
 
 HEAD = "lm_head.weight"
-TABLE = "embed_tokens.weight"
+_TABLE = "embed_tokens.weight"
 
 
 def base_of(folder: str | Path | PeftFolder) -> str | None:
@@ -37,7 +37,7 @@ def tied_table(names: Names, found: Mapping[str, Place]) -> str | None:
     """
     if HEAD not in file_names(names) or HEAD in found:
         return None
-    return next((n.removesuffix(".weight") for n in found if n.endswith(TABLE)), None)
+    return next((n.removesuffix(".weight") for n in found if n.endswith(_TABLE)), None)
 
 
 def adapted_modules(
@@ -103,17 +103,17 @@ def read_config(folder: str | Path | PeftFolder, params: Any, names: Names = DEC
         rank=settings.r,
         alpha=settings.alpha,
         scaling=settings.scaling,
-        targets=[literal(path) for path in own],
-        rank_pattern=[(literal(path), rank) for path, (rank, _) in own.items() if rank != settings.r],
-        alpha_pattern=[(literal(path), alpha) for path, (_, alpha) in own.items() if alpha != settings.alpha],
+        targets=[_literal(path) for path in own],
+        rank_pattern=[(_literal(path), rank) for path, (rank, _) in own.items() if rank != settings.r],
+        alpha_pattern=[(_literal(path), alpha) for path, (_, alpha) in own.items() if alpha != settings.alpha],
         allow_large_rank=True,  # PEFT sets no bound
     )
 
 
-def literal(path: str) -> str:
+def _literal(path: str) -> str:
     """Write a path as a glob that matches it.
 
-    >>> literal("params/w[0]")
+    >>> _literal("params/w[0]")
     'params/w[[]0]'
     """
     return re.sub(r"[{}]", "?", re.sub(r"[*?\[]", r"[\g<0>]", path))
