@@ -44,7 +44,7 @@ class Block(nnx.Module):
 
 class Scanned(nnx.Module):
     def __init__(self, rngs):
-        self.blocks = nnx.vmap(Block)(rngs.fork(split=3))
+        self.blocks = nnx.vmap(Block)(rngs.split(3))
 
     def __call__(self, x):
         axes = {"in_axes": (nnx.Carry, 0), "out_axes": nnx.Carry}

@@ -55,7 +55,7 @@ class Block(nnx.Module):
 
 
 def blocks(rngs: nnx.Rngs) -> Block:
-    return nnx.vmap(Block)(rngs.fork(split=3))
+    return nnx.vmap(Block)(rngs.split(3))
 
 
 class Scanned(nnx.Module):
