@@ -28,17 +28,17 @@ def gaussian(key: Array, shape: tuple[int, ...], dtype: Any, fan_in: int) -> Arr
     return drawn / by
 
 
-INITS: Mapping[str, Callable[..., Array]] = {"uniform": uniform, "gaussian": gaussian}
+_INITS: Mapping[str, Callable[..., Array]] = {"uniform": uniform, "gaussian": gaussian}
 
 
 # A's shape is what is compiled for, in a third of a second on a CPU: one program for all sites would have as many
 # generators of random bits, and take that for each. A function of the caller's may be none that can be compiled.
-COMPILED = {name: jax.jit(draw, static_argnums=(1, 2, 3)) for name, draw in INITS.items()}
+_COMPILED = {name: jax.jit(draw, static_argnums=(1, 2, 3)) for name, draw in _INITS.items()}
 
 
 def drawer(how: str | Callable[..., Array]) -> Callable[..., Array]:
     """Return the function (key, shape, dtype, fan_in) -> A that a config's `init` names or is."""
-    return how if callable(how) else COMPILED[how]
+    return how if callable(how) else _COMPILED[how]
 
 
 def site_key(key: Array, path: str) -> Array:

@@ -27,7 +27,7 @@ from rslora_jax.store.checksum import checksums
 from rslora_jax.store.keys import as_data, as_keys
 
 # What a checkpoint's "about" is told by: 0, or none, before configs named a method; 1 since.
-_FORMAT = 1
+FORMAT = 1
 
 
 class Damaged(ValueError):
@@ -149,7 +149,7 @@ def save(
             about=ocp.args.JsonSave(
                 {
                     **about,
-                    "format": _FORMAT,
+                    "format": FORMAT,
                     "checksums": words,
                     "keys": keys,
                     "heldout_loss": checkpoints.heldout.get(step),
@@ -306,10 +306,9 @@ def read_about(where: Path) -> dict[str, Any]:
       ValueError: a later version wrote it, in a form that this one does not know.
     """
     about = _read(where, "about", lambda: ocp.JsonCheckpointHandler().restore(where / "about"))
-    if about.get("format", 0) > _FORMAT:
+    if about.get("format", 0) > FORMAT:
         raise ValueError(
-            f"{where} is of format {about['format']}, and this version reads up to {_FORMAT}: install a newer "
-            "rslora_jax"
+            f"{where} is of format {about['format']}, and this version reads up to {FORMAT}: install a newer rslora_jax"
         )
     # What a config did not have yet, it has by default.
     return about | {"config": LoraConfig().to_dict() | about["config"]} if "config" in about else about

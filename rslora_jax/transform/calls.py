@@ -14,21 +14,21 @@ from rslora_jax.transform.interpreter import Rule, Walk
 from rslora_jax.transform.views import View, materialise
 
 
-def constrain(value: Any, sharding: Any) -> Any:
+def _constrain(value: Any, sharding: Any) -> Any:
     if sharding is None or isinstance(value, View):
         return value
     return lax.with_sharding_constraint(value, sharding)
 
 
-def jit(walk: Walk, eqn: compat.Eqn, values: list[Any]) -> list[Any]:
+def _jit(walk: Walk, eqn: compat.Eqn, values: list[Any]) -> list[Any]:
     """Enter a jit call, and keep it a call: it is traced and compiled once for the views it sees."""
 
     def build():
         asked_in, asked_out = compat.call_shardings(eqn)
 
         def body(*args):
-            outs = walk.run(eqn.params["jaxpr"], [*map(constrain, args, asked_in)])
-            return [*map(constrain, outs, asked_out)]
+            outs = walk.run(eqn.params["jaxpr"], [*map(_constrain, args, asked_in)])
+            return [*map(_constrain, outs, asked_out)]
 
         body.__name__ = body.__qualname__ = eqn.params["name"]
         return jax.jit(body, inline=eqn.params["inline"], keep_unused=eqn.params["keep_unused"])
@@ -40,7 +40,7 @@ def closed_call(walk: Walk, eqn: compat.Eqn, values: list[Any]) -> list[Any]:
     return walk.run(eqn.params["call_jaxpr"], values)
 
 
-def remat(walk: Walk, eqn: compat.Eqn, values: list[Any]) -> list[Any]:
+def _remat(walk: Walk, eqn: compat.Eqn, values: list[Any]) -> list[Any]:
     """Enter a rematerialised block under its own policy, so that the adapters' values are recomputed too."""
 
     def build():
@@ -53,10 +53,10 @@ def remat(walk: Walk, eqn: compat.Eqn, values: list[Any]) -> list[Any]:
     return walk.call(eqn, build)(*values)
 
 
-def scan(walk: Walk, eqn: compat.Eqn, values: list[Any]) -> list[Any]:
+def _scan(walk: Walk, eqn: compat.Eqn, values: list[Any]) -> list[Any]:
     """Enter a scan: stacked weights travel with their stacked factors, shared ones as constants."""
     num_consts, num_carry = compat.scan_counts(eqn)
-    loose = changing(eqn.params["jaxpr"], num_consts, num_carry)
+    loose = _changing(eqn.params["jaxpr"], num_consts, num_carry)
     values = [walk.array(v, "scan carry") if n - num_consts in loose else v for n, v in enumerate(values)]
     # A view's leading axis is the scan's own only where both factors span it.
     for n, v in enumerate(values[num_consts + num_carry :], num_consts + num_carry):
@@ -66,35 +66,35 @@ def scan(walk: Walk, eqn: compat.Eqn, values: list[Any]) -> list[Any]:
 
     def build():
         def whole(*values):
-            consts, carry, xs = split(values, num_consts, num_carry)
-            fixed, moving = hold(carry)
+            consts, carry, xs = _split(values, num_consts, num_carry)
+            fixed, moving = _hold(carry)
 
             def body(moving, xs):
                 carry = [fixed.get(n, c) for n, c in enumerate(moving)]
-                outs = walk.run(eqn.params["jaxpr"], [*consts, *carry, *map(enter, xs)])
+                outs = walk.run(eqn.params["jaxpr"], [*consts, *carry, *map(_enter, xs)])
                 kept = [None if n in fixed else walk.array(o, "scan carry") for n, o in enumerate(outs[:num_carry])]
                 return kept, outs[num_carry:]
 
             options = {k: eqn.params[k] for k in ("reverse", "length", "unroll")}
             moved, ys = lax.scan(body, moving, xs, **options)
-            return [*(fixed.get(n, c) for n, c in enumerate(moved)), *map(leave, ys)]
+            return [*(fixed.get(n, c) for n, c in enumerate(moved)), *map(_leave, ys)]
 
         return jax.jit(whole, inline=True)
 
     return walk.call(eqn, build)(*values)
 
 
-def while_(walk: Walk, eqn: compat.Eqn, values: list[Any]) -> list[Any]:
+def _while_(walk: Walk, eqn: compat.Eqn, values: list[Any]) -> list[Any]:
     """Enter a while loop: weights as constants of the condition and the body, or carried unchanged."""
     p = eqn.params
     counts = p["cond_nconsts"], p["body_nconsts"]
-    loose = changing(p["body_jaxpr"], p["body_nconsts"], len(values) - sum(counts))
+    loose = _changing(p["body_jaxpr"], p["body_nconsts"], len(values) - sum(counts))
     values = [walk.array(v, "while carry") if n - sum(counts) in loose else v for n, v in enumerate(values)]
 
     def build():
         def whole(*values):
-            cond_consts, body_consts, carry = split(values, *counts)
-            fixed, moving = hold(carry)
+            cond_consts, body_consts, carry = _split(values, *counts)
+            fixed, moving = _hold(carry)
 
             def full(moving):
                 return [fixed.get(n, c) for n, c in enumerate(moving)]
@@ -108,7 +108,7 @@ def while_(walk: Walk, eqn: compat.Eqn, values: list[Any]) -> list[Any]:
 
             def each(moving):
                 on = going(moving)
-                return [None if o is None else where(on, o, c) for o, c in zip(body(moving), moving, strict=True)]
+                return [None if o is None else _where(on, o, c) for o, c in zip(body(moving), moving, strict=True)]
 
             # A loop under vmap has an end for each, where that depends on data: the last one ends it.
             if compat.opened(p["cond_jaxpr"])[0].outvars[0].aval.shape:
@@ -120,7 +120,7 @@ def while_(walk: Walk, eqn: compat.Eqn, values: list[Any]) -> list[Any]:
     return walk.call(eqn, build)(*values)
 
 
-def cond(walk: Walk, eqn: compat.Eqn, values: list[Any]) -> list[Any]:
+def _cond(walk: Walk, eqn: compat.Eqn, values: list[Any]) -> list[Any]:
     """Enter every branch of a conditional."""
     values = [walk.array(values[0], "cond"), *values[1:]]
 
@@ -134,7 +134,7 @@ def cond(walk: Walk, eqn: compat.Eqn, values: list[Any]) -> list[Any]:
     return walk.call(eqn, build)(*values)
 
 
-def custom_jvp(walk: Walk, eqn: compat.Eqn, values: list[Any]) -> list[Any]:
+def _custom_jvp(walk: Walk, eqn: compat.Eqn, values: list[Any]) -> list[Any]:
     """Enter a function with a derivative rule of its own for its value; differentiate it by that rule.
 
     The rule is written for the weight itself, so under differentiation the weight is materialised.
@@ -143,20 +143,20 @@ def custom_jvp(walk: Walk, eqn: compat.Eqn, values: list[Any]) -> list[Any]:
         if isinstance(v, View):
             walk.on_fallback(v, "derivative rule of custom_jvp")
 
-    return with_own_derivative(walk, eqn, values)
+    return _with_own_derivative(walk, eqn, values)
 
 
-def custom_vjp(walk: Walk, eqn: compat.Eqn, values: list[Any]) -> list[Any] | None:
+def _custom_vjp(walk: Walk, eqn: compat.Eqn, values: list[Any]) -> list[Any] | None:
     """Materialise under a backward rule of the function's own, which is written for the weight itself.
 
     Op by op, the call is entered all the same.
     """
     if not compat.op_by_op():
         return None
-    return with_own_derivative(walk, eqn, [walk.array(v, eqn.primitive.name) for v in values])
+    return _with_own_derivative(walk, eqn, [walk.array(v, eqn.primitive.name) for v in values])
 
 
-def with_own_derivative(walk: Walk, eqn: compat.Eqn, values: list[Any]) -> list[Any]:
+def _with_own_derivative(walk: Walk, eqn: compat.Eqn, values: list[Any]) -> list[Any]:
     """Enter a call for its value; leave its derivative to the call itself."""
 
     def build():
@@ -176,10 +176,10 @@ def with_own_derivative(walk: Walk, eqn: compat.Eqn, values: list[Any]) -> list[
     return walk.call(eqn, build)(*values)
 
 
-def shard_map(walk: Walk, eqn: compat.Eqn, values: list[Any]) -> list[Any]:
+def _shard_map(walk: Walk, eqn: compat.Eqn, values: list[Any]) -> list[Any]:
     """Enter a shard_map: a factor is split as the weight is along the axes it spans, its rank is whole."""
 
-    values = [whole_where_cut(walk, v, spec) for v, spec in zip(values, eqn.params["in_specs"], strict=True)]
+    values = [_whole_where_cut(walk, v, spec) for v, spec in zip(values, eqn.params["in_specs"], strict=True)]
 
     def spec_of(value: Any, spec: Any) -> Any:
         if not isinstance(value, View):
@@ -198,7 +198,7 @@ def shard_map(walk: Walk, eqn: compat.Eqn, values: list[Any]) -> list[Any]:
             """Note along which axes all devices have the same part: those along which it is not split."""
             if not isinstance(value, View):
                 return value
-            same = tuple(frozenset(params["axis_names"]) - split_over(of) for of in spec.parts)
+            same = tuple(frozenset(params["axis_names"]) - _split_over(of) for of in spec.parts)
             return dataclasses.replace(value, uniform=same)
 
         def mapped(*values):
@@ -215,18 +215,18 @@ def shard_map(walk: Walk, eqn: compat.Eqn, values: list[Any]) -> list[Any]:
     return walk.call(eqn, build)(*values)
 
 
-def whole_where_cut(walk: Walk, value: Any, spec: Any) -> Any:
+def _whole_where_cut(walk: Walk, value: Any, spec: Any) -> Any:
     """Return a value as it is, or as an array where it is a stored weight that a mesh cuts behind its stack."""
     cut = isinstance(value, View) and is_stored(value.w) and any(spec[len(value.w.stack) :])
     return walk.array(value, "shard_map of a stored weight") if cut else value
 
 
-def split_over(spec: Any) -> frozenset[Any]:
+def _split_over(spec: Any) -> frozenset[Any]:
     """Return the mesh axes that a partition spec names."""
     return frozenset(name for of in spec or () for name in (of if isinstance(of, tuple) else (of,)) if name is not None)
 
 
-def split(values, *counts):
+def _split(values, *counts):
     """Split a flat list into runs of the given lengths and the rest."""
     runs, at = [], 0
     for count in counts:
@@ -235,46 +235,46 @@ def split(values, *counts):
     return [*runs, list(values[at:])]
 
 
-def enter(value: Any) -> Any:
+def _enter(value: Any) -> Any:
     """Take the scanned axis off a view's label: scanning has taken it off its arrays."""
     if not isinstance(value, View):
         return value
     return dataclasses.replace(value, axes=value.axes[1:])
 
 
-def leave(value: Any) -> Any:
+def _leave(value: Any) -> Any:
     """Put an axis before a view's label: scanning has stacked its arrays again."""
     if not isinstance(value, View):
         return value
     return dataclasses.replace(value, axes=(frozenset(), *value.axes))
 
 
-def where(on: Array, new: Array, old: Array) -> Array:
+def _where(on: Array, new: Array, old: Array) -> Array:
     """Choose by the leading axes."""
     return lax.select(lax.broadcast_in_dim(on, new.shape, range(on.ndim)), new, old)
 
 
-def changing(body: compat.Jaxpr, num_consts: int, num_carry: int) -> set[int]:
+def _changing(body: compat.Jaxpr, num_consts: int, num_carry: int) -> set[int]:
     """Return which of the values that a loop carries its body does not pass on as it got them."""
     jaxpr, _ = compat.opened(body)
     ins = jaxpr.invars[num_consts : num_consts + num_carry]
     return {n for n, (i, o) in enumerate(zip(ins, jaxpr.outvars[:num_carry], strict=True)) if i is not o}
 
 
-def hold(carry: list[Any]) -> tuple[dict[int, View], list[Any]]:
+def _hold(carry: list[Any]) -> tuple[dict[int, View], list[Any]]:
     """Take the views out of a loop's carry, where they do not change; leave None in their places."""
     fixed = {n: c for n, c in enumerate(carry) if isinstance(c, View)}
     return fixed, [None if n in fixed else c for n, c in enumerate(carry)]
 
 
 RULES: dict[compat.Primitive, Rule] = {
-    primitives.jit_p: jit,
+    primitives.jit_p: _jit,
     primitives.closed_call_p: closed_call,
-    primitives.remat_p: remat,
-    primitives.scan_p: scan,
-    primitives.while_p: while_,
-    primitives.cond_p: cond,
-    primitives.custom_jvp_call_p: custom_jvp,
-    primitives.custom_vjp_call_p: custom_vjp,
-    compat.shard_map_p: shard_map,
+    primitives.remat_p: _remat,
+    primitives.scan_p: _scan,
+    primitives.while_p: _while_,
+    primitives.cond_p: _cond,
+    primitives.custom_jvp_call_p: _custom_jvp,
+    primitives.custom_vjp_call_p: _custom_vjp,
+    compat.shard_map_p: _shard_map,
 }

@@ -22,7 +22,7 @@ def all_gather(walk: Walk, eqn: compat.Eqn, values: list[Any]) -> list[Any] | No
     dim, tiled = p["all_gather_dimension"], p["tiled"]
     if is_stored(view.w):
         return None
-    names = names_of(p["axis_name"])
+    names = _names_of(p["axis_name"])
     if tiled and not all(
         spans(view, part)[dim] or names <= same or view.shape[dim] == 1
         for part, same in zip(view.parts, view.shared, strict=True)
@@ -32,7 +32,7 @@ def all_gather(walk: Walk, eqn: compat.Eqn, values: list[Any]) -> list[Any] | No
     def act(array: Array, spanned: tuple[bool, ...]) -> Array:
         if tiled and not spanned[dim]:
             return array
-        return compat.bind(eqn, varied(array, view))[0]
+        return compat.bind(eqn, _varied(array, view))[0]
 
     axes = view.axes if tiled else (*view.axes[:dim], frozenset(), *view.axes[dim:])
     return [rename(view, act, axes, ())]
@@ -41,13 +41,13 @@ def all_gather(walk: Walk, eqn: compat.Eqn, values: list[Any]) -> list[Any] | No
 def ppermute(walk: Walk, eqn: compat.Eqn, values: list[Any]) -> list[Any]:
     """Pass a weight on with its parts; a device that is sent nothing has zeros, and no update."""
     (view,) = values
-    return [untouched(view, lambda array: compat.bind(eqn, varied(array, view))[0])]
+    return [untouched(view, lambda array: compat.bind(eqn, _varied(array, view))[0])]
 
 
-def varied(array: Array, view: View) -> Array:
+def _varied(array: Array, view: View) -> Array:
     """Let a factor vary over devices as its weight does: JAX takes none into a collective that is the same on all."""
     return compat.vary_together(array, *jax.tree.leaves(view.w))[0]
 
 
-def names_of(axis_name: Any) -> frozenset[Any]:
+def _names_of(axis_name: Any) -> frozenset[Any]:
     return frozenset(axis_name if isinstance(axis_name, tuple | list) else (axis_name,))

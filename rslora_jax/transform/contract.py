@@ -52,7 +52,7 @@ def contract(
     einsum = functools.partial(jnp.einsum, precision=precision, preferred_element_type=dtype)
     # Elsewhere the compiler chooses layouts, and a partitioner may hold the rows cut along both of their axes.
     symbols = not all(isinstance(n, int) for n in (*left.shape, *right.shape))  # of which no product may be a size
-    if platform != "cpu" or symbols or any(map(sharded, (left, right))):
+    if platform != "cpu" or symbols or any(map(_sharded, (left, right))):
         return einsum(subscripts, left, right)
     size = dict(zip(terms[0] + terms[1], (*left.shape, *right.shape), strict=True))
     inner = neighbours(terms)
@@ -85,7 +85,7 @@ def neighbours(terms: Sequence[str]) -> dict[str, str]:
     return found
 
 
-def sharded(array: Array) -> bool:
+def _sharded(array: Array) -> bool:
     """Say whether an array's type says how it is cut among devices."""
     return any(axis is not None for axis in jax.typeof(array).sharding.spec)
 
@@ -94,15 +94,15 @@ def rank_first(factor: Array, axis: int, platform: str) -> Array:
     """Return a factor, whose rank is at `axis`, as it is; on a CPU, its gradient is formed with the rank first."""
     # On a GPU the barrier only keeps the cast to float32 out of the product that makes the gradient: a pass more (H200,
     # rank 64, beside the base alone: 1.19 with it and 1.18 without at 1B's widths, 1.14 and 1.13 at 7B's).
-    return gradient_rank_first(factor, axis) if platform == "cpu" else factor
+    return _gradient_rank_first(factor, axis) if platform == "cpu" else factor
 
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(1,))
-def gradient_rank_first(factor: Array, axis: int) -> Array:
+def _gradient_rank_first(factor: Array, axis: int) -> Array:
     return factor
 
 
-@gradient_rank_first.defjvp
+@_gradient_rank_first.defjvp
 def _(axis: int, primals: tuple[Array], tangents: tuple[Array]) -> tuple[Array, Array]:
     # Without the barrier, XLA makes one product, rank last, of the product and the transposition that follows it.
     moved = lax.optimization_barrier(jnp.moveaxis(tangents[0], axis, 0))
@@ -111,25 +111,25 @@ def _(axis: int, primals: tuple[Array], tangents: tuple[Array]) -> tuple[Array, 
 
 def apart(x: Array, rank: int, platform: str) -> Array:
     """Return data as it is, on its way to a factor; on a GPU, out of XLA's sight as that which meets the base."""
-    return lax.optimization_barrier(x) if joined(rank, platform) else x
+    return lax.optimization_barrier(x) if _joined(rank, platform) else x
 
 
 def gradient_apart(update: Array, rank: int, platform: str) -> Array:
     """Return an update as it is; on a GPU, its gradient is out of XLA's sight as that of the base's result."""
-    return behind_barrier(update) if joined(rank, platform) else update
+    return _behind_barrier(update) if _joined(rank, platform) else update
 
 
-def joined(rank: int, platform: str) -> bool:
+def _joined(rank: int, platform: str) -> bool:
     """Say whether XLA would join an adapter's products with the base's."""
     return platform == "gpu" and rank >= APART_FROM_RANK
 
 
 @jax.custom_jvp
-def behind_barrier(update: Array) -> Array:
+def _behind_barrier(update: Array) -> Array:
     return update
 
 
-@behind_barrier.defjvp
+@_behind_barrier.defjvp
 def _(primals: tuple[Array], tangents: tuple[Array]) -> tuple[Array, Array]:
     # Only on the way back: on the way there it would keep XLA from adding the update where the product makes it.
     return primals[0], lax.optimization_barrier(tangents[0])

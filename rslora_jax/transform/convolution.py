@@ -16,7 +16,7 @@ from rslora_jax.transform.views import LETTERS, RANK, View, alike, spans
 
 
 @dataclasses.dataclass(frozen=True)
-class Convolution:
+class _Convolution:
     """A convolution of data and a kernel.
 
     Attributes:
@@ -122,7 +122,7 @@ def convolution(view: View, params: dict[str, Any], platform: str) -> Product | 
     if gains is None:
         return None
     if not view.factors:
-        return Product(Convolution(own, True, view.dtype, view.gamma, platform), (), *gains)
+        return Product(_Convolution(own, True, view.dtype, view.gamma, platform), (), *gains)
     for last, axis in ((True, out_axis), (False, in_axis)):
         if not last and grouped:
             continue
@@ -130,7 +130,7 @@ def convolution(view: View, params: dict[str, Any], platform: str) -> Product | 
         for window, pointwise in (view.factors, view.factors[::-1]):
             if _lacks(view, window, [axis]) and _lacks(view, pointwise, others):
                 factors = (jnp.squeeze(window, axis), jnp.squeeze(pointwise, others))
-                op = Convolution(own, last, view.dtype, view.gamma, platform)
+                op = _Convolution(own, last, view.dtype, view.gamma, platform)
                 return Product(op, factors if last else factors[::-1], *gains)
     return None
 

@@ -22,7 +22,7 @@ from collections.abc import Iterable
 
 # Take another order than the factored one only if it saves more than this part of the adapter's FLOPs: it
 # costs a pass over the weight's memory that the count does not see.
-MARGIN = 0.02
+_MARGIN = 0.02
 
 
 @dataclasses.dataclass(frozen=True)
@@ -103,7 +103,7 @@ def plan(sizes: Sizes, summable: bool) -> Plan:
     ]
     best = min(options, key=lambda p: flops(sizes, p, summable))
     saved = flops(sizes, Plan(), summable) - flops(sizes, best, summable)
-    return best if saved > MARGIN * flops(sizes, Plan(), summable) else Plan(alone)
+    return best if saved > _MARGIN * flops(sizes, Plan(), summable) else Plan(alone)
 
 
 def least(sizes: Iterable[Sizes], summable: bool = True) -> int:

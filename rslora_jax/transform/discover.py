@@ -76,7 +76,7 @@ def roles(shapes: Mapping[str, tuple[int, ...]], found: Found) -> dict[str, dict
         use = (lookups or [use for use in met if not use.summed] or met or own)[0]
         if use.kind == "lookup" and not lookups:
             continue  # one row of a stack at a time, as a vector
-        ins, outs = sides(shapes[path], use)
+        ins, outs = _sides(shapes[path], use)
         if not ins or not outs:
             continue  # a vector, with nothing to factor
         kinds = {"lookup": "embedding", "convolution": "convolution"}
@@ -89,7 +89,7 @@ def roles(shapes: Mapping[str, tuple[int, ...]], found: Found) -> dict[str, dict
     return given
 
 
-def sides(shape: tuple[int, ...], use: Use) -> tuple[tuple[int, ...], tuple[int, ...]]:
+def _sides(shape: tuple[int, ...], use: Use) -> tuple[tuple[int, ...], tuple[int, ...]]:
     """Return a weight's in-axes and out-axes, by one use of it."""
     axes = range(len(shape))
     ins = tuple(n for n in axes if n in use.contracted)

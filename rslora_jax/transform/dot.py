@@ -14,7 +14,7 @@ from rslora_jax.transform.views import LETTERS, RANK, View, alike, compact
 
 
 @dataclasses.dataclass(frozen=True)
-class Dot:
+class _Dot:
     """A product of data and a weight; every axis has a letter.
 
     Attributes:
@@ -103,7 +103,7 @@ def dot(view: View, x: Array, weight_left: bool, params: dict[str, Any], platfor
         second, factors = RANK + second[:-1], (factors[0], jnp.moveaxis(factors[1], -1, 0))
     between = between_of(x_letters, first, set(out_letters) | set(second))
     own = tuple(params.items())
-    op = Dot(
+    op = _Dot(
         x_letters, w_letters, out_letters, first, between, second, weight_left, own, view.dtype, view.gamma, platform
     )
     return Product(op, factors, *gains)

@@ -22,7 +22,7 @@ def type_of_weight(w: Any) -> Any:
     return type_of(dense, w) if is_stored(w) else jax.typeof(w)
 
 
-def cut(of: Any) -> tuple[Any, ...]:
+def _cut(of: Any) -> tuple[Any, ...]:
     """Return for each axis of an array the mesh axes along which its type, which is given, says that it is cut."""
     return (*of.sharding.spec, *(None,) * (of.ndim - len(of.sharding.spec)))
 
@@ -35,16 +35,16 @@ def lay_factor(factor: Array, spanned: Sequence[bool], like: Any) -> Array:
     if not isinstance(where, NamedSharding):  # a weight on one device goes to the mesh of whatever it meets
         return factor
     mesh = where.mesh
-    own = tuple(of if there else None for of, there in zip(cut(whole), spanned, strict=True))
-    now = cut(jax.typeof(factor))
+    own = tuple(of if there else None for of, there in zip(_cut(whole), spanned, strict=True))
+    now = _cut(jax.typeof(factor))
     rank = now[-1]
-    free = set(mesh.explicit_axes) - {name for of in own for name in names(of)}
-    wanted = (*own, rank if names(rank) <= free else None)
+    free = set(mesh.explicit_axes) - {name for of in own for name in _names(of)}
+    wanted = (*own, rank if _names(rank) <= free else None)
     same_mesh = jax.typeof(factor).sharding.mesh == whole.sharding.mesh
     return factor if same_mesh and now == wanted else reshard(factor, NamedSharding(mesh, P(*wanted)))
 
 
-def names(of: Any) -> set[str]:
+def _names(of: Any) -> set[str]:
     """Return the mesh axes in an entry of a partition spec."""
     return set(of) if isinstance(of, tuple) else set() if of is None else {of}
 

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from rslora_jax.transform import compat
 from rslora_jax.transform.programs import Inner, fold, held
 
-MIXED = object()  # the tag of a value in which more than one source meets
+_MIXED = object()  # the tag of a value in which more than one source meets
 
 
 def last_products(jaxpr: compat.Jaxpr, products: Mapping[int, Set[str]]) -> set[str]:
@@ -61,7 +61,7 @@ def _turned(inner: Inner, tags: list[Any], run: Any) -> list[Any]:
 
 def _join(tags: Iterable[Any]) -> Any:
     found = {t for t in tags if t is not None}
-    return found.pop() if len(found) == 1 else MIXED if found else None
+    return found.pop() if len(found) == 1 else _MIXED if found else None
 
 
 def _untagged(constant: Any) -> None:

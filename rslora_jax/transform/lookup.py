@@ -14,7 +14,7 @@ from rslora_jax.transform.views import LETTERS, RANK, View, alike, compact, span
 
 
 @dataclasses.dataclass(frozen=True)
-class Lookup:
+class _Lookup:
     """Rows picked from a table by indices; what is picked has a letter for each axis.
 
     Attributes:
@@ -77,7 +77,7 @@ def lookup(view: View, pick: Pick, indices: Array, platform: str) -> Product | N
     of |= {axis: letters[index_axes[n]] for n, axis in pick.batch.items()}
     after = None if view.gain is None else picked(view.gain, indices, spans(view, view.gain), pick, 1)
     if not view.factors:
-        op = Lookup(pick, letters, "", "", (table, "", ""), ((), ()), view.dtype, view.gamma, platform)
+        op = _Lookup(pick, letters, "", "", (table, "", ""), ((), ()), view.dtype, view.gamma, platform)
         return Product(op, (), None, after)
     spanned = [spans(view, factor) for factor in view.factors]
     which = [n for n, there in enumerate(spanned) if there[pick.row]]
@@ -86,7 +86,7 @@ def lookup(view: View, pick: Pick, indices: Array, platform: str) -> Product | N
     order = (which[0], 1 - which[0])
     (whole_first, first), (whole_second, second) = (compact(view, view.factors[n], table) for n in order)
     rows = "".join(letters[n] for n in index_axes)
-    op = Lookup(
+    op = _Lookup(
         pick,
         letters,
         "".join(c for c in letters if c in rows or c in [of[n] for n in pick.kept if spanned[order[0]][n]]) + RANK,

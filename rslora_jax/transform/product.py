@@ -89,7 +89,7 @@ def adapted(view: View, product: Product, x: Array, *extra: Array) -> Array:
       *extra: operands of the operation that have no derivative.
     """
     x = times(x, product.before)
-    seen = () if "mask" not in view.along else (dropped(x, view.along["mask"], view.rate),)
+    seen = () if "mask" not in view.along else (_dropped(x, view.along["mask"], view.rate),)
     return times(adapted_product(product.op, x, view.w, product.factors, extra, *seen), product.after)
 
 
@@ -101,7 +101,7 @@ def times(array: Array, gain: Array | None) -> Array:
     return (array.astype(dtype) * gain.astype(dtype)).astype(array.dtype)
 
 
-def dropped(x: Array, key: Array, rate: float) -> Array:
+def _dropped(x: Array, key: Array, rate: float) -> Array:
     """Return data of which a part, drawn at random, is zero, and the rest as much larger (arXiv 1207.0580).
 
     Args:
@@ -130,12 +130,12 @@ def adapted_product(
       seen: the data as the adapter sees it, where that is not `x`; then all is factored.
     """
     if explicit_mesh(x, w):
-        return without_explicit_axes(op, x, w, factors, extra, seen)
+        return _without_explicit_axes(op, x, w, factors, extra, seen)
     stored = is_stored(w)
     # A sum with a weight stored in fewer bits than float32 would round the update away.
     parts = Parts(op, jnp.finfo(w.dtype).bits >= 32, extra)
     if not factors:
-        return recomputed(parts.base, stored)(x, w)
+        return _recomputed(parts.base, stored)(x, w)
     first, second = factors
     sizes = op.sizes(x.shape, w.shape, first.shape[-1])
     # Through a weight that the program computes with in float8, an update would be rounded to three bits.
@@ -143,24 +143,24 @@ def adapted_product(
     # The order is that of a dense weight, to the bit, but a weight that is not kept dense is not kept in a sum either.
     best = dataclasses.replace(best, keep=False) if stored else best
 
-    first = first if slight(first.shape, -1, sizes.meet) else rank_first(first, -1, op.platform)
+    first = first if _slight(first.shape, -1, sizes.meet) else rank_first(first, -1, op.platform)
     second = (
-        second if slight(second.shape, op.rank_axis, sizes.leave) else rank_first(second, op.rank_axis, op.platform)
+        second if _slight(second.shape, op.rank_axis, sizes.leave) else rank_first(second, op.rank_axis, op.platform)
     )
 
     if best == Plan():  # then JAX's own derivative is the one that was counted
-        return recomputed(parts.factored, stored)(x, w, first, second, seen)
-    return through_weight(op, best, x, w, first, second, extra)
+        return _recomputed(parts.factored, stored)(x, w, first, second, seen)
+    return _through_weight(op, best, x, w, first, second, extra)
 
 
-def recomputed(act: Callable[..., Array], stored: bool) -> Callable[..., Array]:
+def _recomputed(act: Callable[..., Array], stored: bool) -> Callable[..., Array]:
     """Return a product that, where the weight is stored in a form of its own, keeps no dense one for its gradients."""
     if not stored and not compat.op_by_op():  # in which all bases' gradients are summed in one order, to the bit
         return act
     return jax.checkpoint(act, policy=jax.checkpoint_policies.save_only_these_names(MET))
 
 
-def through_weight(op: Bilinear, best: Plan, x: Array, w: Any, first: Array, second: Array, extra: Any) -> Array:
+def _through_weight(op: Bilinear, best: Plan, x: Array, w: Any, first: Array, second: Array, extra: Any) -> Array:
     """Return the product by a plan in which some part goes through the sum of the weight and its update."""
     summable = jnp.finfo(w.dtype).bits >= 32
 
@@ -173,23 +173,23 @@ def through_weight(op: Bilinear, best: Plan, x: Array, w: Any, first: Array, sec
     def rule(primals, tangents):
         x, w, first, second, *extra = primals
         dx, dfirst, dsecond = (None if isinstance(t, SymbolicZero) else t for t in (tangents[0], *tangents[2:4]))
-        dw = tangent_of_dense(w, tangents[1])
+        dw = _tangent_of_dense(w, tangents[1])
         parts = Parts(op, summable, extra)
         whole: Any = parts.merged(w, first, second) if best.forward or best.dx else None
-        met = kept_as(parts.meet(x, first), MET)  # XLA drops what is not used
+        met = _kept_as(parts.meet(x, first), MET)  # XLA drops what is not used
         y = whole(x) if best.forward else parts.with_update(parts.base(x, w), met, second)
         terms = []
         if best.factors:
             weights = [] if dfirst is None else [parts.full(dfirst, second)]
             weights += [] if dsecond is None else [parts.full(first, dsecond)]
             if weights:
-                terms.append(parts.by_weight(x, add(weights)))
+                terms.append(parts.by_weight(x, _add(weights)))
         else:
             meets = [parts.meet(x, dfirst)] if dfirst is not None else []
             if dx is not None and not best.dx:
                 meets.append(parts.meet(dx, first))
             if meets:
-                terms.append(parts.leave(add(meets), second))
+                terms.append(parts.leave(_add(meets), second))
             if dsecond is not None:
                 terms.append(parts.leave(met, dsecond))
         if dx is not None:
@@ -198,7 +198,7 @@ def through_weight(op: Bilinear, best: Plan, x: Array, w: Any, first: Array, sec
                 terms.append(parts.leave(parts.meet(dx, first), second))
         if dw is not None:
             terms.append(parts.by_weight(x, dw))
-        dy = add([t.astype(y.dtype) for t in terms]) if terms else jnp.zeros_like(y)
+        dy = _add([t.astype(y.dtype) for t in terms]) if terms else jnp.zeros_like(y)
         return y, dy
 
     product.defjvp(rule, symbolic_zeros=True)
@@ -207,7 +207,7 @@ def through_weight(op: Bilinear, best: Plan, x: Array, w: Any, first: Array, sec
     return jax.checkpoint(product, policy=policy)(x, w, first, second, *extra)
 
 
-def tangent_of_dense(w: Any, tangent: Any) -> Array | None:
+def _tangent_of_dense(w: Any, tangent: Any) -> Array | None:
     """Return the tangent of the array that a weight stands for; None where it has none."""
     tree: Any = jax.tree.structure(w)
     given = jax.tree.leaves(tangent, is_leaf=lambda t: isinstance(t, SymbolicZero))
@@ -229,7 +229,7 @@ def _zero_of(array: Array) -> Any:
     return np.zeros(array.shape, jax.dtypes.float0)
 
 
-def without_explicit_axes(op: Any, x: Array, w: Any, factors: Any, extra: Any, seen: Any) -> Array:
+def _without_explicit_axes(op: Any, x: Array, w: Any, factors: Any, extra: Any, seen: Any) -> Array:
     """Return the product where an array's type says how it lies: its result lies as the program's own does."""
     where = type_of(lambda x, w: Parts(op, True, extra).base(x, w), x, w).sharding
     if hasattr(op, "params"):
@@ -271,7 +271,7 @@ class Parts:
     def factored(self, x: Array, w: Any, first: Array, second: Array, seen: Array | None = None) -> Array:
         """Return the product; `seen` is the data that the factors meet, if it is other than the weight's."""
         met = self.meet(x if seen is None else seen, first)
-        return self.with_update(self.base(x, w), kept_as(met, MET) if is_stored(w) else met, second)
+        return self.with_update(self.base(x, w), _kept_as(met, MET) if is_stored(w) else met, second)
 
     def with_update(self, y: Array, met: Array, second: Array) -> Array:
         update = gradient_apart(self.leave(met, second), second.shape[self.op.rank_axis], self.op.platform)
@@ -282,13 +282,13 @@ class Parts:
         if self.summable:
             dtype = wide(w.dtype, first.dtype, second.dtype)
             update = self.full(first.astype(dtype), second.astype(dtype))
-            total = kept_as(self.cast(dense(w).astype(dtype) + update), MERGED)
+            total = _kept_as(self.cast(dense(w).astype(dtype) + update), MERGED)
             return lambda x: self.base(x, total)
-        update = kept_as(self.cast(self.full(first, second)), MERGED)
+        update = _kept_as(self.cast(self.full(first, second)), MERGED)
         return lambda x: self.base(x, w) + self.base(x, update)
 
 
-def slight(shape: tuple[int, ...], rank_axis: int, flops: int) -> bool:
+def _slight(shape: tuple[int, ...], rank_axis: int, flops: int) -> bool:
     """Say whether the product that makes a factor's gradient has two axes, or the rows, of fewer than four places.
 
     Under vmap, the XLA of JAX 0.10 aborts on a CPU where it forms such a product transposed, as `rank_first` has it.
@@ -298,14 +298,14 @@ def slight(shape: tuple[int, ...], rank_axis: int, flops: int) -> bool:
     return (isinstance(rows, int) and rows < 4) or (rank < 4 and min(others, default=0) < 4)
 
 
-def kept_as(array: Array, name: str) -> Array:
+def _kept_as(array: Array, name: str) -> Array:
     """Name an array for checkpoint policies; a complex one by its parts, as JAX cannot keep it whole."""
     if not jnp.iscomplexobj(array):
         return checkpoint_name(array, name)
     return lax.complex(checkpoint_name(array.real, name), checkpoint_name(array.imag, name))
 
 
-def add(terms: list[Array]) -> Array:
+def _add(terms: list[Array]) -> Array:
     """Add arrays without starting from a zero."""
     total, *rest = terms
     for term in rest:

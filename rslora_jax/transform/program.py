@@ -16,14 +16,14 @@ from rslora_jax.transform import compat
 from rslora_jax.transform.objects import change, changes, values_of, variables_of
 from rslora_jax.transform.static import exact, exact_structure, hashable
 
-ARRAYS = (jax.Array, np.ndarray, np.generic, jax.ShapeDtypeStruct)
-NUMBERS = (float, complex)
+_ARRAYS = (jax.Array, np.ndarray, np.generic, jax.ShapeDtypeStruct)
+_NUMBERS = (float, complex)
 Trace = tuple[compat.Jaxpr, Any, list[Any]]
 
 
 def is_array(leaf: Any) -> bool:
     """Say whether a leaf is an array or stands for one, as a stored weight does; a NumPy string is none."""
-    return is_stored(leaf) or (isinstance(leaf, ARRAYS) and not isinstance(leaf, str | bytes))
+    return is_stored(leaf) or (isinstance(leaf, _ARRAYS) and not isinstance(leaf, str | bytes))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -79,11 +79,11 @@ class Program:
         tree: Any
         leaves, tree = jax.tree.flatten((params, args, kwargs), is_leaf=is_stored)
         first = tree.children()[0].num_leaves
-        numbers = [n for n, leaf in enumerate(leaves) if n >= first and type(leaf) in NUMBERS]
-        known = static(tree, leaves)
+        numbers = [n for n, leaf in enumerate(leaves) if n >= first and type(leaf) in _NUMBERS]
+        known = _static(tree, leaves)
         if not numbers:
             return self.traced(known, leaves)
-        unknown = static(tree, leaves, numbers)
+        unknown = _static(tree, leaves, numbers)
         with self.lock:  # or another thread's unfinished trace would seem to keep the numbers
             if unknown.key not in self.knowing:
                 try:
@@ -101,7 +101,7 @@ class Program:
             if yes
         ]
         jaxpr, out_tree = compat.trace(self.jitted, call, *map(like_dense, arrays))
-        if any_alive(call.stand_ins):
+        if _any_alive(call.stand_ins):
             raise ValueError("the function keeps a number for later, as a derivative rule that closes over it does")
         return compat.live(jaxpr), out_tree, arrays
 
@@ -112,7 +112,7 @@ class Program:
         return out
 
 
-def static(tree: Any, leaves: Sequence[Any], numbers: Collection[int] = ()) -> Static:
+def _static(tree: Any, leaves: Sequence[Any], numbers: Collection[int] = ()) -> Static:
     """Return the static part of a call in which some leaves, `numbers`, are traced as arrays are."""
     traced = tuple(n in numbers or is_array(leaf) for n, leaf in enumerate(leaves))
     fixed = [leaf for leaf, yes in zip(leaves, traced, strict=True) if not yes]
@@ -126,7 +126,7 @@ def static(tree: Any, leaves: Sequence[Any], numbers: Collection[int] = ()) -> S
     return Static((exact_structure(tree), traced, tuple(numbers), values), tree, traced, numbers, fixed)
 
 
-def any_alive(references: Sequence[weakref.ref]) -> bool:
+def _any_alive(references: Sequence[weakref.ref]) -> bool:
     """Say whether something that was to live as long as a trace lives on, and not only until the next collection."""
     if all(reference() is None for reference in references):
         return False

@@ -60,14 +60,14 @@ def call(name: str, own_derivative: bool = False) -> Callable[[compat.Eqn], Held
     return held
 
 
-def scan(eqn: compat.Eqn) -> Held:
+def _scan(eqn: compat.Eqn) -> Held:
     """Take a scan's body as its loop; the scanned inputs lose their first axis on the way in."""
     num_consts, num_carry = compat.scan_counts(eqn)
     carried = range(num_consts, num_consts + num_carry)
     return Held((Inner(eqn.params["jaxpr"], range(len(eqn.invars)), carried, eqn.params["length"]),))
 
 
-def while_(eqn: compat.Eqn) -> Held:
+def _while_(eqn: compat.Eqn) -> Held:
     """Take a while loop's condition and body, each with constants of its own before what is carried."""
     p = eqn.params
     first = p["cond_nconsts"] + p["body_nconsts"]
@@ -77,13 +77,13 @@ def while_(eqn: compat.Eqn) -> Held:
     return Held((condition, Inner(p["body_jaxpr"], range(p["cond_nconsts"], len(eqn.invars)), carried)))
 
 
-def cond(eqn: compat.Eqn) -> Held:
+def _cond(eqn: compat.Eqn) -> Held:
     """Take a conditional's branches; its first input says which."""
     inputs = range(1, len(eqn.invars))
     return Held(tuple(Inner(branch, inputs) for branch in eqn.params["branches"]), one_of=True)
 
 
-def shard_map(eqn: compat.Eqn) -> Held:
+def _shard_map(eqn: compat.Eqn) -> Held:
     """Take the program of one device, which has a part of each value, as often as there are devices."""
     options = compat.shard_map_params(eqn)
     devices = math.prod(options["mesh"].shape[axis] for axis in options["axis_names"])
@@ -94,12 +94,12 @@ PROGRAMS: Mapping[compat.Primitive, Callable[[compat.Eqn], Held]] = {
     primitives.jit_p: call("jaxpr"),
     primitives.closed_call_p: call("call_jaxpr"),
     primitives.remat_p: call("jaxpr"),
-    primitives.scan_p: scan,
-    primitives.while_p: while_,
-    primitives.cond_p: cond,
+    primitives.scan_p: _scan,
+    primitives.while_p: _while_,
+    primitives.cond_p: _cond,
     primitives.custom_jvp_call_p: call("call_jaxpr", own_derivative=True),
     primitives.custom_vjp_call_p: call("call_jaxpr", own_derivative=True),
-    compat.shard_map_p: shard_map,
+    compat.shard_map_p: _shard_map,
 }
 
 

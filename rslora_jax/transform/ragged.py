@@ -16,7 +16,7 @@ from rslora_jax.transform.views import LETTERS, RANK, View, alike, spans
 
 
 @dataclasses.dataclass(frozen=True)
-class Ragged:
+class _Ragged:
     """A `ragged_dot_general` of data and a stack of experts; every axis has a letter.
 
     Attributes:
@@ -119,11 +119,11 @@ def ragged(view: View, x: Array, params: dict[str, Any], sizes: Array, platform:
     summed = {x_letters[n] for n in x_contracted}
     if factors and (summed & (set(second) - set(first)) or not (group in first and group in second)):
         return None
-    gains = gains_by_row(view, x_letters, w_letters, out_letters, x_letters[rows[0]], group, sizes, x.shape[rows[0]])
+    gains = _gains_by_row(view, x_letters, w_letters, out_letters, x_letters[rows[0]], group, sizes, x.shape[rows[0]])
     if gains is None:
         return None
     between = between_of(x_letters, first, (set(out_letters) | set(second)) - {group})
-    op = Ragged(
+    op = _Ragged(
         x_letters,
         w_letters,
         out_letters,
@@ -140,7 +140,7 @@ def ragged(view: View, x: Array, params: dict[str, Any], sizes: Array, platform:
     return Product(op, factors, *gains)
 
 
-def gains_by_row(
+def _gains_by_row(
     view: View, x: str, w: str, out: str, rows: str, group: str, sizes: Array, number: int
 ) -> tuple[Array | None, Array | None] | None:
     """Return a gain as what data and result are multiplied by, for each row that of its expert."""
@@ -152,10 +152,10 @@ def gains_by_row(
     if sizes.ndim != 1:
         return None
     by_row = jnp.repeat(view.gain, sizes, axis, total_repeat_length=number)
-    wide = dataclasses.replace(view, w=like_rows(view, axis, number), gain=by_row)
+    wide = dataclasses.replace(view, w=_like_rows(view, axis, number), gain=by_row)
     return gains_of(wide, x, w.replace(group, rows), out)
 
 
-def like_rows(view: View, axis: int, number: int) -> Any:
+def _like_rows(view: View, axis: int, number: int) -> Any:
     """Return the shape that the experts would have if every row of data had its own."""
     return jax.ShapeDtypeStruct((*view.shape[:axis], number, *view.shape[axis + 1 :]), view.w.dtype)

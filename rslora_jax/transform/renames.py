@@ -24,7 +24,7 @@ from rslora_jax.transform import compat
 from rslora_jax.transform.explicit import explicit_mesh, lay_factor
 from rslora_jax.transform.views import Axes, View, spans, wide
 
-Spanned = tuple[bool, ...]
+_Spanned = tuple[bool, ...]
 
 
 def rename(
@@ -54,11 +54,11 @@ def renamed_weight(view: View, act: Callable[..., Array], moved: Collection[int]
     if not is_stored(view.w):
         return act(view.w, *operands, everything, *others)
     if max(moved, default=-1) < len(view.w.stack):
-        return packed(view.w, lambda array, spanned: act(array, *operands, spanned, *others))
+        return _packed(view.w, lambda array, spanned: act(array, *operands, spanned, *others))
     return deferred(act, (view.w, *operands), (everything, *others), min(moved))
 
 
-def packed(w: Stored, act: Callable[[Array, Spanned], Array]) -> Stored:
+def _packed(w: Stored, act: Callable[[Array, _Spanned], Array]) -> Stored:
     """Do to the arrays of a stored weight what is done to its stack."""
     depth, inner = len(w.stack), len(w.inner)
     spanned = (True,) * depth + (False,) * inner
@@ -76,7 +76,7 @@ def untouched(view: View, act: Callable[[Array], Array]) -> View:
     return view.with_parts(jax.tree.map(act, view.w), [act(part) for part in view.parts])
 
 
-def _tail(array: Array, spanned: Spanned) -> tuple[int, ...]:
+def _tail(array: Array, spanned: _Spanned) -> tuple[int, ...]:
     """Return the sizes behind the weight's own axes, such as the rank of a factor."""
     return array.shape[len(spanned) :]
 
@@ -88,7 +88,7 @@ def transpose(view: View, permutation: Sequence[int]) -> View:
     return rename(view, _transposed, [view.axes[n] for n in order], moved, (), (order,))
 
 
-def _transposed(array: Array, spanned: Spanned, order: tuple[int, ...]) -> Array:
+def _transposed(array: Array, spanned: _Spanned, order: tuple[int, ...]) -> Array:
     return jnp.transpose(array, (*order, *range(len(spanned), array.ndim)))
 
 
@@ -117,7 +117,7 @@ def reshape(view: View, sizes: Sequence[int]) -> View | None:
     return rename(view, _reshaped, axes, moved, (), (fixed, tuple(sizes)))
 
 
-def _reshaped(array: Array, spanned: Spanned, groups: Sequence[Any], sizes: tuple[int, ...]) -> Array:
+def _reshaped(array: Array, spanned: _Spanned, groups: Sequence[Any], sizes: tuple[int, ...]) -> Array:
     shape = [1] * len(sizes)
     for old, new, same in groups:
         for n in new:
@@ -159,7 +159,7 @@ def squeeze(view: View, dimensions: Sequence[int]) -> View:
     return rename(view, _squeezed, [label for n, label in enumerate(view.axes) if n not in gone], gone, (), (gone,))
 
 
-def _squeezed(array: Array, spanned: Spanned, gone: tuple[int, ...]) -> Array:
+def _squeezed(array: Array, spanned: _Spanned, gone: tuple[int, ...]) -> Array:
     return lax.squeeze(array, gone)
 
 
@@ -170,7 +170,7 @@ def slice_axes(view: View, starts: Sequence[int], limits: Sequence[int], strides
     return rename(view, _sliced, view.axes, [n for n, cut in enumerate(cuts) if cut], (), (cuts,))
 
 
-def _sliced(array: Array, spanned: Spanned, cuts: Sequence[tuple[int, int, int] | None]) -> Array:
+def _sliced(array: Array, spanned: _Spanned, cuts: Sequence[tuple[int, int, int] | None]) -> Array:
     own = [cut if there else None for there, cut in zip(spanned, cuts, strict=True)]
     if not any(own):
         return array  # untouched, so that joining the slices again can see that they share it
@@ -209,7 +209,7 @@ def reverse(view: View, dimensions: Sequence[int]) -> View:
     return rename(view, _reversed, view.axes, tuple(dimensions), (), (tuple(dimensions),))
 
 
-def _reversed(array: Array, spanned: Spanned, dimensions: tuple[int, ...]) -> Array:
+def _reversed(array: Array, spanned: _Spanned, dimensions: tuple[int, ...]) -> Array:
     return lax.rev(array, dimensions)
 
 
@@ -227,7 +227,7 @@ def pad(view: View, value: Array, config: Sequence[tuple[int, int, int]]) -> Vie
     return dataclasses.replace(view, w=w, factors=tuple(act(f, 0) for f in view.factors), gain=gain, along=along)
 
 
-def _padded(array: Array, value: Array, spanned: Spanned, config: tuple[tuple[int, int, int], ...]) -> Array:
+def _padded(array: Array, value: Array, spanned: _Spanned, config: tuple[tuple[int, int, int], ...]) -> Array:
     padding = [c if s else (0, 0, 0) for c, s in zip(config, spanned, strict=True)]
     return lax.pad(array, value.astype(array.dtype), [*padding, *((0, 0, 0) for _ in _tail(array, spanned))])
 
@@ -245,7 +245,7 @@ def broadcast(view: View, shape: Sequence[int], dimensions: Sequence[int]) -> Vi
 
 
 def _broadcast(
-    array: Array, spanned: Spanned, shape: tuple[int, ...], place: tuple[int, ...], grown: tuple[bool, ...]
+    array: Array, spanned: _Spanned, shape: tuple[int, ...], place: tuple[int, ...], grown: tuple[bool, ...]
 ) -> Array:
     own = {new: array.shape[n] for n, new in enumerate(place)}
     sizes = [size if grown[new] else own[new] for new, size in enumerate(shape)]

@@ -23,7 +23,7 @@ from rslora_jax.transform.views import Axes
 
 # What works entry by entry, or puts arrays beside each other: a weight that meets data there is a table of numbers.
 # fmt: off
-ENTRYWISE = frozenset(
+_ENTRYWISE = frozenset(
     (
         primitives.add_p, primitives.add_jaxvals_p, primitives.sub_p, primitives.mul_p, primitives.div_p,
         primitives.rem_p, primitives.max_p, primitives.min_p, primitives.pow_p, primitives.atan2_p,
@@ -37,7 +37,7 @@ ENTRYWISE = frozenset(
     )
 )
 # Among them, those in which a weight that meets data of its own shape keeps its axes.
-KEEPING = frozenset(
+_KEEPING = frozenset(
     (
         primitives.mul_p, primitives.div_p, primitives.select_n_p, primitives.scatter_p, primitives.scatter_add_p,
         primitives.scatter_mul_p, primitives.dynamic_update_slice_p,
@@ -45,9 +45,9 @@ KEEPING = frozenset(
 )
 # fmt: on
 # And those in which data of its own shape change it: whether it is a weight shows where data meet the result.
-MOVING = (primitives.add_p, primitives.sub_p, primitives.max_p, primitives.min_p, primitives.clamp_p)
-SCALING = (primitives.mul_p, primitives.div_p)
-JOINING = (*SCALING, primitives.concatenate_p, lax.stack_p)
+_MOVING = (primitives.add_p, primitives.sub_p, primitives.max_p, primitives.min_p, primitives.clamp_p)
+_SCALING = (primitives.mul_p, primitives.div_p)
+_JOINING = (*_SCALING, primitives.concatenate_p, lax.stack_p)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -69,32 +69,32 @@ class Scout(Walk):
 def scouting(log: Log) -> Scout:
     """Return discovery's walk, which notes in a log what it sees."""
     rules = {
-        primitive: entering(rule) if primitive in calls.RULES else keeping(rule) for primitive, rule in RULES.items()
+        primitive: _entering(rule) if primitive in calls.RULES else _keeping(rule) for primitive, rule in RULES.items()
     }
     rules |= {
-        primitives.add_p: adding,
-        primitives.add_jaxvals_p: adding,
-        primitives.sub_p: adding,
-        primitives.dot_general_p: product(log),
-        primitives.conv_general_dilated_p: kernel(log, "convolution", window),
-        compat.ragged_dot_general_p: kernel(log, "product", grouped),
-        primitives.gather_p: picking(log),
-        primitives.dynamic_slice_p: slicing(log),
-        primitives.cond_p: choosing(log),
+        primitives.add_p: _adding,
+        primitives.add_jaxvals_p: _adding,
+        primitives.sub_p: _adding,
+        primitives.dot_general_p: _product(log),
+        primitives.conv_general_dilated_p: _kernel(log, "convolution", _window),
+        compat.ragged_dot_general_p: _kernel(log, "product", _grouped),
+        primitives.gather_p: _picking(log),
+        primitives.dynamic_slice_p: _slicing(log),
+        primitives.cond_p: _choosing(log),
         # Entered whatever their derivatives are, to see what the weight is used for.
-        primitives.custom_jvp_call_p: entering(calls.closed_call),
-        primitives.custom_vjp_call_p: entering(calls.closed_call),
-        primitives.scan_p: taking_apart(log, entering(calls.RULES[primitives.scan_p])),
+        primitives.custom_jvp_call_p: _entering(calls.closed_call),
+        primitives.custom_vjp_call_p: _entering(calls.closed_call),
+        primitives.scan_p: _taking_apart(log, _entering(calls.RULES[primitives.scan_p])),
     }
-    return Scout(rules, on_fallback=functools.partial(lose, log), follow=following(log))
+    return Scout(rules, on_fallback=functools.partial(_lose, log), follow=_following(log))
 
 
-def lose(log: Log, view: Probe, primitive: str) -> None:
+def _lose(log: Log, view: Probe, primitive: str) -> None:
     """Note that a weight went where it is no weight any more."""
     log.meet(view, primitive, loud=primitive != "output of the function")
 
 
-def following(log: Log) -> Rule:
+def _following(log: Log) -> Rule:
     """Return how an equation without a rule is evaluated, and the weights in it followed through it.
 
     What depends on no data is still a weight (`tanh(w)`), and where it has the axes of what it was made of, it is taken
@@ -104,26 +104,26 @@ def following(log: Log) -> Rule:
 
     def follow(walk: Walk, eqn: compat.Eqn, values: list[Any]) -> list[Any]:
         outs = compat.bind(eqn, *map(base, values))
-        if eqn.primitive is primitives.reduce_sum_p and written_out(values[0], eqn.params["axes"]):
+        if eqn.primitive is primitives.reduce_sum_p and _written_out(values[0], eqn.params["axes"]):
             log.meet(dataclasses.replace(values[0], past=Past()), f"{values[0].past.met} and {eqn.primitive.name}")
             return outs
         weights = [v for v in values if is_weight(v)]
         if not any(map(is_data, values)):
-            return [followed(eqn, out, weights) for out in outs]
+            return [_followed(eqn, out, weights) for out in outs]
         if eqn.primitive is primitives.select_n_p and weights and not any(map(is_data, values[1:])):
-            return [met(weights[0], outs[0], weights, "select_n")]
+            return [_met(weights[0], outs[0], weights, "select_n")]
         for view in weights:
-            if eqn.primitive in KEEPING and keeps_its_axes(view, outs):
-                return [met(view, outs[0], weights, eqn.primitive.name), *outs[1:]]
+            if eqn.primitive in _KEEPING and _keeps_its_axes(view, outs):
+                return [_met(view, outs[0], weights, eqn.primitive.name), *outs[1:]]
         for view in weights:
-            one = len(all_sites(weights)) == 1 and eqn.primitive not in ENTRYWISE
+            one = len(all_sites(weights)) == 1 and eqn.primitive not in _ENTRYWISE
             axes = guess(view, values, outs) if one else None
             if axes is None:
-                log.meet(view, eqn.primitive.name, loud=eqn.primitive not in ENTRYWISE)
+                log.meet(view, eqn.primitive.name, loud=eqn.primitive not in _ENTRYWISE)
                 if eqn.primitive is primitives.mul_p and outs[0].ndim == len(view.shape):
-                    past = dataclasses.replace(view.past, met="mul", rows=True, copies=lacking(view, values))
+                    past = dataclasses.replace(view.past, met="mul", rows=True, copies=_lacking(view, values))
                     return [dataclasses.replace(view, w=outs[0], dtype=outs[0].dtype, past=past)]
-                if eqn.primitive in MOVING and keeps_its_axes(
+                if eqn.primitive in _MOVING and _keeps_its_axes(
                     view, outs
                 ):  # a position table, or a weight and its change
                     past = dataclasses.replace(view.past, met=eqn.primitive.name, rows=True)
@@ -137,7 +137,7 @@ def following(log: Log) -> Rule:
     return follow
 
 
-def followed(eqn: compat.Eqn, out: Any, weights: Sequence[Probe]) -> Probe:
+def _followed(eqn: compat.Eqn, out: Any, weights: Sequence[Probe]) -> Probe:
     """Return what an operation makes of weights alone, with the axes that it can be taken to have."""
     if not weights or not numeric(out.dtype):
         return known(out)
@@ -151,7 +151,7 @@ def followed(eqn: compat.Eqn, out: Any, weights: Sequence[Probe]) -> Probe:
     return Probe(out, tuple(axes), out.dtype, all_sites(weights), past=past)
 
 
-def written_out(value: Any, gone: Sequence[int], shared: Sequence[int] = ()) -> bool:
+def _written_out(value: Any, gone: Sequence[int], shared: Sequence[int] = ()) -> bool:
     """Say whether a sum is over what was multiplied entry by entry, as a matrix product written out is."""
     if not isinstance(value, Probe) or value.past.met != "mul":
         return False
@@ -159,7 +159,7 @@ def written_out(value: Any, gone: Sequence[int], shared: Sequence[int] = ()) -> 
     return any(labels[n] for n in gone) and any(of for n, of in enumerate(labels) if n not in (*gone, *shared))
 
 
-def lacking(view: Probe, values: Sequence[Any]) -> bool:
+def _lacking(view: Probe, values: Sequence[Any]) -> bool:
     """Say whether the data that a weight meets entry by entry lack one of its axes, as a gate by rows does."""
     data = [base(v).shape for v in values if is_data(v)]
     return any(
@@ -168,12 +168,12 @@ def lacking(view: Probe, values: Sequence[Any]) -> bool:
     )
 
 
-def keeps_its_axes(view: Probe, outs: Sequence[Any]) -> bool:
+def _keeps_its_axes(view: Probe, outs: Sequence[Any]) -> bool:
     """Say whether a result is still a weight: it is no larger, and no axis of it only repeats the weight."""
     return outs[0].shape == view.shape and all(size == 1 or view.axes[n] for n, size in enumerate(view.shape))
 
 
-def met(view: Probe, out: Any, weights: Sequence[Probe], name: str) -> Probe:
+def _met(view: Probe, out: Any, weights: Sequence[Probe], name: str) -> Probe:
     """Return a weight that met data and kept its axes, with all weights of its shape in it."""
     alike = [v for v in weights if v.shape == view.shape]
     axes = tuple(frozenset().union(*(v.axes[n] for v in alike)) for n in range(out.ndim))
@@ -182,7 +182,7 @@ def met(view: Probe, out: Any, weights: Sequence[Probe], name: str) -> Probe:
     return Probe(out, axes, out.dtype, all_sites(alike), past=past)
 
 
-def entering(rule: Rule) -> Rule:
+def _entering(rule: Rule) -> Rule:
     """Return the rule of a call: inside, a constant would look like data."""
 
     def enter(walk: Walk, eqn: compat.Eqn, values: list[Any]) -> list[Any] | None:
@@ -196,7 +196,7 @@ def _inside(value: Any) -> Any:
     return value if isinstance(value, Probe) or compat.is_tracer(value) else known(jnp.asarray(value))
 
 
-def taking_apart(log: Log, rule: Rule) -> Rule:
+def _taking_apart(log: Log, rule: Rule) -> Rule:
     """Return the rule of a scan, which notes the stored axes that it takes apart."""
 
     def enter(walk: Walk, eqn: compat.Eqn, values: list[Any]) -> list[Any] | None:
@@ -207,24 +207,24 @@ def taking_apart(log: Log, rule: Rule) -> Rule:
     return enter
 
 
-def keeping(rule: Rule) -> Rule:
+def _keeping(rule: Rule) -> Rule:
     """Return a renaming rule for values that may be constants, which rules need not know."""
 
     def keep(walk: Walk, eqn: compat.Eqn, values: list[Any]) -> list[Any] | None:
         views = [v for v in values if isinstance(v, Probe) and v.sites]
         if not views:
             return None
-        if eqn.primitive in JOINING:
+        if eqn.primitive in _JOINING:
             # A token put before data is data, and so are rows; but a number may scale a weight, and constants rows.
-            mixed = any(compat.is_tracer(v) and (v.ndim or eqn.primitive not in SCALING) for v in values)
-            if mixed or (len(views) > 1 and (eqn.primitive in SCALING or any(v.past.rows for v in views))):
+            mixed = any(compat.is_tracer(v) and (v.ndim or eqn.primitive not in _SCALING) for v in values)
+            if mixed or (len(views) > 1 and (eqn.primitive in _SCALING or any(v.past.rows for v in views))):
                 return None
         return rule(walk, eqn, [base(v) if isinstance(v, Probe) and not v.sites else v for v in values])
 
     return keep
 
 
-def adding(walk: Walk, eqn: compat.Eqn, values: list[Any]) -> list[Any] | None:
+def _adding(walk: Walk, eqn: compat.Eqn, values: list[Any]) -> list[Any] | None:
     """Add weights to each other or to constants; what is added to data is no weight."""
     weights = [v for v in values if is_weight(v)]
     if any(map(is_data, values)) or not weights:
@@ -235,7 +235,7 @@ def adding(walk: Walk, eqn: compat.Eqn, values: list[Any]) -> list[Any] | None:
     return RULES[eqn.primitive](walk, eqn, plain) if len(weights) == 1 else None
 
 
-def product(log: Log) -> Rule:
+def _product(log: Log) -> Rule:
     """Return the rule of a product: the weight that data meet is used; of two weights, the result is a weight."""
 
     def rule(walk: Walk, eqn: compat.Eqn, values: list[Any]) -> list[Any] | None:
@@ -245,23 +245,23 @@ def product(log: Log) -> Rule:
         out = compat.bind(eqn, base(lhs), base(rhs))
         (lhs_c, rhs_c), (lhs_b, rhs_b) = eqn.params["dimension_numbers"]
         sides = [(lhs, rhs, lhs_c, lhs_b), (rhs, lhs, rhs_c, rhs_b)]
-        if is_weight(lhs) and is_weight(rhs) and not any(map(is_computed, values)):
-            return [of_weights(log, eqn, values, out[0])]
+        if is_weight(lhs) and is_weight(rhs) and not any(map(_is_computed, values)):
+            return [_of_weights(log, eqn, values, out[0])]
         if any(map(is_weight, values)) and not any(map(is_data, values)) and not all(map(is_weight, values)):
-            return [of_weights(log, eqn, values, out[0])]  # a weight that a constant resizes, or meets
+            return [_of_weights(log, eqn, values, out[0])]  # a weight that a constant resizes, or meets
         for view, other, contracted, batch in sides:
             if is_weight(view):
-                if is_computed(view) and not is_data(other):
+                if _is_computed(view) and not is_data(other):
                     # What was computed from a weight (latent queries) is no weight where it meets one.
-                    log.meet(view, eqn.primitive.name, loud=is_computed(other))
+                    log.meet(view, eqn.primitive.name, loud=_is_computed(other))
                 else:
                     log.serve(view, "product", contracted, batch, eqn)
             elif isinstance(view, Probe) and view.past.rows and compat.is_tracer(other):
                 if not view.past.met:
                     log.serve(view, "product", contracted, batch, eqn)
-                elif view.past.copies and written_out(view, contracted, batch):
+                elif view.past.copies and _written_out(view, contracted, batch):
                     log.use(dataclasses.replace(view, past=Past()), "product", contracted, batch, eqn)
-                elif view.past.met in {primitive.name for primitive in MOVING}:
+                elif view.past.met in {primitive.name for primitive in _MOVING}:
                     lost = dataclasses.replace(view, past=Past())
                     log.meet(lost, f"{view.past.met} and {eqn.primitive.name}")
         return out
@@ -269,7 +269,7 @@ def product(log: Log) -> Rule:
     return rule
 
 
-def is_computed(value: Any) -> bool:
+def _is_computed(value: Any) -> bool:
     """Say whether more was done to a weight than to rename it: among weights it then stands where data do.
 
     So does what is repeated for every row of the data.
@@ -280,7 +280,7 @@ def is_computed(value: Any) -> bool:
     return bool(value.past.through or value.past.met) or repeated
 
 
-def of_weights(log: Log, eqn: compat.Eqn, values: list[Any], out: Any) -> Probe:
+def _of_weights(log: Log, eqn: compat.Eqn, values: list[Any], out: Any) -> Probe:
     """Return the product of two weights, or of a weight and a constant, as a weight."""
     (lhs_c, rhs_c), (lhs_b, rhs_b) = eqn.params["dimension_numbers"]
     lhs, rhs = (v if isinstance(v, Probe) else known(jnp.asarray(v)) for v in values)
@@ -312,7 +312,7 @@ def of_weights(log: Log, eqn: compat.Eqn, values: list[Any], out: Any) -> Probe:
     return Probe(out, tuple(axes), out.dtype, all_sites([v for v in (lhs, rhs) if v.sites]), past=past)
 
 
-def kernel(log: Log, kind: str, axes_of: Callable[[dict[str, Any]], tuple[Sequence[int], Sequence[int]]]) -> Rule:
+def _kernel(log: Log, kind: str, axes_of: Callable[[dict[str, Any]], tuple[Sequence[int], Sequence[int]]]) -> Rule:
     """Return the rule of an operation whose second operand is the weight; `axes_of`: those summed, and those shared."""
 
     def rule(walk: Walk, eqn: compat.Eqn, values: list[Any]) -> list[Any] | None:
@@ -328,19 +328,19 @@ def kernel(log: Log, kind: str, axes_of: Callable[[dict[str, Any]], tuple[Sequen
     return rule
 
 
-def window(params: dict[str, Any]) -> tuple[Sequence[int], Sequence[int]]:
+def _window(params: dict[str, Any]) -> tuple[Sequence[int], Sequence[int]]:
     """Return a convolution's summed axes: the window's and the input features'."""
     return params["dimension_numbers"].rhs_spec[1:], ()
 
 
-def grouped(params: dict[str, Any]) -> tuple[Sequence[int], Sequence[int]]:
+def _grouped(params: dict[str, Any]) -> tuple[Sequence[int], Sequence[int]]:
     """Return a ragged product's summed and shared axes, the experts' among these."""
     numbers = params["ragged_dot_dimension_numbers"]
     (_, contracted), (_, batch) = numbers.dot_dimension_numbers
     return contracted, (*batch, *numbers.rhs_group_dimensions)
 
 
-def picking(log: Log) -> Rule:
+def _picking(log: Log) -> Rule:
     """Return the rule of a gather: one place is a pick from a stack, and several are rows of a table."""
 
     def rule(walk: Walk, eqn: compat.Eqn, values: list[Any]) -> list[Any] | None:
@@ -353,7 +353,7 @@ def picking(log: Log) -> Rule:
         picked = None if pick is None else take(view, pick, base(indices))
         if pick is None or picked is None:
             return None
-        if is_single(pick, base(indices)) and not is_row(view, pick.row, indices):
+        if is_single(pick, base(indices)) and not _is_row(view, pick.row, indices):
             return [picked]
         waiting = log.use(view, "lookup", [pick.row], pick.stack, eqn) if not view.past.rows else set()
         log.by_data |= waiting if is_data(indices) else set()
@@ -363,13 +363,13 @@ def picking(log: Log) -> Rule:
     return rule
 
 
-def is_row(view: Probe, axis: int, index: Any) -> bool:
+def _is_row(view: Probe, axis: int, index: Any) -> bool:
     """Say whether one place is picked by data, and only a vector is left: a table's row, and not one of a stack."""
     rest = [size for n, size in enumerate(view.shape) if n != axis and size != 1]
     return is_data(index) and len(rest) == 1
 
 
-def slicing(log: Log) -> Rule:
+def _slicing(log: Log) -> Rule:
     """Return the rule of a slice that starts where it is told, which may be a look-up of one row."""
 
     def rule(walk: Walk, eqn: compat.Eqn, values: list[Any]) -> list[Any] | None:
@@ -381,7 +381,7 @@ def slicing(log: Log) -> Rule:
         rows = [n for n, size in enumerate(view.shape) if sizes[n] != size]
         if out is None or view.past.rows or len(rows) != 1 or sizes[rows[0]] != 1:
             return None if out is None else [out]
-        if not is_row(view, rows[0], starts[rows[0]]):
+        if not _is_row(view, rows[0], starts[rows[0]]):
             return [out]
         waiting = log.use(view, "lookup", rows, (), eqn)
         past = dataclasses.replace(view.past, rows=True, waiting=view.past.waiting | waiting)
@@ -390,7 +390,7 @@ def slicing(log: Log) -> Rule:
     return rule
 
 
-def choosing(log: Log) -> Rule:
+def _choosing(log: Log) -> Rule:
     """Return the rule of a conditional: every branch is walked, and a choice between weights is a weight."""
 
     def rule(walk: Walk, eqn: compat.Eqn, values: list[Any]) -> list[Any]:
@@ -407,7 +407,7 @@ def choosing(log: Log) -> Rule:
                 return jnp.asarray(first) if chosen else known(jnp.asarray(first))
             if not is_data(values[0]) and len(outs) == 1:
                 return outs[0]
-            return met(weights[0], jnp.asarray(first), weights, "cond")
+            return _met(weights[0], jnp.asarray(first), weights, "cond")
 
         return [one(outs) for outs in zip(*branches, strict=True)]
 

@@ -137,7 +137,7 @@ def compact(view: View, part: Array, letters: str) -> tuple[str, Array]:
     return "".join(c for c, s in zip(letters, spanned, strict=True) if s) + own, jnp.squeeze(part, gone)
 
 
-def update(view: View) -> Array:
+def _update(view: View) -> Array:
     """Return gamma A B in the layout of the weight, in the dtype in which it is summed with it."""
     letters = LETTERS[: len(view.shape)]
     dtype = wide(view.w.dtype, *(factor.dtype for factor in view.factors))
@@ -159,7 +159,7 @@ def materialise(view: View) -> Array:
     w = dense(view.w)
     total, there = w, jax.typeof(w).memory_space
     if view.factors:
-        delta = update(view)
+        delta = _update(view)
         here = jax.typeof(delta).memory_space
         total = (w if here == there else jax.device_put(w, here)).astype(delta.dtype) + delta
     if view.gain is not None:

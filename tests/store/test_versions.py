@@ -18,7 +18,10 @@ pytestmark = [pytest.mark.by_day_on("newest"), pytest.mark.usefixtures("compile_
 def run(folder, steps, resume=False):
     params, x = {"w": jnp.linspace(-1, 1, 40).reshape(8, 5)}, jax.random.normal(jax.random.key(1), (4, 8))
     lora = rslora.wrap(lambda p, x: x @ p["w"], params, x, config=rslora.LoraConfig(rank=3, alpha=7))
-    loss = lambda run, batch: (jnp.sum((run(batch) - 1) ** 2), jnp.float32(batch.shape[0]))
+
+    def loss(run, batch):
+        return (jnp.sum((run(batch) - 1) ** 2), jnp.float32(batch.shape[0]))
+
     options = dict(batches=[x + n for n in range(9)], loss=loss, optimizer=optax.adam(1e-2), show=False)
     return fit(lora, params, lora.init(jax.random.key(0)), steps=steps, folder=folder, resume=resume, **options)
 
