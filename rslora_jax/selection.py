@@ -8,16 +8,18 @@ from types import MappingProxyType
 from typing import Any
 
 import jax.numpy as jnp
+from jax.extend.core import primitives
 
 from rslora_jax import scaling
 from rslora_jax.config import LoraConfig, first_match, matches, near_misses
 from rslora_jax.methods.method import method_of
 from rslora_jax.sites import Site
 from rslora_jax.table import fold, shared_name
+from rslora_jax.transform import compat
 from rslora_jax.transform.discover import Found, roles
 
 _SIDES = ("in", "out", "stack")
-_PRODUCTS = ("dot_general", "conv_general_dilated", "ragged_dot_general")
+_PRODUCTS = (primitives.dot_general_p, primitives.conv_general_dilated_p, compat.ragged_dot_general_p)
 _VECTOR = "norm or bias: used as a vector"
 _BY_NAME = {"embedding": "embedding: by name only", "convolution": "convolution: by name only"}
 
@@ -196,14 +198,14 @@ def _reason(
     meetings = found.meetings.get(path, ())
     loud = [m for m in meetings if m.loud]
     if loud:
-        return f"meets data in {loud[0].primitive}, which has no rule"
+        return f"meets data in {loud[0].operation}, which has no rule"
     used = any(use.site == path for use in found.uses)
     if used or (meetings and all(m.vector for m in meetings)):
         return _VECTOR
     if meetings and meetings[0].primitive in _PRODUCTS:
-        return f"no matrix: stands where data do, in {meetings[0].primitive}"
+        return f"no matrix: stands where data do, in {meetings[0].operation}"
     if meetings:
-        return f"no matrix: meets data entry by entry, in {meetings[0].primitive}"
+        return f"no matrix: meets data entry by entry, in {meetings[0].operation}"
     return "no matrix: reaches an output without meeting data"
 
 

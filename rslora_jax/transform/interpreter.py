@@ -16,6 +16,9 @@ from rslora_jax.transform.views import View, materialise
 # or None where it has no low-rank form for these views: then they are materialised.
 Rule = Callable[["Walk", compat.Eqn, list[Any]], list[Any] | None]
 
+# What `on_fallback` is told of a weight that is an output.
+OUTPUT = "output of the function"
+
 
 @dataclasses.dataclass(frozen=True)
 class Walk:
@@ -97,4 +100,4 @@ class Walk:
 
 def as_arrays(walk: Walk, outs: Sequence[Any]) -> list[Any]:
     """Return a program's outputs as arrays."""
-    return [walk.array(o, "output of the function") for o in outs]
+    return [walk.array(o, OUTPUT) for o in outs]

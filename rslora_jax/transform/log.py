@@ -41,12 +41,14 @@ class Meeting:
     """A place where a weight meets data in an operation of which its axes cannot be told.
 
     Attributes:
-      primitive: the operation's name.
+      operation: what it is called.
+      primitive: it itself; None where there are several, or none.
       loud: whether the weight might serve as a matrix there; entry by entry, or as a vector, it does not.
       vector: whether at most one of its axes was there.
     """
 
-    primitive: str
+    operation: str
+    primitive: compat.Primitive | None
     loud: bool
     vector: bool
 
@@ -88,7 +90,7 @@ class Log:
             elif inner:  # between two weights: the one on its left is nearer to the data
                 self.uses.append(self.uses[next((n for n in inner if n in self.right), inner[0])])
             else:
-                self.meet(dataclasses.replace(view, sites=(site,)), view.past.through or eqn.primitive.name)
+                self.meet(dataclasses.replace(view, sites=(site,)), view.past.through or eqn.primitive)
         return set(range(first, len(self.uses)))
 
     def serve(self, view: Probe, kind: str, contracted: Sequence[int], batch: Sequence[int], eqn: compat.Eqn) -> None:
@@ -110,15 +112,17 @@ class Log:
         self.withdrawn |= view.past.waiting
         self.use(view, kind, contracted, batch, eqn)
 
-    def meet(self, view: Probe, primitive: str, loud: bool = True) -> None:
-        """Note that a weight is lost among data."""
+    def meet(self, view: Probe, *where: compat.Primitive | str, loud: bool = True) -> None:
+        """Note that a weight is lost among data, in some primitives or at another place in words."""
         if view.past.rows:
             return  # its look-up is noted
+        name = " and ".join(one if isinstance(one, str) else one.name for one in where)
+        primitive = None if len(where) > 1 or isinstance(where[0], str) else where[0]
         for site in view.sites:
             there = [n for n, label in enumerate(view.axes) if view.shape[n] != 1 and any(s == site for s, _ in label)]
             known = any(s == site for label in view.axes for s, _ in label)
             vector = known and len(there) < 2
-            self.meetings.setdefault(site, []).append(Meeting(primitive, loud and not vector, vector))
+            self.meetings.setdefault(site, []).append(Meeting(name, primitive, loud and not vector, vector))
 
 
 def is_weight(value: Any) -> bool:

@@ -5,6 +5,7 @@ from collections.abc import Sequence
 
 import jax
 
+from rslora_jax.transform import compat
 from rslora_jax.transform.views import STATIC, Axes, View
 
 
@@ -23,8 +24,8 @@ class Past:
       waiting: the uses, by number, that do not count if it serves as a weight later.
     """
 
-    through: str = ""
-    met: str = ""
+    through: compat.Primitive | None = None
+    met: compat.Primitive | None = None
     rows: bool = False
     copies: bool = False
     summed: Axes = frozenset()
@@ -49,8 +50,8 @@ def one_past(views: Sequence["Probe"]) -> Past:
     """Return what is remembered of a value that is made of several weights."""
     pasts = [v.past for v in views]
     return Past(
-        next((p.through for p in pasts if p.through), ""),
-        next((p.met for p in pasts if p.met), ""),
+        next((p.through for p in pasts if p.through), None),
+        next((p.met for p in pasts if p.met), None),
         any(p.rows for p in pasts),
         any(p.copies for p in pasts),
         frozenset().union(*(p.summed for p in pasts)),

@@ -14,7 +14,7 @@ from jax import lax
 from jax.extend.core import primitives
 
 from rslora_jax.transform import calls, compat, joins
-from rslora_jax.transform.interpreter import Rule, Walk
+from rslora_jax.transform.interpreter import OUTPUT, Rule, Walk
 from rslora_jax.transform.log import Log, all_sites, base, guess, is_data, is_weight, known, numeric
 from rslora_jax.transform.picks import is_single, pick_of, take
 from rslora_jax.transform.probe import Past, Probe, one_past
@@ -89,9 +89,9 @@ def scouting(log: Log) -> Scout:
     return Scout(rules, on_fallback=functools.partial(_lose, log), follow=_following(log))
 
 
-def _lose(log: Log, view: Probe, primitive: str) -> None:
+def _lose(log: Log, view: Probe, where: str) -> None:
     """Note that a weight went where it is no weight any more."""
-    log.meet(view, primitive, loud=primitive != "output of the function")
+    log.meet(view, where, loud=where != OUTPUT)
 
 
 def _following(log: Log) -> Rule:
@@ -105,28 +105,28 @@ def _following(log: Log) -> Rule:
     def follow(walk: Walk, eqn: compat.Eqn, values: list[Any]) -> list[Any]:
         outs = compat.bind(eqn, *map(base, values))
         if eqn.primitive is primitives.reduce_sum_p and _written_out(values[0], eqn.params["axes"]):
-            log.meet(dataclasses.replace(values[0], past=Past()), f"{values[0].past.met} and {eqn.primitive.name}")
+            log.meet(dataclasses.replace(values[0], past=Past()), values[0].past.met, eqn.primitive)
             return outs
         weights = [v for v in values if is_weight(v)]
         if not any(map(is_data, values)):
             return [_followed(eqn, out, weights) for out in outs]
         if eqn.primitive is primitives.select_n_p and weights and not any(map(is_data, values[1:])):
-            return [_met(weights[0], outs[0], weights, "select_n")]
+            return [_met(weights[0], outs[0], weights, eqn.primitive)]
         for view in weights:
             if eqn.primitive in _KEEPING and _keeps_its_axes(view, outs):
-                return [_met(view, outs[0], weights, eqn.primitive.name), *outs[1:]]
+                return [_met(view, outs[0], weights, eqn.primitive), *outs[1:]]
         for view in weights:
             one = len(all_sites(weights)) == 1 and eqn.primitive not in _ENTRYWISE
             axes = guess(view, values, outs) if one else None
             if axes is None:
-                log.meet(view, eqn.primitive.name, loud=eqn.primitive not in _ENTRYWISE)
+                log.meet(view, eqn.primitive, loud=eqn.primitive not in _ENTRYWISE)
                 if eqn.primitive is primitives.mul_p and outs[0].ndim == len(view.shape):
-                    past = dataclasses.replace(view.past, met="mul", rows=True, copies=_lacking(view, values))
+                    past = dataclasses.replace(view.past, met=eqn.primitive, rows=True, copies=_lacking(view, values))
                     return [dataclasses.replace(view, w=outs[0], dtype=outs[0].dtype, past=past)]
                 if eqn.primitive in _MOVING and _keeps_its_axes(
                     view, outs
                 ):  # a position table, or a weight and its change
-                    past = dataclasses.replace(view.past, met=eqn.primitive.name, rows=True)
+                    past = dataclasses.replace(view.past, met=eqn.primitive, rows=True)
                     return [dataclasses.replace(view, w=outs[0], dtype=outs[0].dtype, past=past)]
             else:
                 i, o, sure = axes
@@ -147,13 +147,13 @@ def _followed(eqn: compat.Eqn, out: Any, weights: Sequence[Probe]) -> Probe:
     if not like and len(weights) == 1 and isinstance(gone, tuple) and len(weights[0].shape) == out.ndim + len(gone):
         axes = [label for n, label in enumerate(weights[0].axes) if n not in gone]
     past = one_past(weights)
-    past = dataclasses.replace(past, through=past.through or eqn.primitive.name)
+    past = dataclasses.replace(past, through=past.through or eqn.primitive)
     return Probe(out, tuple(axes), out.dtype, all_sites(weights), past=past)
 
 
 def _written_out(value: Any, gone: Sequence[int], shared: Sequence[int] = ()) -> bool:
     """Say whether a sum is over what was multiplied entry by entry, as a matrix product written out is."""
-    if not isinstance(value, Probe) or value.past.met != "mul":
+    if not isinstance(value, Probe) or value.past.met is not primitives.mul_p:
         return False
     labels = [label if size != 1 else frozenset() for label, size in zip(value.axes, value.shape, strict=True)]
     return any(labels[n] for n in gone) and any(of for n, of in enumerate(labels) if n not in (*gone, *shared))
@@ -173,12 +173,12 @@ def _keeps_its_axes(view: Probe, outs: Sequence[Any]) -> bool:
     return outs[0].shape == view.shape and all(size == 1 or view.axes[n] for n, size in enumerate(view.shape))
 
 
-def _met(view: Probe, out: Any, weights: Sequence[Probe], name: str) -> Probe:
+def _met(view: Probe, out: Any, weights: Sequence[Probe], where: compat.Primitive) -> Probe:
     """Return a weight that met data and kept its axes, with all weights of its shape in it."""
     alike = [v for v in weights if v.shape == view.shape]
     axes = tuple(frozenset().union(*(v.axes[n] for v in alike)) for n in range(out.ndim))
     past = one_past(alike)
-    past = dataclasses.replace(past, met=past.met or name)
+    past = dataclasses.replace(past, met=past.met or where)
     return Probe(out, axes, out.dtype, all_sites(alike), past=past)
 
 
@@ -253,7 +253,7 @@ def _product(log: Log) -> Rule:
             if is_weight(view):
                 if _is_computed(view) and not is_data(other):
                     # What was computed from a weight (latent queries) is no weight where it meets one.
-                    log.meet(view, eqn.primitive.name, loud=_is_computed(other))
+                    log.meet(view, eqn.primitive, loud=_is_computed(other))
                 else:
                     log.serve(view, "product", contracted, batch, eqn)
             elif isinstance(view, Probe) and view.past.rows and compat.is_tracer(other):
@@ -261,9 +261,9 @@ def _product(log: Log) -> Rule:
                     log.serve(view, "product", contracted, batch, eqn)
                 elif view.past.copies and _written_out(view, contracted, batch):
                     log.use(dataclasses.replace(view, past=Past()), "product", contracted, batch, eqn)
-                elif view.past.met in {primitive.name for primitive in _MOVING}:
+                elif view.past.met in _MOVING:
                     lost = dataclasses.replace(view, past=Past())
-                    log.meet(lost, f"{view.past.met} and {eqn.primitive.name}")
+                    log.meet(lost, view.past.met, eqn.primitive)
         return out
 
     return rule
@@ -320,7 +320,7 @@ def _kernel(log: Log, kind: str, axes_of: Callable[[dict[str, Any]], tuple[Seque
         if not any(isinstance(v, Probe) and v.sites for v in values):
             return None
         if is_weight(x):
-            log.meet(x, eqn.primitive.name, loud=False)
+            log.meet(x, eqn.primitive, loud=False)
         if isinstance(weight, Probe) and weight.sites:
             log.serve(weight, kind, *axes_of(eqn.params), eqn)
         return compat.bind(eqn, *map(base, values))
@@ -346,7 +346,7 @@ def _picking(log: Log) -> Rule:
     def rule(walk: Walk, eqn: compat.Eqn, values: list[Any]) -> list[Any] | None:
         view, indices = values
         if is_weight(indices):
-            log.meet(indices, "gather", loud=False)
+            log.meet(indices, eqn.primitive, loud=False)
         if not (isinstance(view, Probe) and view.sites):
             return None
         pick = pick_of(eqn.params, view.shape)
@@ -402,12 +402,12 @@ def _choosing(log: Log) -> Rule:
             first = base(outs[0])
             if any(map(is_data, outs)) or not weights:
                 for view in weights:
-                    log.meet(view, "cond")
+                    log.meet(view, eqn.primitive)
                 chosen = any(map(is_data, [*outs, values[0]]))
                 return jnp.asarray(first) if chosen else known(jnp.asarray(first))
             if not is_data(values[0]) and len(outs) == 1:
                 return outs[0]
-            return _met(weights[0], jnp.asarray(first), weights, "cond")
+            return _met(weights[0], jnp.asarray(first), weights, eqn.primitive)
 
         return [one(outs) for outs in zip(*branches, strict=True)]
 
