@@ -60,10 +60,12 @@ class Site:
 
     @property
     def in_size(self) -> int:
+        """How many places the axes that are summed over have between them."""
         return math.prod(self.sizes(self.in_axes))
 
     @property
     def out_size(self) -> int:
+        """How many places the free axes have between them."""
         return math.prod(self.sizes(self.out_axes))
 
     @property

@@ -72,6 +72,7 @@ class Lora:
       unused: the paths of the parameters on which no output depends.
       shapes: the shape of each parameter that is an array, by path.
       platform: what it is compiled for; None for JAX's own backend. See `on`.
+      program, walk: what has been traced of it, and how `apply` goes through that.
     """
 
     fn: Callable[..., Any]
@@ -81,8 +82,8 @@ class Lora:
     unused: tuple[str, ...]
     shapes: Mapping[str, tuple[int, ...]]
     platform: str | None
-    _program: Program
-    _walk: Walk
+    program: Program
+    walk: Walk
 
     def init(self, key: Array, params: Any = None) -> Adapters:
         """Return fresh adapters, with which `apply` starts as `fn`: of LoRA, A random and B zero.
@@ -112,7 +113,7 @@ class Lora:
         """
         self.check(params, adapters)
         params, adapters = varied(params, self.sites, adapters)
-        return self.walked(self._walk, params, adapters, args, kwargs)
+        return self.walked(self.walk, params, adapters, args, kwargs)
 
     def walked(
         self,
@@ -124,17 +125,17 @@ class Lora:
         dress: Callable[[View], View] = lambda view: view,
     ) -> Any:
         """Evaluate the function by a walk of the caller's own, and with views that `dress` gives what goes along."""
-        jaxpr, tree, leaves = self._program.trace(params, args, kwargs)
+        jaxpr, tree, leaves = self.program.trace(params, args, kwargs)
         views = views_of(leaves, list(array_leaves(params)), self.sites, adapters)
         outs = walk.run(jaxpr, [dress(v) if isinstance(v, View) and v.sites else v for v in views])
-        return self._program.returned(tree, as_arrays(walk, outs), args, kwargs)
+        return self.program.returned(tree, as_arrays(walk, outs), args, kwargs)
 
     def on(self, platform: str) -> "Lora":
         """Return the same, to be compiled for another platform than JAX's backend: "cpu", "gpu" or "tpu".
 
         What products are made of differs by platform, and none of the results do.
         """
-        return _restored(self._known() | {"platform": platform})
+        return restored(self._known() | {"platform": platform})
 
     def merge(self, params: Any, adapters: Adapters, *, copy: bool = False) -> Any:
         """Return the parameters with every adapter added in: of LoRA, W + gamma A B.
@@ -187,11 +188,11 @@ class Lora:
 
     def _known(self) -> dict[str, Any]:
         """Return the fields but for what has been traced, as plain values."""
-        known = {f.name: getattr(self, f.name) for f in dataclasses.fields(self) if not f.name.startswith("_")}
+        known = {f.name: getattr(self, f.name) for f in dataclasses.fields(self) if f.name not in ("program", "walk")}
         return {k: dict(v) if isinstance(v, MappingProxyType) else v for k, v in known.items()}
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return _restored, (self._known(),)
+        return restored, (self._known(),)
 
     def __str__(self) -> str:
         text = table(self.sites, sum(math.prod(shape) for shape in self.shapes.values()))
@@ -267,7 +268,7 @@ def wrap(fn: Callable[..., Any], params: Any, *args: Any, config: LoraConfig = _
     left_out = MappingProxyType(selection.left_out)
     known: dict[str, Any] = {"fn": fn, "config": config, "sites": MappingProxyType(sites), "left_out": left_out}
     known |= {"unused": selection.unused, "shapes": MappingProxyType(shapes), "platform": None}
-    return Lora(**known, _program=program, _walk=walk)
+    return Lora(**known, program=program, walk=walk)
 
 
 def _walk_of(sites: Mapping[str, Site], fallbacks: _Fallbacks, platform: str | None = None) -> Walk:
@@ -280,9 +281,9 @@ def tables_of(sites: Mapping[str, Site]) -> frozenset[str]:
     return frozenset(path for path, site in sites.items() if site.kind == "embedding")
 
 
-def _restored(known: dict[str, Any]) -> Lora:
+def restored(known: dict[str, Any]) -> Lora:
     """Make a `Lora` again of its fields; it traces and compiles for itself."""
     seen = {name: set(site.fallbacks) for name, site in known["sites"].items()}
     walk = _walk_of(known["sites"], _Fallbacks(known["config"], seen, quiet=False), known["platform"])
     fields: dict[str, Any] = {k: MappingProxyType(v) if isinstance(v, dict) else v for k, v in known.items()}
-    return Lora(**fields, _program=Program(known["fn"]), _walk=walk)
+    return Lora(**fields, program=Program(known["fn"]), walk=walk)

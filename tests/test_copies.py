@@ -54,7 +54,7 @@ def test_a_copy_gives_the_same_and_stands_alone(how):
     jax.tree.map(np.testing.assert_array_equal, other.init(jax.random.key(3)), lora.init(jax.random.key(3)))
     with pytest.raises(ValueError, match="have no v"):
         other.apply({}, adapters, X)
-    gone = weakref.ref(lora._program)
+    gone = weakref.ref(lora.program)
     del lora
     gc.collect()
     assert gone() is None  # the copy holds nothing of it

@@ -136,7 +136,7 @@ def test_the_flops_of_a_convolution_are_xlas(parts, stride, dilate, pad):
     rest = (
         f"%x, %w), window={{size=5 stride={stride} pad={pad[0]}_{pad[1]} lhs_dilate={dilate}}}, dim_labels=b0f_0io->b0f"
     )
-    assert hlo._convolution(rest, x.shape, w.shape, out) == lowered.cost_analysis()["flops"]
+    assert hlo.convolution_flops(rest, x.shape, w.shape, out) == lowered.cost_analysis()["flops"]
 
 
 PROGRAM = """

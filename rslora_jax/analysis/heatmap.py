@@ -7,6 +7,7 @@ import dataclasses
 import math
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -41,7 +42,6 @@ def draw(matrices: Sequence[Matrix], path: Path, title: str) -> None:
 
     Matrices of one module and layer are averaged; a module without layers fills its row.
     """
-    from matplotlib.colors import LogNorm
     from matplotlib.figure import Figure  # not pyplot: no global state, no display
 
     relative = matrices[0].weight_frobenius is not None
@@ -60,41 +60,60 @@ def draw(matrices: Sequence[Matrix], path: Path, title: str) -> None:
     figure = Figure(figsize=(columns * (wide + 0.9) + labels + 0.6, rows * (tall + 0.9) + 0.5), layout="constrained")
     axes = figure.subplots(rows, columns, squeeze=False, sharex=True, sharey=True).ravel()
     for axis, (label, value) in zip(axes, panels, strict=True):
-        grid = grid_of(matrices, value, modules, layers)
-        # Zeros and what is no number stay grey: they would be one end of the scale.
-        known = grid[np.isfinite(grid)]
-        # One weight that moves far more than others would leave these without a difference.
-        wide_range = known.size > 0 and known.max() > 3 * known.min() > 0
-        image = axis.imshow(
-            np.ma.masked_invalid(grid),
-            aspect="auto",
-            interpolation="nearest",
-            cmap="viridis",
-            norm=LogNorm(known.min(), known.max()) if wide_range else None,
-        )
-        axis.set_facecolor("0.85")
-        axis.set_title(label, fontsize=10, loc="left")
-        axis.set_yticks(range(len(modules)), modules, fontsize=9)
-        every = max(1, math.ceil(len(layers) / (wide / 0.24)))
-        every = next(step for step in (1, 2, 5, 10, 20, 50, 100, 1000) if step >= every)
-        shown = [n for n, layer in enumerate(layers) if layer % every == 0]
-        axis.set_xticks(shown, [str(layers[n]) for n in shown], fontsize=8)
-        axis.set_xticks(np.arange(len(layers) + 1) - 0.5, minor=True)
-        axis.set_yticks(np.arange(len(modules) + 1) - 0.5, minor=True)
-        axis.grid(which="minor", color="white", linewidth=0.6)
-        axis.tick_params(which="both", length=0)
-        axis.spines[:].set_visible(False)
-        bar = figure.colorbar(image, ax=axis, pad=0.015, fraction=0.05)
-        bar.outline.set_visible(False)
-        if wide_range:
-            ticks = np.geomspace(known.min(), known.max(), 5).tolist()
-            bar.set_ticks(ticks, labels=[f"{tick:.2g}" for tick in ticks])
-            bar.minorticks_off()
-        bar.ax.tick_params(labelsize=8)
+        image = _panel(axis, label, grid_of(matrices, value, modules, layers))
+        _ticks(axis, modules, layers, most=wide / 0.24)
+        _color_bar(figure, axis, image)
         if axis is axes[-1] or not stacked:
             axis.set_xlabel("layer", fontsize=9)
     figure.suptitle(title, fontsize=11)
     figure.savefig(path, dpi=150)
+
+
+def _panel(axis: Any, label: str, grid: np.ndarray) -> Any:
+    """Draw one heat map; return the image."""
+    from matplotlib.colors import LogNorm
+
+    # Zeros and what is no number stay grey: they would be one end of the scale.
+    known = grid[np.isfinite(grid)]
+    # One weight that moves far more than others would leave these without a difference.
+    wide_range = known.size > 0 and known.max() > 3 * known.min() > 0
+    image = axis.imshow(
+        np.ma.masked_invalid(grid),
+        aspect="auto",
+        interpolation="nearest",
+        cmap="viridis",
+        norm=LogNorm(known.min(), known.max()) if wide_range else None,
+    )
+    axis.set_facecolor("0.85")
+    axis.set_title(label, fontsize=10, loc="left")
+    return image
+
+
+def _ticks(axis: Any, modules: Sequence[str], layers: Sequence[int], most: float) -> None:
+    """Write modules and layers beside a heat map, of the layers about `most`, and lines between them."""
+    every = max(1, math.ceil(len(layers) / most))
+    every = next(step for step in (1, 2, 5, 10, 20, 50, 100, 1000) if step >= every)
+    shown = [n for n, layer in enumerate(layers) if layer % every == 0]
+    axis.set_yticks(range(len(modules)), modules, fontsize=9)
+    axis.set_xticks(shown, [str(layers[n]) for n in shown], fontsize=8)
+    axis.set_xticks(np.arange(len(layers) + 1) - 0.5, minor=True)
+    axis.set_yticks(np.arange(len(modules) + 1) - 0.5, minor=True)
+    axis.grid(which="minor", color="white", linewidth=0.6)
+    axis.tick_params(which="both", length=0)
+    axis.spines[:].set_visible(False)
+
+
+def _color_bar(figure: Any, axis: Any, image: Any) -> None:
+    """Draw the scale of a heat map beside it; a logarithmic one with five numbers from end to end."""
+    from matplotlib.colors import LogNorm
+
+    bar = figure.colorbar(image, ax=axis, pad=0.015, fraction=0.05)
+    bar.outline.set_visible(False)
+    if isinstance(image.norm, LogNorm):
+        ticks = np.geomspace(image.norm.vmin, image.norm.vmax, 5).tolist()
+        bar.set_ticks(ticks, labels=[f"{tick:.2g}" for tick in ticks])
+        bar.minorticks_off()
+    bar.ax.tick_params(labelsize=8)
 
 
 def modules_of(matrices: Sequence[Matrix]) -> list[str]:

@@ -32,7 +32,7 @@ class Tokenizer:
     further tokens by the names that chat templates call them by, and `ends` those that end an answer beside `eos_id`,
     such as the end of a turn.
 
-    >>> tokenizer = tokenizer_from_metadata(_EXAMPLE)
+    >>> tokenizer = tokenizer_from_metadata(EXAMPLE)
     >>> tokenizer.encode("hi hi<end>"), tokenizer.decode([3, 4, 3, 0])
     ([3, 4, 3, 0], 'hi hi<end>')
     >>> tokenizer.decode([3, 0], skip_special=True), tokenizer.eos_id, tokenizer.vocab_size
@@ -62,7 +62,7 @@ class Tokenizer:
         byte that the vocabulary lacks is left out, as by the published tokenizer: SmolLM2 has no token for six
         control characters, such as U+0004.
 
-        >>> tokenizer_from_metadata(_EXAMPLE).encode("hih")
+        >>> tokenizer_from_metadata(EXAMPLE).encode("hih")
         [3, 1]
         """
         ids = self.backend.encode(text, add_special_tokens=False).ids
@@ -75,7 +75,7 @@ class Tokenizer:
 
         Bytes that do not end a character, as when generation stops inside one, become U+FFFD.
 
-        >>> tokenizer_from_metadata(_EXAMPLE).decode([3, 1])
+        >>> tokenizer_from_metadata(EXAMPLE).decode([3, 1])
         'hih'
         """
         return self.backend.decode([int(i) for i in ids], skip_special_tokens=skip_special)
@@ -86,7 +86,7 @@ class Tokenizer:
         Raises `ValueError` when the file has no template or the template refuses the messages. The template
         comes with the file, hence from a stranger: it runs in a sandbox.
 
-        >>> print(tokenizer_from_metadata(_EXAMPLE).chat([{"role": "user", "content": "hi"}]))
+        >>> print(tokenizer_from_metadata(EXAMPLE).chat([{"role": "user", "content": "hi"}]))
         user: hi<end>
         """
         if self.chat_template is None:
@@ -192,7 +192,7 @@ def _refuse(message: str) -> NoReturn:
     raise jinja2.TemplateError(message)
 
 
-_EXAMPLE = {
+EXAMPLE = {
     "tokenizer.ggml.model": "gpt2",
     "tokenizer.ggml.pre": "smollm",
     "tokenizer.ggml.tokens": ["<end>", "h", "i", "hi", "Ġ"],

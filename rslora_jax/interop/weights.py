@@ -18,18 +18,24 @@ from rslora_jax.interop.model import Progress
 from rslora_jax.interop.names import Names, places
 from rslora_jax.sites import named_leaves
 
-_CHUNK = 1 << 23  # bytes that are on the way at a time
+CHUNK = 1 << 23  # bytes that are on the way at a time
 
 
 class Tensor(Protocol):
     """A tensor in a file, of any format, that can be read some rows at a time."""
 
     @property
-    def path(self) -> Path: ...
+    def path(self) -> Path:
+        """The file."""
+
     @property
-    def shape(self) -> tuple[int, ...]: ...
+    def shape(self) -> tuple[int, ...]:
+        """Its shape."""
+
     @property
-    def dtype(self) -> np.dtype: ...
+    def dtype(self) -> np.dtype:
+        """The dtype in which its rows are read."""
+
     def rows(self, first: int, stop: int) -> np.ndarray:
         """Read rows `first` to `stop` along the first axis."""
         ...
@@ -151,7 +157,7 @@ def _pieces(shape: tuple[int, ...], sharding: Any) -> Iterable[_Piece]:
 
 def _fill(piece: _Piece, dtype: Any, source: _Source) -> jax.Array:
     shape, turn = [len(along) for along in piece.part], source.is_turned
-    if piece.size * np.dtype(dtype).itemsize <= _CHUNK:  # no program to compile, and little to hold twice
+    if piece.size * np.dtype(dtype).itemsize <= CHUNK:  # no program to compile, and little to hold twice
         whole = np.empty(shape, dtype)
         for start, rows in _rows(piece, source):
             rows = rows.swapaxes(-1, -2) if turn else rows
@@ -179,8 +185,8 @@ def _rows(piece: _Piece, source: _Source) -> Iterator[tuple[tuple[int, ...], np.
 
 
 def _chunks(tensor: Tensor, rows: range) -> Iterator[tuple[int, np.ndarray]]:
-    """Read rows in pieces of about `_CHUNK` bytes, each with the number of its first row."""
-    step = max(1, _CHUNK // max(1, math.prod(tensor.shape[1:]) * tensor.dtype.itemsize))
+    """Read rows in pieces of about `CHUNK` bytes, each with the number of its first row."""
+    step = max(1, CHUNK // max(1, math.prod(tensor.shape[1:]) * tensor.dtype.itemsize))
     for row in range(rows.start, rows.stop, step):
         yield row, tensor.rows(row, min(row + step, rows.stop))
 

@@ -30,6 +30,7 @@ class LoRA:
     peft_head: ClassVar[Mapping[str, str]] = {"lora_A.weight": "lora_embedding_B", "lora_B.weight": "lora_embedding_A"}
 
     def factors(self, site: Site) -> Mapping[str, tuple[Axis, ...]]:
+        """Name A and B, and the axes of each."""
         return {
             "a": (*site.stack_axes, *site.in_axes, RANK),
             "b": (*site.stack_axes, RANK, *site.out_axes),
@@ -43,20 +44,24 @@ class LoRA:
         return {"a": drawer(config.init)(key, shapes["a"], dtype, fan_in), "b": jnp.zeros(shapes["b"], dtype)}
 
     def view(self, site: Site, w: Any, factors: Mapping[str, Array]) -> View:
+        """Return the weight with A, B and gamma."""
         own = aligned(site, factors)
         view = View(w, site.labels, w.dtype, (site.path,), (own["a"], own["b"]), site.gamma)
         return lay(view, w)
 
     def scaled(self, factors: Mapping[str, Array], by: Any) -> dict[str, Array]:
+        """Return A, and B times a factor."""
         # Once, in float32 at least, and rounded to the dtype of B.
         b = factors["b"]
         return {**factors, "b": (b.astype(wide(b.dtype)) * by).astype(b.dtype)}
 
     def low_rank(self, site: Site, factors: Mapping[str, Any]) -> tuple[Any, Any]:
+        """Return A and B as matrices, or stacks of them."""
         stack = site.sizes(site.stack_axes)
         return factors["a"].reshape(*stack, -1, site.rank), factors["b"].reshape(*stack, site.rank, -1)
 
     def peft_names(self, site: Site) -> dict[str, str]:
+        """Return what PEFT calls A and B."""
         if site.kind == "embedding":
             return {"a": "lora_embedding_A", "b": "lora_embedding_B"}
         return {"a": "lora_A.weight", "b": "lora_B.weight"}

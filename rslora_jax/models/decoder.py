@@ -139,6 +139,7 @@ class Embed(nn.Module):
     config: DecoderConfig
 
     def setup(self) -> None:
+        """Make the table."""
         shape = (self.config.vocab_size, self.config.width)
         init = nn.initializers.variance_scaling(1.0, "fan_in", "normal", out_axis=0)
         self.embedding = self.param("embedding", init, shape, self.config.param_dtype)
@@ -192,6 +193,7 @@ class Decoder(nn.Module):
     config: DecoderConfig
 
     def setup(self) -> None:
+        """Make the layers, one by one or as one scanned over."""
         c = self.config
         self.embed = Embed(c)
         if c.scan_layers:

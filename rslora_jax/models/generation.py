@@ -97,9 +97,15 @@ class Generation:
 
     def compile(self) -> None:
         """Compile both programs, where that has not been done; otherwise the first calls do it."""
-        _read.lower(*self.reading, config=self.config, max_new=self.max_new).compile()
+        for program in self.lower():
+            program.compile()
+
+    def lower(self) -> tuple[jax.stages.Lowered, jax.stages.Lowered]:
+        """Return both programs, lowered: that which reads, and that which adds tokens."""
+        reading = _read.lower(*self.reading, config=self.config, max_new=self.max_new)
         state = _read.eval_shape(*self.reading, config=self.config, max_new=self.max_new)
-        _advance.lower(*self.reading[:2], state, np.int32(0), *self.choosing, nucleus=self.nucleus).compile()
+        adding = _advance.lower(*self.reading[:2], state, np.int32(0), *self.choosing, nucleus=self.nucleus)
+        return reading, adding
 
     def read(self) -> State:
         """Read the prompts; give the state before the first new token."""

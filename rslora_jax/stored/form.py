@@ -23,27 +23,34 @@ class Stored:
     if TYPE_CHECKING:  # a property here would be in the way of a field of the same name
 
         @property
-        def stack(self) -> tuple[int, ...]: ...
+        def stack(self) -> tuple[int, ...]:
+            """The sizes of the axes that all its arrays have in front."""
 
         @property
-        def inner(self) -> tuple[int, ...]: ...
+        def inner(self) -> tuple[int, ...]:
+            """The shape of the array behind the stack."""
 
         @property
-        def dtype(self) -> Any: ...
+        def dtype(self) -> Any:
+            """The dtype of the array."""
 
     def dense(self) -> Array:
+        """Return the array that it stands for."""
         raise NotImplementedError
 
     @property
     def shape(self) -> tuple[int, ...]:
+        """The shape of the array that it stands for."""
         return (*self.stack, *self.inner)
 
     @property
     def ndim(self) -> int:
+        """How many axes that array has."""
         return len(self.shape)
 
     @property
     def size(self) -> int:
+        """How many numbers that array has."""
         return math.prod(self.shape)
 
     @property

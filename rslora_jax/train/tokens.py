@@ -22,7 +22,7 @@ Progress = Callable[[int, int], None]
 # characters take 2.8 s to encode. Two workers break even with one process at 2 million characters in all.
 _CHARACTERS_A_WORKER = 2**21
 # About 0.1 s of work: enough to hide the pickling, little enough to share evenly and to show progress.
-_CHARACTERS_A_CHUNK = 2**16
+CHARACTERS_A_CHUNK = 2**16
 
 
 def tokenise(
@@ -65,7 +65,7 @@ def tokenise(
         return tokens
     encode = functools.partial(encode_all, tokenizer)
     chunks = list(_chunks(examples))
-    workers = min(workers or _workers_for(tokenizer, examples), len(chunks))
+    workers = min(workers or workers_for(tokenizer, examples), len(chunks))
     parts = (encode(chunk) for chunk in chunks) if workers == 1 else map_in_processes(encode, chunks, workers=workers)
     found, done = [], 0
     with contextlib.closing(parts):  # so that an interrupted caller leaves no process behind
@@ -83,7 +83,7 @@ def _join(parts: Sequence[Tokens]) -> Tokens:
     return Tokens(*(np.concatenate(arrays) for arrays in zip(*parts, strict=True)))
 
 
-def _workers_for(tokenizer: Tokenizer, examples: Sequence[Example]) -> int:
+def workers_for(tokenizer: Tokenizer, examples: Sequence[Example]) -> int:
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     wanted = min(cores, sum(map(_size, examples)) // _CHARACTERS_A_WORKER)
     return wanted if wanted > 1 and _can_be_sent(tokenizer) else 1
@@ -105,7 +105,7 @@ def _chunks(examples: Sequence[Example]) -> Iterator[Sequence[Example]]:
     start = size = 0
     for end, example in enumerate(examples, start=1):
         size += _size(example)
-        if size >= _CHARACTERS_A_CHUNK or end == len(examples):
+        if size >= CHARACTERS_A_CHUNK or end == len(examples):
             yield examples[start:end]
             start, size = end, 0
 

@@ -40,10 +40,12 @@ def used_inputs(jaxpr: Jaxpr) -> list[bool]:
 
 
 def is_literal(atom: Any) -> bool:
+    """Say whether what an equation reads is a constant, written in its place."""
     return isinstance(atom, Literal)
 
 
 def is_tracer(value: Any) -> bool:
+    """Say whether a value is being traced."""
     return isinstance(value, jax.core.Tracer)
 
 

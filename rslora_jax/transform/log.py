@@ -126,14 +126,17 @@ class Log:
 
 
 def is_weight(value: Any) -> bool:
+    """Say whether a value is a weight, and not rows picked from one."""
     return isinstance(value, Probe) and bool(value.sites) and not value.past.rows
 
 
 def is_data(value: Any) -> bool:
+    """Say whether a value depends on data, or is rows, which count as data."""
     return compat.is_tracer(value) or (isinstance(value, Probe) and value.past.rows)
 
 
 def base(value: Any) -> Any:
+    """Return the array of a value of discovery."""
     return value.base if isinstance(value, Probe) else value
 
 
@@ -143,10 +146,12 @@ def known(w: Any) -> Probe:
 
 
 def numeric(dtype: Any) -> bool:
+    """Say whether a dtype is one of numbers."""
     return jnp.issubdtype(dtype, jnp.number)
 
 
 def all_sites(weights: Sequence[Probe]) -> tuple[str, ...]:
+    """Return the paths of all parameters that weights are made of, each once."""
     return tuple(dict.fromkeys(site for v in weights for site in v.sites))
 
 

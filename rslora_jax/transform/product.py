@@ -33,33 +33,50 @@ MERGED, MET = "rslora_merged_weight", "rslora_met"
 class Bilinear(Protocol):
     """An operation on data and a weight that its two factors can take the place of, one after the other.
 
-    `base` is the program's own operation, linear in each operand, and `leave(meet(x, first), second)` is
-    `base(x, full(first, second))`. `by_weight` is the same function, in the form whose transpose in the weight costs
-    least. `dtype` is what the program casts the weight to, `gamma` the adapter's scale, which the operations leave
-    out, `platform` what the program is compiled for. Operations are compared by value: equal ones on equal shapes are
-    traced once, however many layers a model has.
+    `leave(meet(x, first), second)` is `base(x, full(first, second))`. Operations are compared by value: equal ones on
+    equal shapes are traced once, however many layers a model has.
     """
 
     @property
-    def dtype(self) -> Any: ...
+    def dtype(self) -> Any:
+        """What the program casts the weight to."""
+
     @property
-    def gamma(self) -> float: ...
+    def gamma(self) -> float:
+        """The adapter's scale, which the operations leave out."""
+
     @property
-    def platform(self) -> str: ...
+    def platform(self) -> str:
+        """What the program is compiled for."""
+
     @property
-    def rank_axis(self) -> int: ...  # of second; the last of first
+    def rank_axis(self) -> int:
+        """The axis of the rank in the second factor; in the first it is the last."""
+
     @property
-    def base(self) -> Callable[..., Array]: ...  # (x, w, *extra)
+    def base(self) -> Callable[..., Array]:
+        """The program's own operation, (x, w, *extra), linear in each operand."""
+
     @property
-    def by_weight(self) -> Callable[..., Array]: ...  # as base
+    def by_weight(self) -> Callable[..., Array]:
+        """The same function, in the form whose transpose in the weight costs least."""
+
     @property
-    def meet(self) -> Callable[..., Array]: ...  # (x, first, *extra)
+    def meet(self) -> Callable[..., Array]:
+        """The product of the data and the first factor, (x, first, *extra)."""
+
     @property
-    def leave(self) -> Callable[..., Array]: ...  # (x first, second, *extra)
+    def leave(self) -> Callable[..., Array]:
+        """The product of that and the second factor, (met, second, *extra)."""
+
     @property
-    def full(self) -> Callable[..., Array]: ...  # (first, second)
+    def full(self) -> Callable[..., Array]:
+        """The product of both factors, (first, second): the update without its scale."""
+
     @property
-    def sizes(self) -> Callable[..., Sizes]: ...  # (shape of x, shape of w, rank)
+    def sizes(self) -> Callable[..., Sizes]:
+        """The sizes that decide the order, (shape of x, shape of w, rank)."""
+
     def __hash__(self) -> int: ...
 
 
@@ -246,26 +263,33 @@ class Parts:
     extra: Sequence[Array]
 
     def cast(self, weight: Any) -> Array:
+        """Return a weight as the array that the program computes with."""
         return dense(weight).astype(self.op.dtype)
 
     def cast_factor(self, factor: Array) -> Array:
+        """Return a factor in the dtype in which data meet it."""
         return factor.astype(common(self.op.dtype))
 
     def base(self, x: Array, w: Any) -> Array:
+        """Return the product with the weight alone."""
         return self.op.base(x, self.cast(w), *self.extra)
 
     def by_weight(self, x: Array, dw: Array) -> Array:
+        """Return the product with a change of the weight, to be transposed in it."""
         return self.op.by_weight(x, self.cast(dw), *self.extra)
 
     def meet(self, x: Array, first: Array) -> Array:
+        """Return the product with the first factor, times the scale."""
         return self.op.gamma * self.op.meet(
             apart(x, first.shape[-1], self.op.platform), self.cast_factor(first), *self.extra
         )
 
     def leave(self, xa: Array, second: Array) -> Array:
+        """Return the product with the second factor."""
         return self.op.leave(xa, self.cast_factor(second), *self.extra)
 
     def full(self, first: Array, second: Array) -> Array:
+        """Return the update of the weight."""
         return self.op.full(first, self.op.gamma * second)
 
     def factored(self, x: Array, w: Any, first: Array, second: Array, seen: Array | None = None) -> Array:
@@ -274,6 +298,7 @@ class Parts:
         return self.with_update(self.base(x, w), _kept_as(met, MET) if is_stored(w) else met, second)
 
     def with_update(self, y: Array, met: Array, second: Array) -> Array:
+        """Return the product with the weight and that with the second factor in one."""
         update = gradient_apart(self.leave(met, second), second.shape[self.op.rank_axis], self.op.platform)
         return y + update.astype(y.dtype)
 

@@ -82,19 +82,19 @@ class Program:
         numbers = [n for n, leaf in enumerate(leaves) if n >= first and type(leaf) in _NUMBERS]
         known = _static(tree, leaves)
         if not numbers:
-            return self.traced(known, leaves)
+            return self._traced(known, leaves)
         unknown = _static(tree, leaves, numbers)
         with self.lock:  # or another thread's unfinished trace would seem to keep the numbers
             if unknown.key not in self.knowing:
                 try:
-                    return self.traced(unknown, leaves)
+                    return self._traced(unknown, leaves)
                 except Exception:  # whatever it says: if not for the numbers, it is raised again below
                     pass
-            found = self.traced(known, leaves)
+            found = self._traced(known, leaves)
             self.knowing.add(unknown.key)
         return found
 
-    def traced(self, call: Static, leaves: Sequence[Any]) -> Trace:
+    def _traced(self, call: Static, leaves: Sequence[Any]) -> Trace:
         arrays = [
             jnp.asarray(leaf) if n in call.numbers else leaf
             for n, (leaf, yes) in enumerate(zip(leaves, call.traced, strict=True))

@@ -66,6 +66,7 @@ class View:
 
     @property
     def shape(self) -> tuple[int, ...]:
+        """The shape of what the view stands for."""
         return self.w.shape
 
     @property

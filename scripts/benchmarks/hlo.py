@@ -182,10 +182,10 @@ def _product(body: dict[str, _Instruction]) -> Iterator[int]:
                 summed = re.search(r"lhs_contracting_dims=\{([\d,]*)\}", one.rest)[1]
                 yield 2 * math.prod(out) * math.prod(left[int(n)] for n in summed.split(",") if n)
             else:
-                yield _convolution(one.rest, left, right, out)
+                yield convolution_flops(one.rest, left, right, out)
 
 
-def _convolution(rest: str, left: tuple[int, ...], right: tuple[int, ...], out: tuple[int, ...]) -> int:
+def convolution_flops(rest: str, left: tuple[int, ...], right: tuple[int, ...], out: tuple[int, ...]) -> int:
     """Return the FLOPs of a convolution, which is what a TPU makes of every matrix product.
 
     Batch axes become spatial axes with padding or dilation, so only the places count at which data meet.

@@ -57,7 +57,7 @@ def count(variables):
 @pytest.mark.parametrize("family", FAMILIES)
 def test_every_number_comes_to_its_place(tmp_path, monkeypatch, family, scan_layers):
     # So that tensors come in several pieces, the last one shorter, and the larger are written on the device.
-    monkeypatch.setattr(weights, "_CHUNK", 300)
+    monkeypatch.setattr(weights, "CHUNK", 300)
     config = folders.CONFIG | FAMILIES[family]
     folders.write(tmp_path, config, shards=3 if scan_layers else 1)
     done = []
@@ -290,7 +290,7 @@ def on_eight_devices(folder):
     from rslora_jax.sites import named_leaves
 
     mesh = make_mesh("data=2,fsdp=2,tensor=2")
-    weights._CHUNK = 300
+    weights.CHUNK = 300
     for scan_layers in (True, False):
 
         def place(shapes):
@@ -335,9 +335,9 @@ def peak_while_loading(folder, mesh_text):
 
     mesh = make_mesh(mesh_text) if mesh_text else None
     shardings = (lambda shapes: param_shardings(shapes, mesh, SHARDING_RULES)) if mesh else None
-    weights._CHUNK, usual = 300, weights._CHUNK
+    weights.CHUNK, usual = 300, weights.CHUNK
     load_model(folder + "/small", shardings=shardings)  # what the libraries take for themselves
-    weights._CHUNK = usual
+    weights.CHUNK = usual
     before = memory("VmRSS")
     Path("/proc/self/clear_refs").write_text("5")  # the peak starts here
     variables = load_model(folder + "/large", shardings=shardings).variables

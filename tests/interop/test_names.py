@@ -23,7 +23,7 @@ safetensors = pytest.importorskip("safetensors.numpy")
 tokenizer_module = pytest.importorskip("rslora_jax.interop.tokenizer")
 pytestmark = pytest.mark.by_day_on("newest")
 
-TOKENIZER = tokenizer_module.tokenizer_from_metadata(tokenizer_module._EXAMPLE)
+TOKENIZER = tokenizer_module.tokenizer_from_metadata(tokenizer_module.EXAMPLE)
 CONFIG = ToyConfig(vocab_size=5, width=2, hidden=2, layers=1)
 
 LAST = ("kernel", "embedding", "w", "weight", "table")

@@ -40,7 +40,7 @@ EXAMPLES = [
 
 @pytest.fixture(autouse=True)
 def small_chunks(monkeypatch):
-    monkeypatch.setattr(module, "_CHARACTERS_A_CHUNK", 300)
+    monkeypatch.setattr(module, "CHARACTERS_A_CHUNK", 300)
 
 
 def assert_same(left, right) -> None:
@@ -128,11 +128,11 @@ def test_the_default_number_of_workers_grows_with_the_data_up_to_the_cores(
     monkeypatch.setattr(os, "sched_getaffinity", lambda pid: range(cores), raising=False)
     half = Example("x" * (characters // 2), "")
     chat = Example((Message("user", "x" * (characters // 2)),), "")
-    assert module._workers_for(ByteTokenizer(), [half, chat]) == workers
+    assert module.workers_for(ByteTokenizer(), [half, chat]) == workers
     unpicklable = dataclasses.replace(make_tokenizer(None), eos=lambda: None)
-    assert module._workers_for(unpicklable, [half, chat]) == 1
+    assert module.workers_for(unpicklable, [half, chat]) == 1
     monkeypatch.setattr(ByteTokenizer, "__module__", "__main__")
-    assert module._workers_for(ByteTokenizer(), [half, chat]) == 1
+    assert module.workers_for(ByteTokenizer(), [half, chat]) == 1
 
 
 def test_what_cannot_be_used_is_refused_before_any_work(make_tokenizer, tmp_path):

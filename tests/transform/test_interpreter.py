@@ -63,7 +63,7 @@ def test_compiled_calls_are_freed_by_clear_caches_and_with_the_function():
     for n in shapes:
         jax.eval_shape(lora.apply, PARAMS, adapters, normal(2, n, 12))
     lora.apply(PARAMS, adapters, normal(2, n, 12))
-    traced = [compat.opened(lora._program.trace(PARAMS, (normal(2, n, 12),), {})[0])[0] for n in shapes]
+    traced = [compat.opened(lora.program.trace(PARAMS, (normal(2, n, 12),), {})[0])[0] for n in shapes]
     programs = [weakref.ref(jaxpr) for jaxpr in traced]
     del traced
     collect()
@@ -74,7 +74,7 @@ def test_compiled_calls_are_freed_by_clear_caches_and_with_the_function():
     assert not any(program() is not None for program in programs) and len(entered()) == before
     assert jnp.isfinite(lora.apply(PARAMS, adapters, normal(2, 3, 12))).all()  # and begins anew
 
-    gone = [weakref.ref(lora), weakref.ref(lora._program)]
+    gone = [weakref.ref(lora), weakref.ref(lora.program)]
     del lora
     collect()
     assert not any(reference() is not None for reference in gone) and len(entered()) == before
