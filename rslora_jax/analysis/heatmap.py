@@ -110,7 +110,8 @@ def _color_bar(figure: Any, axis: Any, image: Any) -> None:
     bar = figure.colorbar(image, ax=axis, pad=0.015, fraction=0.05)
     bar.outline.set_visible(False)
     if isinstance(image.norm, LogNorm):
-        ticks = np.geomspace(image.norm.vmin, image.norm.vmax, 5).tolist()
+        low, high = image.get_clim()
+        ticks = np.geomspace(low, high, 5).tolist()
         bar.set_ticks(ticks, labels=[f"{tick:.2g}" for tick in ticks])
         bar.minorticks_off()
     bar.ax.tick_params(labelsize=8)

@@ -24,7 +24,8 @@ def find_smollm2() -> Path:
 
     The package is not imported, as that would need llama.cpp.
 
-    Raises `ValueError`, with the command that installs it, when it is not there.
+    Raises:
+      ValueError: it is not there; the error has the command that installs it.
 
     >>> find_smollm2().name
     'SmolLM2-135M-Instruct.Q4_1.gguf'
@@ -49,13 +50,20 @@ def load_gguf(
 ) -> Model:
     """Load (config, variables, tokenizer) from a GGUF file, such as one of architecture "llama".
 
-    Weights are dequantised to `param_dtype`, kernels are (in, out), with `scan_layers` (layers, in, out), and
-    the rows of q and k are put back into Hugging Face's order. `remat` and `dtype` only go into the config;
-    `shardings` say where the weights are to lie (`interop.model.Shardings`), `family` which family's file it is, where
-    it is none of `families.FAMILIES`, and `progress` is called with the bytes that are done, and all.
+    Weights are dequantised, kernels are (in, out), with `scan_layers` (layers, in, out), and the rows of q and k are
+    put back into Hugging Face's order.
 
-    Raises `ValueError`, naming file and tensor, when the file is missing, truncated or not GGUF, or holds
-    what the family would compute wrongly: another architecture, experts, biases, stretched rotary positions.
+    Args:
+      path: the file.
+      scan_layers, remat, dtype: go into the config.
+      param_dtype: what the weights are stored in.
+      shardings: where the weights are to lie (`interop.model.Shardings`).
+      family: which family's file it is, where it is none of `families.FAMILIES`.
+      progress: called with the bytes that are done, and all.
+
+    Raises:
+      ValueError: the file is missing, truncated or not GGUF, or holds what the family would compute wrongly: another
+        architecture, experts, biases, stretched rotary positions. It names file and tensor.
 
     >>> config, variables, tokenizer = load_gguf(find_smollm2(), scan_layers=True, param_dtype=jnp.bfloat16)
     >>> variables["params"]["layers"]["attn"]["q_proj"]["kernel"].shape, config.num_kv_heads

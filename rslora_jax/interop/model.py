@@ -56,7 +56,8 @@ class Model:
 def shardings_of(shardings: Shardings, shapes: Any) -> Any:
     """Give the pytree of shardings that a loader's argument stands for: one of Nones where it is None.
 
-    Raises `ValueError` when a pytree is given that is not like the variables.
+    Raises:
+      ValueError: a pytree is given that is not like the variables.
     """
     found = shardings(shapes) if callable(shardings) else shardings
     if found is None:

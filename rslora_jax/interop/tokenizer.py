@@ -83,8 +83,10 @@ class Tokenizer:
     def chat(self, messages: Sequence[Mapping[str, str]], *, add_generation_prompt: bool = True) -> str:
         """Write messages ({"role": ..., "content": ...}) as one text, by the file's own template.
 
-        Raises `ValueError` when the file has no template or the template refuses the messages. The template
-        comes with the file, hence from a stranger: it runs in a sandbox.
+        The template comes with the file, hence from a stranger: it runs in a sandbox.
+
+        Raises:
+          ValueError: the file has no template, or the template refuses the messages.
 
         >>> print(tokenizer_from_metadata(EXAMPLE).chat([{"role": "user", "content": "hi"}]))
         user: hi<end>
@@ -109,8 +111,9 @@ class Tokenizer:
 def tokenizer_from_metadata(metadata: Mapping[str, Any]) -> Tokenizer:
     """Build a `Tokenizer` from the `tokenizer.*` entries of a GGUF file (a mapping of name to plain value).
 
-    Raises `ValueError` for a tokenizer that is not byte-level, for a way of cutting text not known here (a
-    wrong cut would give wrong ids without a word), and for entries that are missing or do not fit together.
+    Raises:
+      ValueError: the tokenizer is not byte-level, cuts text in a way not known here (a wrong cut would give wrong ids
+        without a word), or entries are missing or do not fit together.
 
     >>> tokenizer_from_metadata({"tokenizer.ggml.model": "llama"})
     Traceback (most recent call last):

@@ -24,7 +24,8 @@ class RopeScaling:
     Frequencies that turn fewer than `low_freq_factor` times in `original_max_len` positions are divided by `factor`,
     those that turn more than `high_freq_factor` times are kept, and those between are mixed.
 
-    Raises `ValueError` for factors that make no sense.
+    Raises:
+      ValueError: the factors make no sense.
     """
 
     factor: float
@@ -141,7 +142,8 @@ def init_cache(config: Any, batch: int, length: int, dtype: Any = None) -> Cache
     A plain dict: "k" and "v" of shape (L, B, S, K, H) in `dtype` (default `config.dtype`), "positions" (B, S)
     int32 with -1 for an empty slot, "index" () int32, the next slot to write.
 
-    Raises `ValueError` when `length` is above `config.max_len`.
+    Raises:
+      ValueError: `length` is above `config.max_len`.
 
     >>> from rslora_jax.models.decoder import DecoderConfig
     >>> config = DecoderConfig(vocab_size=32, width=16, mlp_width=24, num_layers=2, num_heads=4, num_kv_heads=2)

@@ -239,9 +239,11 @@ class Decoder(nn.Module):
         position -1 marks padding, on either side. Positions default to 0, 1, 2, ... or to what follows the
         cache. `segments_BxT` (int) keeps packed documents apart: a token sees its own segment only.
 
-        Raises `ValueError` for more tokens than `config.max_len` or than the cache holds, and for segments
-        with a cache. Writing past the cache's end over several calls gives NaN, as no shape shows it. A cache
-        of no slots comes back with T: so a prompt is read without attention to empty slots.
+        Writing past the cache's end over several calls gives NaN, as no shape shows it. A cache of no slots comes back
+        with T: so a prompt is read without attention to empty slots.
+
+        Raises:
+          ValueError: there are more tokens than `config.max_len` or than the cache holds, or segments with a cache.
         """
         (B, T), c = tokens_BxT.shape, self.config
         if c.max_len < T:

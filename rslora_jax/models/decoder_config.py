@@ -40,7 +40,8 @@ class DecoderConfig:
     activations), "full" (keep none inside a layer) or a name in `REMAT_POLICIES`. `scan_layers` stacks the
     layers' weights on a leading axis and compiles one layer in place of `num_layers`.
 
-    Raises `ValueError` when the sizes do not fit together or `remat` is unknown.
+    Raises:
+      ValueError: the sizes do not fit together, or `remat` is unknown.
 
     >>> config = DecoderConfig(vocab_size=32, width=16, mlp_width=24, num_layers=2, num_heads=4, num_kv_heads=2)
     >>> config.head_dim, config.dtype

@@ -35,7 +35,9 @@ def generate(
     `apply(variables, tokens_BxT, positions_BxT, cache=cache)` gives (logits_BxTxV, cache), as `Decoder.apply`
     does; `variables` is whatever pytree it takes, for instance (base, adapters):
 
-        run = lambda both, *args, **kwargs: lora.apply(*both, *args, **kwargs)
+        def run(both, *args, **kwargs):
+            return lora.apply(*both, *args, **kwargs)
+
         generate(run, (variables, adapters), prompts, config, max_new=32)
 
     `options` are those of `start`: eos_id=None, temperature=0.0, top_p=1.0, key=None, bucket=64. Keep one
@@ -45,8 +47,9 @@ def generate(
     A row ends with, and includes, `eos_id`, or the first of several. What a row gives does not depend on the other
     rows, except through rounding.
 
-    Raises `ValueError` for no prompts, an empty prompt, `max_new` below 1, `top_p` outside (0, 1], a
-    negative temperature, a missing key, and for prompts that leave no room within `config.max_len`.
+    Raises:
+      ValueError: there are no prompts, or an empty one, `max_new` is below 1, `top_p` outside (0, 1], the temperature
+        negative, a key is missing, or the prompts leave no room within `config.max_len`.
 
     >>> from rslora_jax.models.decoder import Decoder
     >>> config = DecoderConfig(vocab_size=32, width=16, mlp_width=24, num_layers=2, num_heads=4, num_kv_heads=2)

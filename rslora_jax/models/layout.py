@@ -23,7 +23,10 @@ def stack_layers(variables: Mapping[str, Any]) -> dict[str, Any]:
     """Turn looped variables into scanned ones, in every collection.
 
     Leaves of shape (...) under `layers_0` .. `layers_{L-1}` become leaves (L, ...) under `layers`; all else
-    stays. Raises `ValueError` when no layers are there or a number is missing.
+    stays.
+
+    Raises:
+      ValueError: no layers are there, or a number is missing.
 
     >>> looped = {"params": {"layers_0": {"w": jnp.zeros(3)}, "layers_1": {"w": jnp.ones(3)}, "norm": 1}}
     >>> jax.tree.map(jnp.shape, stack_layers(looped))
@@ -35,7 +38,8 @@ def stack_layers(variables: Mapping[str, Any]) -> dict[str, Any]:
 def unstack_layers(variables: Mapping[str, Any]) -> dict[str, Any]:
     """Turn scanned variables into looped ones, in every collection: the inverse of `stack_layers`.
 
-    Raises `ValueError` when no stacked `layers` is there.
+    Raises:
+      ValueError: no stacked `layers` is there.
 
     >>> scanned = {"params": {"layers": {"w": jnp.zeros((2, 3))}}}
     >>> jax.tree.map(jnp.shape, unstack_layers(scanned))

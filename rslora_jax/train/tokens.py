@@ -84,6 +84,7 @@ def _join(parts: Sequence[Tokens]) -> Tokens:
 
 
 def workers_for(tokenizer: Tokenizer, examples: Sequence[Example]) -> int:
+    """Return how many processes are worth their start, 1 where a tokenizer cannot be sent to them."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     wanted = min(cores, sum(map(_size, examples)) // _CHARACTERS_A_WORKER)
     return wanted if wanted > 1 and _can_be_sent(tokenizer) else 1
