@@ -1,6 +1,7 @@
 """The rules of the house, read off the source: each has a breach of its own beside it, which it must find."""
 
 import ast
+import collections
 import re
 import sys
 from collections.abc import Callable, Iterator
@@ -161,6 +162,19 @@ def primitives_by_name(path: str, text: str, tree: ast.Module) -> Found:
                     yield node.lineno, f"{ast.unparse(node)}: compare primitives themselves, whose names change"
 
 
+WORDS = collections.Counter(
+    word
+    for path in (*map(ROOT.joinpath, ALL), *ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md"))
+    for word in set(re.findall(r"\w+", path.read_text()))
+)
+
+
+def own_business(path: str, text: str, tree: ast.Module) -> Found:
+    for node in tree.body:
+        if isinstance(node, Function) and not node.name.startswith("_") and WORDS[node.name] < 2:
+            yield node.lineno, f"no other file speaks of {node.name}: begin its name with an underscore"
+
+
 def others_private(path: str, text: str, tree: ast.Module) -> Found:
     own = {"self", "cls", *(node.name for node in tree.body if isinstance(node, ast.ClassDef))}
     for node in ast.walk(tree):
@@ -228,6 +242,7 @@ RULES: list[tuple[Callable[[str, str, ast.Module], Found], list[str], list[tuple
             ("rslora_jax/x.py", "primitive != 'mul'"),
         ],
     ),
+    (own_business, PACKAGE, [("rslora_jax/x.py", "def known_here_alone(): pass")]),
     (
         others_private,
         ALL,

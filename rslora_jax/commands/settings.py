@@ -16,7 +16,7 @@ _PATHS = ("data", "model", "cache", "adapters")
 
 def file_settings(arguments: argparse.Namespace) -> Mapping[str, Any]:
     """Return the settings of the file --config."""
-    return read_settings(arguments.config, vars(arguments)) if arguments.config else {}
+    return _read_settings(arguments.config, vars(arguments)) if arguments.config else {}
 
 
 def resumed_settings(arguments: argparse.Namespace) -> Mapping[str, Any]:
@@ -24,7 +24,7 @@ def resumed_settings(arguments: argparse.Namespace) -> Mapping[str, Any]:
     return _saved_settings(arguments.out) if arguments.resume else {}
 
 
-def read_settings(path: str, flags: Mapping[str, Any]) -> dict[str, Any]:
+def _read_settings(path: str, flags: Mapping[str, Any]) -> dict[str, Any]:
     """Read flags from a TOML file, by their names with or without the leading dashes.
 
     Args:
