@@ -39,10 +39,12 @@ class Deferred(Stored):
 
     @property
     def stack(self) -> tuple[int, ...]:
+        """What is left of the leading axes."""
         return tuple(self.sources[0].shape[: self.leading - self.lost])
 
     @property
     def inner(self) -> tuple[int, ...]:
+        """The shape of the result behind the leading axes."""
         return self.whole[self.leading :]
 
     def dense(self) -> Array:

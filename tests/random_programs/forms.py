@@ -93,7 +93,10 @@ def acting(lora: rslora.Lora, params: Any, adapters: Any, off: Any) -> Any:
     def one(site: rslora.Site, w: Any) -> Any:
         own = adapters[site.path]
         letters = "abcdefghij"[: w.ndim]
-        of = lambda axes: "".join(letters[n] for n in axes)
+
+        def of(axes):
+            return "".join(letters[n] for n in axes)
+
         a, b = of(site.stack_axes + site.in_axes) + "z", of(site.stack_axes) + "z" + of(site.out_axes)
         update = jnp.einsum(f"{a},{b}->{letters}", own["a"], own["b"])
         total = w.astype(jnp.float64) + ALPHA / np.sqrt(site.rank) * update
