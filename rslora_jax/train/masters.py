@@ -55,4 +55,4 @@ def float32_masters(optimizer: optax.GradientTransformation) -> optax.GradientTr
         # What makes of the parameters their masters, rounded; in float32, or `apply_updates` would round twice.
         return jax.tree.map(lambda m, p: m - p.astype(jnp.float32), masters, params), Masters(masters, inner_state)
 
-    return optax.GradientTransformationExtraArgs(init, update)  # type: ignore[arg-type]
+    return optax.GradientTransformationExtraArgs(init, update)

@@ -1,6 +1,7 @@
 """Primitives that hold programs of their own: views are carried into them."""
 
 import dataclasses
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -23,10 +24,10 @@ def _constrain(value: Any, sharding: Any) -> Any:
 def _jit(walk: Walk, eqn: compat.Eqn, values: list[Any]) -> list[Any]:
     """Enter a jit call, and keep it a call: it is traced and compiled once for the views it sees."""
 
-    def build():
+    def build() -> Any:
         asked_in, asked_out = compat.call_shardings(eqn)
 
-        def body(*args):
+        def body(*args: Any) -> Any:
             outs = walk.run(eqn.params["jaxpr"], [*map(_constrain, args, asked_in)])
             return [*map(_constrain, outs, asked_out)]
 
@@ -44,8 +45,8 @@ def closed_call(walk: Walk, eqn: compat.Eqn, values: list[Any]) -> list[Any]:
 def _remat(walk: Walk, eqn: compat.Eqn, values: list[Any]) -> list[Any]:
     """Enter a rematerialised block under its own policy, so that the adapters' values are recomputed too."""
 
-    def build():
-        def body(*args):
+    def build() -> Any:
+        def body(*args: Any) -> Any:
             return walk.run(eqn.params["jaxpr"], args)
 
         kept = jax.checkpoint(body, prevent_cse=eqn.params["prevent_cse"], policy=eqn.params["policy"])
@@ -65,12 +66,12 @@ def _scan(walk: Walk, eqn: compat.Eqn, values: list[Any]) -> list[Any]:
             unstacked = is_stored(v.w) and not v.w.stack
             values[n] = walk.array(v, "scan of a stored weight" if unstacked else "scan along an axis of A or B")
 
-    def build():
-        def whole(*values):
+    def build() -> Any:
+        def whole(*values: Any) -> list[Any]:
             consts, carry, xs = _split(values, num_consts, num_carry)
             fixed, moving = _hold(carry)
 
-            def body(moving, xs):
+            def body(moving: list[Any], xs: Any) -> Any:
                 carry = [fixed.get(n, c) for n, c in enumerate(moving)]
                 outs = walk.run(eqn.params["jaxpr"], [*consts, *carry, *map(_enter, xs)])
                 kept = [None if n in fixed else walk.array(o, "scan carry") for n, o in enumerate(outs[:num_carry])]
@@ -92,22 +93,22 @@ def _while_(walk: Walk, eqn: compat.Eqn, values: list[Any]) -> list[Any]:
     loose = _changing(p["body_jaxpr"], p["body_nconsts"], len(values) - sum(counts))
     values = [walk.array(v, "while carry") if n - sum(counts) in loose else v for n, v in enumerate(values)]
 
-    def build():
-        def whole(*values):
+    def build() -> Any:
+        def whole(*values: Any) -> list[Any]:
             cond_consts, body_consts, carry = _split(values, *counts)
             fixed, moving = _hold(carry)
 
-            def full(moving):
+            def full(moving: list[Any]) -> list[Any]:
                 return [fixed.get(n, c) for n, c in enumerate(moving)]
 
-            def going(moving):
+            def going(moving: list[Any]) -> Any:
                 return walk.run(p["cond_jaxpr"], [*cond_consts, *full(moving)])[0]
 
-            def body(moving):
+            def body(moving: list[Any]) -> list[Any]:
                 outs = walk.run(p["body_jaxpr"], [*body_consts, *full(moving)])
                 return [None if n in fixed else walk.array(o, "while carry") for n, o in enumerate(outs)]
 
-            def each(moving):
+            def each(moving: list[Any]) -> list[Any]:
                 on = going(moving)
                 return [None if o is None else _where(on, o, c) for o, c in zip(body(moving), moving, strict=True)]
 
@@ -125,8 +126,8 @@ def _cond(walk: Walk, eqn: compat.Eqn, values: list[Any]) -> list[Any]:
     """Enter every branch of a conditional."""
     values = [walk.array(values[0], "cond"), *values[1:]]
 
-    def build():
-        def branch(jaxpr):
+    def build() -> Any:
+        def branch(jaxpr: compat.Jaxpr) -> Any:
             return lambda *args: [walk.array(o, "cond") for o in walk.run(jaxpr, args)]
 
         branches = [branch(jaxpr) for jaxpr in eqn.params["branches"]]
@@ -160,14 +161,14 @@ def _custom_vjp(walk: Walk, eqn: compat.Eqn, values: list[Any]) -> list[Any] | N
 def _with_own_derivative(walk: Walk, eqn: compat.Eqn, values: list[Any]) -> list[Any]:
     """Enter a call for its value; leave its derivative to the call itself."""
 
-    def build():
+    def build() -> Any:
         @jax.custom_jvp
-        def value(*args):
+        def value(*args: Any) -> list[Any]:
             return [o if not isinstance(o, View) else materialise(o) for o in walk.run(eqn.params["call_jaxpr"], args)]
 
         @value.defjvp
-        def rule(primals, tangents):
-            def exact(*args):
+        def rule(primals: Any, tangents: Any) -> Any:
+            def exact(*args: Any) -> Any:
                 return compat.bind(eqn, *(materialise(v) if isinstance(v, View) else v for v in args))
 
             return jax.jvp(exact, primals, tangents)
@@ -192,7 +193,7 @@ def _shard_map(walk: Walk, eqn: compat.Eqn, values: list[Any]) -> list[Any]:
 
         return value.with_parts(spec, [part(array) for array in value.parts])
 
-    def build():
+    def build() -> Any:
         params = compat.shard_map_params(eqn)
 
         def enter(value: Any, spec: Any) -> Any:
@@ -202,10 +203,10 @@ def _shard_map(walk: Walk, eqn: compat.Eqn, values: list[Any]) -> list[Any]:
             same = tuple(frozenset(params["axis_names"]) - _split_over(of) for of in spec.parts)
             return dataclasses.replace(value, uniform=same)
 
-        def mapped(*values):
+        def mapped(*values: Any) -> Any:
             specs = tuple(map(spec_of, values, eqn.params["in_specs"]))
 
-            def body(*args):
+            def body(*args: Any) -> Any:
                 outs = walk.run(eqn.params["jaxpr"], [*map(enter, args, specs)])
                 return tuple(walk.array(o, "output of shard_map") for o in outs)
 
@@ -227,7 +228,7 @@ def _split_over(spec: Any) -> frozenset[Any]:
     return frozenset(name for of in spec or () for name in (of if isinstance(of, tuple) else (of,)) if name is not None)
 
 
-def _split(values, *counts):
+def _split(values: Sequence[Any], *counts: int) -> list[list[Any]]:
     """Split a flat list into runs of the given lengths and the rest."""
     runs, at = [], 0
     for count in counts:

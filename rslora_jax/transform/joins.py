@@ -35,7 +35,7 @@ def concatenate(parts: Sequence[View | Array], axis: int) -> View | None:
     pairs = [_in_order(v, adapted[0], axis) for v in adapted]
     if any(pair is None for pair in pairs) or any(v.along.keys() != views[0].along.keys() for v in views):
         return None
-    across, along = ([*factors] for factors in zip(*pairs, strict=True))  # type: ignore[arg-type]
+    across, along = ([*factors] for factors in zip(*pairs, strict=True))
     sides = {
         (f.shape[axis] > 1, g.shape[axis] > 1)
         for f, g, v in zip(across, along, adapted, strict=True)

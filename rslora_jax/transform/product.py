@@ -183,11 +183,11 @@ def _through_weight(op: Bilinear, best: Plan, x: Array, w: Any, first: Array, se
 
     # `extra` is an argument and not a closure: JAX traces the rule later, when values of this trace are gone.
     @jax.custom_jvp
-    def product(x, w, first, second, *extra):
+    def product(x: Array, w: Any, first: Array, second: Array, *extra: Array) -> Array:
         parts = Parts(op, summable, extra)
         return parts.merged(w, first, second)(x) if best.value_alone else parts.factored(x, w, first, second)
 
-    def rule(primals, tangents):
+    def rule(primals: Sequence[Any], tangents: Sequence[Any]) -> tuple[Array, Array]:
         x, w, first, second, *extra = primals
         dx, dfirst, dsecond = (None if isinstance(t, SymbolicZero) else t for t in (tangents[0], *tangents[2:4]))
         dw = _tangent_of_dense(w, tangents[1])
