@@ -9,6 +9,7 @@ from jax import Array
 
 from rslora_jax.config import LoraConfig
 from rslora_jax.methods.random import site_key
+from rslora_jax.pytrees import Params
 from rslora_jax.sites import Site, from_paths, named_leaves
 from rslora_jax.stored.form import is_stored
 from rslora_jax.transform import compat
@@ -18,7 +19,7 @@ from rslora_jax.transform.views import View
 Adapters = dict[str, dict[str, Array]]
 
 
-def init_adapters(sites: Mapping[str, Site], key: Array, config: LoraConfig, params: Any) -> Adapters:
+def init_adapters(sites: Mapping[str, Site], key: Array, config: LoraConfig, params: Params) -> Adapters:
     """Return fresh adapters for every site.
 
     Raises:
@@ -69,12 +70,12 @@ def check_adapters(sites: Mapping[str, Site], adapters: Any) -> None:
             raise ValueError(f"the adapters have {name}, which this config does not adapt")
 
 
-def array_leaves(params: Any) -> dict[str, Any]:
+def array_leaves(params: Params) -> dict[str, Any]:
     """Return the parameters that are arrays, or stored in a form of their own, by path."""
     return {name: leaf for name, leaf in named_leaves(params).items() if is_array(leaf)}
 
 
-def varied(params: Any, sites: Mapping[str, Site], adapters: Adapters) -> tuple[Any, Adapters]:
+def varied(params: Params, sites: Mapping[str, Site], adapters: Adapters) -> tuple[Any, Adapters]:
     """Inside a `shard_map`, let each weight and its factors vary over the same devices, as their sum would."""
     leaves, made = named_leaves(params), {}
     for path in sites:

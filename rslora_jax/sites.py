@@ -10,6 +10,7 @@ from flax import nnx
 from flax.core.meta import AxisMetadata
 
 from rslora_jax.methods.method import RANK, Method
+from rslora_jax.pytrees import PyTree
 from rslora_jax.stored.form import is_stored
 
 
@@ -103,7 +104,7 @@ def path_name(path: Sequence[Any]) -> str:
 _BOXES = (AxisMetadata, nnx.Variable)  # nodes that say something of an array, such as `nn.Partitioned`
 
 
-def named_leaves(tree: Any) -> dict[str, Any]:
+def named_leaves(tree: PyTree) -> dict[str, Any]:
     """Return the leaves of a pytree by path, in its order.
 
     What is in a box of Flax (`nn.Partitioned`, `nnx.Param`) has the path that it would have without one.
@@ -134,7 +135,7 @@ def _shared_path(paths: Sequence[Any]) -> str:
     return "every leaf has a path of its own"
 
 
-def no_parameters(tree: Any) -> dict[str, str]:
+def no_parameters(tree: PyTree) -> dict[str, str]:
     """Return the kind, by path, of the NNX variables in a pytree that are no parameters and so never get adapters.
 
     >>> no_parameters({"kernel": nnx.Param(0), "seen": nnx.Cache(0)})
@@ -147,7 +148,7 @@ def no_parameters(tree: Any) -> dict[str, str]:
     return {path_name(path): kind for (path, _), kind in zip(_unboxed(tree), each, strict=True) if kind}
 
 
-def from_paths(like: Any, leaves: Mapping[str, Any]) -> Any:
+def from_paths(like: PyTree, leaves: Mapping[str, Any]) -> PyTree:
     """Return a pytree of the structure of `like` with leaves by path.
 
     >>> from_paths([0, {"a": 0}], {"1/a": 2, "0": 1})
@@ -156,17 +157,17 @@ def from_paths(like: Any, leaves: Mapping[str, Any]) -> Any:
     return jax.tree.unflatten(_structure_of(like), [leaves[name] for name in named_leaves(like)])
 
 
-def _leaves_of(tree: Any) -> list[Any]:
+def _leaves_of(tree: PyTree) -> list[Any]:
     """Return the leaves of a pytree, of which a stored weight is one."""
     return jax.tree.leaves(tree, is_leaf=is_stored)
 
 
-def _structure_of(tree: Any) -> Any:
+def _structure_of(tree: PyTree) -> Any:
     """Return the structure of a pytree in which a stored weight is one leaf."""
     return jax.tree.structure(tree, is_leaf=is_stored)
 
 
-def _unboxed(tree: Any) -> Iterator[tuple[tuple[Any, ...], Any]]:
+def _unboxed(tree: PyTree) -> Iterator[tuple[tuple[Any, ...], Any]]:
     """Yield the leaves of a pytree with their key paths, in which boxes are no step."""
     for path, node in jax.tree_util.tree_leaves_with_path(
         tree, is_leaf=lambda node: isinstance(node, _BOXES) or is_stored(node)

@@ -13,6 +13,7 @@ from jax import Array
 
 from rslora_jax.adapters import Adapters, array_leaves, check_adapters, init_adapters, varied, view_of, views_of
 from rslora_jax.config import LoraConfig
+from rslora_jax.pytrees import Params
 from rslora_jax.selection import select
 from rslora_jax.sites import Site, from_paths, named_leaves, no_parameters
 from rslora_jax.stored.form import is_stored, like_dense
@@ -85,7 +86,7 @@ class Lora:
     program: Program
     walk: Walk
 
-    def init(self, key: Array, params: Any = None) -> Adapters:
+    def init(self, key: Array, params: Params = None) -> Adapters:
         """Return fresh adapters, with which `apply` starts as `fn`: of LoRA, A random and B zero.
 
         Args:
@@ -101,7 +102,7 @@ class Lora:
         """
         return init_adapters(self.sites, key, self.config, params)
 
-    def apply(self, params: Any, adapters: Adapters, *args: Any, **kwargs: Any) -> Any:
+    def apply(self, params: Params, adapters: Adapters, *args: Any, **kwargs: Any) -> Any:
         """Evaluate the function with every adapted weight W acting as W + gamma A B.
 
         Gives what `fn(merge(params, adapters), *args, **kwargs)` gives, without forming that sum unless
@@ -118,7 +119,7 @@ class Lora:
     def walked(
         self,
         walk: Walk,
-        params: Any,
+        params: Params,
         adapters: Adapters,
         args: tuple,
         kwargs: dict[str, Any],
@@ -137,7 +138,7 @@ class Lora:
         """
         return restored(self._known() | {"platform": platform})
 
-    def merge(self, params: Any, adapters: Adapters, *, copy: bool = False) -> Any:
+    def merge(self, params: Params, adapters: Adapters, *, copy: bool = False) -> Params:
         """Return the parameters with every adapter added in: of LoRA, W + gamma A B.
 
         A weight that is stored in a form of its own becomes an array where it has an adapter. The sum is formed in
@@ -168,7 +169,7 @@ class Lora:
         }
         return from_paths(params, merged)
 
-    def check(self, params: Any, adapters: Adapters) -> None:
+    def check(self, params: Params, adapters: Adapters) -> None:
         """Raise a ValueError that names the first path at which parameters or adapters do not fit."""
         leaves = array_leaves(params)
         shapes = {name: tuple(leaf.shape) for name, leaf in leaves.items()}
@@ -201,7 +202,7 @@ class Lora:
     __repr__ = __str__
 
 
-def wrap(fn: Callable[..., Any], params: Any, *args: Any, config: LoraConfig = _DEFAULT, **kwargs: Any) -> Lora:
+def wrap(fn: Callable[..., Any], params: Params, *args: Any, config: LoraConfig = _DEFAULT, **kwargs: Any) -> Lora:
     """Give a function adapters on the weights it uses; the function itself is left as it is.
 
     `fn(params, *args, **kwargs)` is traced once, with abstract values; every weight in `params` is found

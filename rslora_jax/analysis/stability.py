@@ -13,6 +13,7 @@ import jax.numpy as jnp
 from jax import Array, lax
 from jax.extend.core import primitives
 
+from rslora_jax.pytrees import Params
 from rslora_jax.sites import Site
 from rslora_jax.transform import compat
 from rslora_jax.transform.interpreter import Walk
@@ -47,7 +48,7 @@ class Stability:
 
 
 def measure(
-    lora: Lora, loss: Callable[..., Array], params: Any, adapters: Adapters, *args: Any
+    lora: Lora, loss: Callable[..., Array], params: Params, adapters: Adapters, *args: Any
 ) -> dict[str, Stability]:
     """Measure every adapter's output and gradients at one point of training (arXiv 2312.03732, definition 3.1).
 

@@ -18,6 +18,7 @@ from rslora_jax.interop.model import Model
 from rslora_jax.interop.names import is_looped
 from rslora_jax.interop.peft import PeftFolder, base_of, load_peft, open_peft, read_config, replace
 from rslora_jax.interop.peft.files import CONFIG_NAME
+from rslora_jax.pytrees import Params
 from rslora_jax.sites import named_leaves
 from rslora_jax.store import checkpoint
 from rslora_jax.store.checksum import checksums
@@ -60,7 +61,7 @@ class Attached(NamedTuple):
     """
 
     lora: Lora
-    variables: Any
+    variables: Params
     adapters: Adapters
     replaced: Mapping[str, Any] = {}
 

@@ -18,6 +18,7 @@ from rslora_jax.interop.new_folder import written_whole
 from rslora_jax.interop.rounding import Rounding
 from rslora_jax.interop.shards import DTYPES, write_folder
 from rslora_jax.interop.tokenizer import Tokenizer
+from rslora_jax.pytrees import Params
 from rslora_jax.sites import named_leaves
 from rslora_jax.wrap import Adapters, Lora
 
@@ -39,7 +40,7 @@ _COPIED = (
 def write_merged(
     folder: str | Path,
     lora: Lora,
-    variables: Any,
+    variables: Params,
     adapters: Adapters,
     *,
     config: Any,

@@ -16,6 +16,7 @@ from jax import lax
 
 from rslora_jax.interop.model import Progress
 from rslora_jax.interop.names import Names, places
+from rslora_jax.pytrees import PyTree
 from rslora_jax.sites import named_leaves
 
 CHUNK = 1 << 23  # bytes that are on the way at a time
@@ -44,7 +45,7 @@ class Tensor(Protocol):
 def load_weights(
     tensors: Mapping[str, Tensor],
     shapes: Any,
-    shardings: Any,
+    shardings: PyTree,
     *,
     names: Names,
     ignored: Callable[[str], bool] = lambda name: False,

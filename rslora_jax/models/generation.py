@@ -16,6 +16,7 @@ import numpy as np
 from jax import lax
 
 from rslora_jax.models.decoder import DecoderConfig, init_cache, lengthen
+from rslora_jax.pytrees import Params
 
 Array = jax.Array
 State = dict[str, Any]
@@ -23,7 +24,7 @@ State = dict[str, Any]
 
 def generate(
     apply: Callable[..., Any],
-    variables: Any,
+    variables: Params,
     prompts: Sequence[Sequence[int]],
     config: DecoderConfig,
     *,
@@ -65,7 +66,7 @@ def generate(
 
 def stream(
     apply: Callable[..., Any],
-    variables: Any,
+    variables: Params,
     prompts: Sequence[Sequence[int]],
     config: DecoderConfig,
     *,
@@ -122,7 +123,7 @@ class Generation:
 
 def start(
     apply: Callable[..., Any],
-    variables: Any,
+    variables: Params,
     prompts: Sequence[Sequence[int]],
     config: DecoderConfig,
     *,
@@ -193,7 +194,7 @@ def _sample(key: Array, logits_V: Array, temperature: Array, top_p: Array | None
 @partial(jax.jit, static_argnums=0, static_argnames=("config", "max_new"))
 def _read(
     apply: Callable[..., Any],
-    variables: Any,
+    variables: Params,
     tokens_BxP: Array,
     positions_BxP: Array,
     *,
@@ -221,7 +222,7 @@ def _read(
 @partial(jax.jit, static_argnums=0, static_argnames="nucleus", donate_argnums=2)
 def _advance(
     apply: Callable[..., Any],
-    variables: Any,
+    variables: Params,
     state: State,
     until: Array,
     ends_E: Array,

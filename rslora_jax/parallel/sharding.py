@@ -13,6 +13,7 @@ from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionS
 
 from rslora_jax.config import matches, near_misses
 from rslora_jax.methods.method import RANK
+from rslora_jax.pytrees import Params, PyTree
 from rslora_jax.sites import Site, from_paths, named_leaves
 from rslora_jax.stored.form import is_stored
 
@@ -54,7 +55,7 @@ def make_mesh(text: str, devices: Sequence[Any] | None = None) -> Mesh:
     return jax.make_mesh(tuple(sizes.values()), tuple(sizes), axis_types=(AxisType.Auto,) * len(sizes), devices=devices)
 
 
-def param_shardings(params: Any, mesh: Mesh, rules: Rules) -> Any:
+def param_shardings(params: Params, mesh: Mesh, rules: Rules) -> PyTree:
     """Return where each parameter lies, by the first rule that matches its path; the others are whole everywhere.
 
     Mesh axes that the mesh lacks, or that do not divide the array's axis, are left out of a rule.
@@ -105,7 +106,7 @@ def _dividing(mesh: Mesh | AbstractMesh, size: int, axes: Any) -> Any:
 
 
 def adapter_shardings(
-    sites: Mapping[str, Site], params: Any, *, split_rank: bool = False
+    sites: Mapping[str, Site], params: Params, *, split_rank: bool = False
 ) -> dict[str, dict[str, Sharding]]:
     """Return where adapters lie: each array as its weight along the axes that it has of it, the rank whole.
 

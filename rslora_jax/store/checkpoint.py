@@ -20,6 +20,7 @@ import orbax.checkpoint as ocp
 
 from rslora_jax.config import LoraConfig
 from rslora_jax.parallel.processes import first_decides
+from rslora_jax.pytrees import Params, PyTree
 from rslora_jax.sites import from_paths, named_leaves
 from rslora_jax.store.checksum import checksums
 from rslora_jax.store.items import (
@@ -216,9 +217,9 @@ def _set_aside(checkpoints: Checkpoints, step: int) -> Path:
 def load_adapters(
     folder: str | Path,
     *,
-    params: Any = None,
+    params: Params = None,
     step: int | Literal["last", "best"] = "last",
-    shardings: Any = None,
+    shardings: PyTree = None,
 ) -> tuple[LoraConfig, Any]:
     """Read (config, adapters) from a run's folder: what `wrap` and `Lora.apply` need.
 
@@ -242,7 +243,7 @@ def load_adapters(
     return LoraConfig.from_dict(about["config"]), read_arrays(where, about, {"adapters": like})["adapters"]
 
 
-def load_model_state(folder: str | Path, like: Any, *, step: int | Literal["last", "best"] = "last") -> Any:
+def load_model_state(folder: str | Path, like: PyTree, *, step: int | Literal["last", "best"] = "last") -> PyTree:
     """Read what a model with state carried on (`fit(model_state=...)`): batch statistics, keys and counts, caches.
 
     Args:
@@ -300,7 +301,7 @@ def _heldout_losses(folder: Path) -> dict[int, float]:
     return {step: loss for step, loss in losses.items() if loss is not None}
 
 
-def describe(config: LoraConfig, params: Any, settings: Mapping[str, Any] | None = None) -> dict[str, Any]:
+def describe(config: LoraConfig, params: Params, settings: Mapping[str, Any] | None = None) -> dict[str, Any]:
     """Say in plain JSON values what adapters belong to: their config, their base, and how they are trained.
 
     The base is told by the dtype, the shape and a checksum of every array (`checksum.checksums`).

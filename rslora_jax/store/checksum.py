@@ -7,12 +7,13 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array, lax
 
+from rslora_jax.pytrees import PyTree
 from rslora_jax.sites import named_leaves
 from rslora_jax.store.keys import is_key
 from rslora_jax.stored.form import is_stored
 
 
-def checksums(tree: Any) -> dict[str, str]:
+def checksums(tree: PyTree) -> dict[str, str]:
     """Describe every array of a tree by path: its dtype, its shape and a checksum of its bits.
 
     Each array is summed where it lies and only the sums travel, so that a mesh, another number of devices or of

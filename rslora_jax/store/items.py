@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import orbax.checkpoint as ocp
 
 from rslora_jax.config import LoraConfig
+from rslora_jax.pytrees import PyTree
 from rslora_jax.sites import named_leaves, path_name
 from rslora_jax.store.checksum import checksums
 from rslora_jax.store.keys import as_data
@@ -61,7 +62,7 @@ def as_saved(example: Any, impls: Mapping[str, str]) -> tuple[Any, dict[str, str
     return jax.tree_util.tree_map_with_path(one, arrays), impls
 
 
-def without_empty(tree: Any) -> Any:
+def without_empty(tree: PyTree) -> PyTree:
     """Return a tree without its arrays of no elements, which orbax cannot write."""
     return jax.tree.map(lambda leaf: leaf if leaf.size else None, tree)
 

@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
+from rslora_jax.pytrees import PyTree
 from rslora_jax.sites import path_name
 
 
@@ -42,7 +43,7 @@ def typed(key: Array) -> Array:
     return key
 
 
-def as_data(tree: Any) -> tuple[Any, dict[str, str]]:
+def as_data(tree: PyTree) -> tuple[Any, dict[str, str]]:
     """Return a tree with the raw data of every key in its place, and the implementations by path.
 
     >>> as_data({"key": jax.random.key(1), "w": 2})
@@ -59,7 +60,7 @@ def as_data(tree: Any) -> tuple[Any, dict[str, str]]:
     return jax.tree_util.tree_map_with_path(one, tree), impls
 
 
-def as_keys(tree: Any, impls: Mapping[str, str]) -> Any:
+def as_keys(tree: PyTree, impls: Mapping[str, str]) -> PyTree:
     """Return a tree with keys of the given implementations for the raw data at their paths.
 
     >>> as_keys({"key": jnp.array([0, 1], jnp.uint32)}, {"key": "threefry2x32"})["key"] == jax.random.key(1)

@@ -8,6 +8,8 @@ import jax
 import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 
+from rslora_jax.pytrees import PyTree
+
 
 class Feed:
     """Give one batch after another, and say in plain JSON values how far it is.
@@ -54,7 +56,7 @@ class Feed:
             self._iterator.set_state(place["iterator"])
 
 
-def lay_out(batch: Any, sharding: jax.sharding.Sharding | None) -> Any:
+def lay_out(batch: PyTree, sharding: jax.sharding.Sharding | None) -> PyTree:
     """Lay a batch out on the devices; of several processes each gives the rows that its devices hold.
 
     A scalar is whole on every device, and of several processes the same in each.

@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array, lax
 
+from rslora_jax.pytrees import PyTree
 from rslora_jax.sites import named_leaves
 
 
@@ -28,7 +29,7 @@ def with_state(loss: Callable[..., Any]) -> Callable[..., Any]:
     [70, 1, 5]
     """
 
-    def stateful(run: Callable[..., Any], batch: Any, state: Any, *key: Any) -> tuple[Any, Any, Any]:
+    def stateful(run: Callable[..., Any], batch: PyTree, state: Any, *key: Any) -> tuple[Any, Any, Any]:
         def plain(*args: Any, **kwargs: Any) -> Any:
             nonlocal state
             out, state = run(state, *args, **kwargs)
@@ -41,7 +42,7 @@ def with_state(loss: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def call_loss(
-    loss: Callable[..., Any], run: Callable[..., Any], batch: Any, model_state: Any, *key: Any
+    loss: Callable[..., Any], run: Callable[..., Any], batch: PyTree, model_state: PyTree, *key: Any
 ) -> tuple[Any, Any, Any]:
     """Call a loss with what there is, a state and a key, and return (sum, count, state); the state may be None.
 
@@ -84,7 +85,7 @@ def _form(leaf: Any) -> str | None:
     return None if leaf is None else f"{jnp.asarray(leaf).dtype}{list(jnp.shape(leaf))}"
 
 
-def averaged(model_state: Any, axis: str) -> Any:
+def averaged(model_state: PyTree, axis: str) -> PyTree:
     """Average a state's numbers over a mapped axis of devices; integers and keys stay each device's own."""
 
     def mean(leaf: Array) -> Array:

@@ -23,6 +23,7 @@ import numpy as np
 from jax import lax
 from jax.extend.core import primitives
 
+from rslora_jax.pytrees import Params, PyTree
 from rslora_jax.train.loss import Loss
 from rslora_jax.transform import compat
 from rslora_jax.transform.programs import Held, fold, held
@@ -75,7 +76,7 @@ def peak_flops(device: Any) -> float | None:
     return next((1e12 * tflops for name, tflops in _PEAK_TFLOPS if words.issuperset(name.split())), None)
 
 
-def step_flops(lora: Lora, loss: Loss, params: Any, adapters: Adapters, batch: Any) -> int:
+def step_flops(lora: Lora, loss: Loss, params: Params, adapters: Adapters, batch: PyTree) -> int:
     """Count the model's FLOPs of one training step: the loss and its gradient to the adapters.
 
     Only shapes matter: all arguments may be `jax.ShapeDtypeStruct`s. It takes as long as tracing the gradient does. The
@@ -98,7 +99,7 @@ def step_flops(lora: Lora, loss: Loss, params: Any, adapters: Adapters, batch: A
     True
     """
 
-    def total(adapters: Adapters, params: Any, batch: Any) -> Any:
+    def total(adapters: Adapters, params: Params, batch: PyTree) -> Any:
         return loss(functools.partial(lora.apply, params, adapters), batch)[0]
 
     program = jax.make_jaxpr(total)(adapters, params, batch)

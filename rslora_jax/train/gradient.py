@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array, lax
 
+from rslora_jax.pytrees import PyTree
 from rslora_jax.train.carry import averaged, call_loss
 from rslora_jax.train.loss import Loss
 from rslora_jax.wrap import Adapters
@@ -34,19 +35,19 @@ class Measured(NamedTuple):
     tokens: Array
     grads: Adapters
     value_fn: Callable[[Adapters], Array]
-    model_state: Any = None
+    model_state: PyTree = None
 
 
 def measure(
     loss: Loss,
     bind: Bind,
     adapters: Adapters,
-    batch: Any,
+    batch: PyTree,
     *,
     parts: int = 1,
     key: Array | None = None,
     axis: str | None = None,
-    model_state: Any = None,
+    model_state: PyTree = None,
 ) -> Measured:
     """Measure the mean loss of a batch and its gradient.
 
@@ -96,12 +97,12 @@ def measure(
     return Measured(value, jnp.asarray(count, jnp.float32), grads, value_fn, state)
 
 
-def _per(count: Any, tree: Any) -> Any:
+def _per(count: Any, tree: PyTree) -> PyTree:
     """Divide by a number of tokens; a batch may hold none with loss, such as the filling of a last one."""
     return jax.tree.map(lambda x: x / jnp.maximum(jnp.asarray(count, jnp.float32), 1).astype(x.dtype), tree)
 
 
-def _over_parts(of: Callable[..., Any], state: Any, batch: Any, parts: int, first: Any) -> tuple[Any, Any]:
+def _over_parts(of: Callable[..., Any], state: Any, batch: PyTree, parts: int, first: Any) -> tuple[Any, Any]:
     """Return (the sum over a batch's parts, the last state) of `of(state, part, number) -> (sums, state)`.
 
     The numbers begin with `first`.
@@ -120,7 +121,7 @@ def _over_parts(of: Callable[..., Any], state: Any, batch: Any, parts: int, firs
     return lax.scan(one, (zeros, state), (first + jnp.arange(parts), dealt))[0]
 
 
-def deal(batch: Any, parts: int) -> Any:
+def deal(batch: PyTree, parts: int) -> PyTree:
     """Deal a batch's rows out: row n goes to part n modulo `parts`, on a new first axis; a scalar goes to each.
 
     Dealt like this and not cut, a part has rows of every device on which the batch lies.

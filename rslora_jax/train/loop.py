@@ -14,6 +14,7 @@ import numpy as np
 import optax
 
 from rslora_jax.parallel.processes import is_first, stop_requests
+from rslora_jax.pytrees import Params, PyTree
 from rslora_jax.store import checkpoint
 from rslora_jax.train.batch_stream import Feed, lay_out
 from rslora_jax.train.curves import loss_picture
@@ -57,7 +58,7 @@ class Result:
     signal: int | None
     early: bool
     saved: int | None
-    model_state: Any = None
+    model_state: PyTree = None
 
     @property
     def heldout(self) -> dict[int, float]:
@@ -67,7 +68,7 @@ class Result:
 
 def fit(
     lora: Lora,
-    params: Any,
+    params: Params,
     adapters: Adapters,
     *,
     batches: Any,
@@ -77,7 +78,7 @@ def fit(
     folder: str | Path,
     heldout: Any = None,
     heldout_loss: Loss | None = None,
-    model_state: Any = None,
+    model_state: PyTree = None,
     batch_sharding: jax.sharding.Sharding | None = None,
     accumulate: int = 1,
     key: jax.Array | None = None,
@@ -199,7 +200,7 @@ class _Run:
 
     info: RunInfo
     pace: Pace
-    params: Any
+    params: Params
     state: TrainState
     step: Step
     feed: Feed
@@ -321,7 +322,7 @@ def _step_record(number: int, numbers: Mapping[str, float], size: int, seconds: 
 
 def _mean_heldout_loss(
     evaluate: Callable[..., Any],
-    params: Any,
+    params: Params,
     batches: Any,
     sharding: jax.sharding.Sharding | None,
     state: TrainState,

@@ -10,6 +10,7 @@ import numpy as np
 
 from rslora_jax.models.decoder import DecoderConfig
 from rslora_jax.models.generation import generate
+from rslora_jax.pytrees import Params
 from rslora_jax.train.encode import Tokenizer, encode_example
 from rslora_jax.train.examples import Example
 
@@ -18,7 +19,7 @@ _TEXT_PROMPT = 16  # tokens of a plain text that are given, for the model to go 
 
 def write(
     apply: Callable[..., Any],
-    params: Any,
+    params: Params,
     config: DecoderConfig,
     tokenizer: Any,
     examples: Sequence[Example],

@@ -16,6 +16,7 @@ import numpy as np
 import optax
 from jax import Array
 
+from rslora_jax.pytrees import Params
 from rslora_jax.train.batches import Batch, Rows, heldout_batches
 from rslora_jax.train.metrics import perplexity
 from rslora_jax.train.ratio import ratio
@@ -60,7 +61,7 @@ class Losses:
 
 
 def losses(
-    apply: Callable[..., Any], variables: Any, rows: Rows, *, batch_size: int, progress: Progress | None = None
+    apply: Callable[..., Any], variables: Params, rows: Rows, *, batch_size: int, progress: Progress | None = None
 ) -> Losses:
     """Score a `rslora_jax.models.Decoder` on prepared examples.
 
@@ -95,7 +96,7 @@ def _make_score(apply: Callable[..., Any], places: int, segments: int) -> Callab
     """
 
     @jax.jit
-    def score(variables: Any, batch: Batch) -> Array:
+    def score(variables: Params, batch: Batch) -> Array:
         run = functools.partial(apply, variables)
         x_BxTxD = run(batch.tokens_BxT, batch.positions_BxT, batch.segment_ids_BxT, method="hidden")
         mask_BxP, at_BxP = jax.lax.top_k(jnp.asarray(batch.loss_mask_BxT), min(places, x_BxTxD.shape[1]))

@@ -7,6 +7,7 @@ from typing import Any
 
 import jax
 
+from rslora_jax.pytrees import Params, PyTree
 from rslora_jax.train.carry import call_loss
 from rslora_jax.train.flops import step_flops
 from rslora_jax.train.gradient import deal
@@ -28,11 +29,11 @@ class Stopwatch:
         return seconds
 
 
-def count_flops(lora: Lora, loss: Loss, params: Any, state: TrainState, batch: Any, accumulate: int) -> int:
+def count_flops(lora: Lora, loss: Loss, params: Params, state: TrainState, batch: PyTree, accumulate: int) -> int:
     """Count a step's model FLOPs; 0 where the program cannot be counted, which is no reason not to train it."""
     keys = () if state.key is None else (state.key,)
 
-    def of(run: Any, batch: Any) -> Any:
+    def of(run: Any, batch: PyTree) -> Any:
         return call_loss(loss, run, batch, state.model_state, *keys)[:2]
 
     try:

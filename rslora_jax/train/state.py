@@ -13,6 +13,7 @@ import optax
 from jax import Array, lax
 from jax.sharding import NamedSharding, PartitionSpec, Sharding
 
+from rslora_jax.pytrees import Params, PyTree
 from rslora_jax.store.keys import is_key, typed
 from rslora_jax.train.carry import call_loss
 from rslora_jax.train.gradient import Bind, Measured, measure
@@ -41,11 +42,11 @@ class TrainState:
 
     step: Array
     adapters: Adapters
-    opt_state: Any
+    opt_state: PyTree
     finite: Array
     skipped: Array
     key: Array | None = None
-    model_state: Any = None
+    model_state: PyTree = None
 
     @classmethod
     def create(
@@ -53,7 +54,7 @@ class TrainState:
         adapters: Adapters,
         optimizer: optax.GradientTransformation,
         key: Array | None = None,
-        model_state: Any = None,
+        model_state: PyTree = None,
     ) -> TrainState:
         """Start at step 0 with copies of what is given: steps give their state's memory away.
 
@@ -142,19 +143,19 @@ def _make_step(
     accumulate: int,
     skip: bool,
     leaves: tuple[Sharding, ...],
-    tree: Any,
+    tree: PyTree,
 ) -> Step:
     kept = (jax.tree.unflatten(tree, leaves), None) if leaves else None
 
     @functools.partial(jax.jit, donate_argnums=0, out_shardings=kept)
-    def step(state: TrainState, params: Any, batch: Any) -> tuple[TrainState, dict[str, Array]]:
+    def step(state: TrainState, params: Params, batch: PyTree) -> tuple[TrainState, dict[str, Array]]:
         measured = measure(loss, bound(lora, params), state.adapters, batch, parts=accumulate, **drawn(state))
         return advance(optimizer, state, measured, skip)
 
     return step
 
 
-def bound(lora: Lora, params: Any) -> Bind:
+def bound(lora: Lora, params: Params) -> Bind:
     """Return what binds adapters to a model over one base."""
     return lambda adapters: functools.partial(lora.apply, params, adapters)
 
@@ -203,7 +204,7 @@ def make_pmap_step(
     """
 
     @functools.partial(jax.pmap, axis_name="devices", donate_argnums=0)
-    def step(state: TrainState, params: Any, batch: Any) -> tuple[TrainState, dict[str, Array]]:
+    def step(state: TrainState, params: Params, batch: PyTree) -> tuple[TrainState, dict[str, Array]]:
         bind, given = bound(lora, params), drawn(state)
         measured = measure(loss, bind, state.adapters, batch, parts=accumulate, axis="devices", **given)
         return advance(optimizer, state, measured, skip)
@@ -211,7 +212,7 @@ def make_pmap_step(
     return step
 
 
-def replicate(tree: Any) -> Any:
+def replicate(tree: PyTree) -> PyTree:
     """Give every array a leading axis of devices, with a copy of it on each, for `make_pmap_step`.
 
     >>> replicate({"w": jnp.ones((2, 3))})["w"].shape == (jax.local_device_count(), 2, 3)
@@ -229,7 +230,7 @@ def make_evaluate(lora: Lora, loss: Loss, *, keyed: bool = False) -> Callable[..
     """
 
     @jax.jit
-    def evaluate(params: Any, adapters: Adapters, batch: Any, model_state: Any = None) -> tuple[Array, Array]:
+    def evaluate(params: Params, adapters: Adapters, batch: PyTree, model_state: PyTree = None) -> tuple[Array, Array]:
         run = functools.partial(lora.apply, params, adapters)
         return call_loss(loss, run, batch, model_state, *((None,) if keyed else ()))[:2]
 

@@ -15,6 +15,7 @@ import optax
 from jax import Array
 
 from rslora_jax.methods.method import rescaled
+from rslora_jax.pytrees import Params, PyTree
 from rslora_jax.scaling import gamma
 from rslora_jax.store.keys import typed
 from rslora_jax.train.carry import call_loss
@@ -81,12 +82,12 @@ class Outcome:
     heldout: Mapping[int, Heldout]
     diverged: int | None
     adapters: Adapters
-    model_state: Any = None
+    model_state: PyTree = None
 
 
 def sweep(
     lora: Lora,
-    params: Any,
+    params: Params,
     trials: Sequence[Trial],
     *,
     batches: Callable[[int], Any],
@@ -97,7 +98,7 @@ def sweep(
     evaluate_at: Collection[int] | None = None,
     key: Array | None = None,
     heldout_loss: Loss | None = None,
-    model_state: Any = None,
+    model_state: PyTree = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> list[Outcome]:
     """Train several runs of one rank together, by `vmap` over all that differs; the base is there once.
@@ -175,7 +176,7 @@ def sweep(
 
 
 def _heldout_sums(
-    evaluate: Callable[..., Any], factors: _Factors, params: Any, batches: Sequence[Any], state: TrainState
+    evaluate: Callable[..., Any], factors: _Factors, params: Params, batches: Sequence[Any], state: TrainState
 ) -> list[Any]:
     """Return (sums of the losses, counts) of all trials for each held-out batch."""
     adapters = jax.vmap(to_use)(state.opt_state, state.adapters)
@@ -212,13 +213,13 @@ def start(
     optimizer: Callable[[Any], Any],
     rates: Array,
     key: Array | None = None,
-    model_state: Any = None,
+    model_state: PyTree = None,
 ) -> TrainState:
     """Return the states of all trials as one, with a first axis of trials."""
     adapters = stack([lora.init(jax.random.key(trial.seed)) for trial in trials], jnp)
     keys = None if key is None else jnp.stack([jax.random.fold_in(typed(key), trial.seed) for trial in trials])
 
-    def create(adapters: Adapters, rate: Array, key: Array | None, model_state: Any) -> TrainState:
+    def create(adapters: Adapters, rate: Array, key: Array | None, model_state: PyTree) -> TrainState:
         return TrainState.create(adapters, optimizer(rate), key, model_state)
 
     # The model's state, too, gets an axis of trials, though they all begin with one.
@@ -249,7 +250,7 @@ def make_sweep_step(lora: Lora, loss: Loss, optimizer: Callable[[Any], optax.Gra
     All but `params` have a first axis of trials. The state's memory is donated.
     """
 
-    def one(state: TrainState, rate: Array, factors: _Factors, params: Any, batch: Any) -> Any:
+    def one(state: TrainState, rate: Array, factors: _Factors, params: Params, batch: PyTree) -> Any:
         def bind(adapters: Adapters) -> Any:
             return functools.partial(lora.apply, params, _scaled(lora, adapters, factors))
 
@@ -270,7 +271,9 @@ def make_sweep_evaluate(lora: Lora, loss: Loss, *, keyed: bool = False) -> Calla
 
 @functools.lru_cache(maxsize=8)
 def _make_sweep_evaluate(lora: Lora, loss: Loss, keyed: bool) -> Any:
-    def one(adapters: Adapters, factors: _Factors, params: Any, batch: Any, model_state: Any) -> tuple[Array, Array]:
+    def one(
+        adapters: Adapters, factors: _Factors, params: Params, batch: PyTree, model_state: PyTree
+    ) -> tuple[Array, Array]:
         run = functools.partial(lora.apply, params, _scaled(lora, adapters, factors))
         return call_loss(loss, run, batch, model_state, *((None,) if keyed else ()))[:2]
 

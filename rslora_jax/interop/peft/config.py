@@ -5,13 +5,13 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 from rslora_jax.config import LoraConfig
 from rslora_jax.interop.decoder import DECODER
 from rslora_jax.interop.names import Names, Place, file_names, places
 from rslora_jax.interop.peft.files import PeftFolder, adapted_in, as_opened
 from rslora_jax.interop.peft.settings import PeftSettings, read_settings
+from rslora_jax.pytrees import Params
 from rslora_jax.wrap import array_leaves
 
 HEAD = "lm_head.weight"
@@ -75,7 +75,7 @@ def adapted_modules(
     return chosen
 
 
-def read_config(folder: str | Path | PeftFolder, params: Any, names: Names = DECODER.names) -> LoraConfig:
+def read_config(folder: str | Path | PeftFolder, params: Params, names: Names = DECODER.names) -> LoraConfig:
     """Read a PEFT adapter's configuration as the `LoraConfig` that gives these parameters its adapters.
 
     Every adapted weight is named by its path, with its own rank and alpha where PEFT's patterns give it one. A weight

@@ -27,6 +27,7 @@ from rslora_jax.interop.peft.layout import (
     weight_from_torch,
 )
 from rslora_jax.interop.peft.settings import PeftSettings, read_settings
+from rslora_jax.pytrees import Params
 from rslora_jax.sites import Site, named_leaves
 from rslora_jax.wrap import Adapters, Lora
 
@@ -217,7 +218,7 @@ def _whole(
     return parts[0] if None in layers else np.stack(parts)
 
 
-def replace(params: Any, replaced: Mapping[str, Any]) -> Any:
+def replace(params: Params, replaced: Mapping[str, Any]) -> Params:
     """Return the parameters with whole weights replaced, in the dtypes of `params`.
 
     >>> replace({"w": jnp.ones(2), "b": jnp.ones(2)}, {"w": np.zeros(2)})["w"].tolist()
