@@ -75,7 +75,7 @@ def array_leaves(params: Params) -> dict[str, Any]:
     return {name: leaf for name, leaf in named_leaves(params).items() if is_array(leaf)}
 
 
-def varied(params: Params, sites: Mapping[str, Site], adapters: Adapters) -> tuple[Any, Adapters]:
+def varied(params: Params, sites: Mapping[str, Site], adapters: Adapters) -> tuple[Params, Adapters]:
     """Inside a `shard_map`, let each weight and its factors vary over the same devices, as their sum would."""
     leaves, made = named_leaves(params), {}
     for path in sites:

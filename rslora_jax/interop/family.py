@@ -8,6 +8,7 @@ from typing import Any
 
 import jax
 import numpy as np
+from flax import linen as nn
 
 from rslora_jax.interop.names import Names
 
@@ -37,7 +38,7 @@ class Family:
     model_types: Sequence[str]
     read_config: Callable[..., Any]
     write_config: Callable[[Any, str], dict[str, Any]]
-    build: Callable[[Any], Any]
+    build: Callable[[Any], nn.Module]
     names: Names
     ignored: Callable[[Any, str], bool] | None = None
     sharding_rules: Sequence[Any] = ()

@@ -5,9 +5,9 @@ from __future__ import annotations
 import dataclasses
 import importlib.util
 from pathlib import Path
-from typing import Any
 
 import jax.numpy as jnp
+from jax.typing import DTypeLike
 
 from rslora_jax.interop.families import family_of_gguf
 from rslora_jax.interop.family import Family
@@ -42,8 +42,8 @@ def load_gguf(
     *,
     scan_layers: bool = False,
     remat: str | None = None,
-    param_dtype: Any = jnp.float32,
-    dtype: Any = jnp.float32,
+    param_dtype: DTypeLike = jnp.float32,
+    dtype: DTypeLike = jnp.float32,
     shardings: Shardings = None,
     family: Family | None = None,
     progress: Progress | None = None,

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import jax.numpy as jnp
+from jax.typing import DTypeLike
 
 from rslora_jax.interop.families import family_of_config
 from rslora_jax.interop.family import Family
@@ -27,8 +28,8 @@ def load_huggingface(
     *,
     scan_layers: bool = False,
     remat: str | None = None,
-    param_dtype: Any = jnp.float32,
-    dtype: Any = jnp.float32,
+    param_dtype: DTypeLike = jnp.float32,
+    dtype: DTypeLike = jnp.float32,
     shardings: Shardings = None,
     family: Family | None = None,
     names: Names | None = None,

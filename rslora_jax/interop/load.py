@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import jax.numpy as jnp
+from jax.typing import DTypeLike
 
 from rslora_jax.interop.family import Family
 from rslora_jax.interop.model import Model, Progress, Shardings
@@ -23,8 +24,8 @@ def load_model(
     *,
     scan_layers: bool = True,
     remat: str | None = None,
-    param_dtype: Any = jnp.float32,
-    dtype: Any = jnp.float32,
+    param_dtype: DTypeLike = jnp.float32,
+    dtype: DTypeLike = jnp.float32,
     shardings: Shardings = None,
     family: Family | None = None,
     progress: Progress | None = None,

@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any
 
 import jax
+from flax import linen as nn
 
 from rslora_jax.interop.family import Family
 
@@ -43,7 +44,7 @@ class Model:
         return iter((self.config, self.variables, self.tokenizer))
 
     @property
-    def module(self) -> Any:
+    def module(self) -> nn.Module:
         """The Flax module."""
         return self.family.build(self.config)
 

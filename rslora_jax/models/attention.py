@@ -7,11 +7,15 @@ from __future__ import annotations
 
 import dataclasses
 from functools import partial
-from typing import Any
+from typing import TYPE_CHECKING
 
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.typing import DTypeLike
+
+if TYPE_CHECKING:
+    from rslora_jax.models.decoder_config import DecoderConfig
 
 Array = jax.Array
 Cache = dict[str, Array]
@@ -136,7 +140,7 @@ def within(query_positions_BxT: Array, key_positions_BxS: Array, window: int) ->
     return key_positions_BxS[:, None, :] > query_positions_BxT[:, :, None] - window
 
 
-def init_cache(config: Any, batch: int, length: int, dtype: Any = None) -> Cache:
+def init_cache(config: DecoderConfig, batch: int, length: int, dtype: DTypeLike | None = None) -> Cache:
     """Give an empty cache of `length` slots for `batch` rows.
 
     A plain dict: "k" and "v" of shape (L, B, S, K, H) in `dtype` (default `config.dtype`), "positions" (B, S)

@@ -24,7 +24,7 @@ Rules = Sequence[tuple[str, tuple[Any, ...]]]
 _BATCH_AXES = ("data", "fsdp")  # the mesh axes along which the rows of a batch are split
 
 
-def make_mesh(text: str, devices: Sequence[Any] | None = None) -> Mesh:
+def make_mesh(text: str, devices: Sequence[jax.Device] | None = None) -> Mesh:
     """Make a mesh from its axes by name, such as "data=2,fsdp=4,tensor=1".
 
     Args:

@@ -18,6 +18,7 @@ import jax
 import numpy as np
 import orbax.checkpoint as ocp
 
+from rslora_jax.adapters import Adapters
 from rslora_jax.config import LoraConfig
 from rslora_jax.parallel.processes import first_decides
 from rslora_jax.pytrees import Params, PyTree
@@ -120,8 +121,8 @@ def check_folder(folder: str | Path, *, resume: bool = False) -> None:
 def save(
     checkpoints: Checkpoints,
     step: int,
-    adapters: Any,
-    training: Any,
+    adapters: Adapters,
+    training: PyTree,
     about: Mapping[str, Any],
     heldout_loss: float | None = None,
 ) -> None:
@@ -165,11 +166,11 @@ def save(
 
 def restore(
     checkpoints: Checkpoints,
-    adapters: Any,
-    training: Any,
+    adapters: Adapters,
+    training: PyTree,
     about: Mapping[str, Any],
     say: Callable[[str], Any] = warnings.warn,
-) -> tuple[Any, Any, dict[str, Any]]:
+) -> tuple[Adapters, PyTree, dict[str, Any]]:
     """Read the last whole checkpoint as (adapters, training, about), on the devices of the examples given.
 
     A damaged one is moved to `folder/damaged-<step>`, and the one before is taken.
@@ -220,7 +221,7 @@ def load_adapters(
     params: Params = None,
     step: int | Literal["last", "best"] = "last",
     shardings: PyTree = None,
-) -> tuple[LoraConfig, Any]:
+) -> tuple[LoraConfig, Adapters]:
     """Read (config, adapters) from a run's folder: what `wrap` and `Lora.apply` need.
 
     Args:

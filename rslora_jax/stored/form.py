@@ -1,7 +1,7 @@
 """The one thing that the transform knows of a weight that is no array: it stands for one."""
 
 import math
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeGuard
 
 import jax
 import jax.numpy as jnp
@@ -59,7 +59,7 @@ class Stored:
         return sum(leaf.size * jnp.dtype(leaf.dtype).itemsize for leaf in jax.tree.leaves(self))
 
 
-def is_stored(node: Any) -> bool:
+def is_stored(node: Any) -> TypeGuard[Stored]:
     """Say whether a node of a pytree is one weight in a form of its own."""
     return isinstance(node, Stored)
 

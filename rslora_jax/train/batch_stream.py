@@ -2,13 +2,24 @@
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Iterable
+from typing import Any, Protocol
 
 import jax
 import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 
 from rslora_jax.pytrees import PyTree
+
+
+class Numbered(Protocol):
+    """Batches by number."""
+
+    def __getitem__(self, number: int, /) -> PyTree:
+        """Return a batch, the same whenever it is asked for."""
+
+
+Batches = Numbered | Iterable[PyTree]
 
 
 class Feed:
@@ -28,9 +39,10 @@ class Feed:
     'b'
     """
 
-    def __init__(self, batches: Any, sharding: jax.sharding.Sharding | None = None):
-        self._batches, self._sharding, self._number = batches, sharding, 0
-        self._iterator = None if hasattr(batches, "__getitem__") else iter(batches)
+    def __init__(self, batches: Batches, sharding: jax.sharding.Sharding | None = None):
+        self._batches: Any = batches
+        self._sharding, self._number = sharding, 0
+        self._iterator: Any = None if hasattr(batches, "__getitem__") else iter(batches)
         if self._iterator is not None and not hasattr(self._iterator, "get_state"):
             raise ValueError(
                 f"{type(batches).__name__} cannot say where it is, so a run could not be resumed: give batches by "

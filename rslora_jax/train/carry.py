@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import jax
 import jax.numpy as jnp
@@ -12,8 +12,11 @@ from jax import Array, lax
 from rslora_jax.pytrees import PyTree
 from rslora_jax.sites import named_leaves
 
+if TYPE_CHECKING:
+    from rslora_jax.train.loss import Loss
 
-def with_state(loss: Callable[..., Any]) -> Callable[..., Any]:
+
+def with_state(loss: Loss) -> Loss:
     """Make a loss of a model with state from one that knows of none.
 
     Args:
@@ -42,7 +45,7 @@ def with_state(loss: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def call_loss(
-    loss: Callable[..., Any], run: Callable[..., Any], batch: PyTree, model_state: PyTree, *key: Any
+    loss: Loss, run: Callable[..., Any], batch: PyTree, model_state: PyTree, *key: Any
 ) -> tuple[Any, Any, Any]:
     """Call a loss with what there is, a state and a key, and return (sum, count, state); the state may be None.
 

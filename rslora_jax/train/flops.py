@@ -64,7 +64,7 @@ _PEAK_TFLOPS = (
 )
 
 
-def peak_flops(device: Any) -> float | None:
+def peak_flops(device: jax.Device) -> float | None:
     """Return the most dense bfloat16 FLOPs a second of a device, by its `device_kind`; None where it is not known.
 
     >>> peak_flops(jax.devices("cpu")[0]) is None

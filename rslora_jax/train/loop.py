@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -16,7 +16,7 @@ import optax
 from rslora_jax.parallel.processes import is_first, stop_requests
 from rslora_jax.pytrees import Params, PyTree
 from rslora_jax.store import checkpoint
-from rslora_jax.train.batch_stream import Feed, lay_out
+from rslora_jax.train.batch_stream import Batches, Feed, lay_out
 from rslora_jax.train.curves import loss_picture
 from rslora_jax.train.events import event_files
 from rslora_jax.train.flops import peak_flops
@@ -71,12 +71,12 @@ def fit(
     params: Params,
     adapters: Adapters,
     *,
-    batches: Any,
+    batches: Batches,
     loss: Loss,
     optimizer: optax.GradientTransformation,
     steps: int,
     folder: str | Path,
-    heldout: Any = None,
+    heldout: Iterable[PyTree] | None = None,
     heldout_loss: Loss | None = None,
     model_state: PyTree = None,
     batch_sharding: jax.sharding.Sharding | None = None,
@@ -323,7 +323,7 @@ def _step_record(number: int, numbers: Mapping[str, float], size: int, seconds: 
 def _mean_heldout_loss(
     evaluate: Callable[..., Any],
     params: Params,
-    batches: Any,
+    batches: Iterable[PyTree] | None,
     sharding: jax.sharding.Sharding | None,
     state: TrainState,
     stopped: Callable[[], Any],

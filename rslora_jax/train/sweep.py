@@ -18,6 +18,7 @@ from rslora_jax.methods.method import rescaled
 from rslora_jax.pytrees import Params, PyTree
 from rslora_jax.scaling import gamma
 from rslora_jax.store.keys import typed
+from rslora_jax.train.batch_stream import Numbered
 from rslora_jax.train.carry import call_loss
 from rslora_jax.train.gradient import measure
 from rslora_jax.train.loss import Loss
@@ -90,11 +91,11 @@ def sweep(
     params: Params,
     trials: Sequence[Trial],
     *,
-    batches: Callable[[int], Any],
+    batches: Callable[[int], Numbered],
     loss: Loss,
     optimizer: Callable[[Any], optax.GradientTransformation],
     steps: int,
-    heldout: Iterable[Any] = (),
+    heldout: Iterable[PyTree] = (),
     evaluate_at: Collection[int] | None = None,
     key: Array | None = None,
     heldout_loss: Loss | None = None,
