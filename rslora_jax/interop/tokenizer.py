@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
-import datetime
 import functools
-import json
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any, NoReturn
+from typing import Any
 
-import jinja2
-from jinja2.sandbox import ImmutableSandboxedEnvironment
 from tokenizers import AddedToken, decoders, models, pre_tokenizers
 from tokenizers import Tokenizer as Backend
+
+from rslora_jax.interop import chat_template
 
 # How text is cut before pairs are merged, by the file's `tokenizer.ggml.pre`. The cut of digits comes first
 # and decides where runs of white space end, so "\n\n1" keeps its two newlines together.
@@ -29,8 +27,8 @@ class Tokenizer:
     """Turn text into token ids and back, and messages into the text of a chat.
 
     Take the one that a loader gives, or build one with `tokenizer_from_metadata` or `read_tokenizer`. `special` holds
-    further tokens by the names that chat templates call them by, and `ends` those that end an answer beside `eos_id`,
-    such as the end of a turn.
+    further tokens by the names that chat templates call them by, `ends` those that end an answer beside `eos_id`, and
+    `options` what the template is given beside the messages, such as {"enable_thinking": False}.
 
     >>> tokenizer = tokenizer_from_metadata(EXAMPLE)
     >>> tokenizer.encode("hi hi<end>"), tokenizer.decode([3, 4, 3, 0])
@@ -48,11 +46,21 @@ class Tokenizer:
     chat_template: str | None = dataclasses.field(default=None, repr=False)
     special: Mapping[str, str] = dataclasses.field(default_factory=dict, repr=False)
     ends: tuple[int, ...] = ()
+    options: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
     @property
     def stop_ids(self) -> tuple[int, ...]:
-        """The tokens at which to stop writing."""
-        return tuple(dict.fromkeys((self.eos_id, *self.ends)))
+        """The tokens at which to stop writing: what the files say, and what the template ends the assistant's turn with.
+
+        >>> tokenizer_from_metadata(EXAMPLE).stop_ids
+        (0,)
+        """
+        return tuple(dict.fromkeys((self.eos_id, *self.ends, *_turn_ends(self))))
+
+    def with_options(self, options: Mapping[str, Any]) -> Tokenizer:
+        """Return one whose template is given these options; a ValueError for one that it never looks at."""
+        chat_template.check_options(self.chat_template, options)
+        return dataclasses.replace(self, options={**self.options, **options})
 
     def encode(self, text: str) -> list[int]:
         """Give the token ids of a text.
@@ -83,7 +91,6 @@ class Tokenizer:
     def chat(self, messages: Sequence[Mapping[str, str]], *, add_generation_prompt: bool = True) -> str:
         """Write messages ({"role": ..., "content": ...}) as one text, by the file's own template.
 
-        The template comes with the file, hence from a stranger: it runs in a sandbox.
 
         Raises:
           ValueError: the file has no template, or the template refuses the messages.
@@ -93,16 +100,19 @@ class Tokenizer:
         """
         if self.chat_template is None:
             raise ValueError("this tokenizer has no chat template: write the prompt out as plain text")
-        try:
-            return _template(self.chat_template).render(
-                messages=messages,
-                add_generation_prompt=add_generation_prompt,
-                tools=None,
-                documents=None,
-                **{**self.special, "bos_token": self._token(self.bos_id), "eos_token": self._token(self.eos_id)},
-            )
-        except (jinja2.TemplateError, TypeError) as error:
-            raise ValueError(f"the chat template does not take these messages: {error}") from error
+        return chat_template.render(
+            self.chat_template,
+            {
+                **self.special,
+                "bos_token": self._token(self.bos_id),
+                "eos_token": self._token(self.eos_id),
+                **self.options,
+                "messages": messages,
+                "add_generation_prompt": add_generation_prompt,
+                "tools": None,
+                "documents": None,
+            },
+        )
 
     def _token(self, token_id: int | None) -> str:
         return "" if token_id is None else self.backend.id_to_token(token_id) or ""
@@ -162,16 +172,15 @@ def tokenizer_from_metadata(metadata: Mapping[str, Any]) -> Tokenizer:
     )
 
 
-@functools.cache  # a data set renders one template thousands of times
-def _template(source: str) -> jinja2.Template:
-    # The options and names here, and the names given when rendering, are what templates written for Hugging Face
-    # rely on.
-    environment = ImmutableSandboxedEnvironment(
-        trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"]
-    )
-    environment.filters["tojson"] = _to_json  # jinja's own writes for HTML
-    environment.globals |= {"raise_exception": _refuse, "strftime_now": _now}
-    return environment.from_string(source)
+@functools.lru_cache(maxsize=8)  # asked for with every example
+def _turn_ends(tokenizer: Tokenizer) -> tuple[int, ...]:
+    """Give the token that the template ends the assistant's turn with, where it does with one."""
+    if tokenizer.chat_template is None:
+        return ()
+    added = {token.content: i for i, token in tokenizer.backend.get_added_tokens_decoder().items()}
+    known = [text for text, i in added.items() if i in (tokenizer.eos_id, *tokenizer.ends)]
+    found = chat_template.turn_end(tokenizer.chat, list(added), known)
+    return () if found is None else (added[found],)
 
 
 def _added(tokens: Sequence[str], types: Sequence[int], kind: int) -> list[AddedToken]:
@@ -181,18 +190,6 @@ def _added(tokens: Sequence[str], types: Sequence[int], kind: int) -> list[Added
         for token, found in zip(tokens, types, strict=False)
         if found == kind
     ]
-
-
-def _to_json(value: Any, ensure_ascii: bool = False, **options: Any) -> str:
-    return json.dumps(value, ensure_ascii=ensure_ascii, **options)
-
-
-def _now(form: str) -> str:
-    return datetime.datetime.now().strftime(form)
-
-
-def _refuse(message: str) -> NoReturn:
-    raise jinja2.TemplateError(message)
 
 
 EXAMPLE = {

@@ -15,8 +15,8 @@ import numpy as np
 from rslora_jax.train.encode import Tokenizer, Tokens
 from rslora_jax.train.examples import Example
 
-# To be raised with every change to encode.py that gives other tokens.
-_FORMAT = 1
+# To be raised with every change to encode.py and turns.py that gives other tokens.
+_FORMAT = 2
 _PROBES, _PROBE_LENGTH = 16, 200
 
 
@@ -47,7 +47,7 @@ def file_for(folder: str | Path, tokenizer: Tokenizer, examples: Sequence[Exampl
     probed = examples[:: -(-len(examples) // _PROBES)]
     about = {
         "format": _FORMAT,
-        "special": [tokenizer.eos_id, tokenizer.pad_id, tokenizer.chat_template],
+        "special": [tokenizer.eos_id, tokenizer.pad_id, list(tokenizer.stop_ids), tokenizer.chat_template],
         "probes": [tokenizer.encode(example.completion[:_PROBE_LENGTH]) for example in probed],
     }
     digest = hashlib.sha256(content)

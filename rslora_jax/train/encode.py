@@ -5,38 +5,12 @@ from __future__ import annotations
 import itertools
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple, Protocol
+from typing import NamedTuple
 
 import numpy as np
 
 from rslora_jax.train.examples import Example, Message
-
-
-class Tokenizer(Protocol):
-    """Describe what is asked of a tokenizer.
-
-    `encode` gives what the model is given when it generates: the bos token in front if the model wants one,
-    and special tokens where their text stands. `chat` renders the chat template, special tokens included;
-    it is called only if `chat_template` is not None.
-    """
-
-    @property
-    def eos_id(self) -> int:
-        """The id of the token that ends a text."""
-
-    @property
-    def pad_id(self) -> int:
-        """The id of the token that fills rows."""
-
-    @property
-    def chat_template(self) -> str | None:
-        """The template of chats, if the model has one."""
-
-    def encode(self, text: str) -> list[int]:
-        """Return a text's token ids."""
-
-    def chat(self, messages: list[dict[str, str]], *, add_generation_prompt: bool = True) -> str:
-        """Return a chat as text."""
+from rslora_jax.train.turns import Tokenizer, find_turn, join
 
 
 @dataclass(frozen=True, eq=False)
@@ -102,9 +76,13 @@ def encode_example(tokenizer: Tokenizer, example: Example) -> list[Encoded]:
     otherwise once it is history (they drop its reasoning, say): then that turn, as it is when it is
     generated, is a sequence of its own, so that what is learnt is always what the model will meet.
 
+    What is given holds, or the example is refused: the tokens decode to what the template renders up to the end
+    of that turn; each learnt turn has one token at which generation stops, its last; and all of the answer is
+    learnt, but for white space at its ends and beside tags such as `<think>`, where templates write their own.
+
     Raises:
-      ValueError: the example leaves no token to learn, or is a chat of several turns and the model has no
-        chat template.
+      ValueError: one of these cannot be had, the example leaves no token to learn, or it is a chat of several turns
+        and the model has no chat template.
 
     >>> from rslora_jax.train.bytelevel import ByteTokenizer
     >>> encoded, = encode_example(ByteTokenizer(), Example("ab", "c"))
@@ -185,8 +163,7 @@ def _encode_plain(tokenizer: Tokenizer, example: Example) -> Encoded:
                 "use an instruction-tuned model, or {prompt, completion} lines"
             )
         prompt = prompt[0].content + "\n"
-    prompt_ids, completion_ids = _encode_both(tokenizer, prompt, example.completion)
-    return _encoded(prompt_ids, [*completion_ids, tokenizer.eos_id])
+    return _encoded(tokenizer, prompt, example.completion, is_turn=example.prompt != "")
 
 
 def _encode_chat(tokenizer: Tokenizer, example: Example) -> list[Encoded]:
@@ -197,7 +174,7 @@ def _encode_chat(tokenizer: Tokenizer, example: Example) -> list[Encoded]:
     for end, message in enumerate(messages):
         if message.role != "assistant":
             continue
-        turn = _encode_turn(tokenizer, messages[: end + 1])
+        turn = _encoded(tokenizer, *find_turn(tokenizer, messages[: end + 1]))
         if sequences and _begins_with(turn, sequences[-1]):
             turn.is_learnt_N[: len(sequences[-1].ids_N)] |= sequences[-1].is_learnt_N
             sequences[-1] = turn
@@ -206,39 +183,18 @@ def _encode_chat(tokenizer: Tokenizer, example: Example) -> list[Encoded]:
     return sequences
 
 
-def _encode_turn(tokenizer: Tokenizer, messages: Sequence[Message]) -> Encoded:
-    turns = [{"role": message.role, "content": message.content} for message in messages]
-    answer = messages[-1].content.strip()
-    # Without the newline that many templates write after the end-of-turn token: it is never generated.
-    whole = tokenizer.chat(turns, add_generation_prompt=False).rstrip()
-    has_end_of_turn = not whole.endswith(answer)
-    request = tokenizer.chat(turns[:-1], add_generation_prompt=True)
-    if not whole.startswith(request):
-        # The request opens the answer in a way that a finished turn does not show (a reasoning block, say).
-        # The answer will be asked for with the request, so it is learnt after the request.
-        _, found, end_of_turn = whole.rpartition(answer)
-        if not found:
-            raise ValueError("the chat template changes the assistant's text; use one that keeps it")
-        whole = request + answer + end_of_turn
-    request_ids, completion_ids = _encode_both(tokenizer, request, whole[len(request) :])
-    return _encoded(request_ids, completion_ids + ([] if has_end_of_turn else [tokenizer.eos_id]))
-
-
-def _encode_both(tokenizer: Tokenizer, prompt: str, completion: str) -> tuple[list[int], list[int]]:
-    # Encoded jointly, as some tokenizers put a space or a bos token before whatever they are given; but not
-    # if the prompt's end then merges with the completion: when generating, the prompt is all there is.
-    prompt_ids = tokenizer.encode(prompt)
-    joint = tokenizer.encode(prompt + completion)
-    if joint[: len(prompt_ids)] == prompt_ids:
-        return prompt_ids, joint[len(prompt_ids) :]
-    alone, nothing = tokenizer.encode(completion), tokenizer.encode("")
-    return prompt_ids, alone[len(nothing) :] if alone[: len(nothing)] == nothing else alone
-
-
-def _encoded(prompt_ids: list[int], completion_ids: list[int]) -> Encoded:
-    ids_N = np.asarray(prompt_ids + completion_ids, dtype=np.int32)
-    is_learnt_N = np.arange(len(ids_N)) >= max(len(prompt_ids), 1)
-    return Encoded(ids_N, is_learnt_N)
+def _encoded(tokenizer: Tokenizer, before: str, learnt: str, *, is_turn: bool = True) -> Encoded:
+    """Encode a text of which the second part is learnt, and end it."""
+    before_ids, learnt_ids = join(tokenizer, before, learnt)
+    if learnt_ids[-1] not in tokenizer.stop_ids:
+        learnt_ids = [*learnt_ids, tokenizer.eos_id]
+    early = [i for i in learnt_ids[:-1] if i in tokenizer.stop_ids]
+    if is_turn and early:
+        raise ValueError(
+            f"the answer holds {tokenizer.decode(early[:1])!r}, at which generation stops, before its end; take it out"
+        )
+    ids_N = np.asarray(before_ids + learnt_ids, dtype=np.int32)
+    return Encoded(ids_N, np.arange(len(ids_N)) >= max(len(before_ids), 1))
 
 
 def _begins_with(whole: Encoded, start: Encoded) -> bool:

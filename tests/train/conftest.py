@@ -57,6 +57,10 @@ class TinyTokenizer:
     pad_id: int = 0
 
     @property
+    def stop_ids(self) -> tuple[int, ...]:
+        return (self.eos_id,)
+
+    @property
     def eos_id(self) -> int:
         return self.backend.token_to_id(self.eos)
 
@@ -64,8 +68,8 @@ class TinyTokenizer:
         bos = [self.backend.token_to_id("<s>")] if self.adds_bos else []
         return bos + self.backend.encode(text, add_special_tokens=False).ids
 
-    def decode(self, ids) -> str:
-        return self.backend.decode([int(i) for i in ids], skip_special_tokens=False)
+    def decode(self, ids, *, skip_special: bool = False) -> str:
+        return self.backend.decode([int(i) for i in ids], skip_special_tokens=skip_special)
 
     def chat(self, messages, *, add_generation_prompt: bool = True) -> str:
         assert self.chat_template is not None

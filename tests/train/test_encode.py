@@ -39,7 +39,7 @@ def test_the_loss_is_on_the_answer_and_its_end_and_nothing_else(make_tokenizer, 
     assert encoded.is_learnt_N.dtype == bool
 
 
-@pytest.mark.parametrize("template", ["chatml", "brackets", "reasoning", "opened", "endless"])
+@pytest.mark.parametrize("template", ["chatml", "brackets", "reasoning", "endless"])
 def test_what_comes_before_the_loss_is_what_generation_starts_from(make_tokenizer, template):
     tokenizer = make_tokenizer(template)
     (encoded,) = encode_example(tokenizer, Example(QUESTION, ANSWER))

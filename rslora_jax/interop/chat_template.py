@@ -1,0 +1,164 @@
+"""Chat templates: how one is run, what it asks for, and which token ends a turn."""
+
+from __future__ import annotations
+
+import datetime
+import difflib
+import functools
+import json
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NoReturn
+
+import jinja2
+from jinja2 import meta, nodes
+from jinja2.ext import Extension
+from jinja2.parser import Parser
+from jinja2.sandbox import ImmutableSandboxedEnvironment
+
+# What every chat is rendered with, and no option may take the place of.
+_GIVEN = ("messages", "add_generation_prompt", "tools", "documents")
+_MARK = "\ue000"  # of the private use area: in no template, and no white space that one would trim
+_WORDS = {"true": True, "false": False, "none": None}
+
+
+def render(source: str, variables: Mapping[str, Any]) -> str:
+    """Run a template; it comes with the file, hence from a stranger, so it runs in a sandbox.
+
+    Raises:
+      ValueError: the template is none, or refuses what it is given.
+
+    >>> render("{% generation %}{{ a }}{% endgeneration %}!", {"a": 1})
+    '1!'
+    """
+    try:
+        return _template(source).render(**variables)
+    except (jinja2.TemplateError, TypeError) as error:
+        raise ValueError(f"the chat template does not take these messages: {error}") from error
+
+
+def parse_options(texts: Sequence[str]) -> dict[str, Any]:
+    """Read a template's options as a command line gives them, NAME=VALUE: true, false, none, JSON or a word.
+
+    Raises:
+      ValueError: one is not of that form.
+
+    >>> parse_options(["enable_thinking=false", "today=1 May 2026", "depth=3"])
+    {'enable_thinking': False, 'today': '1 May 2026', 'depth': 3}
+    """
+    options = {}
+    for text in texts:
+        name, equals, value = (part.strip() for part in text.partition("="))
+        if not (name.isidentifier() and equals and value):
+            raise ValueError(f"--template-option {text} is not of the form NAME=VALUE, such as enable_thinking=false")
+        options[name] = _value(value)
+    return options
+
+
+def check_options(source: str | None, options: Mapping[str, Any]) -> None:
+    """Raise a ValueError for an option that the template never looks at: it would change nothing.
+
+    >>> check_options("{{ enable_thinking }}", {"enable_thinkin": False})
+    Traceback (most recent call last):
+    ValueError: the chat template has no option enable_thinkin: did you mean enable_thinking?
+    """
+    if options and source is None:
+        raise ValueError(f"the model has no chat template, so none takes the option {next(iter(options))}: leave it out")
+    for name in options:
+        if name in _GIVEN:
+            raise ValueError(f"the template option {name} is given by the chat itself: leave it out")
+        known = _asked_for(source or "")
+        if name not in known:
+            near = difflib.get_close_matches(name, known, n=1) or [*known]
+            hint = f"did you mean {near[0]}?" if near else "it has none"
+            raise ValueError(f"the chat template has no option {name}: {hint}")
+
+
+def turn_end(chat: Callable[..., str], added: Sequence[str], ends: Sequence[str]) -> str | None:
+    """Return the token that a template writes at the end of the assistant's turn; None where it writes none.
+
+    Args:
+      chat: renders messages, as `Tokenizer.chat`.
+      added: the texts of the tokens that are not found by merging.
+      ends: of these, the texts of those at which writing is known to stop.
+
+    >>> turn_end(lambda messages, **_: f"{messages[-1]['content']} <end>\\n<eos>", ["<end>", "<eos>"], ["<eos>"])
+    '<end>'
+    """
+    try:
+        text = chat(
+            [{"role": "user", "content": "a"}, {"role": "assistant", "content": _MARK}], add_generation_prompt=False
+        )
+    except ValueError:  # it does not take such a chat; what it takes instead is not known
+        return None
+    _, found, rest = text.rpartition(_MARK)
+    rest, run = rest.lstrip() if found else "", list[str]()
+    by_length = sorted(filter(None, added), key=len, reverse=True)
+    # Tokens that follow each other without white space end the turn together: <|END_RESPONSE|><|END_OF_TURN|>.
+    while (token := next((one for one in by_length if rest.startswith(one)), None)) is not None:
+        run.append(token)
+        rest = rest[len(token) :]
+    return next((token for token in run if token in ends), run[-1] if run else None)
+
+
+class _Generation(Extension):
+    """Take `{% generation %}`, by which templates mark for transformers what an assistant wrote; it changes no text."""
+
+    tags = {"generation"}  # noqa: RUF012  (Jinja's own attribute)
+
+    def parse(self, parser: Parser) -> nodes.CallBlock:
+        """Return the marked part as a block of its own, as transformers does: what is set in it stays in it."""
+        line = next(parser.stream).lineno
+        body = parser.parse_statements(("name:endgeneration",), drop_needle=True)
+        return nodes.CallBlock(self.call_method("_unchanged"), [], [], body).set_lineno(line)
+
+    def _unchanged(self, caller: Callable[[], str]) -> str:
+        return caller()
+
+
+def _environment() -> ImmutableSandboxedEnvironment:
+    # The options and names here, and the names given when rendering, are what templates written for Hugging Face
+    # rely on.
+    environment = ImmutableSandboxedEnvironment(
+        trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols", _Generation]
+    )
+    environment.filters["tojson"] = _to_json  # jinja's own writes for HTML
+    environment.globals |= {"raise_exception": _refuse, "strftime_now": _now}
+    return environment
+
+
+@functools.cache  # a data set renders one template thousands of times
+def _template(source: str) -> jinja2.Template:
+    return _environment().from_string(source)
+
+
+@functools.cache
+def _asked_for(source: str) -> tuple[str, ...]:
+    """Return the names that a template takes from outside, but for those that are always given."""
+    environment = _environment()
+    try:
+        found = meta.find_undeclared_variables(environment.parse(source))
+    except jinja2.TemplateError as error:
+        raise ValueError(f"the chat template cannot be read: {error}") from error
+    tokens = {name for name in found if name.endswith("_token")}
+    return tuple(sorted(found - set(_GIVEN) - set(environment.globals) - tokens))
+
+
+def _value(text: str) -> Any:
+    if text.lower() in _WORDS:
+        return _WORDS[text.lower()]
+    try:
+        return json.loads(text)
+    except (json.JSONDecodeError, RecursionError):
+        return text
+
+
+def _to_json(value: Any, ensure_ascii: bool = False, **options: Any) -> str:
+    return json.dumps(value, ensure_ascii=ensure_ascii, **options)
+
+
+def _now(form: str) -> str:
+    return datetime.datetime.now().strftime(form)
+
+
+def _refuse(message: str) -> NoReturn:
+    raise jinja2.TemplateError(message)
