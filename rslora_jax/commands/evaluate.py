@@ -29,6 +29,7 @@ def _add_flags(parser: argparse.ArgumentParser) -> None:
     shared(data, "--heldout", default=None, text=most, type=int)
     longest = "tokens in a row, as in training (default: the first run's, or 256)"
     shared(data, "--max-len", default=None, text=longest, type=int)
+    shared(data, "--template-option")
     shared(data, "--batch-size")
     answers = parser.add_argument_group("answers")
     exact = "let each model answer, and count the right answers: the number after ####, or the whole text"
@@ -48,7 +49,8 @@ def evaluate(a: argparse.Namespace) -> int:
     # Before the model, which takes seconds to read: the data may be wrong.
     given = _chosen(a, {}) if a.data else None
     tell("reading the model")
-    loaded = runs.load(a.folders, model=a.model, step=a.step, dtype=a.dtype, to_write=a.exact_match)
+    options = {"to_write": a.exact_match, "template_options": a.template_option}
+    loaded = runs.load(a.folders, model=a.model, step=a.step, dtype=a.dtype, **options)
     source = a.data or loaded.settings.get("data")
     examples = given or _chosen(a, loaded.settings)
     max_len = min(a.max_len or loaded.settings.get("max_len", 256), loaded.config.max_len)

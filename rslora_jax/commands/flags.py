@@ -27,6 +27,12 @@ _SHARED: Mapping[str, Mapping[str, Any]] = {
         "text": "tokens in a row; longer examples are cut, longer text is split",
         "metavar": "N",
     },
+    "--template-option": {
+        "default": [],
+        "text": "a value that the chat template looks at, such as enable_thinking=false; as often as you like",
+        "metavar": "NAME=VALUE",
+        "action": "append",
+    },
     "--heldout": {"default": 32, "text": "at most so many held-out examples", "metavar": "N"},
     "--batch-size": {"default": 8, "text": "rows or prompts that are taken together", "metavar": "N"},
     "--max-new": {"default": 256, "text": "most tokens of an answer", "metavar": "N"},

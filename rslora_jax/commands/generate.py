@@ -28,6 +28,7 @@ def _add_flags(parser: argparse.ArgumentParser) -> None:
     add_flag(prompts, "--prompt", [], "a prompt, as often as you like", metavar="TEXT", action="append")
     add_flag(prompts, "--prompts", None, "a file of prompts, one a line, or a .jsonl file", metavar="FILE")
     prompts.add_argument("--plain", action="store_true", help="prompts as they stand, without the chat template")
+    shared(prompts, "--template-option")
     shared(prompts, "--batch-size", text="prompts that are answered together")
     how = parser.add_argument_group("answers")
     shared(how, "--max-new")
@@ -45,7 +46,14 @@ def generate(a: argparse.Namespace) -> int:
     _check_flags(a)
     prompts = [*a.prompt, *(read_prompts(a.prompts) if a.prompts else [])]
     tell("reading the model")
-    loaded = runs.load([a.folder] if a.folder else [], model=a.model, step=a.step, dtype=a.dtype, to_write=True)
+    loaded = runs.load(
+        [a.folder] if a.folder else [],
+        model=a.model,
+        step=a.step,
+        dtype=a.dtype,
+        to_write=True,
+        template_options=a.template_option,
+    )
     ids = functools.partial(prompt_ids, loaded.tokenizer, plain=a.plain)
     writer = _Writer.of(loaded, a)
     # All are encoded first: a mistake in the last shows before the first is answered.

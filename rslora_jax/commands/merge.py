@@ -60,6 +60,8 @@ def merge(a: argparse.Namespace) -> int:
     total = together("all", roundings)
     _print_roundings([*by_kind(roundings), total])
     print(meaning(total, a.dtype))
+    if options := opened.settings.get("template_option"):
+        print(f"trained with the template options {', '.join(options)}: give them to the chat template there too")
     files = len(list(out.glob("*.safetensors")))
     print(f"wrote {out}: {a.dtype}, {files} file{'s' * (files > 1)} of weights, {size_of(out) / 1e6:,.1f} MB in all")
     return 0

@@ -12,6 +12,7 @@ import numpy as np
 
 from rslora_jax.config import LoraConfig
 from rslora_jax.interop.adapter_folder import attach, load_base, open_adapters, parse_step
+from rslora_jax.interop.chat_template import parse_options
 from rslora_jax.interop.family import Family
 from rslora_jax.interop.load import load_model
 from rslora_jax.methods.method import rescaled as with_update_times
@@ -50,6 +51,7 @@ def load(
     step: str | None = None,
     dtype: str | None = None,
     to_write: bool = False,
+    template_options: Sequence[str] = (),
 ) -> Loaded:
     """Load the base of some runs, and their adapters.
 
@@ -59,6 +61,7 @@ def load(
       step: "last", "best" or a number; by default the last.
       dtype: what to compute in; by default what the first run was trained in.
       to_write: the model is to write text, for which a looped one is faster on a CPU.
+      template_options: of the chat template, NAME=VALUE, after those that the first run was trained with.
 
     Raises:
       ValueError: a folder has no such checkpoint, it is damaged or another base's, or there is no such model.
@@ -74,6 +77,7 @@ def load(
     else:
         its = dtype or "float32"
         base = load_model(model, scan_layers=not looped, param_dtype=its, dtype=its)
+    base = base.with_template_options(parse_options([*first.get("template_option", []), *template_options]))
     loras, loaded = list[Lora](), []
     for folder, one in zip(runs, opened, strict=True):
         lora, variables, adapters, _ = attach(one, base)

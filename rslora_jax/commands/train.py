@@ -27,6 +27,7 @@ def _add_flags(parser: argparse.ArgumentParser) -> None:
     add_flag(what, "--cache", None, "folder in which to keep the data's tokens for later runs", metavar="FOLDER")
     shared(what, "--max-len")
     shared(what, "--heldout")
+    shared(what, "--template-option")
     lora = parser.add_argument_group("adapters")
     add_flag(lora, "--rank", 32, "rank r of every adapter", metavar="R")
     add_flag(lora, "--alpha", 16.0, "numerator of the scale", metavar="A")
@@ -174,10 +175,12 @@ def _open_start(a: argparse.Namespace) -> Any:
 def _read_base(a: argparse.Namespace, placement: Placement) -> Any:
     """Read the base, onto the devices that hold it."""
     from rslora_jax.commands.progress import progress_line
+    from rslora_jax.interop.chat_template import parse_options
     from rslora_jax.interop.load import find_family, load_model
 
+    options = parse_options(a.template_option)
     print(f"reading {model_name(a.model)}", flush=True)
-    return load_model(
+    base = load_model(
         a.model,
         remat=a.remat,
         param_dtype=a.param_dtype,
@@ -185,6 +188,7 @@ def _read_base(a: argparse.Namespace, placement: Placement) -> Any:
         shardings=base_shardings(placement, find_family(a.model)) if placement.mesh else None,
         progress=progress_line("reading"),
     )
+    return base.with_template_options(options)
 
 
 def _wrap(a: argparse.Namespace, base: Any, start: Any, placement: Placement) -> tuple[Any, Any]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +21,8 @@ from rslora_jax.interop.tokenizer_files import read_tokenizer, tokenizer_files
 from rslora_jax.interop.weights import load_weights
 
 _CONFIG = "config.json"
+GENERATION = "generation_config.json"
+_TAKEN = ("bos_token_id", "pad_token_id")
 
 
 def load_huggingface(
@@ -89,17 +91,40 @@ def files_beside_weights(
 ) -> dict[str, str]:
     """Give the text of the files of a folder beside its weights, by name.
 
-    Where there is the folder of a `base`, only its config.json, with the dtype changed: its other files are copied.
+    Where there is the folder of a `base`, only its config.json, with the dtype changed, and its generation_config.json
+    where that lacks a token at which generation stops here: its other files are copied.
     """
     if base is not None:
-        return {_CONFIG: json_text(_with_dtype(read_json(base / _CONFIG), dtype))}
+        files = {_CONFIG: json_text(_with_dtype(read_json(base / _CONFIG), dtype))}
+        return files | _stops_of_base(base, tokenizer)
     ids = {"bos_token_id": tokenizer.bos_id, "eos_token_id": tokenizer.eos_id, "pad_token_id": tokenizer.pad_id}
     ids = {name: number for name, number in ids.items() if number is not None}
     return {
         _CONFIG: json_text(family.write_config(config, dtype) | {"bos_token_id": None} | ids),
-        "generation_config.json": json_text(ids),
+        GENERATION: json_text(ids | _one_or_all(tokenizer.stop_ids)),
         **tokenizer_files(tokenizer, config.max_len),
     }
+
+
+def _stops_of_base(base: Path, tokenizer: Tokenizer) -> dict[str, str]:
+    """Give the generation_config.json with the tokens that end an answer here and that the base does not name.
+
+    A template may end turns with another token than the eos token of its model, as that of Qwen's bases: who trains on
+    chats learns to stop there.
+    """
+    ends = _eos_ids(base)
+    missing = [i for i in tokenizer.stop_ids if i not in ends]
+    if not missing:
+        return {}
+    if (base / GENERATION).is_file():
+        about = read_json(base / GENERATION)
+    else:  # transformers then takes these of config.json, which it no longer looks at once there is this file
+        about = {name: value for name, value in read_json(base / _CONFIG).items() if name in _TAKEN}
+    return {GENERATION: json_text(about | _one_or_all((*ends, *missing)))}
+
+
+def _one_or_all(ids: Sequence[int]) -> dict[str, Any]:
+    return {"eos_token_id": ids[0] if len(ids) == 1 else list(ids)}
 
 
 def _about(path: Path) -> dict[str, Any]:
@@ -129,7 +154,7 @@ def _tokenizer(folder: Path, vocab_size: int) -> Tokenizer:
 
 
 def _eos_ids(folder: Path) -> tuple[int, ...]:
-    for name in ("generation_config.json", "config.json"):
+    for name in (GENERATION, _CONFIG):
         if (folder / name).is_file():
             found = read_json(folder / name).get("eos_token_id")
             ids = tuple(i for i in (found if isinstance(found, list) else [found]) if type(i) is int and i >= 0)

@@ -67,7 +67,8 @@ def write_merged(
       family: the model's own, from `load_model`.
       names: the Hugging Face name of every weight and whether it is stored transposed, where that is not the family's.
       base: the Hugging Face folder that the base was loaded from, if it was: its config.json, with only the dtype
-        changed, its generation_config.json and the files of its tokenizer are taken in place of ones made here.
+        changed, its generation_config.json (with the tokens at which generation stops here, where it lacks one) and
+        the files of its tokenizer are taken in place of ones made here.
       max_shard_size: bytes in a file of weights.
       progress: told the number of tensors done and their number in all.
 
@@ -109,7 +110,7 @@ def write_merged(
         for file, content in files_beside_weights(config, tokenizer, dtype, family, base).items():
             (draft / file).write_text(content, encoding="utf-8")
         for file in _COPIED:
-            if base is not None and (base / file).is_file():
+            if base is not None and (base / file).is_file() and not (draft / file).exists():
                 shutil.copyfile(base / file, draft / file)
     return roundings
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
 import jax
@@ -52,6 +52,10 @@ class Model:
     def apply(self) -> Callable[..., Any]:
         """The module's `apply`, for `rslora_jax.wrap`."""
         return self.module.apply
+
+    def with_template_options(self, options: Mapping[str, Any]) -> Model:
+        """Return it with options for its chat template; a ValueError for one that the template never looks at."""
+        return dataclasses.replace(self, tokenizer=self.tokenizer.with_options(options)) if options else self
 
 
 def shardings_of(shardings: Shardings, shapes: Any) -> Any:

@@ -308,13 +308,44 @@ def test_a_hugging_face_bases_own_files_are_kept_with_only_the_dtype_changed(run
         (base / name).write_text(text)
     out = tmp_path / "out"
     merged.write_merged(out, lora, variables, adapters, config=config, tokenizer=tokenizer, base=base, dtype="float16")
-    assert {path.name for path in out.iterdir()} == {"config.json", "tokenizer.json", "merges.txt", "model.safetensors"}
+    kept = {"config.json", "tokenizer.json", "merges.txt", "model.safetensors"}
+    assert {path.name for path in out.iterdir()} == kept | {"generation_config.json"}
+    # The base does not say where to stop; the tokenizer does.
+    assert json.loads((out / "generation_config.json").read_text()) == {"eos_token_id": 0}
     assert json.loads((out / "config.json").read_text()) == about | {"torch_dtype": "float16"}
     assert (out / "tokenizer.json").read_text() == "{ }"
     # As transformers 5 writes it.
     (base / "config.json").write_text(json.dumps({"dtype": "float32"}))
     merged.write_merged(tmp_path / "5", lora, variables, adapters, config=config, tokenizer=tokenizer, base=base)
     assert json.loads((tmp_path / "5" / "config.json").read_text()) == {"dtype": "bfloat16"}
+
+
+@pytest.mark.parametrize(
+    ("config_eos", "generation", "said"),
+    [
+        # The template's end of a turn, <pad>, is not the eos <end>: both end an answer.
+        ({"eos_token_id": 0, "pad_token_id": 3}, None, {"eos_token_id": [0, 1], "pad_token_id": 3}),
+        ({}, {"eos_token_id": 0, "top_p": 0.8}, {"eos_token_id": [0, 1], "top_p": 0.8}),
+        ({"eos_token_id": 0}, {"eos_token_id": [0, 1, 5]}, {"eos_token_id": [0, 1, 5]}),
+        ({"eos_token_id": 0}, {"eos_token_id": [5]}, {"eos_token_id": [5, 0, 1]}),
+    ],
+)
+def test_where_generation_stops_is_written_for_others(run, tmp_path, config_eos, generation, said):
+    lora, (config, variables, tokenizer), adapters = run
+    template = "{% for m in messages %}{{ m.role }}: {{ m.content }}<pad>\n{% endfor %}"
+    tokenizer = dataclasses.replace(tokenizer, chat_template=template)
+    assert tokenizer.stop_ids == (0, 1)
+    base = tmp_path / "base"
+    base.mkdir()
+    (base / "config.json").write_text(json.dumps({"dtype": "float32", **config_eos}))
+    if generation:
+        (base / "generation_config.json").write_text(json.dumps(generation))
+    for name, where in (("with", base), ("without", None)):
+        files = dict(config=config, tokenizer=tokenizer, base=where)
+        merged.write_merged(tmp_path / name, lora, variables, adapters, **files)
+    assert json.loads((tmp_path / "with" / "generation_config.json").read_text()) == said
+    assert json.loads((tmp_path / "without" / "generation_config.json").read_text())["eos_token_id"] == [0, 1]
+    assert load_model(tmp_path / "without").tokenizer.stop_ids == (0, 1)
 
 
 def test_inspect_shows_a_run_beside_its_base_and_writes_its_files(run, tmp_path, capsys):
