@@ -14,7 +14,7 @@ from rslora_jax.models.decoder import Decoder
 from rslora_jax.models.generation import generate
 from rslora_jax.train.bytelevel import ByteTokenizer
 
-from .conftest import tiny_model
+from .conftest import save_run, tiny_model
 
 pytestmark = [pytest.mark.usefixtures("compile_fast"), pytest.mark.by_day_on("newest")]
 NEW = ["--max-new", "9"]
@@ -129,6 +129,24 @@ def test_bad_input_is_one_sentence_and_status_2(flags, said, place, tmp_path, mo
     errors = [line for line in capsys.readouterr().err.splitlines() if line.startswith("rslora: error: ")]
     assert len(errors) == 1 and said in errors[0]
     assert set(tmp_path.iterdir()) == before
+
+
+def test_options_of_the_chat_template_are_the_runs_own_or_given(place, capsys, tmp_path):
+    model = tiny_model()
+    ask = "{% if add_generation_prompt %}<a>{% if brief is defined %}{{ brief }}{% endif %}{% endif %}"
+    template = model.metadata["tokenizer.chat_template"].replace("{% if add_generation_prompt %}<a>{% endif %}", ask)
+    model.metadata["tokenizer.chat_template"] = template
+    file = model.write(tmp_path / "model.gguf")
+    settings = {"model": str(file), "template_option": ["brief=hi"]}
+    save_run(tmp_path / "run", place.base, place.runs["one"][0].config, 0, settings)
+    run = [str(tmp_path / "run"), "--prompt", "1+1="]
+    assert answered(place, capsys, *run).out.strip() == by_hand(place, "<u>1+1=<a>hi", "one")
+    given = answered(place, capsys, *run, "--template-option", "brief=!").out
+    assert given.strip() == by_hand(place, "<u>1+1=<a>!", "one")
+    assert main(["generate", *run, "--template-option", "brie=!"]) == 2
+    assert "has no option brie: did you mean brief?" in capsys.readouterr().err
+    assert main(["generate", *run, "--template-option", "brief"]) == 2
+    assert "--template-option brief is not of the form NAME=VALUE" in capsys.readouterr().err
 
 
 def test_prompts_without_a_template_are_as_in_training(tmp_path):

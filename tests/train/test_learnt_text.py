@@ -123,7 +123,7 @@ def test_a_chat_is_learnt_as_the_template_renders_it_or_refused(kind, name, turn
 
 @pytest.mark.nightly
 @pytest.mark.parametrize(("kind", "name"), CASES)
-@settings(max_examples=1000, deadline=None)
+@settings(max_examples=300, deadline=None)
 @given(turns=chats.conversations())
 def test_many_chats_are_learnt_as_the_template_renders_them_or_refused(kind, name, turns):
     check(kind, name, turns)
