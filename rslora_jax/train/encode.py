@@ -186,8 +186,10 @@ def _encode_chat(tokenizer: Tokenizer, example: Example) -> list[Encoded]:
 def _encoded(tokenizer: Tokenizer, before: str, learnt: str, *, is_turn: bool = True) -> Encoded:
     """Encode a text of which the second part is learnt, and end it."""
     before_ids, learnt_ids = join(tokenizer, before, learnt)
-    if learnt_ids[-1] not in tokenizer.stop_ids:
+    if not learnt_ids or learnt_ids[-1] not in tokenizer.stop_ids:
         learnt_ids = [*learnt_ids, tokenizer.eos_id]
+    if is_turn and not before_ids:
+        raise ValueError("nothing stands before the answer, so its first token cannot be learnt; give it a prompt")
     early = [i for i in learnt_ids[:-1] if i in tokenizer.stop_ids]
     if is_turn and early:
         raise ValueError(

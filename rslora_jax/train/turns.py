@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import re
 import unicodedata
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from typing import NamedTuple, Protocol
 
@@ -14,7 +15,7 @@ from rslora_jax.train.examples import Message
 # no part of a tag, and nothing that a template looks for.
 _MARK = "\ue000\ue001"
 # White space beside a tag or a special token: <think>, </s>, <|im_end|>, [INST]. Templates and tokenizers have their own.
-_BESIDE_TAGS = re.compile(r"\s*(<[^\s<>]+>|\[/?[A-Z_]+\])\s*")
+_TAGS = re.compile(r"(<[^\s<>]+>|\[/?[A-Z_]+\])")
 _LONGEST_START = 64  # characters
 # Texts behind which a text is encoded as it is inside another one: what some tokenizers put in front of all they are
 # given then stands before these. The first is right for tokenizers that put nothing in front.
@@ -78,8 +79,7 @@ def find_turn(tokenizer: Tokenizer, messages: Sequence[Message]) -> Turn:
     head, *tails = marked.split(_MARK)
     if len(tails) != 1:
         raise ValueError(f"the chat template writes an answer {len(tails)} times; use one that writes it once")
-    # A request may open the answer in a way that a finished turn does not show (a reasoning block, say).
-    before = os.path.commonprefix([request, head])
+    before = _before(tokenizer, turns[:-1], request, head)
     stop, after = len(whole) - len(tails[0]), tails[0]
     if not (whole.startswith(before) and whole.endswith(after) and len(before) <= stop):
         raise ValueError("the chat template writes other things around this answer than around others; use another one")
@@ -128,7 +128,18 @@ def alike(text: str) -> str:
     >>> alike(" <think>\\n1 + 1 \\n</think>\\n\\nTwo ")
     '<think>1 + 1</think>Two'
     """
-    return _BESIDE_TAGS.sub(r"\1", unicodedata.normalize("NFC", text)).strip()
+    return "".join(part.strip() for part in _TAGS.split(unicodedata.normalize("NFC", text)))
+
+
+def _before(tokenizer: Tokenizer, turns: list[dict[str, str]], request: str, head: str) -> str:
+    """Give what stands before an answer and is not learnt, of what a template writes before it."""
+    before = os.path.commonprefix([request, head])
+    if before == request:
+        return before
+    # A request may open the answer in a way that a finished turn does not show (a reasoning block, say). But where the
+    # turns before are written otherwise, what they have in common ends somewhere in them.
+    asked = tokenizer.chat(turns, add_generation_prompt=False)
+    return before if len(before) >= len(os.path.commonprefix([request, asked])) else head
 
 
 def _without_start(before: str, answer: str) -> str:
@@ -153,7 +164,7 @@ def _check_whole(tokenizer: Tokenizer, text: str, decoded: str) -> None:
     nothing = tokenizer.decode(tokenizer.encode(""))
     if alike(decoded) in (wanted := alike(text), alike(nothing + text)):
         return
-    lost = next((c for c in wanted if wanted.count(c) > decoded.count(c)), None)
+    lost = next(iter(Counter(wanted) - Counter(unicodedata.normalize("NFC", decoded))), None)
     what = f"the character {lost!r} (U+{ord(lost):04X})" if lost else f"what it makes {_short(decoded)} of"
     raise ValueError(f"the tokenizer has no tokens for {what}; take it out, or use another model")
 

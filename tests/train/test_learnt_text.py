@@ -20,8 +20,11 @@ from tokenizers import Tokenizer as Backend
 
 from rslora_jax.train.encode import encode_example
 from rslora_jax.train.examples import Example, Message
+from rslora_jax.train.turns import alike
 
 from . import chats
+
+pytestmark = pytest.mark.by_day_on("newest")
 
 
 def example_of(turns: list[dict[str, str]]) -> Example:
@@ -115,7 +118,7 @@ def test_chats_of_every_template_are_learnt(kind, name):
 
 
 @pytest.mark.parametrize(("kind", "name"), CASES)
-@settings(max_examples=15, deadline=None)
+@settings(max_examples=10, deadline=None)
 @given(turns=chats.conversations())
 def test_a_chat_is_learnt_as_the_template_renders_it_or_refused(kind, name, turns):
     check(kind, name, turns)
@@ -203,6 +206,25 @@ def test_an_end_within_an_answer_is_refused_and_one_that_is_written_out_is_not_d
     assert tokenizer.decode(encoded.ids_N) == "ab</s>"
     (encoded,) = encode_example(tokenizer, Example("", "one</s>two"))  # plain text is no turn
     assert tokenizer.decode(encoded.ids_N) == "one</s>two</s>"
+
+
+@pytest.mark.parametrize("answer", ["yes", REASONED])
+def test_an_answer_after_an_answer_is_learnt_alone_or_refused(answer):
+    # Qwen 3 writes the first answer otherwise once another one follows.
+    turns = [{"role": "user", "content": "one"}, {"role": "assistant", "content": "two"}]
+    turns.append({"role": "assistant", "content": answer})
+    tokenizer = chats.tokenizer("bytes", "qwen3")
+    if answer == REASONED:
+        with pytest.raises(ValueError, match="writes other things around this answer than around others"):
+            encode_example(tokenizer, example_of(turns))
+        return
+    last = encode_example(tokenizer, example_of(turns))[-1]
+    assert [tokenizer.decode(last.ids_N[a:b]) for a, b in runs(last.is_learnt_N)] == ["yes<|im_end|>"]
+
+
+def test_white_space_without_end_takes_no_time():
+    text = ("a" + " " * 300_000 + "b" + "\n" * 300_000 + "<" * 100_000 + "c") * 2
+    assert alike(f" {text} ") == text
 
 
 def test_options_of_a_template_change_what_is_rendered():
