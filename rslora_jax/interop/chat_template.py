@@ -62,7 +62,9 @@ def check_options(source: str | None, options: Mapping[str, Any]) -> None:
     ValueError: the chat template has no option enable_thinkin: did you mean enable_thinking?
     """
     if options and source is None:
-        raise ValueError(f"the model has no chat template, so none takes the option {next(iter(options))}: leave it out")
+        raise ValueError(
+            f"the model has no chat template, so none takes the option {next(iter(options))}: leave it out"
+        )
     for name in options:
         if name in _GIVEN:
             raise ValueError(f"the template option {name} is given by the chat itself: leave it out")
@@ -109,7 +111,9 @@ class _Generation(Extension):
         """Return the marked part as a block of its own, as transformers does: what is set in it stays in it."""
         line = next(parser.stream).lineno
         body = parser.parse_statements(("name:endgeneration",), drop_needle=True)
-        return nodes.CallBlock(self.call_method("_unchanged"), [], [], body).set_lineno(line)
+        block = nodes.CallBlock(self.call_method("_unchanged"), [], [], body)
+        block.set_lineno(line)
+        return block
 
     def _unchanged(self, caller: Callable[[], str]) -> str:
         return caller()

@@ -50,7 +50,7 @@ class Tokenizer:
 
     @property
     def stop_ids(self) -> tuple[int, ...]:
-        """The tokens at which to stop writing: what the files say, and what the template ends the assistant's turn with.
+        """The tokens at which to stop writing: those that the files name, and what the template ends an answer with.
 
         >>> tokenizer_from_metadata(EXAMPLE).stop_ids
         (0,)

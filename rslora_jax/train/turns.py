@@ -14,7 +14,7 @@ from rslora_jax.train.examples import Message
 # Put in place of an answer to see what a template writes around it: of the private use area, hence no white space,
 # no part of a tag, and nothing that a template looks for.
 _MARK = "\ue000\ue001"
-# White space beside a tag or a special token: <think>, </s>, <|im_end|>, [INST]. Templates and tokenizers have their own.
+# A tag or a special token: <think>, </s>, <|im_end|>, [INST]. Templates and tokenizers put white space beside them.
 _TAGS = re.compile(r"(<[^\s<>]+>|\[/?[A-Z_]+\])")
 _LONGEST_START = 64  # characters
 # Texts behind which a text is encoded as it is inside another one: what some tokenizers put in front of all they are

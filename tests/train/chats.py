@@ -45,7 +45,10 @@ SPECIALS = [
     *("<|system|>", "<｜User｜>", "<｜Assistant｜>", "<｜end▁of▁sentence｜>"),
 ]
 KINDS = ("bytes", "pieces", "old pieces")
-_WORDS = "def double(x):\n    return x\n\nAnswer: Paris is the answer > yes; user assistant model [INST] <think> one two </think>"
+_WORDS = (
+    "def double(x):\n    return x\n\nAnswer: Paris is the answer > yes; "
+    "user assistant model [INST] <think> one two </think>"
+)
 
 
 def source(name: str) -> str:

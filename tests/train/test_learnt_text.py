@@ -88,7 +88,9 @@ def check(kind: str, name: str, turns: list[dict[str, str]], **options) -> str:
     for (ids, learnt), whole, (_, answer) in zip(found, wholes, answers, strict=True):
         # (a): prompt and answer are what the template renders up to the end of that turn.
         assert tokenizer.decode(ids) == tokenizer.decode(tokenizer.encode(whole))
-        assert squashed(tokenizer.decode(ids)) == squashed(whole if whole.startswith("<s>") or kind == "bytes" else "<s>" + whole)
+        assert squashed(tokenizer.decode(ids)) == squashed(
+            whole if whole.startswith("<s>") or kind == "bytes" else "<s>" + whole
+        )
         if kind == "bytes":
             assert tokenizer.decode(ids) == whole
         # (c): nothing of the answer is missing.
@@ -113,7 +115,7 @@ def test_chats_of_every_template_are_learnt(kind, name):
     if chats.TEMPLATES[name].has_system:
         assert check(kind, name, system + PLAIN[:2]) == "learnt"
     else:
-        with pytest.raises(ValueError, match="mine.jsonl:3 cannot be encoded: the chat template does not take"):
+        with pytest.raises(ValueError, match=r"mine\.jsonl:3 cannot be encoded: the chat template does not take"):
             encode_example(chats.tokenizer(kind, name), example_of(system + PLAIN[:2]))
 
 
@@ -152,7 +154,9 @@ def test_without_a_template_what_is_learnt_is_the_completion_and_the_end(kind, p
 
 
 @pytest.mark.parametrize("kind", chats.KINDS)
-@pytest.mark.parametrize(("prompt", "completion"), [("Answer: ", "Paris"), ("def ", "double"), ("x =", " 1"), ("a", "b")])
+@pytest.mark.parametrize(
+    ("prompt", "completion"), [("Answer: ", "Paris"), ("def ", "double"), ("x =", " 1"), ("a", "b")]
+)
 def test_no_space_is_learnt_that_the_completion_does_not_begin_with(kind, prompt, completion):
     tokenizer = chats.tokenizer(kind, None)
     (encoded,) = encode_example(tokenizer, Example(prompt, completion))
@@ -181,7 +185,9 @@ def test_reasoning_is_learnt_where_the_template_keeps_it_and_refused_where_it_do
     assert learnt("chatml", REASONED) == REASONED + "<|im_end|>"
     assert learnt("qwen3", REASONED) == "<think>\none two\n</think>\n\nyes<|im_end|>"
     assert learnt("qwen3_thinking", REASONED) == "<think>\none two\n</think>\n\nyes<|im_end|>"
-    message = "mine.jsonl:3 cannot be encoded: the chat template leaves out a part of the answer '<think>one two</think>yes'"
+    message = (
+        "mine.jsonl:3 cannot be encoded: the chat template leaves out a part of the answer '<think>one two</think>yes'"
+    )
     with pytest.raises(ValueError, match=re.escape(message)):
         learnt("deepseek_r1", REASONED)
 
@@ -199,7 +205,9 @@ def test_every_reasoned_turn_of_a_chat_is_learnt_as_it_is_generated():
 
 def test_an_end_within_an_answer_is_refused_and_one_that_is_written_out_is_not_doubled():
     for name, answer in (("chatml", "a<|im_end|>b"), ("chatml", "a<|im_end|>"), ("chatml", "a<|endoftext|>")):
-        with pytest.raises(ValueError, match=r"mine\.jsonl:3 cannot be encoded: the answer holds '<\|.*generation stops"):
+        with pytest.raises(
+            ValueError, match=r"mine\.jsonl:3 cannot be encoded: the answer holds '<\|.*generation stops"
+        ):
             learnt(name, answer)
     tokenizer = chats.tokenizer("bytes", None)
     (encoded,) = encode_example(tokenizer, Example("a", "b</s>"))
