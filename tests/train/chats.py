@@ -10,6 +10,7 @@ import json
 from pathlib import Path
 from typing import NamedTuple
 
+from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from tokenizers import AddedToken, decoders, models, normalizers, pre_tokenizers, trainers
 from tokenizers import Tokenizer as Backend
@@ -49,6 +50,11 @@ _WORDS = (
     "def double(x):\n    return x\n\nAnswer: Paris is the answer > yes; "
     "user assistant model [INST] <think> one two </think>"
 )
+
+
+def some(count: int) -> settings:
+    """Take so many examples, however long each takes on a machine that does other work too."""
+    return settings(max_examples=count, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 
 
 def source(name: str) -> str:

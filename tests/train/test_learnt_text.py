@@ -14,8 +14,7 @@ import unicodedata
 import jinja2
 import numpy as np
 import pytest
-from hypothesis import given, settings
-from hypothesis import strategies as st
+from hypothesis import given
 from tokenizers import Tokenizer as Backend
 
 from rslora_jax.train.encode import encode_example
@@ -120,7 +119,7 @@ def test_chats_of_every_template_are_learnt(kind, name):
 
 
 @pytest.mark.parametrize(("kind", "name"), CASES)
-@settings(max_examples=10, deadline=None)
+@chats.some(10)
 @given(turns=chats.conversations())
 def test_a_chat_is_learnt_as_the_template_renders_it_or_refused(kind, name, turns):
     check(kind, name, turns)
@@ -128,14 +127,14 @@ def test_a_chat_is_learnt_as_the_template_renders_it_or_refused(kind, name, turn
 
 @pytest.mark.nightly
 @pytest.mark.parametrize(("kind", "name"), CASES)
-@settings(max_examples=300, deadline=None)
+@chats.some(300)
 @given(turns=chats.conversations())
 def test_many_chats_are_learnt_as_the_template_renders_them_or_refused(kind, name, turns):
     check(kind, name, turns)
 
 
 @pytest.mark.parametrize("kind", chats.KINDS)
-@settings(max_examples=100, deadline=None)
+@chats.some(100)
 @given(prompt=chats.TEXTS, completion=chats.TEXTS)
 def test_without_a_template_what_is_learnt_is_the_completion_and_the_end(kind, prompt, completion):
     tokenizer = chats.tokenizer(kind, None)
@@ -255,7 +254,7 @@ def test_generation_stops_at_what_ends_the_templates_turn():
         assert stops == list(dict.fromkeys([template.eos, template.end])), name
 
 
-@given(answer=st.sampled_from(["a\x04b", "日本"]))
+@pytest.mark.parametrize("answer", ["a\x04b", "日本"])
 def test_what_the_vocabulary_lacks_is_refused_by_name(answer):
     tokenizer = chats.tokenizer("bytes", None)
     state = json.loads(tokenizer.backend.to_str())

@@ -7,7 +7,7 @@ import os
 
 import numpy as np
 import pytest
-from hypothesis import assume, given, settings
+from hypothesis import given
 
 from rslora_jax.train.encode import encode_example
 
@@ -30,18 +30,20 @@ def learnt_or_refused(tokenizer, turns):
     try:
         return encode_example(tokenizer, example_of(turns))
     except ValueError:
-        assume(False)
+        return None
 
 
 @pytest.mark.parametrize(("kind", "name"), CASES)
-@settings(max_examples=5, deadline=None)
+@chats.some(5)
 @given(turns=chats.conversations())
 def test_texts_and_ids_are_those_of_transformers(kind, name, turns):
     ours, theirs = chats.tokenizer(kind, name), reference(kind, name)
     for ask in (True, False):
         text = theirs.apply_chat_template(turns, tokenize=False, add_generation_prompt=ask)
         assert ours.chat(turns, add_generation_prompt=ask) == text
-    ids = learnt_or_refused(ours, turns)[-1].ids_N.tolist()
+    if (sequences := learnt_or_refused(ours, turns)) is None:
+        return
+    ids = sequences[-1].ids_N.tolist()
     whole = theirs.apply_chat_template(turns)
     if ours.add_bos and whole[0] != ours.bos_id:
         whole = [ours.bos_id, *whole]
@@ -51,17 +53,21 @@ def test_texts_and_ids_are_those_of_transformers(kind, name, turns):
 
 @pytest.mark.parametrize("options", [{}, {"enable_thinking": True}, {"enable_thinking": False}])
 @pytest.mark.parametrize("name", ["chatml_marked", "smollm3"])
-@settings(max_examples=30, deadline=None)
+@chats.some(30)
 @given(turns=chats.conversations())
 def test_what_is_learnt_is_what_a_template_marks_as_the_assistants(name, options, turns):
     if name == "chatml_marked" and options:
         return
     ours, theirs = chats.tokenizer("bytes", name, **options), reference("bytes", name)
-    (encoded,) = learnt_or_refused(ours, turns)
+    # Several where a prompt's last token would join with an answer's first: then their ids are not transformers'.
+    if (sequences := learnt_or_refused(ours, turns)) is None or len(sequences) > 1:
+        return
+    (encoded,) = sequences
     found = theirs.apply_chat_template(turns, return_assistant_tokens_mask=True, return_dict=True, **options)
     ids, marked = found["input_ids"], np.array(found["assistant_masks"], bool)
     size = len(encoded.ids_N)
-    assume(encoded.ids_N.tolist() == ids[:size])  # else a prompt's last token joined with an answer's first
+    if encoded.ids_N.tolist() != ids[:size]:  # so of the last answer alone
+        return
     if name == "chatml_marked":
         assert encoded.is_learnt_N.tolist() == marked[:size].tolist() and not marked[size:].any()
         return
