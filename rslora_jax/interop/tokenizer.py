@@ -91,7 +91,6 @@ class Tokenizer:
     def chat(self, messages: Sequence[Mapping[str, str]], *, add_generation_prompt: bool = True) -> str:
         """Write messages ({"role": ..., "content": ...}) as one text, by the file's own template.
 
-
         Raises:
           ValueError: the file has no template, or the template refuses the messages.
 
