@@ -194,7 +194,7 @@ def _quieten() -> None:
     """Silence what grain and orbax warn of through absl, of which no user here can act on anything."""
     from absl import logging
 
-    logging.set_verbosity(logging.ERROR)
+    logging.set_verbosity(logging.FATAL)  # errors of theirs are told by ours, without their tracebacks
 
 
 class _Terminated(BaseException):

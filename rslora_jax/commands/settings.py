@@ -3,15 +3,34 @@
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import difflib
+import hashlib
+import json
 import shlex
 import tomllib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-_OF_A_CALL = ("config", "resume")  # flags of one call of the command, and not of a run
+_OF_A_CALL = ("config", "resume", "override")  # flags of one call of the command, and not of a run
 _PATHS = ("data", "model", "cache", "adapters")
+# Flags that decide nothing of what is learnt; --steps does by its schedule, and is what a run is gone on with by.
+_FREE = (
+    *("out", "model", "cache", "steps", "patience", "on_nonfinite", "remat", "mesh", "split_rank", "distributed"),
+    *("eval_every", "save_every", "keep", "tensorboard"),
+)
+_OF_THE_ADAPTERS = ("rank", "alpha", "scaling", "targets", "adapters", "param_dtype")
+# What of a run `fit` is to let differ for a flag; for all others that decide, the data and what is held out.
+_OF_FIT: Mapping[str, tuple[str, ...]] = {
+    "accumulate": ("accumulate",),
+    "heldout": ("heldout",),
+    "seed": ("data",),
+    "dtype": (),
+    **dict.fromkeys(
+        ("steps", "learning_rate", "schedule", "warmup", "clip", "optimizer", "optimizer_option"), ("optimizer",)
+    ),
+}
 
 
 def file_settings(arguments: argparse.Namespace) -> Mapping[str, Any]:
@@ -20,8 +39,8 @@ def file_settings(arguments: argparse.Namespace) -> Mapping[str, Any]:
 
 
 def resumed_settings(arguments: argparse.Namespace) -> Mapping[str, Any]:
-    """Return the settings of the run that --resume goes on with."""
-    return _saved_settings(arguments.out) if arguments.resume else {}
+    """Return the settings of the run that --resume goes on with; a file that is given too goes before them."""
+    return {**_saved_settings(arguments.out), **file_settings(arguments)} if arguments.resume else {}
 
 
 def _read_settings(path: str, flags: Mapping[str, Any]) -> dict[str, Any]:
@@ -62,13 +81,131 @@ def _saved_settings(out: str) -> dict[str, Any]:
     from rslora_jax.store import checkpoint
 
     checkpoint.check_folder(out, resume=True)
-    settings = checkpoint.load_about(out)["settings"]
+    settings = {name: value for name, value in checkpoint.load_about(out)["settings"].items() if name != "examples"}
     if "imported" in settings:
         raise ValueError(
             f"{out} was imported and has no training to resume: start from it in another folder, with "
             f"rslora train --adapters {shlex.quote(out)} --out FOLDER"
         )
-    return dict(settings)
+    return settings
+
+
+def check_course(arguments: argparse.Namespace) -> None:
+    """Compare the flags of a run that is resumed with those that it was started with.
+
+    Raises:
+      ValueError: one that decides what is learnt differs and is not in --override; or no step is left to do.
+    """
+    from rslora_jax.store import checkpoint
+
+    overridden = _overridden(arguments)
+    about = checkpoint.load_about(arguments.out)
+    here, saved = _absolute(vars(arguments)), about["settings"]
+    decide = [name for name in here if name in saved and name not in (*_FREE, *_OF_A_CALL, "examples")]
+    if "examples" in saved:
+        decide.remove("data")  # the examples are compared, wherever they lie
+    differing = [name for name in decide if here[name] != saved[name]]
+    for name in differing:
+        said = f"{_said(name, here[name])} here, {_said(name, saved[name], flag=False)} was saved"
+        if name in _OF_THE_ADAPTERS:
+            raise ValueError(
+                f"{said}: leave it out to go on with the run in {arguments.out}, or start another one in another folder"
+            )
+        if name not in overridden:
+            raise ValueError(_refused(said, name, arguments))
+    if (step := about.get("data", {}).get("batch", 0)) >= arguments.steps:
+        raise ValueError(f"{arguments.out} is already at step {step}: ask for more than {step} --steps to go on")
+
+
+def check_examples(arguments: argparse.Namespace, examples: Mapping[str, str]) -> None:
+    """Compare the examples of a run that is resumed (`examples_to_save`) with those that it was started with.
+
+    Raises:
+      ValueError: they differ, and --override does not say that they may.
+    """
+    from rslora_jax.store import checkpoint
+
+    saved = checkpoint.load_about(arguments.out)["settings"]
+    before, overridden = saved.get("examples", examples), _overridden(arguments)
+    names = {"training": ("data",), "heldout": ("data", "heldout")}
+    differing = [kind for kind in names if before[kind] != examples[kind] and not {*names[kind]} & overridden]
+    if differing:
+        here, there = _absolute(vars(arguments))["data"], saved["data"]
+        what = f"--data {arguments.data}" if arguments.data else "the library of this Python"
+        where = f"than {there}" if here != there else "than when the run was saved"
+        kind = "holds other examples" if "training" in differing else "holds out other examples"
+        raise ValueError(_refused(f"{what} {kind} {where}", "data", arguments))
+
+
+def of_fit(arguments: argparse.Namespace) -> tuple[str, ...]:
+    """Return what of the run's course `train.fit` is to let differ."""
+    from rslora_jax.store import checkpoint
+
+    if not arguments.resume:
+        return ()
+    stretched = checkpoint.load_about(arguments.out)["settings"].get("steps") != arguments.steps
+    names = [*_overridden(arguments), *(["steps"] if stretched else [])]
+    return tuple({one for name in names for one in _OF_FIT.get(name, ("data", "heldout"))})
+
+
+def _overridden(arguments: argparse.Namespace) -> set[str]:
+    """Return the flags that --override names.
+
+    Raises:
+      ValueError: it names none that can be changed, or no run is resumed.
+    """
+    names = {text.lstrip("-").replace("-", "_") for text in arguments.override}
+    if names and not arguments.resume:
+        raise ValueError("--override is for --resume: a new run takes what it is given")
+    for name in sorted(names):
+        flag = name.replace("_", "-")
+        if name not in vars(arguments) or name in _OF_A_CALL:
+            close = difflib.get_close_matches(name, vars(arguments), n=1)
+            hint = f"; did you mean {close[0].replace('_', '-')}?" if close else ""
+            raise ValueError(f"--override {flag} names no flag of `rslora train`{hint}")
+        if name in _OF_THE_ADAPTERS:
+            raise ValueError(f"--override {flag}: the adapters are made with --{flag}, so start another run with it")
+    return names
+
+
+def _said(name: str, value: Any, *, flag: bool = True) -> str:
+    """Write a flag and its value.
+
+    >>> _said("batch_size", 4), _said("optimizer_option", ["b1=0.5"], flag=False), _said("data", None)
+    ('--batch-size 4', 'b1=0.5', 'no --data')
+    """
+    text = " ".join(value) if isinstance(value, list) else value
+    absent = value is None or value == []
+    if not flag:
+        return "none" if absent else str(text)
+    return f"no --{name.replace('_', '-')}" if absent else f"--{name.replace('_', '-')} {text}"
+
+
+def _refused(said: str, name: str, arguments: argparse.Namespace) -> str:
+    flag = name.replace("_", "-")
+    return (
+        f"{said}: leave it as it was to go on with the run in {arguments.out}, or change it on purpose with "
+        f"--override {flag}"
+    )
+
+
+def examples_to_save(training: Sequence[Any], heldout: Sequence[Any]) -> dict[str, str]:
+    """Return a checksum of the examples of each kind, in their order: of the files' content and of how it was split.
+
+    >>> from rslora_jax.train import Example
+    >>> one, two = [Example("1+1=", "2", origin="a:1")], [Example("1+1=", "2", origin="b:7")]
+    >>> examples_to_save(one, []) == examples_to_save(two, []), examples_to_save(one, two) == examples_to_save(two, [])
+    (True, False)
+    """
+    return {"training": _digest(training), "heldout": _digest(heldout)}
+
+
+def _digest(examples: Sequence[Any]) -> str:
+    every = hashlib.sha256()
+    for example in examples:
+        compared = [getattr(example, field.name) for field in dataclasses.fields(example) if field.compare]
+        every.update(json.dumps(compared, default=dataclasses.asdict).encode() + b"\n")
+    return every.hexdigest()
 
 
 def settings_to_save(arguments: argparse.Namespace, config: Any) -> dict[str, Any]:
@@ -77,7 +214,11 @@ def settings_to_save(arguments: argparse.Namespace, config: Any) -> dict[str, An
     Paths are absolute, so that a run can be resumed from another folder.
     """
     kept = {name: value for name, value in vars(arguments).items() if name not in (*_OF_A_CALL, "out")}
-    kept |= {name: getattr(config, name) for name in ("rank", "alpha", "scaling")}
+    return _absolute(kept | {name: getattr(config, name) for name in ("rank", "alpha", "scaling")})
+
+
+def _absolute(flags: Mapping[str, Any]) -> dict[str, Any]:
+    """Return flags with absolute paths."""
     # A model may be a name on the hub, which is no path.
-    paths = [name for name in _PATHS if kept[name] and (name != "model" or Path(kept["model"]).exists())]
-    return kept | {name: str(Path(kept[name]).absolute()) for name in paths}
+    paths = [name for name in _PATHS if flags[name] and (name != "model" or Path(flags["model"]).exists())]
+    return {**flags, **{name: str(Path(flags[name]).absolute()) for name in paths}}

@@ -6,7 +6,8 @@ import argparse
 import shlex
 import sys
 import time
-from collections.abc import Callable, Sequence
+import warnings
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -46,6 +47,8 @@ def _add_flags(parser: argparse.ArgumentParser) -> None:
     add_flag(out, "--keep", 2, "checkpoints to keep beside the best", metavar="N")
     out.add_argument("--tensorboard", action="store_true", help="write event files too (extra `tensorboard`)")
     out.add_argument("--resume", action="store_true", help="go on from the last checkpoint in --out")
+    text = "with --resume: change this flag of the run on purpose, such as learning-rate; as often as you like"
+    add_flag(out, "--override", [], text, metavar="NAME", action="append")
 
 
 def _add_training_flags(parser: argparse.ArgumentParser) -> None:
@@ -97,6 +100,9 @@ def train(a: argparse.Namespace) -> int:
     _make_optimizer(a)  # refused before all else
     start = _open_start(a)
     training, heldout = examples(a.data, a.heldout)
+    of_examples = settings.examples_to_save(training, heldout)
+    if a.resume:
+        settings.check_examples(a, of_examples)
     base = _read_base(a, placement)
     lora, found = _wrap(a, base, start, placement)
     optimizer = _make_optimizer(a, lora)
@@ -109,7 +115,7 @@ def train(a: argparse.Namespace) -> int:
     before = answers(base.variables)
     _show_answers(asked, {"base model": before})
     try:
-        result = _fit(a, lora, base.variables, adapters, data, optimizer, placement)
+        result = _fit(a, lora, base.variables, adapters, data, optimizer, placement, of_examples)
     except NonFiniteLoss as error:
         print(f"rslora: error: {error}", file=sys.stderr)
         return 1
@@ -130,6 +136,7 @@ class _Data(NamedTuple):
     batches: Any
     heldout: Any  # None where nothing is held out
     loss: Any
+    steps_an_epoch: float
 
 
 def _check_flags(a: argparse.Namespace) -> None:
@@ -145,15 +152,23 @@ def _check_flags(a: argparse.Namespace) -> None:
     if jax.process_count() > 1 and not a.mesh:
         raise ValueError("several processes need a mesh that says how they share the work: give --mesh data=-1")
     processes.first_decides(lambda: checkpoint.check_folder(Path(a.out), resume=a.resume))
+    if a.resume or a.override:
+        processes.first_decides(lambda: settings.check_course(a))
 
 
 def _make_optimizer(a: argparse.Namespace, lora: Any = None) -> Any:
     """Make the optimiser that the flags describe."""
     from rslora_jax.train import optimizers
 
-    schedule = optimizers.make_schedule(a.schedule, peak=a.learning_rate, steps=a.steps, warmup=a.warmup)
     options = optimizers.parse_options(a.optimizer_option)
-    return optimizers.make_optimizer(a.optimizer, schedule=schedule, clip=a.clip, options=options, lora=lora)
+    return optimizers.make_optimizer(a.optimizer, schedule=_make_schedule(a), clip=a.clip, options=options, lora=lora)
+
+
+def _make_schedule(a: argparse.Namespace) -> Callable[[Any], Any]:
+    """Make the learning rate of each step that the flags describe."""
+    from rslora_jax.train import optimizers
+
+    return optimizers.make_schedule(a.schedule, peak=a.learning_rate, steps=a.steps, warmup=a.warmup)
 
 
 def _open_start(a: argparse.Namespace) -> Any:
@@ -222,7 +237,7 @@ def _prepare(
         of_heldout = batches.heldout_batches(held, batch_size=a.batch_size, share=placement.share)
         places = max(places, held.places)
     of_training = batches.train_batches(rows, batch_size=a.batch_size, seed=a.seed, share=placement.share)
-    return _Data(of_training, of_heldout, loss.token_loss(places))
+    return _Data(of_training, of_heldout, loss.token_loss(places), len(rows.rows) / a.batch_size)
 
 
 def _first_adapters(a: argparse.Namespace, lora: Any, variables: Any, found: Any, placement: Placement) -> Any:
@@ -259,32 +274,44 @@ def _show_answers(asked: Sequence[Any], answers: dict[str, list[str]]) -> None:
 
 
 def _fit(
-    a: argparse.Namespace, lora: Any, variables: Any, adapters: Any, data: _Data, optimizer: Any, placement: Placement
+    a: argparse.Namespace,
+    lora: Any,
+    variables: Any,
+    adapters: Any,
+    data: _Data,
+    optimizer: Any,
+    placement: Placement,
+    of_examples: Mapping[str, str],
 ) -> Any:
     """Train."""
     from rslora_jax.train import fit
 
-    return fit(
-        lora,
-        variables,
-        adapters,
-        batches=data.batches,
-        loss=data.loss,
-        optimizer=optimizer,
-        steps=a.steps,
-        folder=Path(a.out),
-        heldout=data.heldout,
-        batch_sharding=placement.batch,
-        accumulate=a.accumulate,
-        on_nonfinite=a.on_nonfinite,
-        eval_every=a.eval_every or None,
-        patience=a.patience or None,
-        save_every=a.save_every or None,
-        keep=a.keep,
-        tensorboard=a.tensorboard,
-        settings=settings.settings_to_save(a, lora.config),
-        resume=a.resume,
-    )
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="step .* could not be saved")  # said at the end, in our own words
+        return fit(
+            lora,
+            variables,
+            adapters,
+            batches=data.batches,
+            loss=data.loss,
+            optimizer=optimizer,
+            steps=a.steps,
+            folder=Path(a.out),
+            heldout=data.heldout,
+            batch_sharding=placement.batch,
+            accumulate=a.accumulate,
+            on_nonfinite=a.on_nonfinite,
+            eval_every=a.eval_every or None,
+            patience=a.patience or None,
+            save_every=a.save_every or None,
+            keep=a.keep,
+            tensorboard=a.tensorboard,
+            settings={**settings.settings_to_save(a, lora.config), "examples": of_examples},
+            schedule=_make_schedule(a),
+            steps_an_epoch=data.steps_an_epoch,
+            resume=a.resume,
+            override=settings.of_fit(a),
+        )
 
 
 def _conclude(a: argparse.Namespace, result: Any, seconds: float) -> int:
@@ -359,6 +386,10 @@ COMMAND = Command(
             "one text.",
         ),
         ("rslora train --resume --out my-run", "Go on from the last checkpoint, with the settings of the run."),
+        (
+            "rslora train --resume --out my-run --learning-rate 3e-4 --override learning-rate",
+            "Go on with another learning rate. Without --override, what decides what is learnt must be as it was.",
+        ),
         (
             "rslora train --adapters my-run --data more.jsonl --out second-run",
             "Start from the adapters of another run, or of a folder that PEFT saved.",

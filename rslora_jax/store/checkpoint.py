@@ -1,7 +1,8 @@
 """Checkpoints that hold the adapters and what goes on with them, never the base.
 
 A run's folder has `checkpoints/<step>`, each with three items: "adapters" and "training" (arrays), and "about" (JSON:
-the config, what the base was, the place in the data, a checksum of every array).
+the config, what the base was, what decides the run's course, the place in the data, a checksum of every array and of
+itself).
 """
 
 from __future__ import annotations
@@ -23,19 +24,40 @@ from rslora_jax.config import LoraConfig
 from rslora_jax.parallel.processes import first_decides
 from rslora_jax.pytrees import Params, PyTree
 from rslora_jax.sites import from_paths, named_leaves
-from rslora_jax.store.checksum import checksums
-from rslora_jax.store.items import (
+from rslora_jax.store.about import (
     FORMAT,
-    Damaged,
-    as_saved,
     check_same,
-    check_shapes,
+    describe,
+    find,
+    heldout_losses,
+    load_about,
     read_about,
-    read_arrays,
-    shapes_of,
-    without_empty,
+    sealed,
 )
+from rslora_jax.store.arrays import as_saved, check_shapes, read_arrays, shapes_of, without_empty
+from rslora_jax.store.checksum import checksums
+from rslora_jax.store.damage import Damaged
+from rslora_jax.store.folder import check_folder, locked, size_of, steps_in
 from rslora_jax.store.keys import as_data, as_keys
+
+__all__ = [
+    "FORMAT",
+    "Checkpoints",
+    "Damaged",
+    "check_folder",
+    "check_same",
+    "describe",
+    "find",
+    "load_about",
+    "load_adapters",
+    "load_model_state",
+    "open_checkpoints",
+    "read_about",
+    "restore",
+    "save",
+    "size_of",
+    "steps_in",
+]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -81,11 +103,11 @@ def open_checkpoints(folder: str | Path, *, resume: bool = False, keep: int = 2)
         def take() -> None:
             check_folder(folder, resume=resume)
             folder.mkdir(parents=True, exist_ok=True)
-            stack.enter_context(_locked(folder))
+            stack.enter_context(locked(folder))
             check_folder(folder, resume=resume)  # again: another process may have been quicker
 
         first_decides(take)
-        heldout = _heldout_losses(folder)
+        heldout = heldout_losses(folder)
         options = ocp.CheckpointManagerOptions(
             preservation_policy=_LastAndBest(keep, heldout), cleanup_tmp_directories=True
         )
@@ -95,27 +117,16 @@ def open_checkpoints(folder: str | Path, *, resume: bool = False, keep: int = 2)
 
 
 def _close(manager: ocp.CheckpointManager) -> None:
-    with contextlib.suppress(Exception):  # `save` or `wait` has told of it
-        manager.wait_until_finished()
-    manager.close()
+    """Wait for what is being written and let go of it; what failed of it `save` or a wait before has told."""
+    for finish in (manager.wait_until_finished, manager.close):
+        with contextlib.suppress(Exception):
+            finish()
 
 
 def _handlers() -> dict[str, Any]:
     """Return how orbax reads and writes each item of a checkpoint."""
     arrays = ocp.StandardCheckpointHandler
     return {"adapters": arrays(), "training": arrays(), "about": ocp.JsonCheckpointHandler()}
-
-
-def check_folder(folder: str | Path, *, resume: bool = False) -> None:
-    """Raise a ValueError where `open_checkpoints` would for what a folder holds."""
-    folder = Path(folder)
-    if folder.exists() and not folder.is_dir():
-        raise ValueError(f"{folder} is a file: give a folder")
-    steps = steps_in(folder)
-    if resume and not steps:
-        raise ValueError(f"{folder} holds no checkpoint to resume from: start a run there first")
-    if steps and not resume:
-        raise ValueError(f"{folder} already holds a run, at step {steps[-1]}: resume it, or give another folder")
 
 
 def save(
@@ -146,19 +157,12 @@ def save(
     words = checksums(arrays)
     if heldout_loss is not None and math.isfinite(heldout_loss):
         checkpoints.heldout[step] = heldout_loss
+    about = {**about, "checksums": words, "keys": keys, "heldout_loss": checkpoints.heldout.get(step)}
     manager.save(
         step,
         args=ocp.args.Composite(
             **{item: ocp.args.StandardSave(without_empty(tree)) for item, tree in arrays.items()},
-            about=ocp.args.JsonSave(
-                {
-                    **about,
-                    "format": FORMAT,
-                    "checksums": words,
-                    "keys": keys,
-                    "heldout_loss": checkpoints.heldout.get(step),
-                }
-            ),
+            about=ocp.args.JsonSave(sealed(about)),
         ),
         force=True,
     )
@@ -170,10 +174,12 @@ def restore(
     training: PyTree,
     about: Mapping[str, Any],
     say: Callable[[str], Any] = warnings.warn,
+    check: Callable[[Mapping[str, Any]], Any] | None = None,
 ) -> tuple[Adapters, PyTree, dict[str, Any]]:
     """Read the last whole checkpoint as (adapters, training, about), on the devices of the examples given.
 
-    A damaged one is moved to `folder/damaged-<step>`, and the one before is taken.
+    A damaged one is passed over, and moved to `folder/damaged-<step>` once a whole one is found. Where there is none,
+    or it is refused, nothing is moved.
 
     Args:
       checkpoints: from `open_checkpoints`.
@@ -181,25 +187,34 @@ def restore(
         devices, may be other than those that saved.
       about: what `describe` gives for this run; its config and base must be those of the checkpoint.
       say: told of what is damaged.
+      check: called with what the checkpoint tells about itself, before its arrays are read; it may refuse it.
 
     Raises:
-      ValueError: the checkpoint is of another config, another base or another optimiser (what differs is named), or
-        there is no whole one.
+      ValueError: the checkpoint is of another config, another base or another optimiser (what differs is named), it
+        cannot be read just now, or there is no whole one.
     """
+    damaged: dict[int, Damaged] = {}
     example = {"adapters": adapters, "training": training}
     for step in reversed(steps_in(checkpoints.folder)):
         where = checkpoints.folder / "checkpoints" / str(step)
         try:
             found = read_about(where)
+            if check:
+                check(found)
             like, impls = as_saved(example, found.get("keys", {}))
             for item, wanted in like.items():
-                check_shapes(where, item, shapes_of(where, item), without_empty(wanted))
+                shapes_of(where, item, found)
+                check_shapes(where, item, found, wanted)
             check_same(where, found, about)
             read = as_keys(read_arrays(where, found, like), impls)
-            return read["adapters"], read["training"], found
         except Damaged as error:
-            say(f"{error}: it is kept as {_set_aside(checkpoints, step)}, and the checkpoint before it is taken")
-    raise ValueError(f"{checkpoints.folder} has no checkpoint that is whole: start again in another folder")
+            damaged[step] = error
+            continue
+        for bad, why in damaged.items():
+            say(f"{why}: it is kept as {_set_aside(checkpoints, bad)}, and the checkpoint before it is taken")
+        return read["adapters"], read["training"], found
+    first = f" ({next(iter(damaged.values()))})" if damaged else ""
+    raise ValueError(f"{checkpoints.folder} has no checkpoint that is whole{first}: start again in another folder")
 
 
 def _set_aside(checkpoints: Checkpoints, step: int) -> Path:
@@ -238,7 +253,7 @@ def load_adapters(
     about = read_about(where)
     if params is not None:
         check_same(where, about, {"base": checksums(params)})
-    like = jax.tree.map(lambda leaf: np.empty(leaf.shape, leaf.dtype), shapes_of(where, "adapters"))
+    like = jax.tree.map(lambda leaf: np.empty(leaf.shape, leaf.dtype), shapes_of(where, "adapters", about))
     if shardings is not None:
         like = jax.tree.map(lambda leaf, at: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=at), like, shardings)
     return LoraConfig.from_dict(about["config"]), read_arrays(where, about, {"adapters": like})["adapters"]
@@ -261,77 +276,10 @@ def load_model_state(folder: str | Path, like: PyTree, *, step: int | Literal["l
     where = find(Path(folder).absolute(), step)
     about = read_about(where)
     item = "training"
-    arrays = jax.tree.map(lambda leaf: np.empty(leaf.shape, leaf.dtype), shapes_of(where, item))
+    arrays = jax.tree.map(lambda leaf: np.empty(leaf.shape, leaf.dtype), shapes_of(where, item, about))
     read = as_keys(read_arrays(where, about, {item: arrays}), about.get("keys", {}))[item]
     found = read.get("model_state", {})
     if {*found} != {*named_leaves(like)}:
         differing = sorted({*found} ^ {*named_leaves(like)})
         raise ValueError(f"{where} holds a model state of another structure: {differing[0]} is not in both")
     return from_paths(like, found)
-
-
-def load_about(folder: str | Path) -> dict[str, Any]:
-    """Read what was saved of a run's last whole checkpoint beside its arrays."""
-    folder = Path(folder).absolute()
-    for step in reversed(steps_in(folder)):
-        with contextlib.suppress(Damaged):
-            return read_about(folder / "checkpoints" / str(step))
-    return read_about(find(folder, "last"))
-
-
-def find(folder: Path, step: int | Literal["last", "best"]) -> Path:
-    """Return the folder of one checkpoint."""
-    steps = steps_in(folder)
-    if step == "best" and steps:
-        losses = _heldout_losses(folder)
-        if not losses:
-            raise ValueError(f"{folder} has no checkpoint with a held-out loss: ask for the last")
-        step = min(losses.items(), key=lambda item: item[1])[0]
-    if not steps or step not in ("last", *steps):
-        have = f"it has steps {', '.join(map(str, steps))}" if steps else "it holds none"
-        raise ValueError(f"{folder} has no checkpoint{'' if step == 'last' else f' of step {step}'}: {have}")
-    return folder / "checkpoints" / str(steps[-1] if step == "last" else step)
-
-
-def _heldout_losses(folder: Path) -> dict[int, float]:
-    """Return the held-out loss of every checkpoint that has one, by step."""
-    losses = {}
-    for step in steps_in(folder):
-        with contextlib.suppress(Damaged):
-            losses[step] = read_about(folder / "checkpoints" / str(step)).get("heldout_loss")
-    return {step: loss for step, loss in losses.items() if loss is not None}
-
-
-def describe(config: LoraConfig, params: Params, settings: Mapping[str, Any] | None = None) -> dict[str, Any]:
-    """Say in plain JSON values what adapters belong to: their config, their base, and how they are trained.
-
-    The base is told by the dtype, the shape and a checksum of every array (`checksum.checksums`).
-    """
-    return {"config": config.to_dict(), "base": checksums(params), "settings": dict(settings or {})}
-
-
-def steps_in(folder: Path) -> list[int]:
-    """Return the finished checkpoints of a run's folder, by step."""
-    found = (folder / "checkpoints").glob("*")
-    return sorted(int(path.name) for path in found if path.name.isdigit() and path.is_dir())
-
-
-def size_of(folder: str | Path) -> int:
-    """Return the bytes that the files under a folder take."""
-    return sum(path.stat().st_size for path in Path(folder).rglob("*") if path.is_file())
-
-
-@contextlib.contextmanager
-def _locked(folder: Path) -> Iterator[None]:
-    """Hold a folder for this process; the system lets go of it even after a crash."""
-    try:
-        import fcntl
-    except ImportError:  # not a POSIX system: no lock is better than a lock that a crash leaves behind
-        yield
-        return
-    with (folder / ".lock").open("a") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise ValueError(f"{folder} is in use by another run: wait for it to end, or give another folder") from None
-        yield

@@ -26,13 +26,13 @@ def checksums(tree: PyTree) -> dict[str, str]:
     """
     leaves = named_leaves(tree)
     # One after the other: sums over processes that overlap can each wait for the other.
-    return {path: f"{_form(leaf)} {int(_word(leaf)):08x}" for path, leaf in leaves.items()}
+    return {path: f"{form_of(leaf)} {int(_word(leaf)):08x}" for path, leaf in leaves.items()}
 
 
-def _form(leaf: Any) -> str:
+def form_of(leaf: Any) -> str:
     """Write an array's dtype and shape, and the form in which it is stored if it is none.
 
-    >>> _form(np.ones((2, 3)))
+    >>> form_of(np.ones((2, 3)))
     'float64[2,3]'
     """
     kind = f"{type(leaf).__name__} of {leaf.dtype}" if is_stored(leaf) else leaf.dtype

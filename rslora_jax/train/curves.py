@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
@@ -37,16 +38,20 @@ def _plot(records: Sequence[Record], path: Path, title: str) -> None:
         raise ImportError("a picture of the loss needs matplotlib: pip install 'rslora_jax[train]'") from error
 
     train = [(r["step"], r["loss"]) for r in records if isinstance(r.get("loss"), float)]
-    held = [(r["step"], r["heldout_loss"]) for r in records if isinstance(r.get("heldout_loss"), float)]
+    # A curve for each held-out set, where it was changed.
+    starts = [0, *(n for n, r in enumerate(records) if r.get("new_heldout")), len(records)]
+    sets = [records[start:end] for start, end in itertools.pairwise(starts)]
+    curves = [[(r["step"], r["heldout_loss"]) for r in one if isinstance(r.get("heldout_loss"), float)] for one in sets]
     figure = Figure(figsize=(7, 4.2), layout="constrained")
     axes = figure.subplots()
     if train:
         steps, losses = zip(*train, strict=True)
         axes.plot(steps, losses, color="C0", alpha=0.3, linewidth=1, label="training, each step")
         axes.plot(steps, running_mean(losses), color="C0", linewidth=2, label="training, running mean")
-    if held:
+    for number, held in enumerate(filter(None, curves)):
         steps, losses = zip(*held, strict=True)
-        axes.plot(steps, losses, "o-", color="C1", linewidth=2, label="held-out")
+        label = f"held-out, set {number + 1}" if number else "held-out"
+        axes.plot(steps, losses, "o-", color=f"C{number + 1}", linewidth=2, label=label)
         for at in {0, len(held) - 1}:
             label = f"perplexity {perplexity(losses[at]):.1f}"
             side = "left" if at == 0 else "right"
@@ -54,7 +59,7 @@ def _plot(records: Sequence[Record], path: Path, title: str) -> None:
     axes.set(xlabel="step", ylabel="loss per token (nats)", title=title)
     axes.margins(y=0.12)
     axes.grid(alpha=0.3)
-    if train or held:
+    if train or any(curves):
         axes.legend()
     figure.savefig(path, dpi=150)
 

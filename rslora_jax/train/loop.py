@@ -5,7 +5,8 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from concurrent.futures import Future
 from pathlib import Path
 from typing import Any, Literal
 
@@ -16,12 +17,13 @@ import optax
 from rslora_jax.parallel.processes import is_first, stop_requests
 from rslora_jax.pytrees import Params, PyTree
 from rslora_jax.store import checkpoint
+from rslora_jax.train import course
 from rslora_jax.train.batch_stream import Batches, Feed, lay_out
 from rslora_jax.train.curves import loss_picture
 from rslora_jax.train.events import event_files
 from rslora_jax.train.flops import peak_flops
 from rslora_jax.train.loss import Loss
-from rslora_jax.train.metrics import metrics_file, perplexity, read_metrics
+from rslora_jax.train.metrics import metrics_file, of_one_set, perplexity, read_metrics
 from rslora_jax.train.pace import Pace, since_least
 from rslora_jax.train.report import Display
 from rslora_jax.train.saving import Saver
@@ -63,7 +65,7 @@ class Result:
     @property
     def heldout(self) -> dict[int, float]:
         """The held-out perplexity by step."""
-        return {r["step"]: perplexity(r["heldout_loss"]) for r in self.records if "heldout_loss" in r}
+        return {r["step"]: perplexity(r["heldout_loss"]) for r in of_one_set(self.records) if "heldout_loss" in r}
 
 
 def fit(
@@ -90,7 +92,10 @@ def fit(
     tensorboard: bool = False,
     writers: Sequence[Writer] = (),
     settings: Mapping[str, Any] | None = None,
+    schedule: optax.ScalarOrSchedule | None = None,
+    steps_an_epoch: float | None = None,
     resume: bool = False,
+    override: Collection[str] = (),
     show: bool = True,
 ) -> Result:
     """Train adapters, and leave checkpoints, `metrics.jsonl` and `loss.png` in a folder.
@@ -127,20 +132,29 @@ def fit(
         `with writer(run) as record:` for a `RunInfo`, and given every record (`train.Writer`); of several processes in
         the first alone. An error in one ends the run, whose state is saved.
       settings: plain JSON values to keep with the checkpoints (`checkpoint.load_about` reads them).
-      resume: go on from the folder's last checkpoint.
+      schedule: the learning rate that the optimiser was made with, or its function of the step, for the metrics.
+      steps_an_epoch: how many steps take each row once, such as `len(rows.rows) / batch_size`, for the metrics.
+      resume: go on from the folder's last checkpoint. What decides the run's course must be as it was: the config, the
+        base, the first batch ("data"), the held-out batches ("heldout"), `accumulate` ("accumulate"), and the numbers
+        that the optimiser was made with, those of its schedule among them, and the dtypes of its state ("optimizer").
+      override: which of these names may differ; it is recorded. Another held-out set has a "best" of its own.
       show: print progress.
 
     Raises:
       NonFiniteLoss: the loss or its gradient was not finite; says at which step. The state before it is saved.
-      ValueError: the folder cannot be used, its checkpoint is of another config, base or optimiser, or the optimiser
-        cannot train adapters.
+      ValueError: the folder cannot be used, its checkpoint is of another config, base or course, the optimiser cannot
+        train adapters, or a checkpoint could not hold the settings, the state, or where the batches are.
 
     On Ctrl-C (or SIGTERM) the step in progress is finished and saved, and `fit` returns; a second Ctrl-C ends
-    it at once. Where a checkpoint cannot be written, training goes on, and the ones before stay.
+    it at once. Where a checkpoint cannot be written, training goes on, and the ones before stay; a warning tells
+    of it at the end.
     """
     folder = Path(folder)
     rehearse(optimizer, adapters)
-    about = checkpoint.describe(lora.config, params, settings)
+    if unknown := [name for name in override if name not in course.NAMES]:
+        raise ValueError(f"override has {unknown[0]!r}, which is none of {', '.join(course.NAMES)}")
+    of_course = course.describe(optimizer, accumulate, course.digest(heldout, batch_sharding))
+    about = checkpoint.describe(lora.config, params, settings) | {"course": of_course}
     state = TrainState.create(adapters, optimizer, key, model_state)
     skip, feed = on_nonfinite == "skip", Feed(batches, batch_sharding)
     step = make_step(lora, loss, optimizer, accumulate=accumulate, skip=skip, shardings=_shardings(state))
@@ -150,12 +164,13 @@ def fit(
     pace = Pace(steps, eval_every or None, save_every or None, patience)
     with checkpoint.open_checkpoints(folder, resume=resume, keep=keep) as saved, stop_requests() as asked:
         display = Display(steps, show and is_first())
-        saver = Saver(saved, about, display.line)
+        saver = Saver(saved, about, display.line, override)
         state = saver.restore(state, feed) if resume else state
         info = _begin(folder, int(state.step), steps, lora, settings or {}, display)
         ours = (metrics_file, *([event_files] if tensorboard else []), loss_picture, *writers, display.running)
         with open_writers(info, ours if is_first() else ()) as write:
-            run = _Run(info, pace, params, state, step, feed, count, judge, saver, write, asked, skip)
+            parts = (info, pace, params, state, step, feed, count, judge, saver, write, asked, skip)
+            run = _Run(*parts, _rates(schedule, steps), steps_an_epoch)
             came = run.go()
     return run.result(came)
 
@@ -191,11 +206,12 @@ class _Run:
       write: hands a record to the writers.
       asked: `asked(step)` gives the signal to stop, if one came.
       skip: whether batches that are not finite are passed over.
+      rates, steps_an_epoch: the learning rate of each step, and how many take each row once, where they are known.
       records: all until now.
       at: how many steps are begun.
       pending: the metrics of a step that is not recorded: the device may still be at work on it.
       flops: of a step, once there was one.
-      watch: runs from the end of the last step.
+      watch: takes the seconds of the steps.
     """
 
     info: RunInfo
@@ -210,22 +226,27 @@ class _Run:
     write: Callable[[Record], None]
     asked: Callable[[int], int | None]
     skip: bool
+    rates: np.ndarray | None
+    steps_an_epoch: float | None
 
     def __post_init__(self) -> None:
         self.records = list(self.info.records)
         self.at = self.info.start
-        self.pending: tuple[Mapping[str, jax.Array], int] | None = None
+        self.pending: tuple[Mapping[str, jax.Array], int, Future[float]] | None = None
         self.flops: int | None = None
         self.watch = Stopwatch()
 
     def go(self) -> int | None:
         """Take the steps and save the end, whatever comes; return the signal that stopped them, if one did."""
         try:
-            if self.pace.looks(self.at) and not any(
-                record["step"] == self.at and "heldout_loss" in record for record in self.records
+            if changed := self.saver.changed:
+                renewed = {"new_heldout": True} if "heldout" in changed else {}
+                self.record({"step": self.at, "changed": dict(changed), **renewed})
+            if (self.pace.looks(self.at) or "heldout" in changed) and not any(
+                record["step"] == self.at and "heldout_loss" in record for record in of_one_set(self.records)
             ):
                 self.look()
-            self.watch.lap()
+            self.watch.restart()
             came = None
             while self.at < self.pace.steps and not (came := self.asked(self.at)):
                 if self.pace.gives_up(self.records):
@@ -238,6 +259,7 @@ class _Run:
             # Ctrl-C struck while the step had the state's memory.
             if not any(leaf.is_deleted() for leaf in jax.tree.leaves(self.state)):
                 self.saver.save_last(self.state, self.feed)
+            self.watch.close()
 
     def advance(self) -> None:
         """Begin a step, record the one before it, and evaluate and save where that is due."""
@@ -247,14 +269,14 @@ class _Run:
         self.state, metrics = self.step(self.state, self.params, batch)
         self.finish()
         self.at += 1
-        self.pending = metrics, np.size(getattr(batch, "tokens_BxT", ()))
+        self.pending = metrics, np.size(getattr(batch, "tokens_BxT", ())), self.watch.begun(metrics)
         looks, saves = self.pace.looks(self.at), self.pace.saves(self.at)
         if looks or saves:
             self.finish()
             value = self.look() if looks else None
             if saves or (value is not None and since_least(self.records) == 0):
                 self.saver.save(self.state, self.feed, value)
-            self.watch.lap()
+            self.watch.restart()
 
     def finish(self) -> None:
         """Wait for the step that is not recorded, if there is one, and record it.
@@ -264,13 +286,20 @@ class _Run:
         """
         if self.pending is None:
             return
-        (metrics, size), self.pending = self.pending, None
+        (metrics, size, end), self.pending = self.pending, None
         numbers = {name: float(metrics[name]) for name in ("loss", "grad_norm", "tokens", "skipped")}
-        record = _step_record(self.at, numbers, size, self.watch.lap(), self.flops)
+        record = _step_record(self.at, numbers, size, self.watch.seconds(end), self.flops) | self.rate()
         skipped = int(numbers["skipped"])
         self.record(record | ({"skipped": True} if skipped and self.skip else {}))
         if skipped:
             self.pass_over(record, skipped)
+
+    def rate(self) -> Record:
+        """Return the learning rate of the last step and the epochs that are done, where they are known."""
+        # The optimiser counts the steps in which it moved.
+        moved = self.at - 1 - sum(bool(record.get("skipped")) for record in self.records)
+        found = {} if self.rates is None else {"learning_rate": float(self.rates[moved])}
+        return found | ({"epoch": round(self.at / self.steps_an_epoch, 4)} if self.steps_an_epoch else {})
 
     def pass_over(self, record: Record, skipped: int) -> None:
         """Say that a step was not finite, the last of so many in a row."""
@@ -303,6 +332,13 @@ class _Run:
         early, last_saved = self.at < self.pace.steps and came is None, on_disk[-1] if on_disk else None
         records = tuple(self.records)
         return Result(state.to_use, int(state.step), records, came, early, last_saved, state.model_state)
+
+
+def _rates(schedule: optax.ScalarOrSchedule | None, steps: int) -> np.ndarray | None:
+    """Return the learning rate of each step, from 0, taken at once: on its way a run must not wait for it."""
+    if schedule is None or not callable(schedule):
+        return None if schedule is None else np.full(steps, schedule)
+    return np.asarray(jax.jit(jax.vmap(schedule))(np.arange(steps, dtype=np.int32)))
 
 
 def _step_record(number: int, numbers: Mapping[str, float], size: int, seconds: float, flops: int | None) -> Record:

@@ -6,7 +6,7 @@ import contextlib
 import functools
 import json
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +20,15 @@ def perplexity(loss: float) -> float:
     (1.0, inf)
     """
     return math.exp(loss) if loss < 700 else (loss if math.isnan(loss) else math.inf)
+
+
+def of_one_set(records: Sequence[Record]) -> Sequence[Record]:
+    """Return the records since the held-out set was last changed: losses on two sets are not to be compared.
+
+    >>> of_one_set([{"step": 0, "heldout_loss": 1.0}, {"step": 4, "new_heldout": True}, {"step": 5, "loss": 3.0}])
+    [{'step': 4, 'new_heldout': True}, {'step': 5, 'loss': 3.0}]
+    """
+    return records[max((n for n, record in enumerate(records) if record.get("new_heldout")), default=0) :]
 
 
 def read_metrics(path: Path, until: int) -> list[Record]:

@@ -6,6 +6,7 @@ import dataclasses
 import math
 from collections.abc import Sequence
 
+from rslora_jax.train.metrics import of_one_set
 from rslora_jax.train.writers import Record
 
 
@@ -56,6 +57,6 @@ def since_least(records: Sequence[Record]) -> int:
     >>> since_least([{"heldout_loss": 2.0}, {"loss": 1.0}, {"heldout_loss": 1.5}])
     0
     """
-    losses = [r["heldout_loss"] for r in records if "heldout_loss" in r]
+    losses = [r["heldout_loss"] for r in of_one_set(records) if "heldout_loss" in r]
     losses = [loss if isinstance(loss, float) and not math.isnan(loss) else math.inf for loss in losses]
     return len(losses) - 1 - losses.index(min(losses)) if losses else 0

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
 import jax
@@ -17,16 +18,37 @@ from rslora_jax.wrap import Lora
 
 
 class Stopwatch:
-    """Take the seconds between one lap and the next."""
+    """Take the seconds of each step, from the end of the one before it to its own, whenever that is asked for.
+
+    Ends are noted by a thread that waits for them: a step may be at an end long before the loop comes to look at it, or
+    hold up the loop that begins the next one, which on a CPU differs from step to step.
+    """
 
     def __init__(self) -> None:
         self._last = time.monotonic()
+        self._waits = ThreadPoolExecutor(1, thread_name_prefix="stopwatch")
 
-    def lap(self) -> float:
-        """Return the seconds since the last lap, or since the start."""
-        now = time.monotonic()
-        seconds, self._last = now - self._last, now
+    def restart(self) -> None:
+        """Let the next step begin now."""
+        self._last = time.monotonic()
+
+    def begun(self, results: Any) -> Future[float]:
+        """Note when the results of a step are there; give it to `seconds`."""
+        return self._waits.submit(_end_of, results)
+
+    def seconds(self, end: Future[float]) -> float:
+        """Return the seconds of a step, which is waited for."""
+        seconds, self._last = end.result() - self._last, end.result()
         return seconds
+
+    def close(self) -> None:
+        """End the thread."""
+        self._waits.shutdown()
+
+
+def _end_of(results: Any) -> float:
+    jax.block_until_ready(results)
+    return time.monotonic()
 
 
 def count_flops(lora: Lora, loss: Loss, params: Params, state: TrainState, batch: PyTree, accumulate: int) -> int:

@@ -170,8 +170,10 @@ def test_what_a_resume_cannot_go_on_from_is_named(run, whole, tmp_path):
         Run(targets="*/q_proj/*").fit(folder, 20, resume=True)
     other = Run()
     other.optimizer = optax.sgd(1e-2)
-    with pytest.raises(ValueError, match="training/opt_state"):
+    with pytest.raises(ValueError, match=r"trained otherwise \(optimizer: .* override optimizer"):
         other.fit(folder, 20, resume=True)
+    with pytest.raises(ValueError, match="training/opt_state"):
+        other.fit(folder, 20, resume=True, override=["optimizer"])
     (tmp_path / "file").write_text("")
     with pytest.raises(ValueError, match="is a file: give a folder"):
         run.fit(tmp_path / "file", 5)

@@ -140,6 +140,42 @@ def test_a_full_disk_ends_no_run_and_harms_no_earlier_checkpoint(run, tmp_path):
     equal(resumed.adapters, run.fit(tmp_path / "unbroken", 8, heldout=None).adapters)
 
 
+@pytest.mark.nightly
+@pytest.mark.skipif(sys.platform != "linux" or os.geteuid() != 0, reason="a small disk is mounted")
+def test_a_disk_that_is_full_indeed_costs_no_adapters_and_is_told_though_nothing_is_shown(tmp_path):
+    script = """
+        import os, sys
+        from tests.train.tiny import Run
+        run, folder = Run(), sys.argv[1]
+        class Batches:
+            def __getitem__(self, n):
+                if n == 5:
+                    with open(folder + "/fill", "wb", buffering=0) as file:
+                        for size in (4096, 1):
+                            try:
+                                while True:
+                                    file.write(bytes(size))
+                            except OSError:
+                                pass
+                return run.batches[n]
+        result = run.fit(folder + "/run", 8, batches=Batches(), save_every=2, tensorboard=True)
+        print("ended", result.step, result.saved, len(result.adapters))
+    """
+    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=8m", "tmpfs", tmp_path], capture_output=True).returncode:
+        pytest.skip("nothing can be mounted here")
+    try:
+        command = [sys.executable, "-c", textwrap.dedent(script), str(tmp_path)]
+        done = subprocess.run(
+            command, capture_output=True, text=True, env=QUICK | {"JAX_ENABLE_COMPILATION_CACHE": "0"}
+        )
+    finally:
+        subprocess.run(["umount", "-l", tmp_path], check=True)
+    assert done.returncode == 0, done.stderr[-3000:]
+    ended, step, saved, count = done.stdout.splitlines()[-1].split()
+    assert (ended, step, count) == ("ended", "8", str(len(Run().lora.sites))) and int(saved) < 8
+    assert "RsloraWarning: step" in done.stderr and f"the last checkpoint is that of step {saved}" in done.stderr
+
+
 def test_the_best_checkpoint_is_kept_and_training_stops_when_nothing_gets_better(run, tmp_path):
     """After six steps the loss is climbed and not descended: the held-out loss falls, then rises."""
 
