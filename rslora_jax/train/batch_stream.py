@@ -6,7 +6,7 @@ import base64
 import copy
 import json
 from collections.abc import Iterable
-from typing import Any, Protocol
+from typing import Any, Protocol, cast
 
 import jax
 import jax.numpy as jnp
@@ -47,7 +47,8 @@ class Feed:
     def __init__(self, batches: Batches, sharding: jax.sharding.Sharding | None = None):
         self._batches: Any = batches
         self._sharding, self._number = sharding, 0
-        self._iterator: Any = None if hasattr(batches, "__getitem__") else iter(batches)
+        # Of grain's kind: one that says where it is.
+        self._iterator: Any = None if hasattr(batches, "__getitem__") else cast(Any, iter(batches))
         if self._iterator is not None and not hasattr(self._iterator, "get_state"):
             raise ValueError(
                 f"{type(batches).__name__} cannot say where it is, so a run could not be resumed: give batches by "

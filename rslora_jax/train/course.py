@@ -28,7 +28,7 @@ def describe(optimizer: optax.GradientTransformation, accumulate: int, heldout: 
       accumulate: in how many parts a batch is taken.
       heldout: of `digest`.
     """
-    numbers = hyperparameters(optimizer)
+    numbers = _hyperparameters(optimizer)
     return {"accumulate": accumulate, "heldout": heldout, "optimizer": numbers, "optax": version("optax")}
 
 
@@ -46,12 +46,12 @@ def digest(batches: Any, sharding: jax.sharding.Sharding | None) -> str | None:
     return every.hexdigest()
 
 
-def hyperparameters(optimizer: optax.GradientTransformation) -> dict[str, Any]:
+def _hyperparameters(optimizer: optax.GradientTransformation) -> dict[str, Any]:
     """Return the numbers and words that an optimiser was made with, by the function that has them and their name there.
 
     optax's optimisers are functions within functions; what these hold is read. Arrays and keys are left out.
 
-    >>> found = hyperparameters(optax.adam(optax.constant_schedule(0.25), b1=0.5))
+    >>> found = _hyperparameters(optax.adam(optax.constant_schedule(0.25), b1=0.5))
     >>> found["scale_by_adam.b1"], found["constant_schedule.value"]
     (0.5, 0.25)
     """
