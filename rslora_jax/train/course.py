@@ -61,6 +61,8 @@ def _hyperparameters(optimizer: optax.GradientTransformation) -> dict[str, Any]:
     def walk(name: str, value: Any) -> None:
         if isinstance(value, np.generic):
             value = value.item()
+        elif isinstance(value, np.dtype | type):
+            value = getattr(value, "name", None) or getattr(value, "__name__", "")
         if value is None or isinstance(value, bool | int | float | str):
             kept = value if not isinstance(value, float) or math.isfinite(value) else str(value)
             found[_free(name, found)] = kept

@@ -96,11 +96,15 @@ def test_a_state_of_another_dtype_is_refused_and_not_moved(tmp_path):
     def loss(run, batch):
         return jnp.sum((run(batch) - 1) ** 2), jnp.float32(len(batch))
 
-    def go(steps, resume, dtype, start=start):
+    def go(steps, resume, dtype, start=start, override=("optimizer",)):
         options = {"batches": [x] * 9, "loss": loss, "optimizer": optax.adam(1e-2, mu_dtype=dtype), "show": False}
-        return fit(lora, params, start, steps=steps, folder=tmp_path, resume=resume, save_every=2, **options)
+        return fit(
+            lora, params, start, steps=steps, folder=tmp_path, resume=resume, save_every=2, **options, override=override
+        )
 
     go(4, False, None)
+    with pytest.raises(ValueError, match=r"scale_by_adam.mu_dtype is bfloat16 here, None was saved"):
+        go(6, True, "bfloat16", override=())
     with pytest.raises(ValueError, match=r"^.*/4 holds training/opt_state/0/mu/w/a in float32, .* needs bfloat16") as e:
         go(6, True, "bfloat16")
     assert not isinstance(e.value, checkpoint.Damaged)
