@@ -14,7 +14,7 @@ from rslora_jax import scaling
 from rslora_jax.config import LoraConfig, first_match, matches, near_misses
 from rslora_jax.methods.method import method_of
 from rslora_jax.sites import Site
-from rslora_jax.table import fold, shared_name
+from rslora_jax.table import not_adapted, shared_name
 from rslora_jax.transform import compat
 from rslora_jax.transform.discover import Found, roles
 
@@ -81,7 +81,7 @@ def select(
     if not chosen:
         nothing = "no weight is left to adapt" + ("" if reasons else ": no output depends on a parameter")
         remedies = _warnings_of(config, left, shapes, stored, everything, found)
-        raise ValueError("\n".join([f"{nothing}; {fold(left)}" if left else nothing, *remedies]))
+        raise ValueError("\n".join([f"{nothing}; {not_adapted(left)}" if left else nothing, *remedies]))
     for name in ("rank_pattern", "alpha_pattern"):
         for pattern, _ in getattr(config, name):
             if not any(matches(p, pattern) for p in chosen):

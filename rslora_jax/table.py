@@ -74,7 +74,7 @@ _NOUNS = {
 }
 
 
-def fold(left_out: Mapping[str, str], unused: Sequence[str] = (), width: int | None = None) -> str:
+def not_adapted(left_out: Mapping[str, str], unused: Sequence[str] = (), width: int | None = None) -> str:
     """Return what is not adapted in one line, and below it the paths by reason.
 
     Args:
@@ -82,8 +82,9 @@ def fold(left_out: Mapping[str, str], unused: Sequence[str] = (), width: int | N
       unused: the paths of the parameters that no output depends on.
       width: of a line; by default the terminal's.
 
-    >>> print(fold({"embed/table": "embedding: by name only", "norm_0/scale": "norm or bias: fewer than two axes",
-    ...             "norm_1/scale": "norm or bias: fewer than two axes"}, width=80))
+    >>> vector = "norm or bias: fewer than two axes"
+    >>> reasons = {"embed/table": "embedding: by name only", "norm_0/scale": vector, "norm_1/scale": vector}
+    >>> print(not_adapted(reasons, width=80))
     not adapted: 1 table by name only, 2 norms and biases
       table by name only: embed/table
       norms and biases: norm_{0..1}/scale

@@ -17,7 +17,7 @@ from rslora_jax.pytrees import Params
 from rslora_jax.selection import select
 from rslora_jax.sites import Site, from_paths, named_leaves, no_parameters
 from rslora_jax.stored.form import is_stored, like_dense
-from rslora_jax.table import fold, table
+from rslora_jax.table import not_adapted, table
 from rslora_jax.transform.discover import discover
 from rslora_jax.transform.interpreter import Walk, as_arrays
 from rslora_jax.transform.program import Program, is_array
@@ -197,7 +197,7 @@ class Lora:
 
     def __str__(self) -> str:
         text = table(self.sites, sum(math.prod(shape) for shape in self.shapes.values()))
-        return "\n".join(part for part in (text, fold(self.left_out, self.unused)) if part)
+        return "\n".join(part for part in (text, not_adapted(self.left_out, self.unused)) if part)
 
     __repr__ = __str__
 

@@ -21,7 +21,7 @@ import jax.numpy as jnp
 import numpy as np
 
 import rslora_jax as rslora
-from rslora_jax.commands.runs import Loaded, Run, program, unrolled
+from rslora_jax.commands.runs import LoadedRuns, Run, program, unrolled
 from rslora_jax.interop.gguf import find_smollm2
 from rslora_jax.interop.load import load_model
 from rslora_jax.models import generation
@@ -97,7 +97,8 @@ def main() -> None:
     parser.add_argument("--scanned", action="store_true", help=copies)
     a = parser.parse_args()
 
-    config, variables, tokenizer = load_model()
+    model = load_model()
+    config, variables, tokenizer = model
     shape = jax.ShapeDtypeStruct((1, 8), "int32")
     lora = rslora.wrap(Decoder(config).apply, variables, shape, config=rslora.LoraConfig(rank=a.rank, alpha=16))
     adapters = lora.init(jax.random.key(0))
@@ -107,7 +108,7 @@ def main() -> None:
         path: {"a": of["a"], "b": 1e-3 * jax.random.normal(keys[path], of["b"].shape)} for path, of in adapters.items()
     }
     run = Run("run", 0, lora.config, lora, variables, adapters)
-    scanned = Loaded(config, variables, tokenizer, (run,), {})
+    scanned = LoadedRuns(model.family, config, variables, tokenizer, (run,), {})
     looped = unrolled(scanned)
     size = sum(leaf.nbytes for leaf in jax.tree.leaves(variables))
     print(f"{size / 1e6:.0f} MB of weights, {a.prompt} tokens of prompt, {a.new} new, load {os.getloadavg()[0]:.2f}")

@@ -23,7 +23,7 @@ import rslora_jax as rslora
 from rslora_jax import train
 from rslora_jax.interop.gguf import find_smollm2, load_gguf
 from rslora_jax.models.decoder import Decoder
-from rslora_jax.train.sweep import Trial, make_sweep_step, scaling_factors, stack, start
+from rslora_jax.train.sweep import Trial, make_sweep_step, scaling_factors, stack, starting_states
 
 
 def compiled(step: Any, *arguments: Any) -> tuple[Any, float]:
@@ -48,7 +48,7 @@ def main() -> None:
     batch = stack([train.train_batches(rows, batch_size=a.batch_size, seed=t.seed)[0] for t in trials])
     rates, factors = jnp.asarray([t.learning_rate for t in trials]), scaling_factors(lora, trials)
 
-    together = start(lora, trials, optimizer, rates)
+    together = starting_states(lora, trials, optimizer, rates)
     alone = [train.TrainState.create(lora.init(jax.random.key(t.seed)), optimizer(t.learning_rate)) for t in trials]
     one = jax.tree.map(lambda rows: rows[0], batch)
     alone_step = train.make_step(lora, loss, optimizer(1e-4))

@@ -50,7 +50,7 @@ def evaluate(a: argparse.Namespace) -> int:
     given = _chosen(a, {}) if a.data else None
     tell("reading the model")
     options = {"to_write": a.exact_match, "template_options": a.template_option}
-    loaded = runs.load(a.folders, model=a.model, step=a.step, dtype=a.dtype, **options)
+    loaded = runs.load_runs(a.folders, model=a.model, step=a.step, dtype=a.dtype, **options)
     source = a.data or loaded.settings.get("data")
     examples = given or _chosen(a, loaded.settings)
     max_len = min(a.max_len or loaded.settings.get("max_len", 256), loaded.config.max_len)
@@ -136,7 +136,7 @@ def _exact_match(
     if all(example.prompt == "" for example in examples):
         raise ValueError("--exact-match needs questions, and these examples are plain text: leave it out")
     asked = [example for example in examples if example.prompt != ""]
-    prompts = [samples.prompt_ids(tokenizer, example) for example in asked]
+    prompts = [samples.prompt_of_example(tokenizer, example) for example in asked]
     bucket, answers = -(-max(map(len, prompts)) // 64) * 64, list[str]()
     progress = progress_line(f"answers of {name}")
     for batch, real in batches(prompts, a.batch_size):
@@ -144,7 +144,7 @@ def _exact_match(
         outs = generate(apply, variables, batch, config, **options)
         answers += [tokenizer.decode(out, skip_special=True) for out in outs[:real]]
         progress(len(answers), len(asked))
-    found = score.matches(answers, [example.completion for example in asked])
+    found = score.count_matches(answers, [example.completion for example in asked])
     return {
         "right": found.right,
         "asked": found.examples,

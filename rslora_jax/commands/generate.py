@@ -46,7 +46,7 @@ def generate(a: argparse.Namespace) -> int:
     _check_flags(a)
     prompts = [*a.prompt, *(read_prompts(a.prompts) if a.prompts else [])]
     tell("reading the model")
-    loaded = runs.load(
+    loaded = runs.load_runs(
         [a.folder] if a.folder else [],
         model=a.model,
         step=a.step,

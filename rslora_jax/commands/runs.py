@@ -33,7 +33,7 @@ class Run:
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
-class Loaded:
+class LoadedRuns:
     """A base, and runs on it. Runs whose adapters have the same shapes share one `Lora`, hence what is compiled."""
 
     family: Family
@@ -44,7 +44,7 @@ class Loaded:
     settings: Mapping[str, Any]  # what the first run was started with
 
 
-def load(
+def load_runs(
     runs: Sequence[str],
     *,
     model: str | None = None,
@@ -52,7 +52,7 @@ def load(
     dtype: str | None = None,
     to_write: bool = False,
     template_options: Sequence[str] = (),
-) -> Loaded:
+) -> LoadedRuns:
     """Load the base of some runs, and their adapters.
 
     Args:
@@ -85,11 +85,11 @@ def load(
         loras.append(known)
         at = int(one.source.name) if one.source.parent.name == "checkpoints" else None
         loaded.append(Run(folder, at, lora.config, known, variables, _rescaled(adapters, lora, known)))
-    found = Loaded(base.family, base.config, base.variables, base.tokenizer, tuple(loaded), first)
+    found = LoadedRuns(base.family, base.config, base.variables, base.tokenizer, tuple(loaded), first)
     return unrolled(found) if looped and getattr(base.config, "scan_layers", False) else found
 
 
-def unrolled(loaded: Loaded) -> Loaded:
+def unrolled(loaded: LoadedRuns) -> LoadedRuns:
     """Give the same with a program for each layer in place of a scan."""
     config = dataclasses.replace(loaded.config, scan_layers=False)
     apply, tokens = loaded.family.build(config).apply, jax.ShapeDtypeStruct((1, 8), "int32")
@@ -107,7 +107,7 @@ def unrolled(loaded: Loaded) -> Loaded:
     return dataclasses.replace(loaded, config=config, variables=variables, runs=runs)
 
 
-def program(loaded: Loaded, run: Run | None, *, merged: bool = False) -> tuple[Callable[..., Any], Any]:
+def program(loaded: LoadedRuns, run: Run | None, *, merged: bool = False) -> tuple[Callable[..., Any], Any]:
     """Give (apply, variables) of a run, or of the base: `apply(variables, tokens, ...)` is the model.
 
     With adapters the variables are (base, adapters). The base beside runs goes by the first one's program, with

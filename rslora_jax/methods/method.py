@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
+from rslora_jax.stored.form import Stored
 from rslora_jax.transform.views import View
 
 if TYPE_CHECKING:
@@ -40,13 +41,13 @@ class Method(Protocol):
         The stack's axes come first, in all arrays.
         """
 
-    def init(self, site: Site, key: Array, w: Any, config: LoraConfig) -> dict[str, Array]:
+    def init(self, site: Site, key: Array, w: Array | Stored | None, config: LoraConfig) -> dict[str, Array]:
         """Return the arrays as training starts with them, in the config's dtype.
 
         The key is the site's own; `w`, the base weight, is None unless `needs_base`.
         """
 
-    def view(self, site: Site, w: Any, factors: Mapping[str, Array]) -> View:
+    def view(self, site: Site, w: Array | Stored, factors: Mapping[str, Array]) -> View:
         """Return what acts in place of the weight `w`, an array or `Stored`."""
 
 

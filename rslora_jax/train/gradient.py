@@ -38,7 +38,7 @@ class Measured(NamedTuple):
     model_state: PyTree = None
 
 
-def measure(
+def mean_gradient(
     loss: Loss,
     bind: Bind,
     adapters: Adapters,

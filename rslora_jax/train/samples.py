@@ -31,16 +31,16 @@ def write(
     if not examples:
         return []
     room = max(1, min(max_len, config.max_len - max_new))
-    prompts = [prompt_ids(tokenizer, example)[-room:] for example in examples]
+    prompts = [prompt_of_example(tokenizer, example)[-room:] for example in examples]
     outs = generate(apply, params, prompts, config, max_new=max_new, eos_id=tokenizer.stop_ids)
     return [tokenizer.decode(out, skip_special=True).strip() for out in outs]
 
 
-def prompt_ids(tokenizer: Tokenizer, example: Example) -> list[int]:
+def prompt_of_example(tokenizer: Tokenizer, example: Example) -> list[int]:
     """Return the tokens an example gives before its last completion; of plain text, its start.
 
     >>> from rslora_jax.train.bytelevel import ByteTokenizer
-    >>> prompt_ids(ByteTokenizer(), Example("ab", "c"))
+    >>> prompt_of_example(ByteTokenizer(), Example("ab", "c"))
     [97, 98]
     """
     encoded = encode_example(tokenizer, example)[-1]

@@ -137,7 +137,7 @@ class Matches:
         return math.sqrt(self.rate * (1 - self.rate) / (self.examples - 1)) if self.examples > 1 else math.nan
 
 
-def matches(answers: Sequence[str], wanted: Sequence[str]) -> Matches:
+def count_matches(answers: Sequence[str], wanted: Sequence[str]) -> Matches:
     """Count the answers that match what is wanted. See `is_match`."""
     return Matches(sum(map(is_match, answers, wanted)), len(wanted))
 

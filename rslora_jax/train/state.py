@@ -16,7 +16,7 @@ from jax.sharding import NamedSharding, PartitionSpec, Sharding
 from rslora_jax.pytrees import Params, PyTree
 from rslora_jax.store.keys import is_key, typed
 from rslora_jax.train.carry import call_loss
-from rslora_jax.train.gradient import Bind, Measured, measure
+from rslora_jax.train.gradient import Bind, Measured, mean_gradient
 from rslora_jax.train.loss import Loss
 from rslora_jax.train.update import begin, own, to_use, update
 from rslora_jax.wrap import Adapters, Lora
@@ -149,7 +149,7 @@ def _make_step(
 
     @functools.partial(jax.jit, donate_argnums=0, out_shardings=kept)
     def step(state: TrainState, params: Params, batch: PyTree) -> tuple[TrainState, dict[str, Array]]:
-        measured = measure(loss, bound(lora, params), state.adapters, batch, parts=accumulate, **drawn(state))
+        measured = mean_gradient(loss, bound(lora, params), state.adapters, batch, parts=accumulate, **drawn(state))
         return advance(optimizer, state, measured, skip)
 
     return step
@@ -206,7 +206,7 @@ def make_pmap_step(
     @functools.partial(jax.pmap, axis_name="devices", donate_argnums=0)
     def step(state: TrainState, params: Params, batch: PyTree) -> tuple[TrainState, dict[str, Array]]:
         bind, given = bound(lora, params), drawn(state)
-        measured = measure(loss, bind, state.adapters, batch, parts=accumulate, axis="devices", **given)
+        measured = mean_gradient(loss, bind, state.adapters, batch, parts=accumulate, axis="devices", **given)
         return advance(optimizer, state, measured, skip)
 
     return step

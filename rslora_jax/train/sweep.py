@@ -20,7 +20,7 @@ from rslora_jax.scaling import gamma
 from rslora_jax.store.keys import typed
 from rslora_jax.train.batch_stream import Numbered
 from rslora_jax.train.carry import call_loss
-from rslora_jax.train.gradient import measure
+from rslora_jax.train.gradient import mean_gradient
 from rslora_jax.train.loss import Loss
 from rslora_jax.train.ratio import ratio
 from rslora_jax.train.state import TrainState, advance, drawn
@@ -149,7 +149,7 @@ def sweep(
     rates = jnp.asarray([trial.learning_rate for trial in trials], jnp.float32)
     factors = scaling_factors(lora, trials)
     step = make_sweep_step(lora, loss, optimizer)
-    state = start(lora, trials, optimizer, rates, key, model_state)
+    state = starting_states(lora, trials, optimizer, rates, key, model_state)
     evaluate = make_sweep_evaluate(lora, heldout_loss or loss, keyed=key is not None)
     look = functools.partial(_heldout_sums, evaluate, factors, params, list(heldout))
     sources = {trial.seed: batches(trial.seed) for trial in trials}
@@ -208,7 +208,7 @@ def _outcomes(
     return [outcome(k) for k in range(len(trials))]
 
 
-def start(
+def starting_states(
     lora: Lora,
     trials: Sequence[Trial],
     optimizer: Callable[[Any], Any],
@@ -255,7 +255,7 @@ def make_sweep_step(lora: Lora, loss: Loss, optimizer: Callable[[Any], optax.Gra
         def bind(adapters: Adapters) -> Any:
             return functools.partial(lora.apply, params, _scaled(lora, adapters, factors))
 
-        measured = measure(loss, bind, state.adapters, batch, **drawn(state))
+        measured = mean_gradient(loss, bind, state.adapters, batch, **drawn(state))
         state, metrics = advance(optimizer(rate), state, measured, skip=False)
         return state, metrics | {"factor_norm": _factor_norm(lora, measured.grads)}
 

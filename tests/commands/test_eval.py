@@ -92,7 +92,7 @@ def test_several_sequences_of_an_example_count_as_one(place):
 
 def test_runs_of_one_rank_share_what_is_compiled_and_keep_their_own_gamma(place):
     folders = [str(place.folder / name) for name in ("one", "two", "wide")]
-    loaded = runs.load(folders)
+    loaded = runs.load_runs(folders)
     one, two, wide = loaded.runs
     assert one.lora is two.lora is not wide.lora
     traces = []
@@ -111,7 +111,7 @@ def test_runs_of_one_rank_share_what_is_compiled_and_keep_their_own_gamma(place)
         seen.append(len(traces))
     assert len(set(seen)) == 1 and len(set(lost.values())) == 3
     # A gamma that was the other run's would show: by the run's own program it is the same.
-    alone = runs.load(folders[1:2])
+    alone = runs.load_runs(folders[1:2])
     apply, variables = runs.program(alone, alone.runs[0])
     assert alone.runs[0].lora.sites != one.lora.sites
     assert score.losses(apply, variables, rows, batch_size=2).mean == pytest.approx(lost[folders[1]], rel=1e-5)

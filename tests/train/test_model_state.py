@@ -15,7 +15,7 @@ from flax import nnx
 import rslora_jax as rslora
 from rslora_jax import train
 from rslora_jax.store import checkpoint
-from rslora_jax.train.gradient import measure
+from rslora_jax.train.gradient import mean_gradient
 from rslora_jax.train.state import bound
 from tests.devices import run_on
 
@@ -377,7 +377,7 @@ def test_devices_average_the_numbers_of_the_state(case, lora, adapters):
     stacked = jax.tree.map(lambda *rows: np.stack(rows), *[Batches()[n] for n in range(3)])
 
     def one(batch, axis):
-        return measure(
+        return mean_gradient(
             case.train_loss, bound(lora, case.params), adapters, batch, key=case.key, axis=axis, model_state=state
         ).model_state
 

@@ -20,7 +20,7 @@ from rslora_jax.train.sweep import (
     mean_loss,
     scaling_factors,
     stack,
-    start,
+    starting_states,
     sweep,
 )
 from tests.train.tiny import CONFIG, SUMS
@@ -202,7 +202,7 @@ def lowered(trials, rows=2, width=256):
     lora = rslora.wrap(layers, base, x, config=rslora.LoraConfig(rank=2, alpha=3, targets=["*"]))
     ts = [Trial(1e-2, scaling=s) for s in ("rslora", "lora")] * (trials // 2)
     rates = jnp.ones(trials)
-    state = jax.eval_shape(lambda: start(lora, ts, optax.adam, rates))
+    state = jax.eval_shape(lambda: starting_states(lora, ts, optax.adam, rates))
     batch = jax.ShapeDtypeStruct((trials, rows, width), "float32")
     step = make_sweep_step(lora, squares, optax.adam)
     return step.lower(state, rates, scaling_factors(lora, ts), base, (batch, batch)), 2 * 4 * width * width * 4

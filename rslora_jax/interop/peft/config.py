@@ -24,7 +24,7 @@ def base_of(folder: str | Path | PeftFolder) -> str | None:
     return name if isinstance(name, str) and name else None
 
 
-def modules_of(found: Mapping[str, Place], shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Place]:
+def places_of_modules(found: Mapping[str, Place], shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Place]:
     """Return the places of modules that could have adapters, by their Hugging Face names: matrices and kernels."""
     matrices = {n: p for n, p in found.items() if len(shapes[p.path]) - (p.layer is not None) >= 2}
     return {n.removesuffix(".weight"): place for n, place in matrices.items() if n.endswith(".weight")}
@@ -94,7 +94,7 @@ def read_config(folder: str | Path | PeftFolder, params: Params, names: Names = 
     settings = read_settings(peft)
     shapes = {path: tuple(leaf.shape) for path, leaf in array_leaves(params).items()}
     found = places(names, shapes)
-    modules = modules_of(found, shapes)
+    modules = places_of_modules(found, shapes)
     own: dict[str, tuple[int, float]] = {}
     for module in adapted_modules(peft, settings, modules, tied_table(names, found)):
         path, pair = modules[module].path, settings.rank_and_alpha(module)

@@ -12,7 +12,7 @@ import numpy as np
 
 from rslora_jax.interop.decoder import DECODER
 from rslora_jax.interop.names import Names, Place, shown
-from rslora_jax.interop.peft.config import HEAD, adapted_modules, modules_of, tied_table
+from rslora_jax.interop.peft.config import HEAD, adapted_modules, places_of_modules, tied_table
 from rslora_jax.interop.peft.files import CONFIG_NAME, PREFIX, WEIGHTS_NAME, PeftFolder, as_opened
 from rslora_jax.interop.peft.layout import (
     by_path,
@@ -86,7 +86,7 @@ def load_peft(folder: str | Path | PeftFolder, lora: Lora, names: Names = DECODE
     left = {name.removeprefix(PREFIX): tensor for name, tensor in peft.tensors.items()}
     found, shapes, modules = site_modules(lora, names)
     table = tied_table(names, found)
-    chosen = set(adapted_modules(peft, settings, modules_of(found, shapes), table))
+    chosen = set(adapted_modules(peft, settings, places_of_modules(found, shapes), table))
     known = {module: place for of in modules.values() for place, module in of.items()}
     if extra := chosen - set(known):
         raise ValueError(f"{settings.where} adapts {min(extra)}, which this config does not: wrap with `read_config`'s")

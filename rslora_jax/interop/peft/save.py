@@ -16,10 +16,10 @@ from rslora_jax.interop.decoder import DECODER
 from rslora_jax.interop.names import Names, Place
 from rslora_jax.interop.new_folder import written_whole
 from rslora_jax.interop.peft import vllm
-from rslora_jax.interop.peft.config import HEAD, modules_of, tied_table
+from rslora_jax.interop.peft.config import HEAD, places_of_modules, tied_table
 from rslora_jax.interop.peft.files import CONFIG_NAME, PREFIX, write_tensors
 from rslora_jax.interop.peft.layout import by_path, peft_names, refit, site_modules, to_peft
-from rslora_jax.interop.peft.scales import Plan, one_scale, own_scales
+from rslora_jax.interop.peft.scales import Scales, one_scale, own_scales
 from rslora_jax.interop.peft.settings import ends_with
 from rslora_jax.interop.shards import DTYPES
 from rslora_jax.wrap import Adapters, Lora
@@ -89,7 +89,7 @@ def save_peft(
         **_FIELDS,
         "base_model_name_or_path": base_model,
         "task_type": task_type,
-        **_described(modules, plan, modules_of(found, shapes), table),
+        **_described(modules, plan, places_of_modules(found, shapes), table),
         "modules_to_save": saved or None,
     }
     with written_whole(Path(folder)) as out:
@@ -103,7 +103,7 @@ def _factor_tensors(
     lora: Lora,
     adapters: Adapters,
     modules: Mapping[str, Mapping[int | None, str]],
-    plan: Plan,
+    plan: Scales,
     table: str | None,
     dtype: str,
 ) -> dict[str, np.ndarray]:
@@ -151,7 +151,7 @@ def _replaced_tensors(
 
 def _described(
     modules: Mapping[str, Mapping[int | None, str]],
-    plan: Plan,
+    plan: Scales,
     everything: Mapping[str, Place],
     table: str | None,
 ) -> dict[str, Any]:

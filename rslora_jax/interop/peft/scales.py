@@ -11,7 +11,7 @@ from rslora_jax.wrap import Lora
 
 
 @dataclasses.dataclass(frozen=True)
-class Plan:
+class Scales:
     """How ranks and scales are written: those of most modules, and each weight's own (rank, alpha, factor on B)."""
 
     rank: int
@@ -20,15 +20,15 @@ class Plan:
     own: Mapping[str, tuple[int, float, float]]
 
 
-def own_scales(lora: Lora) -> Plan:
+def own_scales(lora: Lora) -> Scales:
     """Give every weight its own rank and alpha, as PEFT can."""
     named = lora.config.scaling in ("rslora", "lora")
     own = {p: (s.rank, s.alpha if named else s.gamma * s.rank, 1.0) for p, s in lora.sites.items()}
     (rank, alpha, _), _ = collections.Counter(own.values()).most_common(1)[0]
-    return Plan(rank, alpha, str(lora.config.scaling) if named else "lora", own)
+    return Scales(rank, alpha, str(lora.config.scaling) if named else "lora", own)
 
 
-def one_scale(lora: Lora) -> Plan:
+def one_scale(lora: Lora) -> Scales:
     """Give all weights the largest rank and one scale, and what differs to B.
 
     The scale is that of most of the modules of the largest rank, which so keep their numbers.
@@ -40,4 +40,4 @@ def one_scale(lora: Lora) -> Plan:
     gamma = scaling.gamma(rank, alpha, plan.scaling)
     # By the same formula for the same rank and alpha, so that nothing changes where nothing needs to.
     of = {path: scaling.gamma(own[0], own[1], plan.scaling) for path, own in plan.own.items()}
-    return Plan(rank, alpha, plan.scaling, {path: (rank, alpha, value / gamma) for path, value in of.items()})
+    return Scales(rank, alpha, plan.scaling, {path: (rank, alpha, value / gamma) for path, value in of.items()})
