@@ -127,7 +127,7 @@ def test_a_chat_is_learnt_as_the_template_renders_it_or_refused(kind, name, turn
 
 @pytest.mark.nightly
 @pytest.mark.parametrize(("kind", "name"), CASES)
-@chats.some(300)
+@chats.some(100)
 @given(turns=chats.conversations())
 def test_many_chats_are_learnt_as_the_template_renders_them_or_refused(kind, name, turns):
     check(kind, name, turns)
