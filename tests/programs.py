@@ -388,18 +388,12 @@ BY_DAY = (
     "stacked by_scan",
     "stacked experts",
     "control checkpoint_policy",
-    "layout fused",
-    "arithmetic scaled",
     "arithmetic split_and_joined",
     "arithmetic padded",
     "convolution grouped",
-    "convolution tied",
-    "picked by_row",
     "picked ragged",
     "mapped shard_map_by_in",
-    "mapped vmap_of_weights",
     "lookup tied",
-    "lookup take_with_fill",
 )
 
 

@@ -21,6 +21,12 @@ def fn(p, xs):
     return [xs[w.shape[0] == 300] @ w for w in p.values()]
 
 
+@pytest.fixture(autouse=True)
+def compiled_here():
+    """What other tests have compiled in a hurry rounds otherwise, and would be taken."""
+    jax.clear_caches()
+
+
 def wrapped(**config):
     return rslora.wrap(fn, PARAMS, X, config=rslora.LoraConfig(rank=5, alpha=7, **config))
 

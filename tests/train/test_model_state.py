@@ -491,6 +491,7 @@ def test_what_is_no_state_to_go_on_with_is_refused(tmp_path):
             lora.init(KEY),
             batches=Batches(),
             loss=lambda run, batch: (jnp.sum(run(case.state, batch["x"], train=True)[0]), jnp.float32(1)),
+            heldout=[Batches()[50], Batches()[51]],
             optimizer=OPTIMIZER,
             steps=2,
             folder=tmp_path,
