@@ -10,6 +10,7 @@ import numpy as np
 import rslora_jax as rslora
 from rslora_jax.sites import from_paths, named_leaves
 from tests.methods.gained import Gained
+from tests.stored.blocks import Blocks, blocks
 from tests.stored.eight_bits import EightBits
 
 ALPHA = 5
@@ -17,10 +18,10 @@ ALPHA = 5
 
 @dataclasses.dataclass(frozen=True)
 class Form:
-    """A method, whether weights are stored in 8 bits, and whether the first weight alone is adapted."""
+    """A method, how weights of two axes or more are stored, and whether the first weight alone is adapted."""
 
     method: Any = "lora"
-    stored: bool = False
+    stored: Callable[[Any], Any] | None = None
     first_alone: bool = False
 
     def fresh(self, site: rslora.Site, r: np.random.Generator) -> dict[str, np.ndarray]:
@@ -33,9 +34,9 @@ class Form:
 
         A weight that is stored has its scales for a derivative, and its codes have none.
         """
-        if not self.stored:
+        if self.stored is None:
             return params, lambda params: params, lambda params: params
-        packed = {path: eight_bits(w) for path, w in named_leaves(params).items() if eligible(w)}
+        packed = {path: self.stored(w) for path, w in named_leaves(params).items() if eligible(w)}
         loose = from_paths(params, named_leaves(params) | {path: w.scale for path, w in packed.items()})
 
         def held(loose: Any) -> Any:
@@ -49,39 +50,44 @@ class Form:
             )
 
         def arrays(loose: Any) -> Any:
-            return from_paths(
-                loose,
-                {
-                    path: (packed[path].codes * w.astype(wider(w.dtype))).astype(w.dtype) if path in packed else w
-                    for path, w in named_leaves(loose).items()
-                },
-            )
+            return from_paths(loose, {path: by_hand(w) for path, w in named_leaves(held(loose)).items()})
 
         return loose, held, arrays
-
-
-PLAIN = Form()
-FORMS = [
-    Form(Gained()),
-    Form("lora", stored=True),
-    Form("lora", stored=True, first_alone=True),
-    Form(Gained(), stored=True),
-]
 
 
 def eligible(w: Any) -> bool:
     return w.ndim >= 2 and jnp.issubdtype(w.dtype, jnp.floating)
 
 
-def wider(dtype: Any) -> Any:
-    return jnp.promote_types(dtype, jnp.float32)
-
-
 def eight_bits(w: Any) -> EightBits:
     """Round a weight to 8 bits, with scales of its own dtype."""
-    largest = jnp.maximum(jnp.abs(w).max(-2, keepdims=True), 0.1)
-    scale = (largest / 100).astype(w.dtype)
+    scale = (jnp.maximum(jnp.abs(w).max(-2, keepdims=True), 0.1) / 100).astype(w.dtype)
     return EightBits(jnp.round(w / scale).astype(jnp.int8), scale, jnp.dtype(w.dtype))
+
+
+def matrices(w: Any) -> Blocks:
+    """Round a weight to blocks, each of one matrix of a stack."""
+    return blocks(w, w.ndim - 2, 2)
+
+
+def by_hand(w: Any) -> Any:
+    """Return what a stored weight stands for, from its arrays; an array as it is."""
+    if not isinstance(w, EightBits | Blocks):
+        return w
+    wide = jnp.promote_types(w.scale.dtype, jnp.float32)
+    return jnp.reshape(w.codes * w.scale.astype(wide), w.shape).astype(w.dtype)
+
+
+PLAIN = Form()
+FORMS = [
+    Form(Gained()),
+    Form(stored=eight_bits),
+    Form(stored=matrices),
+    Form(stored=blocks),
+    Form(stored=eight_bits, first_alone=True),
+    Form(Gained(), stored=eight_bits),
+    Form(Gained(), stored=matrices, first_alone=True),
+]
 
 
 def acting(lora: rslora.Lora, params: Any, adapters: Any, off: Any) -> Any:

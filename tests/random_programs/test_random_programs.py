@@ -153,7 +153,7 @@ def check(program: Program, outer: str, op_by_op: bool, form: Form = PLAIN) -> N
     COUNTED["programs"] += 1
     fn, params, x = build(program)
     params, held, arrays = form.held(params)
-    if form.stored:
+    if form.stored is not None:
         alike_when_stored(program, fn, arrays(params), held(params), x, form)
     else:
         accounted(program, fn, params, x)
