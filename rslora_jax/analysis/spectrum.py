@@ -13,6 +13,7 @@ import numpy as np
 from rslora_jax.config import LoraConfig, first_match
 from rslora_jax.methods.method import asked, method_of
 from rslora_jax.sites import Site
+from rslora_jax.stored.form import dense
 
 SHARE = 0.01  # of the largest singular value: what counts as one that is used
 
@@ -78,7 +79,7 @@ def measure(
       config: the adapters' config.
       adapters: `{path: {name: array}}`, of any array type.
       sites: of `wrap`; needed where there are `weights`.
-      weights: the base weights by path; without them, norms are absolute.
+      weights: the base weights by path, arrays or stored; without them, norms are absolute.
       shapes: the weights' shapes by path, where there are neither; without them too, axes that all factors have in
         front are taken for a stack.
       progress: told the number of matrices done and their number in all.
@@ -98,7 +99,7 @@ def measure(
     for path, site in sites.items():  # they come in the order in which the model uses them
         weight = None
         if weights is not None:
-            weight = np.transpose(np.asarray(weights[path]), (*site.stack_axes, *site.in_axes, *site.out_axes))
+            weight = np.transpose(np.asarray(dense(weights[path])), (*site.stack_axes, *site.in_axes, *site.out_axes))
         for one in _measure(site, adapters[path], weight):
             found.append(one)
             progress(len(found), total)

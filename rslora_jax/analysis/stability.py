@@ -17,7 +17,7 @@ from rslora_jax.pytrees import Params
 from rslora_jax.sites import Site
 from rslora_jax.transform import compat
 from rslora_jax.transform.interpreter import Walk
-from rslora_jax.transform.product import Parts, Product, times
+from rslora_jax.transform.product import Parts, Product, adapted, times
 from rslora_jax.transform.rules import RULES
 from rslora_jax.transform.views import View
 from rslora_jax.wrap import Adapters, Lora, tables_of
@@ -128,6 +128,10 @@ def _stability(site: Site, grads: Mapping[str, Array], readings: Array) -> Stabi
 
 def _measured_product(view: View, product: Product, x: Array, *extra: Array) -> Array:
     """Return what `product.adapted` does, all factored; the view's meter takes the readings."""
+    if "meter" not in view.along:  # a stored weight without an adapter
+        return adapted(view, product, x, *extra)
+    if not product.factors:
+        raise ValueError(f"{view.sites[0]} cannot be measured: its adapter has no factors")
     meter, parts = view.along["meter"], Parts(product.op, True, extra)
     x = times(x, product.before)
     seen = _read_gradient(x, meter[..., _READING:]) if jnp.issubdtype(x.dtype, jnp.inexact) else x

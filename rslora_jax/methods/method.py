@@ -13,7 +13,8 @@ import jax.numpy as jnp
 from jax import Array
 
 from rslora_jax.stored.form import Stored
-from rslora_jax.transform.views import View
+from rslora_jax.transform.views import LETTERS, View
+from rslora_jax.transform.views import RANK as LETTER
 
 if TYPE_CHECKING:
     from rslora_jax.config import LoraConfig
@@ -44,11 +45,12 @@ class Method(Protocol):
     def init(self, site: Site, key: Array, w: Array | Stored | None, config: LoraConfig) -> dict[str, Array]:
         """Return the arrays as training starts with them, in the config's dtype.
 
-        The key is the site's own; `w`, the base weight, is None unless `needs_base`.
+        With them nothing is changed yet. The key is the site's own; `w`, the base weight, an array or `Stored`, is
+        None unless `needs_base`.
         """
 
     def view(self, site: Site, w: Array | Stored, factors: Mapping[str, Array]) -> View:
-        """Return what acts in place of the weight `w`, an array or `Stored`."""
+        """Return what acts in place of the weight `w`, an array or `Stored` (`stored.dense` makes either an array)."""
 
 
 class LowRank(Method, Protocol):
@@ -112,6 +114,19 @@ def asked(method: Method, name: str, what: str) -> Any:
 def rescaled(site: Site, factors: Mapping[str, Any], by: Any) -> dict[str, Any]:
     """Return the adapter of a site whose update is `by` times as large, as another gamma would make it."""
     return asked(site.method, "scaled", "have its scale changed")(factors, by)
+
+
+def terms(site: Site) -> dict[str, str]:
+    """Return the einsum terms of the weight, "w", and of each of its adapter's arrays; the rank's letter is Z.
+
+    >>> import jax.numpy as jnp, rslora_jax as rslora
+    >>> lora = rslora.wrap(lambda p, x: jnp.einsum("ti,sio->tso", x, p["w"]), {"w": jnp.ones((3, 8, 5))},
+    ...                    jnp.ones((2, 8)), config=rslora.LoraConfig(rank=2, alpha=3))
+    >>> terms(lora.sites["w"])
+    {'w': 'abc', 'a': 'bZ', 'b': 'Zac'}
+    """
+    axes: dict[str, Sequence[Axis]] = {"w": range(len(site.shape)), **site.factors}
+    return {name: "".join(LETTER if axis == RANK else LETTERS[axis] for axis in of) for name, of in axes.items()}
 
 
 def aligned(site: Site, factors: Mapping[str, Array]) -> dict[str, Array]:

@@ -1,5 +1,7 @@
 """A checksum of arrays that is the same wherever they lie: on one device, on a mesh, or in the host's memory."""
 
+import dataclasses
+import zlib
 from typing import Any
 
 import jax
@@ -40,11 +42,21 @@ def form_of(leaf: Any) -> str:
 
 
 def _word(leaf: Any) -> Array:
-    """Return the checksum of an array, or of all arrays of a stored weight, each mixed with its place among them."""
+    """Return the checksum of an array, or of all arrays of a stored weight, each mixed with its place among them.
+
+    What a stored weight has beside its arrays, such as the name of its code, counts as it is printed.
+    """
     if not is_stored(leaf):
         return _word_of_array(leaf)
     words = [_mix(_word_of_array(part) + np.uint32(n)) for n, part in enumerate(jax.tree.leaves(leaf))]
+    words.append(jnp.uint32(zlib.crc32(_beside_arrays(leaf).encode())))
     return jnp.sum(jnp.stack(words), dtype=jnp.uint32)
+
+
+def _beside_arrays(leaf: Any) -> str:
+    """Write what a stored weight has beside its arrays and its dtype."""
+    fields = [f.name for f in dataclasses.fields(leaf) if f.metadata.get("static") and f.name != "dtype"]
+    return repr({name: getattr(leaf, name) for name in fields})
 
 
 @jax.jit

@@ -187,6 +187,7 @@ def _shard_map(walk: Walk, eqn: compat.Eqn, values: list[Any]) -> list[Any]:
         if not isinstance(value, View):
             return spec
         full = (*spec, *[None] * (len(value.shape) - len(spec)))
+        spec = P(*spec[: len(value.w.stack)]) if is_stored(value.w) else spec  # its arrays may have few axes behind
 
         def part(array: Any) -> Any:
             return P(*(s if size == n else None for s, size, n in zip(full, array.shape, value.shape, strict=False)))

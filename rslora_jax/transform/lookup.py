@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from jax import Array
 
 from rslora_jax.transform.cost import Sizes
-from rslora_jax.transform.picks import Pick, picked
+from rslora_jax.transform.picks import Pick, picked, picked_gain
 from rslora_jax.transform.product import Product
 from rslora_jax.transform.views import LETTERS, RANK, View, alike, compact, spans
 
@@ -75,7 +75,7 @@ def lookup(view: View, pick: Pick, indices: Array, platform: str) -> Product | N
     index_axes = [n for n in range(len(letters)) if n not in pick.offset]
     of = {axis: letters[at] for axis, at in zip(pick.kept, pick.offset, strict=True)}
     of |= {axis: letters[index_axes[n]] for n, axis in pick.batch.items()}
-    after = None if view.gain is None else picked(view.gain, indices, spans(view, view.gain), pick, 1)
+    after = picked_gain(view, indices, pick)
     if not view.factors:
         op = _Lookup(pick, letters, "", "", (table, "", ""), ((), ()), view.dtype, view.gamma, platform)
         return Product(op, (), None, after)

@@ -96,12 +96,29 @@ def take(view: View, pick: Pick, indices: Array) -> View | None:
     filled = p["mode"] == lax.GatherScatterMode.FILL_OR_DROP  # with a number, which no packed array can hold
     moved = {0, *(n for n in range(depth) if n not in still or filled)}
     w = renamed_weight(view, picked, moved, (indices,), (pick, p["fill_value"]))
-    # What is filled in is no weight: it gets no update, and no gain scales it.
-    fills = {id(part): 0 for part in view.parts} | {id(view.gain): 1}
-    parts = [picked(part, indices, spans(view, part), pick, fills[id(part)]) for part in view.parts]
+    # What is filled in is no weight: it gets no update.
+    parts = [
+        picked_gain(view, indices, pick) if part is view.gain else picked(part, indices, spans(view, part), pick, 0)
+        for part in view.parts
+    ]
     out = view.with_parts(w, parts, axes=tuple(_labels(view, pick, indices)))
     # Devices may pick different places.
-    return shared_where(view, out, [not spans(view, part)[pick.row] for part in view.parts])
+    keeps = [not spans(view, part)[pick.row] and not (part is view.gain and filled) for part in view.parts]
+    return shared_where(view, out, keeps)
+
+
+def picked_gain(view: View, indices: Array, pick: Pick) -> Array | None:
+    """Return a weight's gain where places of it are picked: one where a number is filled in, which it would scale."""
+    if view.gain is None:
+        return None
+    spanned, p = spans(view, view.gain), dict(pick.params)
+    gain = picked(view.gain, indices, spanned, pick, 1)
+    filled = p["mode"] == lax.GatherScatterMode.FILL_OR_DROP and p["fill_value"] not in (None, 0)
+    if spanned[pick.row] or not filled:
+        return gain
+    own = tuple(axis in (pick.row, *pick.stack) for axis in range(len(view.shape)))
+    ones = jnp.ones([size if there else 1 for size, there in zip(view.shape, own, strict=True)], gain.dtype)
+    return jnp.where(picked(ones, indices, own, pick, 0) == 1, gain, 1)
 
 
 def picked(array: Array, indices: Array, spanned: tuple[bool, ...], pick: Pick, fill: Any) -> Array:

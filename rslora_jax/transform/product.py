@@ -106,7 +106,9 @@ def adapted(view: View, product: Product, x: Array, *extra: Array) -> Array:
       *extra: operands of the operation that have no derivative.
     """
     x = times(x, product.before)
-    seen = () if "mask" not in view.along else (_dropped(x, view.along["mask"], view.rate),)
+    # Indices are no data of which a part could be zero: a look-up drops nothing, as in PEFT.
+    masked = "mask" in view.along and jnp.issubdtype(x.dtype, jnp.inexact)
+    seen = (_dropped(x, view.along["mask"], view.rate),) if masked else ()
     return times(adapted_product(product.op, x, view.w, product.factors, extra, *seen), product.after)
 
 

@@ -16,6 +16,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import Array, lax
 
 from rslora_jax.stored.deferred import deferred
@@ -221,10 +222,21 @@ def pad(view: View, value: Array, config: Sequence[tuple[int, int, int]]) -> Vie
         return _padded(part, jnp.asarray(fill, part.dtype), spans(view, part), config)
 
     w = renamed_weight(view, _padded, [n for n, c in enumerate(config) if any(c)], (value,), (config,))
-    # The value is no weight, which a gain would scale.
-    gain = None if view.gain is None else act(view.gain, 1)
+    gain = None if view.gain is None else _padded_gain(view, view.gain, value, config)
     along = {name: act(part, 0) for name, part in view.along.items()}
     return dataclasses.replace(view, w=w, factors=tuple(act(f, 0) for f in view.factors), gain=gain, along=along)
+
+
+def _padded_gain(view: View, gain: Array, value: Array, config: tuple[tuple[int, int, int], ...]) -> Array:
+    """Return a gain that is one where the weight is padded: the value there is no weight, which it would scale."""
+    spanned = spans(view, gain)
+    own = tuple(any(c) for c in config)
+    out = _padded(gain, jnp.ones((), gain.dtype), spanned, config)
+    zero = not compat.is_tracer(value) and not np.any(value)
+    if zero or all(there for there, padded in zip(spanned, own, strict=True) if padded):
+        return out
+    ones = jnp.ones([size if padded else 1 for size, padded in zip(view.shape, own, strict=True)], gain.dtype)
+    return jnp.where(_padded(ones, jnp.zeros((), gain.dtype), own, config) == 1, out, 1)
 
 
 def _padded(array: Array, value: Array, spanned: _Spanned, config: tuple[tuple[int, int, int], ...]) -> Array:

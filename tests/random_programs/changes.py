@@ -113,7 +113,8 @@ def stack(w, s):
 
 def pad(w, s):
     n = s.pick(w.ndim)
-    return jnp.pad(w, [(s.pick(2), 1) if m == n else (0, 0) for m in range(w.ndim)])
+    widths = [(s.pick(2), 1) if m == n else (0, 0) for m in range(w.ndim)]
+    return jnp.pad(w, widths, constant_values=s.pick([0, 0.5]))
 
 
 def scale(w, s):

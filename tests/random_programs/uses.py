@@ -65,7 +65,7 @@ def lookup(w, s):
     at = at + s.traced(1) - (s.pick(2) if mode is None else 0) * size
     if s.pick(2):
         at = jnp.stack([at, at[::-1]], -1)
-    y = jnp.take(w, at, axis=n, mode=mode, fill_value=0 if mode == "fill" else None)
+    y = jnp.take(w, at, axis=n, mode=mode, fill_value=s.pick([0, 0.5]) if mode == "fill" else None)
     y = flat(jnp.moveaxis(y, n, 0))
     return y * widths(s.x, y.shape[1]) if s.pick(2) else y + widths(s.x, y.shape[1])
 

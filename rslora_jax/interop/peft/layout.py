@@ -44,8 +44,16 @@ def site_modules(
 
 
 def peft_names(site: Site) -> dict[str, str]:
-    """Return what PEFT calls each of an adapter's arrays, behind the name of the module."""
-    return asked(site.method, "peft_names", "be written for PEFT, or read from it")(site)
+    """Return what PEFT calls each of an adapter's arrays, behind the name of the module.
+
+    Raises:
+      ValueError: PEFT has none of this method, or of one of its arrays.
+    """
+    names = asked(site.method, "peft_names", "be written for PEFT, or read from it")(site)
+    for name in site.factors:
+        if name not in names:
+            raise ValueError(f"the {name} of {site.path} has no name in PEFT: {type(site.method).__name__} gives none")
+    return names
 
 
 def peft_shapes(site: Site, rank: int) -> dict[str, tuple[int, ...]]:
