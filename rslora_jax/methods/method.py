@@ -126,7 +126,7 @@ def terms(site: Site) -> dict[str, str]:
     {'w': 'abc', 'a': 'bZ', 'b': 'Zac'}
     """
     axes: dict[str, Sequence[Axis]] = {"w": range(len(site.shape)), **site.factors}
-    return {name: "".join(LETTER if axis == RANK else LETTERS[axis] for axis in of) for name, of in axes.items()}
+    return {name: "".join(LETTER if axis == RANK else LETTERS[axis] for axis in of) for name, of in axes.items()}  # type: ignore[index]
 
 
 def aligned(site: Site, factors: Mapping[str, Array]) -> dict[str, Array]:

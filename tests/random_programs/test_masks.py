@@ -1,6 +1,5 @@
 """An adapter that does not see all of its data, in random programs: one mask in the value and in all derivatives."""
 
-import dataclasses
 import functools
 import os
 import random

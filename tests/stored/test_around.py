@@ -92,7 +92,9 @@ def vmapped_base(lora, params, adapters, x, at):
 
 
 def vmapped_gradients(lora, params, adapters, x, at):
-    one = lambda adapters, x: jax.grad(lambda adapters: loss(lora, params, adapters, x, at))(adapters)
+    def one(adapters, x):
+        return jax.grad(lambda adapters: loss(lora, params, adapters, x, at))(adapters)
+
     return jax.vmap(one, (0, None))(two(adapters), x)
 
 
@@ -101,7 +103,9 @@ def mapped(lora, params, adapters, x, at):
 
 
 def pmapped(lora, params, adapters, x, at):
-    one = lambda tree: jax.tree.map(lambda v: v[None], tree)
+    def one(tree):
+        return jax.tree.map(lambda v: v[None], tree)
+
     return jax.pmap(lora.apply, devices=jax.devices()[:1])(one(params), one(adapters), one(x), one(at))
 
 
@@ -119,7 +123,10 @@ def donated(lora, params, adapters, x, at):
 
 def tangents(lora, params, adapters, x, at):
     along = jax.tree.map(jnp.cos, adapters)
-    of = lambda adapters: lora.apply(params, adapters, x, at)
+
+    def of(adapters):
+        return lora.apply(params, adapters, x, at)
+
     return jax.jvp(of, (adapters,), (along,)), jax.linearize(of, adapters)[1](along)
 
 
@@ -177,7 +184,10 @@ def test_a_stored_base_is_as_the_arrays_it_stands_for(form, way):
 @pytest.mark.parametrize("form", ["eight", pytest.param("blocks", marks=AT_NIGHT)])
 def test_the_same_is_found_wherever_it_is_wrapped(form):
     stored, plain, lora, adapters = made(form)
-    bare = lambda lora: {path: dataclasses.replace(site, fallbacks=()) for path, site in lora.sites.items()}
+
+    def bare(lora):
+        return {path: dataclasses.replace(site, fallbacks=()) for path, site in lora.sites.items()}
+
     for params in (plain, jax.eval_shape(lambda: stored)):
         other = wrapped(stack_of_layers, params, ARGS, targets=["table", "layers", "out"])
         assert bare(other) == bare(lora) and other.left_out == lora.left_out
@@ -225,7 +235,9 @@ def test_a_stack_indexed_by_data_and_a_table(form, adapted):
     adapters = moved(lora.init(jax.random.key(0)))
 
     def whole(params):
-        out = lambda adapters: lora.apply(params, adapters, *ARGS)
+        def out(adapters):
+            return lora.apply(params, adapters, *ARGS)
+
         return out(adapters), jax.grad(lambda adapters: sum(jnp.sin(y).sum() for y in out(adapters)))(adapters)
 
     assert_near(jax.jit(whole)(stored), jax.jit(whole)(arrays(stored)), 1e-4, floor=1e-3)
@@ -295,7 +307,10 @@ def test_in_variables_of_nnx():
 
     x, is_box = normal(1, 4, 12), lambda node: isinstance(node, nnx.Variable)
     graph, state = nnx.split(Two(nnx.Rngs(0)))
-    pack = lambda of: of.replace(eight_bits(of[...])) if of[...].ndim > 1 else of
+
+    def pack(of):
+        return of.replace(eight_bits(of[...])) if of[...].ndim > 1 else of
+
     boxed = jax.tree.map(pack, state, is_leaf=is_box)
     lora = wrapped(lambda state, x: nnx.merge(graph, state)(x), boxed, (x,))
     adapters = moved(lora.init(jax.random.key(0)))
@@ -309,7 +324,10 @@ def test_in_variables_of_nnx():
 def test_training_resumes_and_knows_the_base_by_its_form(tmp_path):
     stored, plain, lora, _ = made("eight")
     batches = [(normal(n, 6, 12), ARGS[1], normal(n + 99, 6, 8)) for n in range(9)]
-    by_batch = lambda run, batch: (jnp.sum((run(*batch[:2]) - batch[2]) ** 2), jnp.float32(6))
+
+    def by_batch(run, batch):
+        return (jnp.sum((run(*batch[:2]) - batch[2]) ** 2), jnp.float32(6))
+
     options = dict(batches=batches, loss=by_batch, optimizer=optax.adam(1e-2), show=False)
     fit = functools.partial(train.fit, lora, adapters=lora.init(jax.random.key(0)), **options)
     whole = fit(stored, steps=5, folder=tmp_path / "whole")
