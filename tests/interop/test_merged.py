@@ -14,6 +14,7 @@ from rslora_jax.cli import main
 from rslora_jax.interop import DECODER, load_model, merged, rounding, streamed
 from rslora_jax.models.decoder import DecoderConfig
 from rslora_jax.sites import named_leaves
+from rslora_jax.store.about import sealed
 
 from .conftest import HEADS, KV_HEADS, LAYERS, MLP, TOKENS, WIDTH
 from .runs import make_run
@@ -249,7 +250,7 @@ def test_bad_input_is_one_sentence_and_status_2(arguments, said, tiny, run, tmp_
         shutil.copytree("run", "silent")
         about = next((tmp_path / "silent").rglob("about/metadata"))
         text = json.loads(about.read_text())
-        about.write_text(json.dumps(text | {"settings": {}}))
+        about.write_text(json.dumps(sealed(text | {"settings": {}})))
     before = set(tmp_path.iterdir())
     assert main(["merge", *arguments, "--out", "out"]) == 2
     err = capsys.readouterr().err
