@@ -14,8 +14,7 @@ from jax.sharding import PartitionSpec as P
 
 import rslora_jax as rslora
 from tests.program_models import normal
-from tests.programs import merged_by_hand, trained
-from tests.reference import assert_near, gradients_by_hand
+from tests.reference import assert_near, gradients_by_hand, merged_by_hand, trained
 
 DEVICES = 4
 RING = [(n, (n + 1) % DEVICES) for n in range(DEVICES)]

@@ -12,8 +12,6 @@ from jax import lax
 from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import PartitionSpec as P
 
-import rslora_jax as rslora
-from rslora_jax.sites import path_name
 from tests.program_models import Case, linen, mlp, nnx_transformer, normal, tokens
 
 
@@ -401,34 +399,3 @@ def each_at_night() -> list[Any]:
     """The names of all cases, as parameters: those that are not in `BY_DAY` run at night."""
     assert set(BY_DAY) <= set(CASES)
     return [pytest.param(name, marks=[] if name in BY_DAY else [pytest.mark.nightly]) for name in CASES]
-
-
-def trained(lora: rslora.Lora, seed: int = 7, scale: float = 0.15) -> dict:
-    """Return adapters as if trained, neither factor at its start; from numpy: JAX would compile for every shape."""
-    rng = np.random.default_rng(seed)
-
-    def draw(factor):
-        return jnp.asarray(scale * rng.standard_normal(factor.shape), factor.dtype)
-
-    return jax.tree.map(draw, jax.eval_shape(lora.init, jax.random.key(seed)))
-
-
-def merged_by_hand(lora: rslora.Lora, params: Any, adapters: dict) -> Any:
-    """Merge with numpy in float64, from the definition and nothing of the package but the sites' axes."""
-
-    def one(path: Any, leaf: Any) -> Any:
-        name = path_name(path)
-        if name not in adapters:
-            return leaf
-        site = lora.sites[name]
-        config = lora.config
-        assert config.alpha != config.rank
-        stack, size = site.stack_axes, lambda axes: [site.shape[n] for n in axes]
-        a = np.asarray(adapters[name]["a"], np.float64).reshape(*size(stack), -1, site.rank)
-        b = np.asarray(adapters[name]["b"], np.float64).reshape(*size(stack), site.rank, -1)
-        update = (site.alpha / np.sqrt(site.rank)) * (a @ b)
-        order = (*stack, *site.in_axes, *site.out_axes)
-        update = np.transpose(update.reshape(size(order)), np.argsort(order))
-        return jnp.asarray(np.asarray(leaf, np.float64) + update).astype(leaf.dtype)
-
-    return jax.tree_util.tree_map_with_path(one, params)

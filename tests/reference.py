@@ -3,8 +3,10 @@
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
+import rslora_jax as rslora
 from rslora_jax.sites import path_name
 
 
@@ -41,3 +43,34 @@ def gradients_by_hand(lora: Any, adapters: dict, dw: Any) -> dict:
         }
 
     return {name: one(name, site) for name, site in lora.sites.items()}
+
+
+def trained(lora: rslora.Lora, seed: int = 7, scale: float = 0.15) -> dict:
+    """Return adapters as if trained, neither factor at its start; from numpy: JAX would compile for every shape."""
+    rng = np.random.default_rng(seed)
+
+    def draw(factor):
+        return jnp.asarray(scale * rng.standard_normal(factor.shape), factor.dtype)
+
+    return jax.tree.map(draw, jax.eval_shape(lora.init, jax.random.key(seed)))
+
+
+def merged_by_hand(lora: rslora.Lora, params: Any, adapters: dict) -> Any:
+    """Merge with numpy in float64, from the definition and nothing of the package but the sites' axes."""
+
+    def one(path: Any, leaf: Any) -> Any:
+        name = path_name(path)
+        if name not in adapters:
+            return leaf
+        site = lora.sites[name]
+        config = lora.config
+        assert config.alpha != config.rank
+        stack, size = site.stack_axes, lambda axes: [site.shape[n] for n in axes]
+        a = np.asarray(adapters[name]["a"], np.float64).reshape(*size(stack), -1, site.rank)
+        b = np.asarray(adapters[name]["b"], np.float64).reshape(*size(stack), site.rank, -1)
+        update = (site.alpha / np.sqrt(site.rank)) * (a @ b)
+        order = (*stack, *site.in_axes, *site.out_axes)
+        update = np.transpose(update.reshape(size(order)), np.argsort(order))
+        return jnp.asarray(np.asarray(leaf, np.float64) + update).astype(leaf.dtype)
+
+    return jax.tree_util.tree_map_with_path(one, params)

@@ -11,8 +11,7 @@ import pytest
 import rslora_jax as rslora
 from tests.accounted import ENTRIES, NAMES, Entry
 from tests.program_models import normal
-from tests.programs import merged_by_hand, trained
-from tests.reference import assert_near, gradients_by_hand
+from tests.reference import assert_near, gradients_by_hand, merged_by_hand, trained
 
 pytestmark = pytest.mark.usefixtures("compile_fast")
 

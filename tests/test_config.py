@@ -9,7 +9,8 @@ import pytest
 
 import rslora_jax as rslora
 from tests.program_models import normal
-from tests.programs import CASES, trained
+from tests.programs import CASES
+from tests.reference import trained
 
 pytestmark = [pytest.mark.by_day_on("newest"), pytest.mark.usefixtures("compile_fast")]
 

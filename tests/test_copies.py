@@ -16,7 +16,7 @@ import pytest
 
 import rslora_jax as rslora
 from tests.program_models import normal
-from tests.programs import trained
+from tests.reference import trained
 
 pytestmark = pytest.mark.usefixtures("compile_fast")
 

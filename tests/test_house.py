@@ -16,7 +16,7 @@ PACKAGE = sorted(path.relative_to(ROOT).as_posix() for path in (ROOT / "rslora_j
 ALL = PACKAGE + sorted(
     path.relative_to(ROOT).as_posix() for of in ("tests", "scripts") for path in (ROOT / of).rglob("*.py")
 )
-LINES, BODY = 420, 50  # of a file; of a function, without its signature and docstring
+LINES, BODY = 400, 50  # of a file; of a function, without its signature and docstring
 
 # The core: what `wrap` needs, and what stands on it without an extra. `cli` is the commands' door.
 CORE = ("transform", "methods", "stored", "parallel", "store")

@@ -12,8 +12,8 @@ import pytest
 
 import rslora_jax as rslora
 from tests.program_models import Case, normal
-from tests.programs import CASES, merged_by_hand, trained
-from tests.reference import assert_near, gradients_by_hand
+from tests.programs import CASES
+from tests.reference import assert_near, gradients_by_hand, merged_by_hand, trained
 
 pytestmark = pytest.mark.usefixtures("compile_fast")
 

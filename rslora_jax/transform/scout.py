@@ -10,44 +10,16 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax.numpy as jnp
-from jax import lax
 from jax.extend.core import primitives
 
 from rslora_jax.transform import calls, compat, joins
+from rslora_jax.transform.entrywise import ENTRYWISE, JOINING, KEEPING, MOVING, SCALING
 from rslora_jax.transform.interpreter import OUTPUT, Rule, Walk
 from rslora_jax.transform.log import Log, all_sites, base, guess, is_data, is_weight, known, numeric
 from rslora_jax.transform.picks import is_single, pick_of, take
 from rslora_jax.transform.probe import Past, Probe, one_past
 from rslora_jax.transform.rules import RULES
 from rslora_jax.transform.views import Axes
-
-# What works entry by entry, or puts arrays beside each other: a weight that meets data there is a table of numbers.
-# fmt: off
-_ENTRYWISE = frozenset(
-    (
-        primitives.add_p, primitives.add_jaxvals_p, primitives.sub_p, primitives.mul_p, primitives.div_p,
-        primitives.rem_p, primitives.max_p, primitives.min_p, primitives.pow_p, primitives.atan2_p,
-        primitives.nextafter_p, primitives.and_p, primitives.or_p, primitives.xor_p, primitives.shift_left_p,
-        primitives.eq_p, primitives.ne_p, primitives.lt_p, primitives.le_p, primitives.gt_p, primitives.ge_p,
-        primitives.clamp_p, primitives.complex_p, primitives.select_n_p, primitives.concatenate_p,
-        primitives.pad_p, primitives.gather_p, primitives.scatter_p, primitives.scatter_add_p, primitives.scatter_mul_p,
-        primitives.scatter_max_p, primitives.scatter_min_p, primitives.dynamic_slice_p,
-        primitives.dynamic_update_slice_p, primitives.sort_p, primitives.reduce_p, lax.stack_p,
-        lax.optimization_barrier_p,
-    )
-)
-# Among them, those in which a weight that meets data of its own shape keeps its axes.
-_KEEPING = frozenset(
-    (
-        primitives.mul_p, primitives.div_p, primitives.select_n_p, primitives.scatter_p, primitives.scatter_add_p,
-        primitives.scatter_mul_p, primitives.dynamic_update_slice_p,
-    )
-)
-# fmt: on
-# And those in which data of its own shape change it: whether it is a weight shows where data meet the result.
-_MOVING = (primitives.add_p, primitives.sub_p, primitives.max_p, primitives.min_p, primitives.clamp_p)
-_SCALING = (primitives.mul_p, primitives.div_p)
-_JOINING = (*_SCALING, primitives.concatenate_p, lax.stack_p)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -113,17 +85,17 @@ def _following(log: Log) -> Rule:
         if eqn.primitive is primitives.select_n_p and weights and not any(map(is_data, values[1:])):
             return [_met(weights[0], outs[0], weights, eqn.primitive)]
         for view in weights:
-            if eqn.primitive in _KEEPING and _keeps_its_axes(view, outs):
+            if eqn.primitive in KEEPING and _keeps_its_axes(view, outs):
                 return [_met(view, outs[0], weights, eqn.primitive), *outs[1:]]
         for view in weights:
-            one = len(all_sites(weights)) == 1 and eqn.primitive not in _ENTRYWISE
+            one = len(all_sites(weights)) == 1 and eqn.primitive not in ENTRYWISE
             axes = guess(view, values, outs) if one else None
             if axes is None:
-                log.meet(view, eqn.primitive, loud=eqn.primitive not in _ENTRYWISE)
+                log.meet(view, eqn.primitive, loud=eqn.primitive not in ENTRYWISE)
                 if eqn.primitive is primitives.mul_p and outs[0].ndim == len(view.shape):
                     past = dataclasses.replace(view.past, met=eqn.primitive, rows=True, copies=_lacking(view, values))
                     return [dataclasses.replace(view, w=outs[0], dtype=outs[0].dtype, past=past)]
-                if eqn.primitive in _MOVING and _keeps_its_axes(
+                if eqn.primitive in MOVING and _keeps_its_axes(
                     view, outs
                 ):  # a position table, or a weight and its change
                     past = dataclasses.replace(view.past, met=eqn.primitive, rows=True)
@@ -214,10 +186,10 @@ def _keeping(rule: Rule) -> Rule:
         views = [v for v in values if isinstance(v, Probe) and v.sites]
         if not views:
             return None
-        if eqn.primitive in _JOINING:
+        if eqn.primitive in JOINING:
             # A token put before data is data, and so are rows; but a number may scale a weight, and constants rows.
-            mixed = any(compat.is_tracer(v) and (v.ndim or eqn.primitive not in _SCALING) for v in values)
-            if mixed or (len(views) > 1 and (eqn.primitive in _SCALING or any(v.past.rows for v in views))):
+            mixed = any(compat.is_tracer(v) and (v.ndim or eqn.primitive not in SCALING) for v in values)
+            if mixed or (len(views) > 1 and (eqn.primitive in SCALING or any(v.past.rows for v in views))):
                 return None
         return rule(walk, eqn, [base(v) if isinstance(v, Probe) and not v.sites else v for v in values])
 
@@ -261,7 +233,7 @@ def _product(log: Log) -> Rule:
                     log.serve(view, "product", contracted, batch, eqn)
                 elif view.past.copies and _written_out(view, contracted, batch):
                     log.use(dataclasses.replace(view, past=Past()), "product", contracted, batch, eqn)
-                elif view.past.met in _MOVING:
+                elif view.past.met in MOVING:
                     lost = dataclasses.replace(view, past=Past())
                     log.meet(lost, view.past.met, eqn.primitive)
         return out

@@ -76,3 +76,9 @@ def test_every_layer_of_a_scan_has_its_own():
     kept = np.asarray(lora.apply({"w": jnp.zeros((3, SIZE, SIZE))}, adapters, x)) != 0
     together = [(kept[n] & kept[m]).mean() for n, m in ((0, 1), (1, 2), (0, 2))]
     np.testing.assert_allclose(together, (1 - RATE) ** 2, atol=0.05)
+
+
+def test_a_look_up_drops_no_index():
+    rows = jnp.arange(SIZE)
+    lora, adapters = adapted(lambda p, at: p["w"][at], jnp.zeros((SIZE, SIZE)), rows, targets="*")
+    np.testing.assert_array_equal(lora.apply({"w": jnp.zeros((SIZE, SIZE))}, adapters, rows), np.eye(SIZE))

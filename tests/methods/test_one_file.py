@@ -11,6 +11,7 @@ import pytest
 
 import rslora_jax as rslora
 from rslora_jax.analysis import spectrum
+from rslora_jax.interop import Weight, save_peft
 from rslora_jax.methods import Method, method_of
 from rslora_jax.parallel import sharding
 from rslora_jax.sites import from_paths, named_leaves
@@ -134,6 +135,17 @@ def test_a_method_that_needs_the_bases_values_says_so():
     np.testing.assert_allclose(
         lora.init(jax.random.key(0), params)["w"]["m"], np.linalg.norm(params["w"], axis=0), rtol=1e-6
     )
+
+
+def test_an_array_that_has_no_name_in_peft_is_said_and_not_left_out(tmp_path):
+    params = {"w": normal(0, 9, 7)}
+    config = rslora.LoraConfig(rank=3, alpha=7, method=Gained())
+    lora = rslora.wrap(lambda p, x: x @ p["w"], params, normal(2, 4, 9), config=config)
+    with pytest.raises(ValueError, match="the m of w has no name in PEFT: Gained gives none"):
+        save_peft(
+            tmp_path / "out", lora, lora.init(jax.random.key(0)), {"w": Weight("up.weight", True)}, base_model="b"
+        )
+    assert not (tmp_path / "out").exists()
 
 
 def test_a_method_is_known_by_its_files_name():

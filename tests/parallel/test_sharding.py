@@ -10,7 +10,7 @@ PROGRAM = """
     from jax.sharding import NamedSharding, PartitionSpec as P
     import rslora_jax as rslora
     from tests.program_models import normal
-    from tests.programs import merged_by_hand, trained
+    from tests.reference import merged_by_hand, trained
 
     mesh = jax.sharding.Mesh(np.reshape(jax.devices(), (2, 2)), ("data", "model"))
     on = lambda *spec: NamedSharding(mesh, P(*spec))

@@ -16,8 +16,8 @@ from rslora_jax.sites import from_paths, named_leaves
 from rslora_jax.store.checksum import checksums
 from rslora_jax.stored import dense
 from tests.program_models import normal
-from tests.programs import CASES, each_at_night, trained
-from tests.reference import assert_near
+from tests.programs import CASES, each_at_night
+from tests.reference import assert_near, trained
 from tests.stored.eight_bits import EightBits, eight_bits
 
 pytestmark = [pytest.mark.by_day_on("newest"), pytest.mark.usefixtures("compile_fast")]

@@ -9,8 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 
 import rslora_jax as rslora
-from tests.programs import merged_by_hand, trained
-from tests.reference import assert_near, gradients_by_hand
+from tests.reference import assert_near, gradients_by_hand, merged_by_hand, trained
 
 RANK, ALPHA = 3, 7  # no square, and not each other
 

@@ -9,8 +9,8 @@ import rslora_jax as rslora
 from rslora_jax.transform import product
 from rslora_jax.transform.cost import Plan
 from tests.program_models import normal
-from tests.programs import CASES, merged_by_hand, trained
-from tests.reference import assert_near, gradients_by_hand
+from tests.programs import CASES
+from tests.reference import assert_near, gradients_by_hand, merged_by_hand, trained
 
 pytestmark = pytest.mark.usefixtures("compile_fast")
 

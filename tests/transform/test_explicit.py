@@ -15,7 +15,7 @@ PROGRAM = """
     import rslora_jax as rslora
     from rslora_jax.parallel import sharding
     from tests.program_models import normal
-    from tests.programs import merged_by_hand, trained
+    from tests.reference import merged_by_hand, trained
     from tests.reference import assert_near, gradients_by_hand
 
     mesh = jax.make_mesh((2, 2, 2), ("data", "in", "out"), axis_types=(AxisType.Explicit,) * 3)
@@ -68,7 +68,7 @@ VARIED = """
     from jax.sharding import PartitionSpec as P
     import rslora_jax as rslora
     from tests.program_models import normal
-    from tests.programs import merged_by_hand, trained
+    from tests.reference import merged_by_hand, trained
     from tests.reference import assert_near, gradients_by_hand
 
     mesh = jax.make_mesh((4,), ("n",), axis_types=(jax.sharding.AxisType.Auto,), devices=jax.devices()[:4])

@@ -7,8 +7,7 @@ from jax import export
 
 import rslora_jax as rslora
 from tests.program_models import normal
-from tests.programs import merged_by_hand, trained
-from tests.reference import assert_near
+from tests.reference import assert_near, merged_by_hand, trained
 
 pytestmark = pytest.mark.usefixtures("compile_fast")
 

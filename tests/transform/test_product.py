@@ -10,8 +10,8 @@ import pytest
 import rslora_jax as rslora
 from rslora_jax.transform import cost, product
 from rslora_jax.transform.cost import Plan
-from tests.programs import CASES, merged_by_hand, trained
-from tests.reference import assert_near
+from tests.programs import CASES
+from tests.reference import assert_near, merged_by_hand, trained
 
 BY_DAY = ("convolution depthwise",)
 OTHERS = [n for n in CASES if n.startswith(("convolution", "picked", "layout")) and n not in BY_DAY]

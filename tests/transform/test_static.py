@@ -16,7 +16,7 @@ import rslora_jax as rslora
 from rslora_jax.transform.program import Program
 from rslora_jax.transform.static import exact, exact_structure
 from tests.program_models import normal
-from tests.programs import trained
+from tests.reference import trained
 
 pytestmark = pytest.mark.usefixtures("compile_fast")
 

@@ -9,8 +9,7 @@ import pytest
 
 import rslora_jax as rslora
 from rslora_jax.config import matches
-from tests.programs import merged_by_hand
-from tests.reference import assert_near, gradients_by_hand
+from tests.reference import assert_near, gradients_by_hand, merged_by_hand
 from tests.zoo import linen_layers, nnx_layers, pretrained
 from tests.zoo.model import Model
 from tests.zoo.pretrained import MAX

