@@ -63,7 +63,13 @@ def test_what_is_not_in_the_arrays_tells_bases_apart_too():
     assert checksums({"w": linear}) == checksums({"w": Coded(**fields)})
 
 
-@pytest.mark.parametrize("form", [eight_bits, lambda w: blocks(w, w.ndim - 2)])
+def of_one_scale(w):
+    """In 8 bits with one scale for the whole weight, which has no axes."""
+    scale = jnp.max(jnp.abs(w)) / 127
+    return EightBits(jnp.round(w / scale).astype(jnp.int8), scale, jnp.dtype(w.dtype))
+
+
+@pytest.mark.parametrize("form", [eight_bits, lambda w: blocks(w, w.ndim - 2), of_one_scale])
 def test_a_spec_may_be_longer_than_the_arrays_of_a_form(form):
     w, x = form(normal(0, 9, 7)), normal(2, 4, 9)
     fn = jax.shard_map(
