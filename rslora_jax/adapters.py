@@ -1,6 +1,6 @@
 """Adapters, `{path: {name: array}}`: how they start, what they have to be, and what they make of a program's inputs."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -14,6 +14,7 @@ from rslora_jax.sites import Site, from_paths, named_leaves
 from rslora_jax.stored.form import is_stored
 from rslora_jax.transform import compat
 from rslora_jax.transform.program import is_array
+from rslora_jax.transform.uses import of_uses
 from rslora_jax.transform.views import View
 
 Adapters = dict[str, dict[str, Array]]
@@ -30,8 +31,8 @@ def init_adapters(sites: Mapping[str, Site], key: Array, config: LoraConfig, par
     def one(site: Site) -> dict[str, Array]:
         if site.method.needs_base and params is None:
             name = type(site.method).__name__
-            raise ValueError(f"{name} starts from the values of {site.path}: give the base, `lora.init(key, params)`")
-        w = leaves[site.path] if site.method.needs_base else None
+            raise ValueError(f"{name} starts from the values of {site.weight}: give the base, `lora.init(key, params)`")
+        w = leaves[site.weight] if site.method.needs_base else None
         return site.method.init(site, site_key(key, site.path), w, config)
 
     return {path: one(site) for path, site in sites.items()}
@@ -77,21 +78,47 @@ def array_leaves(params: Params) -> dict[str, Any]:
 
 def varied(params: Params, sites: Mapping[str, Site], adapters: Adapters) -> tuple[Params, Adapters]:
     """Inside a `shard_map`, let each weight and its factors vary over the same devices, as their sum would."""
-    leaves, made = named_leaves(params), {}
-    for path in sites:
-        own, tree = jax.tree.flatten((leaves[path], adapters[path]))
-        leaves[path], made[path] = jax.tree.unflatten(tree, compat.vary_together(*own))
+    leaves = named_leaves(params)
+    made: Adapters = {}
+    for weight, own in sites_by_weight(sites).items():
+        arrays, tree = jax.tree.flatten((leaves[weight], {site.path: adapters[site.path] for site in own}))
+        leaves[weight], several = jax.tree.unflatten(tree, compat.vary_together(*arrays))
+        made |= several
     return from_paths(params, leaves), made
 
 
-def views_of(leaves: Sequence[Any], names: Sequence[str], sites: Mapping[str, Site], adapters: Adapters) -> list[Any]:
-    """Return a program's inputs, those that are adapted or stored as views; the first are the parameters of `names`."""
-    own = [view_of(w, sites.get(path), adapters.get(path, {})) for w, path in zip(leaves, names, strict=False)]
-    return [*own, *(view_of(w, None, {}) for w in leaves[len(names) :])]
+def sites_by_weight(sites: Mapping[str, Site]) -> dict[str, list[Site]]:
+    """Return the sites of each weight by its path: one, or one for each of its uses."""
+    found: dict[str, list[Site]] = {}
+    for site in sites.values():
+        found.setdefault(site.weight, []).append(site)
+    return found
 
 
-def view_of(w: Any, site: Site | None, factors: Mapping[str, Array]) -> Any:
-    """Return the view of a weight and its adapter, that of a stored weight without one, or an array as it is."""
-    if site is not None:
-        return site.method.view(site, w, factors)
+def views_of(
+    leaves: Sequence[Any],
+    names: Sequence[str],
+    sites: Mapping[str, Site],
+    adapters: Adapters,
+    dress: Callable[[View], View] = lambda view: view,
+) -> list[Any]:
+    """Return a program's inputs, those that are adapted or stored as views; the first are the parameters of `names`.
+
+    `dress` gives the view of an adapted weight what is to go along with it.
+    """
+    by_weight = sites_by_weight(sites)
+
+    def one(w: Any, path: str) -> Any:
+        own = by_weight.get(path)
+        if own is None:
+            return _plain(w)
+        views = {site.use: dress(site.method.view(site, w, adapters[site.path])) for site in own}
+        return views[""] if "" in views else of_uses(views)
+
+    own = [one(w, path) for w, path in zip(leaves, names, strict=False)]
+    return [*own, *map(_plain, leaves[len(names) :])]
+
+
+def _plain(w: Any) -> Any:
+    """Return the view of a stored weight without an adapter, or an array as it is."""
     return View(w, (frozenset(),) * w.ndim, w.dtype, ()) if is_stored(w) else w

@@ -12,6 +12,7 @@ import jax.numpy as jnp
 
 from rslora_jax import scaling as scalings
 from rslora_jax.methods.method import Method, method_of
+from rslora_jax.transform.uses import USES
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -24,7 +25,9 @@ class LoraConfig:
       scaling: "rslora" (alpha / sqrt(r), the default), "lora" (alpha / r), "constant" (alpha), or a
         function from r to gamma / alpha.
       targets: "all-linear" (every weight used in a matrix product, without embeddings and the output
-        head), or globs over paths such as "*/{q,v}_proj/kernel"; `*` also crosses "/".
+        head), or globs over paths such as "*/{q,v}_proj/kernel"; `*` also crosses "/". Of a tied weight, which is
+        looked up and is the head too, "*/embedding@lookup" adapts the one use and "*/embedding@product" the other, as
+        two adapters of PEFT do; without either, one adapter is that of both.
       exclude: globs over paths to leave out of `targets`.
       rank_pattern, alpha_pattern: globs over paths with the rank or alpha of the weights that match;
         the first match wins. A mapping, or a sequence of pairs.
@@ -155,8 +158,27 @@ def _expand_braces(pattern: str) -> list[str]:
 
 
 def first_match(path: str, patterns: Iterable[tuple[str, Any]], default: Any) -> Any:
-    """Return the value of the first pattern that matches a path."""
-    return next((value for pattern, value in patterns if matches(path, pattern)), default)
+    """Return the value of the first pattern that matches the path of an adapter, or of its weight."""
+    return next((value for pattern, value in patterns if matches_adapter(path, pattern)), default)
+
+
+def matches_adapter(path: str, pattern: str) -> bool:
+    """Say whether a glob matches the path of an adapter, or, where that is of one use, the path of its weight.
+
+    >>> matches_adapter("params/table@lookup", "*/table"), matches_adapter("params/table@lookup", "*@product")
+    (True, False)
+    """
+    return matches(path, pattern) or matches(split_use(path)[0], pattern)
+
+
+def split_use(path: str) -> tuple[str, str]:
+    """Split "@lookup" or "@product" off a path, or a pattern.
+
+    >>> split_use("*/table@lookup"), split_use("*/table")
+    (('*/table', 'lookup'), ('*/table', ''))
+    """
+    whole, _, use = path.rpartition("@")
+    return (whole, use) if use in USES else (path, "")
 
 
 def near_misses(pattern: str, paths: Sequence[str]) -> str:

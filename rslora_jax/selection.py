@@ -3,7 +3,7 @@
 import dataclasses
 import math
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from types import MappingProxyType
 from typing import Any
 
@@ -11,12 +11,14 @@ import jax.numpy as jnp
 from jax.extend.core import primitives
 
 from rslora_jax import scaling
-from rslora_jax.config import LoraConfig, first_match, matches, near_misses
+from rslora_jax.config import LoraConfig, first_match, matches, matches_adapter, near_misses, split_use
 from rslora_jax.methods.method import method_of
 from rslora_jax.sites import Site
 from rslora_jax.table import not_adapted, shared_name
+from rslora_jax.targets import as_tuple, axes_line, roles_by_use, targeted
 from rslora_jax.transform import compat
 from rslora_jax.transform.discover import Found, roles
+from rslora_jax.transform.uses import USES
 
 _SIDES = ("in", "out", "stack")
 _PRODUCTS = (primitives.dot_general_p, primitives.conv_general_dilated_p, compat.ragged_dot_general_p)
@@ -67,38 +69,39 @@ def select(
     reasons = {p: _reason(p, leaves, everything, weights, heads, found) for p in leaves if p in found.used}
     reasons |= {p: f"no parameter: {kind}" for p, kind in others.items() if p in reasons}
 
-    chosen = _targeted(config, shapes, weights, heads, reasons)
-    left = {p: why for p, why in reasons.items() if p not in chosen}
-    for pattern in _as_tuple(config.exclude):
-        if not any(matches(p, pattern) for p in shapes):
-            raise ValueError(
-                f"exclude {pattern!r} matches no weight: did you mean {near_misses(pattern, list(weights))}?"
-            )
-        gone = {p for p in chosen if matches(p, pattern)}
-        chosen -= gone
-        left |= {p: f"excluded by {pattern!r}" for p in gone}
-    left = {p: left[p] for p in leaves if p in left}
+    by_use = roles_by_use(shapes, found, weights)
+    chosen, excluded = targeted(config, shapes, weights, by_use, heads, reasons)
+    left = _left_out(leaves, chosen, reasons | excluded)
     if not chosen:
         nothing = "no weight is left to adapt" + ("" if reasons else ": no output depends on a parameter")
         remedies = _warnings_of(config, left, shapes, stored, everything, found)
         raise ValueError("\n".join([f"{nothing}; {not_adapted(left)}" if left else nothing, *remedies]))
     for name in ("rank_pattern", "alpha_pattern"):
         for pattern, _ in getattr(config, name):
-            if not any(matches(p, pattern) for p in chosen):
+            if not any(matches_adapter(p, pattern) for p in chosen):
                 raise ValueError(
                     f"{name} {pattern!r} matches no adapted weight: did you mean "
                     f"{near_misses(pattern, sorted(chosen))}?"
                 )
-    order = [p for p in weights if p in chosen]
-    sites, notes = _ranked(config, {p: (shapes[p], weights[p]) for p in order})
+    given = {name: role for p in weights for name, role in [(p, weights[p]), *by_use.get(p, {}).items()]}
+    adapted = {p: (shapes[split_use(p)[0] if p not in shapes else p], given[p]) for p in given if p in chosen}
+    sites, notes = _ranked(config, adapted, set(by_use))
     notes += _warnings_of(config, left, shapes, stored, everything, found)
     notes += _guesses(config, sites, found) + _large_tables(weights, shapes)
     unused = tuple(p for p in leaves if p not in found.used)
     return Selection(sites, left, unused, notes)
 
 
-def _as_tuple(patterns: str | Sequence[str]) -> tuple[str, ...]:
-    return (patterns,) if isinstance(patterns, str) else tuple(patterns)
+def _left_out(leaves: Iterable[str], chosen: set[str], reasons: Mapping[str, str]) -> dict[str, str]:
+    """Return the reasons of what is not adapted, in the order of the parameters."""
+    left: dict[str, str] = {}
+    for path in leaves:
+        own = {f"{path}@{use}" for use in USES}
+        if not own & chosen:
+            left |= {path: reasons[path]} if path in reasons and path not in chosen else {}
+            continue
+        left |= {one: reasons.get(one, "one use of a tied weight: by name only") for one in sorted(own - chosen)}
+    return left
 
 
 def _out_size(shapes: Mapping[str, tuple[int, ...]], weights: Mapping[str, Any], path: str) -> int:
@@ -127,50 +130,6 @@ def _stated(
             sides = {f"{side}_axes": tuple(n for n, name in enumerate(names) if name == side) for side in _SIDES}
             given.setdefault(path, {**sides, "kind": found.get(path, {}).get("kind", "linear")})
     return given
-
-
-def _targeted(
-    config: LoraConfig,
-    shapes: Mapping[str, tuple[int, ...]],
-    weights: Mapping[str, Mapping[str, Any]],
-    heads: set[str],
-    reasons: Mapping[str, str],
-) -> set[str]:
-    """Return the weights that the config's targets name."""
-    chosen: set[str] = set()
-    for pattern in _as_tuple(config.targets):
-        if pattern == "all-linear":
-            chosen |= {p for p, r in weights.items() if r["kind"] in ("linear", "expert")} - heads
-            continue
-        hit = {p for p in weights if matches(p, pattern)}
-        if not hit:
-            other = [p for p in shapes if matches(p, pattern)]
-            if other:
-                why = reasons.get(other[0], "no output depends on it")
-                raise ValueError(
-                    f"target {pattern!r} matches {other[0]} of shape {shapes[other[0]]}, which cannot be adapted as it "
-                    f"is used ({why}){_remedy(other[0], shapes[other[0]], reasons)}: did you mean "
-                    f"{near_misses(pattern, list(weights))}?"
-                )
-            raise ValueError(
-                f"target {pattern!r} matches no weight: did you mean {near_misses(pattern, list(weights))}?"
-            )
-        chosen |= hit
-    return chosen
-
-
-def _remedy(path: str, shape: Sequence[int], reasons: Mapping[str, str]) -> str:
-    """Say how to adapt a weight all the same, if there is a way."""
-    if len(shape) < 2 or path not in reasons or reasons[path].startswith("no parameter"):
-        return ""
-    return f"; to adapt it exactly wherever it is used, by forming the sum, state its axes: {_axes_line([path], shape)}"
-
-
-def _axes_line(paths: Sequence[str], shape: Sequence[int]) -> str:
-    """Return the line that states the axes of some weights, as the last two are most often stored."""
-    pattern = paths[0] if len(paths) == 1 else re.sub(r"\d+", "*", paths[0])
-    names = ("stack",) * (len(shape) - 2) + ("in", "out")
-    return f"LoraConfig(axes={{{pattern!r}: {names!r}}})"
 
 
 def _reason(
@@ -210,9 +169,9 @@ def _reason(
 
 
 def _ranked(
-    config: LoraConfig, weights: Mapping[str, tuple[tuple[int, ...], Mapping[str, Any]]]
+    config: LoraConfig, weights: Mapping[str, tuple[tuple[int, ...], Mapping[str, Any]]], tied: set[str]
 ) -> tuple[dict[str, Site], list[str]]:
-    """Return the sites with their ranks, and what is to be said of these."""
+    """Return the sites with their ranks, and what is to be said of these; `tied` are the paths of tied weights."""
     sites: dict[str, Site] = {}
     capped: list[tuple[Site, int]] = []
     large: list[str] = []
@@ -222,6 +181,7 @@ def _ranked(
         own, rank = rank is not None, config.rank if rank is None else rank
         alpha = first_match(path, config.alpha_pattern, config.alpha)  # type: ignore[arg-type]
         site = Site(path, shape, rank=rank, alpha=alpha, gamma=0.0, method=method_of(config.method), **role)
+        site = dataclasses.replace(site, tied=site.weight in tied)
         full = min(site.in_size, site.out_size)
         text = f"rank {rank} is above {full}, the full rank of {path} ({site.in_size} x {site.out_size})"
         if rank > full and config.allow_large_rank:
@@ -252,7 +212,7 @@ def _warnings_of(
     found: Found,
 ) -> list[str]:
     """Return what to say of the weights that "all-linear" would have taken and could not."""
-    if "all-linear" not in _as_tuple(config.targets):
+    if "all-linear" not in as_tuple(config.targets):
         return []
     notes = []
     for paths in _grouped(p for p in left if p not in stored and p in everything and "stored in" in left[p]):
@@ -264,7 +224,7 @@ def _warnings_of(
     for paths in _grouped(lost):
         notes.append(
             f"{shared_name(paths)} has no adapter: it {left[paths[0]]}; to adapt it exactly wherever it is used, by "
-            f"forming the sum, state its axes: {_axes_line(paths, shapes[paths[0]])}"
+            f"forming the sum, state its axes: {axes_line(paths, shapes[paths[0]])}"
         )
     return notes
 
@@ -280,7 +240,7 @@ def _grouped(paths: Iterable[str]) -> list[list[str]]:
 def _guesses(config: LoraConfig, sites: Mapping[str, Site], found: Found) -> list[str]:
     """Return what to say of the axes that only convention tells."""
     named: Any = config.axes
-    told = [path for path in sites if not any(matches(path, pattern) for pattern, _ in named)]
+    told = [p for p, site in sites.items() if not site.use and not any(matches(p, pattern) for pattern, _ in named)]
     by = {path: [use for use in found.uses if use.site == path] for path in told}
     notes = []
     for paths in _grouped(p for p, uses in by.items() if uses[0].kind == "guessed"):
@@ -289,7 +249,7 @@ def _guesses(config: LoraConfig, sites: Mapping[str, Site], found: Found) -> lis
             f"{shared_name(paths)} of shape {site.shape} is taken to sum over its axes {site.in_axes} and give "
             f"{site.out_axes} in {primitive}, of which the sizes do not tell; the result is exact whatever they "
             f"are, but A starts at random and B at zero: if it is otherwise, state them, as in "
-            f"{_axes_line(paths, site.shape)}"
+            f"{axes_line(paths, site.shape)}"
         )
     return notes
 
@@ -301,6 +261,6 @@ def _large_tables(weights: Mapping[str, Mapping[str, Any]], shapes: Mapping[str,
         shape, rows = shapes[paths[0]], weights[paths[0]]["in_axes"]
         notes.append(
             f"{shared_name(paths)} of shape {shape} is looked up along its axes {rows} and so taken for a table; if it "
-            f"is a stack of matrices, state its axes: {_axes_line(paths, shape)}"
+            f"is a stack of matrices, state its axes: {axes_line(paths, shape)}"
         )
     return notes

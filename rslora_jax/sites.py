@@ -19,13 +19,16 @@ class Site:
     """One adapted weight.
 
     Attributes:
-      path: its pytree path, joined with "/".
+      path: its pytree path, joined with "/"; with "@lookup" or "@product" behind, where it is a tied weight of which
+        this use alone is adapted.
       shape: its shape.
       in_axes, out_axes, stack_axes: its axes that are summed over (or indexed), free, and stacked.
       kind: "linear", "expert" (a stack used in one batched product), "convolution" or "embedding".
       rank, alpha, gamma: this adapter's own; gamma is the whole factor on A B.
       method: what its adapter is (`methods/`).
       fallbacks: the uses that have no low-rank form, by primitive; there the weight is materialised.
+      use: "lookup" or "product" where the adapter is that of one use, "" where it is that of all.
+      tied: whether the weight is both looked up and multiplied.
     """
 
     path: str
@@ -39,6 +42,13 @@ class Site:
     gamma: float
     method: Method
     fallbacks: tuple[str, ...] = ()
+    use: str = ""
+    tied: bool = False
+
+    @property
+    def weight(self) -> str:
+        """The path of the weight, without its use."""
+        return self.path.removesuffix(f"@{self.use}")
 
     @property
     def factors(self) -> Mapping[str, tuple[int | str, ...]]:
@@ -57,7 +67,7 @@ class Site:
     @property
     def labels(self) -> tuple[frozenset[tuple[str, int]], ...]:
         """Each axis of the weight by (path, number)."""
-        return tuple(frozenset({(self.path, n)}) for n in range(len(self.shape)))
+        return tuple(frozenset({(self.weight, n)}) for n in range(len(self.shape)))
 
     @property
     def in_size(self) -> int:

@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-from rslora_jax.adapters import Adapters, array_leaves, check_adapters, init_adapters, varied, view_of, views_of
+from rslora_jax.adapters import Adapters, array_leaves, check_adapters, init_adapters, sites_by_weight, varied, views_of
 from rslora_jax.config import LoraConfig
 from rslora_jax.pytrees import Params
 from rslora_jax.selection import select
@@ -49,6 +49,11 @@ class _Fallbacks:
         for name in view.sites:
             if primitive in self.seen[name]:
                 continue
+            if view.uses:
+                raise ValueError(
+                    f"{name} is to adapt one use of its weight, which meets an operation without a low-rank form "
+                    f"({primitive}): leave out @{name.rpartition('@')[2]}, which adapts all uses"
+                )
             text = (
                 f"{name} is materialised by a use that has no low-rank form ({primitive}): exact, but it costs memory"
             )
@@ -127,8 +132,7 @@ class Lora:
     ) -> Any:
         """Evaluate the function by a walk of the caller's own, and with views that `dress` gives what goes along."""
         jaxpr, tree, leaves = self.program.trace(params, args, kwargs)
-        views = views_of(leaves, list(array_leaves(params)), self.sites, adapters)
-        outs = walk.run(jaxpr, [dress(v) if isinstance(v, View) and v.sites else v for v in views])
+        outs = walk.run(jaxpr, views_of(leaves, list(array_leaves(params)), self.sites, adapters, dress))
         return self.program.returned(tree, as_arrays(walk, outs), args, kwargs)
 
     def on(self, platform: str) -> "Lora":
@@ -151,12 +155,21 @@ class Lora:
 
         Returns:
           A pytree of the structure, dtypes and shardings of `params`.
+
+        Raises:
+          ValueError: one use of a tied weight is adapted for itself: merged, it would be two weights.
         """
         self.check(params, adapters)
+        for site in self.sites.values():
+            if site.use:
+                raise ValueError(
+                    f"{site.path} adapts one use of a weight: merged, its look-up and its product would need a weight "
+                    "each; keep the adapters apart, or give the model a head of its own"
+                )
 
         def one(leaf: Any, site: Site) -> Array:
             whole = leaf if is_stored(leaf) else jnp.asarray(leaf)
-            merged = materialise(view_of(whole, site, adapters[site.path]))
+            merged = materialise(site.method.view(site, whole, adapters[site.path]))
             concrete = isinstance(leaf, jax.Array) and not isinstance(leaf, jax.core.Tracer)
             return jax.device_put(merged, leaf.sharding) if concrete else merged
 
@@ -171,14 +184,14 @@ class Lora:
 
     def check(self, params: Params, adapters: Adapters) -> None:
         """Raise a ValueError that names the first path at which parameters or adapters do not fit."""
-        leaves = array_leaves(params)
+        leaves, adapted = array_leaves(params), sites_by_weight(self.sites)
         shapes = {name: tuple(leaf.shape) for name, leaf in leaves.items()}
         for name, shape in self.shapes.items():
             if name not in shapes:
                 raise ValueError(f"the parameters have no {name}, which was there when the function was wrapped")
             if shapes[name] != shape:
                 raise ValueError(f"parameter {name} has shape {shapes[name]}, and was wrapped with shape {shape}")
-            if name in self.sites and not jnp.issubdtype(leaves[name].dtype, jnp.floating):
+            if name in adapted and not jnp.issubdtype(leaves[name].dtype, jnp.floating):
                 raise ValueError(f"parameter {name} is {leaves[name].dtype}, and an adapted weight is to be floating")
         check_adapters(self.sites, adapters)
 
@@ -279,7 +292,7 @@ def _walk_of(sites: Mapping[str, Site], fallbacks: _Fallbacks, platform: str | N
 
 def tables_of(sites: Mapping[str, Site]) -> frozenset[str]:
     """Return the paths of the weights that are looked up."""
-    return frozenset(path for path, site in sites.items() if site.kind == "embedding")
+    return frozenset(path for path, site in sites.items() if site.kind == "embedding" or site.use)
 
 
 def restored(known: dict[str, Any]) -> Lora:

@@ -99,7 +99,9 @@ def measure(
     for path, site in sites.items():  # they come in the order in which the model uses them
         weight = None
         if weights is not None:
-            weight = np.transpose(np.asarray(dense(weights[path])), (*site.stack_axes, *site.in_axes, *site.out_axes))
+            weight = np.transpose(
+                np.asarray(dense(weights[site.weight])), (*site.stack_axes, *site.in_axes, *site.out_axes)
+            )
         for one in _measure(site, adapters[path], weight):
             found.append(one)
             progress(len(found), total)

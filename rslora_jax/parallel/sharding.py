@@ -131,7 +131,7 @@ def adapter_shardings(
     leaves = named_leaves(params)
 
     def one(site: Site) -> dict[str, Sharding]:
-        sharding = _sharding_of(leaves[site.path])
+        sharding = _sharding_of(leaves[site.weight])
         if not isinstance(sharding, NamedSharding):
             return dict.fromkeys(site.factors, sharding)
         spec = (*sharding.spec, *(None,) * (len(site.shape) - len(sharding.spec)))

@@ -22,6 +22,17 @@ def concatenate(parts: Sequence[View | Array], axis: int) -> View | None:
     the ranks add up: the factors that do not span the axis lie side by side, and those that do become the
     blocks of a matrix that is zero elsewhere. Slices of one weight share a factor and keep their rank.
     """
+    joined = _joined(parts, axis)
+    uses = {p.uses for p in parts if isinstance(p, View)}
+    if joined is None or uses == {()}:
+        return joined
+    # What is whose of the rank holds only where the rank is still that of the one weight.
+    ranks = {p.factors[0].shape[-1] for p in [joined, *parts] if isinstance(p, View) and p.factors}
+    return joined if len(uses) == 1 and len(ranks) <= 1 and not joined.along and joined.gain is None else None
+
+
+def _joined(parts: Sequence[View | Array], axis: int) -> View | None:
+    """Join weights as `concatenate` does, with no regard to uses."""
     gained = _with_gains_to_join(parts, axis)
     if gained is None:
         return None
@@ -63,7 +74,7 @@ def concatenate(parts: Sequence[View | Array], axis: int) -> View | None:
 def total(left: View, right: View) -> View | None:
     """Add two weights: their ranks add up; None where their factors span different axes."""
     bare = [without_gain(view) for view in (left, right)]
-    if bare[0] is None or bare[1] is None or bool(left.factors) != bool(right.factors):
+    if bare[0] is None or bare[1] is None or bool(left.factors) != bool(right.factors) or left.uses or right.uses:
         return None
     left, right = _with_one_gamma(bare)  # type: ignore[assignment, arg-type]
     if is_stored(left.w) or is_stored(right.w):

@@ -18,6 +18,7 @@ from rslora_jax.transform.interpreter import Rule, Walk
 from rslora_jax.transform.lookup import lookup
 from rslora_jax.transform.picks import pick_of, slice_as_pick, take
 from rslora_jax.transform.ragged import ragged
+from rslora_jax.transform.uses import LOOKUP, PRODUCT, at_use
 from rslora_jax.transform.views import View, spans
 
 # Weights that stay weights.
@@ -69,6 +70,7 @@ def _dynamic_slice(walk: Walk, eqn: compat.Eqn, values: list[Any]) -> list[Any] 
     rows = [n for n in _own_axes(view) if sizes[n] != shape[n]]
     if not table or not rows:
         return [renames.dynamic_slice(view, starts, sizes)]
+    view = at_use(view, LOOKUP)
     others = renames.dynamic_slice(view, starts, [shape[n] if n == rows[0] else size for n, size in enumerate(sizes)])
     pick, index = slice_as_pick(rows[0], starts[rows[0]], others.shape, sizes)
     return walk.use(others, lookup(others, pick, index, walk.target), index)
@@ -211,6 +213,7 @@ def _dot_general(walk: Walk, eqn: compat.Eqn, values: list[Any]) -> list[Any] | 
         lhs = walk.array(lhs, "dot_general of two weights")
     weight_left = isinstance(lhs, View)
     view, x = (lhs, rhs) if weight_left else (rhs, lhs)
+    view = at_use(view, PRODUCT)
     return walk.use(view, dot(view, x, weight_left, eqn.params, walk.target), x)
 
 
@@ -219,6 +222,7 @@ def _conv_general_dilated(walk: Walk, eqn: compat.Eqn, values: list[Any]) -> lis
     x, view = walk.array(values[0], "convolution of a weight"), values[1]
     if not isinstance(view, View):
         return compat.bind(eqn, x, view)
+    view = at_use(view, PRODUCT)
     return walk.use(view, convolution(view, eqn.params, walk.target), x)
 
 
@@ -227,6 +231,7 @@ def _ragged_dot_general(walk: Walk, eqn: compat.Eqn, values: list[Any]) -> list[
     x, view, *sizes = values
     if not isinstance(view, View) or isinstance(x, View):
         return None
+    view = at_use(view, PRODUCT)
     return walk.use(view, ragged(view, x, eqn.params, sizes[0], walk.target), x, *sizes)
 
 
@@ -239,6 +244,7 @@ def _gather(walk: Walk, eqn: compat.Eqn, values: list[Any]) -> list[Any] | None:
     if pick is None:
         return None
     if _is_table(walk, view) and pick.row in _own_axes(view):
+        view = at_use(view, LOOKUP)
         return walk.use(view, lookup(view, pick, indices, walk.target), indices)
     picked = take(view, pick, indices)
     return None if picked is None else [picked]

@@ -51,6 +51,7 @@ class View:
       rate: with a mask, the part of the data that the adapter does not see.
       uniform: inside a shard_map, for each of `parts`, the mesh axes along which all devices are known to have the
         same.
+      uses: of a tied weight whose uses are adapted each for itself, what of the parts is whose (`transform/uses.py`).
     """
 
     w: Any  # Array, or Stored
@@ -63,6 +64,7 @@ class View:
     along: Mapping[str, Array] = dataclasses.field(default_factory=dict)
     rate: float = dataclasses.field(default=0.0, metadata=STATIC)
     uniform: tuple[frozenset[str], ...] = dataclasses.field(default=(), metadata=STATIC)
+    uses: tuple[Any, ...] = dataclasses.field(default=(), metadata=STATIC)
 
     @property
     def shape(self) -> tuple[int, ...]:

@@ -1,0 +1,121 @@
+"""Which weights a config's targets and exclusions name: whole, or by one use of a tied weight."""
+
+import dataclasses
+import re
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from rslora_jax.config import LoraConfig, matches, near_misses, split_use
+from rslora_jax.transform.discover import Found, roles
+from rslora_jax.transform.uses import LOOKUP, PRODUCT
+
+_Roles = Mapping[str, Mapping[str, Any]]
+
+
+def as_tuple(patterns: str | Sequence[str]) -> tuple[str, ...]:
+    """Return one pattern, or several, as a tuple."""
+    return (patterns,) if isinstance(patterns, str) else tuple(patterns)
+
+
+def roles_by_use(shapes: Mapping[str, tuple[int, ...]], found: Found, weights: _Roles) -> dict[str, dict[str, Any]]:
+    """Return the roles of both uses of each weight that is looked up and multiplied, {path: {path@use: role}}.
+
+    A weight's axes may have other roles in its product than in its look-up: of a head, the rows are the out-axes.
+    """
+    tied: dict[str, dict[str, Any]] = {}
+    for path, role in weights.items():
+        met = [use for use in found.uses if use.site == path and use.kind != LOOKUP]
+        if role["kind"] != "embedding" or not met:
+            continue
+        product = roles(shapes, dataclasses.replace(found, uses=met)).get(path)
+        if product is not None:
+            own = {LOOKUP: role, PRODUCT: product}
+            tied[path] = {f"{path}@{use}": {**of, "use": use} for use, of in own.items()}
+    return tied
+
+
+def targeted(
+    config: LoraConfig,
+    shapes: Mapping[str, tuple[int, ...]],
+    weights: _Roles,
+    by_use: Mapping[str, _Roles],
+    heads: set[str],
+    reasons: Mapping[str, str],
+) -> tuple[set[str], dict[str, str]]:
+    """Return the paths of the adapters that a config asks for, and why those that it excludes have none."""
+    chosen: set[str] = set()
+    for pattern in as_tuple(config.targets):
+        if pattern == "all-linear":
+            chosen |= {p for p, r in weights.items() if r["kind"] in ("linear", "expert")} - heads
+            continue
+        hit = _named(pattern, weights, by_use)
+        if not hit:
+            raise ValueError(_no_target(pattern, shapes, weights, by_use, reasons))
+        chosen |= hit
+    left: dict[str, str] = {}
+    for pattern in as_tuple(config.exclude):
+        gone = _named(pattern, weights, by_use)
+        if not gone and not any(matches(p, pattern) for p in shapes):
+            known = [*weights, *(one for own in by_use.values() for one in own)]
+            raise ValueError(f"exclude {pattern!r} matches no weight: did you mean {near_misses(pattern, known)}?")
+        for one in gone:  # of a weight that is adapted whole, the other use is left
+            whole, use = split_use(one)
+            if use and whole in chosen and one in by_use.get(whole, {}):
+                chosen = chosen - {whole} | set(by_use[whole])
+        of_gone = {one for p in gone for one in by_use.get(p, {})}
+        left |= {p: f"excluded by {pattern!r}" for p in (gone | of_gone) & chosen}
+        chosen -= gone | of_gone
+    for path, own in by_use.items():
+        if path in chosen and (twice := chosen & own.keys()):
+            raise ValueError(
+                f"targets name {path} whole, and {min(twice)} too, which is one use of it: name one of them"
+            )
+    return chosen, left
+
+
+def _named(pattern: str, weights: _Roles, by_use: Mapping[str, _Roles]) -> set[str]:
+    """Return the adapters' paths that a pattern names. Where a weight has one use only, that is the weight."""
+    hit = {p for p in weights if matches(p, pattern)}
+    whole, use = split_use(pattern)
+    for path in (p for p in weights if use and matches(p, whole)):
+        if path in by_use:
+            hit.add(f"{path}@{use}")
+        elif (weights[path]["kind"] == "embedding") == (use == LOOKUP):
+            hit.add(path)
+    return hit
+
+
+def _no_target(
+    pattern: str,
+    shapes: Mapping[str, tuple[int, ...]],
+    weights: _Roles,
+    by_use: Mapping[str, _Roles],
+    reasons: Mapping[str, str],
+) -> str:
+    """Say why a target names nothing, and what would."""
+    whole, use = split_use(pattern)
+    known = [*weights, *(one for own in by_use.values() for one in own)] if use else list(weights)
+    meant = f"did you mean {near_misses(pattern, known)}?"
+    if use and (other := [p for p in weights if matches(p, whole)]):
+        return f"target {pattern!r} matches {other[0]}, of which there is no {use}: {meant}"
+    if other := [p for p in shapes if matches(p, pattern)]:
+        why = reasons.get(other[0], "no output depends on it")
+        return (
+            f"target {pattern!r} matches {other[0]} of shape {shapes[other[0]]}, which cannot be adapted as it is used "
+            f"({why}){_remedy(other[0], shapes[other[0]], reasons)}: {meant}"
+        )
+    return f"target {pattern!r} matches no weight: {meant}"
+
+
+def _remedy(path: str, shape: Sequence[int], reasons: Mapping[str, str]) -> str:
+    """Say how to adapt a weight all the same, if there is a way."""
+    if len(shape) < 2 or path not in reasons or reasons[path].startswith("no parameter"):
+        return ""
+    return f"; to adapt it exactly wherever it is used, by forming the sum, state its axes: {axes_line([path], shape)}"
+
+
+def axes_line(paths: Sequence[str], shape: Sequence[int]) -> str:
+    """Return the line that states the axes of some weights, as the last two are most often stored."""
+    pattern = paths[0] if len(paths) == 1 else re.sub(r"\d+", "*", paths[0])
+    names = ("stack",) * (len(shape) - 2) + ("in", "out")
+    return f"LoraConfig(axes={{{pattern!r}: {names!r}}})"
