@@ -18,7 +18,7 @@ from rslora_jax.table import not_adapted, shared_name
 from rslora_jax.targets import as_tuple, axes_line, roles_by_use, targeted
 from rslora_jax.transform import compat
 from rslora_jax.transform.discover import Found, roles
-from rslora_jax.transform.uses import USES
+from rslora_jax.transform.uses import LOOKUP, PRODUCT, USES
 
 _SIDES = ("in", "out", "stack")
 _PRODUCTS = (primitives.dot_general_p, primitives.conv_general_dilated_p, compat.ragged_dot_general_p)
@@ -35,12 +35,14 @@ class Selection:
       left_out: the reason for each that the outputs depend on and that is not adapted.
       unused: those that no output depends on.
       notes: what the user is to be warned of.
+      tied: the paths of the weights that are both looked up and multiplied.
     """
 
     sites: dict[str, Site]
     left_out: dict[str, str]
     unused: tuple[str, ...]
     notes: list[str]
+    tied: tuple[str, ...]
 
 
 def select(
@@ -85,11 +87,19 @@ def select(
                 )
     given = {name: role for p in weights for name, role in [(p, weights[p]), *by_use.get(p, {}).items()]}
     adapted = {p: (shapes[split_use(p)[0] if p not in shapes else p], given[p]) for p in given if p in chosen}
-    sites, notes = _ranked(config, adapted, set(by_use))
+    sites, notes = _ranked(config, adapted)
+    sites = {p: dataclasses.replace(s, uses=_uses(found, s, s.weight in by_use)) for p, s in sites.items()}
     notes += _warnings_of(config, left, shapes, stored, everything, found)
     notes += _guesses(config, sites, found) + _large_tables(weights, shapes)
     unused = tuple(p for p in leaves if p not in found.used)
-    return Selection(sites, left, unused, notes)
+    return Selection(sites, left, unused, notes, tuple(by_use))
+
+
+def _uses(found: Found, site: Site, tied: bool) -> tuple[str, ...]:
+    """Return what is done with a weight, in the program's order; what picks from a stack of matrices is no look-up."""
+    table = tied or site.kind == "embedding"
+    own = {id(use.eqn): use.kind for use in found.uses if use.site == site.weight}
+    return tuple(LOOKUP if kind == LOOKUP else PRODUCT for kind in own.values() if table or kind != LOOKUP)
 
 
 def _left_out(leaves: Iterable[str], chosen: set[str], reasons: Mapping[str, str]) -> dict[str, str]:
@@ -169,9 +179,9 @@ def _reason(
 
 
 def _ranked(
-    config: LoraConfig, weights: Mapping[str, tuple[tuple[int, ...], Mapping[str, Any]]], tied: set[str]
+    config: LoraConfig, weights: Mapping[str, tuple[tuple[int, ...], Mapping[str, Any]]]
 ) -> tuple[dict[str, Site], list[str]]:
-    """Return the sites with their ranks, and what is to be said of these; `tied` are the paths of tied weights."""
+    """Return the sites with their ranks, and what is to be said of these."""
     sites: dict[str, Site] = {}
     capped: list[tuple[Site, int]] = []
     large: list[str] = []
@@ -181,7 +191,6 @@ def _ranked(
         own, rank = rank is not None, config.rank if rank is None else rank
         alpha = first_match(path, config.alpha_pattern, config.alpha)  # type: ignore[arg-type]
         site = Site(path, shape, rank=rank, alpha=alpha, gamma=0.0, method=method_of(config.method), **role)
-        site = dataclasses.replace(site, tied=site.weight in tied)
         full = min(site.in_size, site.out_size)
         text = f"rank {rank} is above {full}, the full rank of {path} ({site.in_size} x {site.out_size})"
         if rank > full and config.allow_large_rank:

@@ -28,7 +28,7 @@ class Site:
       method: what its adapter is (`methods/`).
       fallbacks: the uses that have no low-rank form, by primitive; there the weight is materialised.
       use: "lookup" or "product" where the adapter is that of one use, "" where it is that of all.
-      tied: whether the weight is both looked up and multiplied.
+      uses: what the program does with the weight, in its order: "lookup" or "product" each time.
     """
 
     path: str
@@ -43,7 +43,12 @@ class Site:
     method: Method
     fallbacks: tuple[str, ...] = ()
     use: str = ""
-    tied: bool = False
+    uses: tuple[str, ...] = ()
+
+    @property
+    def tied(self) -> bool:
+        """Whether the weight is both looked up and multiplied."""
+        return len(set(self.uses)) > 1
 
     @property
     def weight(self) -> str:
