@@ -53,6 +53,7 @@ DECODER = Family(
     build=Decoder,
     names={
         "params/embed/embedding": Weight("model.embed_tokens.weight"),
+        "params/embed/embedding@product": Weight("lm_head.weight"),  # where the table is the head
         "params/norm/scale": Weight("model.norm.weight"),
         "params/lm_head/kernel": Weight("lm_head.weight", transposed=True),
         **_in_layers(_MATRICES, transposed=True),

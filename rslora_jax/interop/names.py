@@ -1,7 +1,8 @@
 """What the weights of a Flax model are called in a file, and how they lie there: a table, and how to read it.
 
 A table maps a weight's path to the name of a parameter in the file, with `{i}` for the number of a layer. Where the
-name has an `{i}` and the path has none, the path holds all layers, stacked on its first axis.
+name has an `{i}` and the path has none, the path holds all layers, stacked on its first axis. A table that is the head
+too is one weight in a file and two modules in PEFT: a row `"path@product"` names the head's.
 """
 
 from __future__ import annotations
@@ -100,9 +101,14 @@ def is_looped(names: Names, paths: Iterable[str]) -> bool:
     return any(found.groups() for path in paths for pattern in names if (found := _match(pattern, path)))
 
 
-def file_names(names: Names) -> set[str]:
-    """Give all names of a table."""
-    return {row if isinstance(row, str) else row.name for row in names.values()}
+def row_of(names: Names, path: str) -> str | None:
+    """Give the name that a table has for a path without layers; None where it has none.
+
+    >>> row_of({"params/embed/embedding@product": Weight("lm_head.weight")}, "params/embed/embedding@product")
+    'lm_head.weight'
+    """
+    row = next((row for pattern, row in names.items() if _match(pattern, path)), None)
+    return row.name if isinstance(row, Weight) else row
 
 
 def _of(names: Names, path: str, shape: tuple[int, ...]) -> Iterable[tuple[str, Place]]:

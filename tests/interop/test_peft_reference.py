@@ -150,14 +150,30 @@ FROM_PEFT = {
     ),
     "embeddings": dict(r=5, lora_alpha=12, use_rslora=True, target_modules=["embed_tokens", "lm_head", "q_proj"]),
     "tied": dict(r=5, lora_alpha=12, target_modules=["embed_tokens", "q_proj"], ensure_weight_tying=True),
+    "tied: look-up": dict(r=5, lora_alpha=12, target_modules=["embed_tokens", "q_proj"]),
+    "tied: head": dict(r=5, lora_alpha=12, use_rslora=True, target_modules=["lm_head", "q_proj"]),
+    "tied: each": dict(
+        r=5,
+        lora_alpha=12,
+        use_rslora=True,
+        target_modules=["embed_tokens", "lm_head"],
+        rank_pattern={"lm_head": 3},
+        alpha_pattern={"embed_tokens": 4},
+    ),
+    "tied: saved": dict(
+        r=5, lora_alpha=12, target_modules=["q_proj"], modules_to_save=["embed_tokens"], ensure_weight_tying=True
+    ),
     "saved": dict(r=5, lora_alpha=12, target_modules=["q_proj"], modules_to_save=["lm_head", "norm", "up_proj"]),
 }
 
 
+USES = {"tied: look-up": {"lookup"}, "tied: head": {"product"}, "tied: each": {"lookup", "product"}}
+
+
 @pytest.mark.filterwarnings("ignore::UserWarning")
-@pytest.mark.parametrize("case", by_day(FROM_PEFT, "rslora", "patterns", "layers", "embeddings", "saved"))
+@pytest.mark.parametrize("case", by_day(FROM_PEFT, "rslora", "patterns", "layers", "embeddings", "saved", "tied: each"))
 def test_an_adapter_from_peft_gives_its_logits(case, bases, tmp_path):
-    base = bases[case == "tied"]
+    base = bases[case.startswith("tied")]
     torch.manual_seed(0)  # of the fresh A, whatever ran before: some make float32's rounding 1e-4, in torch too
     theirs = peft.get_peft_model(copy.deepcopy(base), peft.LoraConfig(task_type="CAUSAL_LM", **FROM_PEFT[case]))
     shake(theirs)
@@ -170,6 +186,7 @@ def test_an_adapter_from_peft_gives_its_logits(case, bases, tmp_path):
         lora = wrapped(apply, variables, config)
         adapters, replaced = load_peft(tmp_path / "theirs", lora)
         assert bool(set(replaced) - {"params/embed/embedding", "params/lm_head/kernel"}) == (case == "saved")
+        assert {site.use for site in lora.sites.values()} - {""} == USES.get(case, set())
         changed = replace(variables, replaced)
         np.testing.assert_allclose(run(lora, changed, adapters), want, rtol=0, atol=1e-4)
 
@@ -186,6 +203,7 @@ def loaded(base, folder):
     base = copy.deepcopy(base)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
+        warnings.filterwarnings("ignore", "Model has `tie_word_embeddings=True`")  # meant, where one use is adapted
         return peft.PeftModel.from_pretrained(base, folder).eval()
 
 
@@ -200,12 +218,16 @@ TO_PEFT = {
     ),
     "embeddings": dict(rank=5, alpha=12, targets=["*/embedding", "*lm_head*", "*/q_proj/*"], alpha_pattern={"*/e*": 3}),
     "tied": dict(rank=5, alpha=12, targets=["*/embedding", "*/q_proj/*"]),
+    "tied: look-up": dict(rank=5, alpha=12, targets=["*/embedding@lookup", "*/q_proj/*"]),
+    "tied: head": dict(rank=5, alpha=12, targets=["*/embedding@product"]),
+    "tied: each": dict(rank=5, alpha=12, targets=["*/embedding@lookup", "*/embedding@product"])
+    | dict(rank_pattern={"*@lookup": 3}),
 }
 
 
 @pytest.mark.parametrize("case", by_day(TO_PEFT, "constant", "patterns", "tied"))
 def test_an_adapter_from_here_gives_its_logits_in_peft(case, bases, tmp_path):
-    base = bases[case == "tied"]
+    base = bases[case.startswith("tied")]
     for scan in layouts(case):
         apply, variables = ours(base, scan)
         lora = wrapped(apply, variables, rslora.LoraConfig(**TO_PEFT[case]))
@@ -214,7 +236,7 @@ def test_an_adapter_from_here_gives_its_logits_in_peft(case, bases, tmp_path):
         assert np.abs(want - logits(base)).max() > 0.1
         save_peft(tmp_path / f"peft-{scan}", lora, adapters)
         np.testing.assert_allclose(logits(loaded(base, tmp_path / f"peft-{scan}")), want, rtol=0, atol=1e-4)
-        if case == "tied":
+        if case.startswith("tied"):
             with pytest.raises(ValueError, match="is also the head"):
                 save_peft(tmp_path / f"vllm-{scan}", lora, adapters, for_vllm=True)
             continue

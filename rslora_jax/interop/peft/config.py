@@ -6,16 +6,15 @@ import re
 from collections.abc import Mapping
 from pathlib import Path
 
-from rslora_jax.config import LoraConfig
+from rslora_jax.config import LoraConfig, split_use
 from rslora_jax.interop.decoder import DECODER
-from rslora_jax.interop.names import Names, Place, file_names, places
-from rslora_jax.interop.peft.files import PeftFolder, adapted_in, as_opened
+from rslora_jax.interop.names import Names, Place
+from rslora_jax.interop.peft.files import PeftFolder, adapted_in, as_opened, tables_in
 from rslora_jax.interop.peft.settings import PeftSettings, read_settings
+from rslora_jax.interop.peft.tied import Places, places_of_uses, ties
 from rslora_jax.pytrees import Params
+from rslora_jax.transform.uses import LOOKUP
 from rslora_jax.wrap import array_leaves
-
-HEAD = "lm_head.weight"
-_TABLE = "embed_tokens.weight"
 
 
 def base_of(folder: str | Path | PeftFolder) -> str | None:
@@ -30,46 +29,30 @@ def places_of_modules(found: Mapping[str, Place], shapes: Mapping[str, tuple[int
     return {n.removesuffix(".weight"): place for n, place in matrices.items() if n.endswith(".weight")}
 
 
-def tied_table(names: Names, found: Mapping[str, Place]) -> str | None:
-    """Return the module of the token table that also serves as the head: the table of names has a head, the model none.
+def adapted_modules(peft: PeftFolder, settings: PeftSettings, places: Places) -> dict[str, str]:
+    """Return the modules that an adapter adapts, of those that the model has, each with what it adapts here.
 
-    PEFT has two modules there, each with its own adapter; here they are one weight, with one.
-    """
-    if HEAD not in file_names(names) or HEAD in found:
-        return None
-    return next((n.removesuffix(".weight") for n in found if n.endswith(_TABLE)), None)
-
-
-def adapted_modules(
-    peft: PeftFolder, settings: PeftSettings, modules: Mapping[str, Place], table: str | None
-) -> list[str]:
-    """Return the modules that an adapter adapts, of those that the model has, in its order.
+    That is the path of a weight; or "path@lookup" or "path@product" where PEFT's module is one use of it: its layers of
+    a table that is the head too, and any embedding, of which the program tells whether it has another use.
 
     Raises:
-      ValueError: there is none, or it adapts one of the two uses of a tied table alone.
+      ValueError: there is none.
     """
-    asked = adapted_in(peft) if settings.all_linear else None
+    in_file, tables = adapted_in(peft), tables_in(peft)
+    modules = places_of_modules(places.found, places.shapes)
+    known = {split_use(path)[0] for path in places.shapes if split_use(path)[1]}
 
     def adapts(module: str) -> bool:
-        return settings.adapts(module) if asked is None else module in asked
+        return module in in_file if settings.all_linear else settings.adapts(module)
 
-    chosen = [module for module in modules if adapts(module)]
-    if table is not None:
-        head = HEAD.removesuffix(".weight")
-        both = (adapts(table), adapts(head))
-        if any(both) and not (all(both) or settings.tie):
-            one, other = (table, head) if both[0] else (head, table)
-            raise ValueError(
-                f"{settings.where} adapts {one} and not {other}, which share one weight here: train the adapter with "
-                "ensure_weight_tying, or with neither"
-            )
-        if settings.tie and any(both) and table not in chosen:
-            chosen.append(table)
-        if settings.saves(table) != settings.saves(head) and not settings.tie:
-            raise ValueError(
-                f"{settings.where} replaces one of {table} and {head}, which share one weight here: train the "
-                "adapter with ensure_weight_tying"
-            )
+    chosen: dict[str, str] = {}
+    for module in (module for module in modules if adapts(module)):
+        path = modules[module].path
+        is_table = module in places.heads or (module in tables and path not in known)
+        chosen[module] = f"{path}@{LOOKUP}" if is_table else path
+    for table, head in places.heads.items():
+        if (table in chosen or head in chosen) and ties(settings, table, head, in_file):
+            chosen[table] = chosen[head] = modules[table].path
     if not chosen:
         raise ValueError(f"{settings.where} adapts no module of this model: its target_modules are {settings.targets}")
     return chosen
@@ -81,6 +64,8 @@ def read_config(folder: str | Path | PeftFolder, params: Params, names: Names = 
     Every adapted weight is named by its path, with its own rank and alpha where PEFT's patterns give it one. A weight
     that holds all layers has one rank and one scale here: those of the layer with the largest rank. `load_peft` fills
     smaller ranks up with zeros and takes the difference of the scales into B; a layer without an adapter gets zeros.
+    An adapter of a table that is the head too is that of its look-up alone, "*@lookup", and one of the head that of its
+    product alone, as PEFT has them, but with ensure_weight_tying.
 
     Args:
       folder: with adapter_config.json, as PEFT saves it; or what `open_peft` read of it.
@@ -92,20 +77,25 @@ def read_config(folder: str | Path | PeftFolder, params: Params, names: Names = 
     """
     peft = as_opened(folder)
     settings = read_settings(peft)
-    shapes = {path: tuple(leaf.shape) for path, leaf in array_leaves(params).items()}
-    found = places(names, shapes)
-    modules = places_of_modules(found, shapes)
+    places = places_of_uses(names, {path: tuple(leaf.shape) for path, leaf in array_leaves(params).items()})
     own: dict[str, tuple[int, float]] = {}
-    for module in adapted_modules(peft, settings, modules, tied_table(names, found)):
-        path, pair = modules[module].path, settings.rank_and_alpha(module)
+    for module, path in adapted_modules(peft, settings, places).items():
+        pair = settings.rank_and_alpha(module)
         own[path] = pair if path not in own or pair[0] > own[path][0] else own[path]
+
+    def pattern(path: str) -> str:
+        """Return what matches an adapter's path, whether or not the program has another use of its weight."""
+        whole, _ = split_use(path)
+        both = [other for other in own if split_use(other)[0] == whole]
+        return _literal(path if len(both) > 1 else whole)
+
     return LoraConfig(
         rank=settings.r,
         alpha=settings.alpha,
         scaling=settings.scaling,
         targets=[_literal(path) for path in own],
-        rank_pattern=[(_literal(path), rank) for path, (rank, _) in own.items() if rank != settings.r],
-        alpha_pattern=[(_literal(path), alpha) for path, (_, alpha) in own.items() if alpha != settings.alpha],
+        rank_pattern=[(pattern(path), rank) for path, (rank, _) in own.items() if rank != settings.r],
+        alpha_pattern=[(pattern(path), alpha) for path, (_, alpha) in own.items() if alpha != settings.alpha],
         allow_large_rank=True,  # PEFT sets no bound
     )
 

@@ -84,5 +84,14 @@ FACTOR = re.compile(r"(.+)\.(?:lora_(A|B)\.weight|lora_embedding_(A|B))")
 
 def adapted_in(peft: PeftFolder) -> set[str]:
     """Return the modules for which an adapter's file has factors."""
+    return {found[1] for found in _factors(peft)}
+
+
+def tables_in(peft: PeftFolder) -> set[str]:
+    """Return the modules for which an adapter's file has the factors of an embedding."""
+    return {found[1] for found in _factors(peft) if found[3]}
+
+
+def _factors(peft: PeftFolder) -> list[re.Match[str]]:
     matches = (FACTOR.fullmatch(name.removeprefix(PREFIX)) for name in peft.tensors)
-    return {found[1] for found in matches if found}
+    return [found for found in matches if found]

@@ -5,42 +5,64 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Mapping, Sequence
+from typing import NamedTuple
 
 import numpy as np
 
-from rslora_jax.interop.names import Names, Place, places
+from rslora_jax.interop.names import Names, Place
+from rslora_jax.interop.peft.tied import Places, modules_of, places_of_uses
 from rslora_jax.methods.method import RANK, asked, rescaled
 from rslora_jax.sites import Site
+from rslora_jax.transform.uses import LOOKUP
 from rslora_jax.wrap import Lora
 
 
-def site_modules(
-    lora: Lora, names: Names
-) -> tuple[dict[str, Place], dict[str, tuple[int, ...]], dict[str, dict[int | None, str]]]:
-    """Return the model's places, its shapes, and the modules of each adapted weight by their layer.
+class Modules(NamedTuple):
+    """What a model's parameters and adapters are in PEFT.
+
+    Attributes:
+      places: where the weights of modules are.
+      of: by the path of an adapter, its modules and their layers; of a tied table's, its own first and then its head.
+    """
+
+    places: Places
+    of: dict[str, dict[str, int | None]]
+
+
+def site_modules(lora: Lora, names: Names) -> Modules:
+    """Return what a model's parameters and adapters are in PEFT.
 
     Raises:
       ValueError: an adapted weight has no form in PEFT: no name, or stacked axes other than that of the layers.
     """
-    shapes = dict(lora.shapes)
-    found = places(names, shapes)
-    modules: dict[str, dict[int | None, str]] = {path: {} for path in lora.sites}
-    for name, place in found.items():
-        if place.path in modules:
+    places = places_of_uses(names, lora.shapes)
+    of_weight: dict[str, list[Site]] = {}
+    for site in lora.sites.values():
+        of_weight.setdefault(site.weight, []).append(site)
+    modules: dict[str, dict[str, int | None]] = {path: {} for path in lora.sites}
+    for name, place in places.found.items():
+        for site in of_weight.get(place.path, ()):
             if not name.endswith(".weight"):
                 raise ValueError(f"{place.path} is {name}, which is no weight of a module: PEFT has no adapter for it")
-            modules[place.path][place.layer] = name.removesuffix(".weight")
+            module = name.removesuffix(".weight")
+            own = modules_of(site, module, places.heads, names) if LOOKUP in site.uses else [module]
+            modules[site.path] |= dict.fromkeys(own, place.layer)
     for path, site in lora.sites.items():
-        stack = () if None in modules[path] else (0,)
-        if site.stack_axes != stack:
-            raise ValueError(
-                f"{path} of shape {site.shape} has the stacked axes {site.stack_axes}, where the table of names has "
-                f"{stack}: PEFT has adapters for one matrix each"
-            )
-        last = len(site.shape) - 1
-        if site.kind == "convolution" and (site.out_axes != (last,) or site.in_axes != tuple(range(last))):
-            raise ValueError(f"{path} of shape {site.shape} is no kernel with axes (*window, in, out): exclude it")
-    return found, shapes, modules
+        _check_axes(site, stacked=None not in modules[path].values())
+    return Modules(places, modules)
+
+
+def _check_axes(site: Site, stacked: bool) -> None:
+    """Refuse axes for which PEFT has no form."""
+    stack = (0,) if stacked else ()
+    if site.stack_axes != stack:
+        raise ValueError(
+            f"{site.path} of shape {site.shape} has the stacked axes {site.stack_axes}, where the table of names has "
+            f"{stack}: PEFT has adapters for one matrix each"
+        )
+    last = len(site.shape) - 1
+    if site.kind == "convolution" and (site.out_axes != (last,) or site.in_axes != tuple(range(last))):
+        raise ValueError(f"{site.path} of shape {site.shape} is no kernel with axes (*window, in, out): exclude it")
 
 
 def peft_names(site: Site) -> dict[str, str]:
@@ -135,17 +157,9 @@ def is_table(path: str) -> bool:
     return path.rsplit("/", 1)[-1] == "embedding"
 
 
-def by_path(found: Mapping[str, Place]) -> dict[str, dict[int | None, str]]:
-    """Return the Hugging Face names of each path by layer."""
-    names: dict[str, dict[int | None, str]] = {}
-    for name, place in found.items():
-        names.setdefault(place.path, {})[place.layer] = name
-    return names
-
-
-def sorted_layers(modules: Mapping[int | None, str]) -> list[int | None]:
-    """Return the layers in their order."""
-    return sorted(modules, key=lambda n: -1 if n is None else n)
+def by_layer(modules: Mapping[str, int | None]) -> list[str]:
+    """Return the modules of an adapter in the order of their layers; of a tied table, its own first."""
+    return sorted(modules, key=lambda module: -1 if (layer := modules[module]) is None else layer)
 
 
 def refit(site: Site, factors: Mapping[str, np.ndarray], rank: int, by: float) -> dict[str, np.ndarray]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -10,22 +10,21 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from rslora_jax.config import split_use
 from rslora_jax.interop.decoder import DECODER
-from rslora_jax.interop.names import Names, Place, shown
-from rslora_jax.interop.peft.config import HEAD, adapted_modules, places_of_modules, tied_table
+from rslora_jax.interop.names import Names, shown
+from rslora_jax.interop.peft.config import adapted_modules
 from rslora_jax.interop.peft.files import CONFIG_NAME, PREFIX, WEIGHTS_NAME, PeftFolder, as_opened
 from rslora_jax.interop.peft.layout import (
-    by_path,
+    by_layer,
     from_peft,
-    is_table,
     peft_names,
     peft_shapes,
     refit,
     site_modules,
-    sorted_layers,
     to_peft,
-    weight_from_torch,
 )
+from rslora_jax.interop.peft.replaced import replaced_weights
 from rslora_jax.interop.peft.settings import PeftSettings, read_settings
 from rslora_jax.pytrees import Params
 from rslora_jax.sites import Site, named_leaves
@@ -62,7 +61,8 @@ def load_peft(folder: str | Path | PeftFolder, lora: Lora, names: Names = DECODE
     Returns:
       adapters: numpy arrays of the config's dtype, for `lora.apply` and `lora.merge`.
       replaced: whole weights that the adapter brings (`modules_to_save`, and the token table or the head where PEFT
-        saved them along), in the base's layout; `replace` puts them into the parameters. Mostly empty.
+        saved them along), in the base's layout; `replace` puts them into the parameters. Mostly empty. What replaces
+        one use of a table that is the head too is at "path@lookup" or "path@product".
 
     Raises:
       ValueError: a file is damaged, or a tensor is unknown, missing or of the wrong shape; it is named.
@@ -84,25 +84,25 @@ def load_peft(folder: str | Path | PeftFolder, lora: Lora, names: Names = DECODE
         if not name.startswith(PREFIX):
             raise ValueError(f"{where} holds {shown(name)}, which does not begin with {PREFIX} as PEFT's names do")
     left = {name.removeprefix(PREFIX): tensor for name, tensor in peft.tensors.items()}
-    found, shapes, modules = site_modules(lora, names)
-    table = tied_table(names, found)
-    chosen = set(adapted_modules(peft, settings, places_of_modules(found, shapes), table))
-    known = {module: place for of in modules.values() for place, module in of.items()}
-    if extra := chosen - set(known):
+    places, modules = site_modules(lora, names)
+    chosen = set(adapted_modules(peft, settings, places))
+    known = {module for of in modules.values() for module in of}
+    if extra := chosen - known:
         raise ValueError(f"{settings.where} adapts {min(extra)}, which this config does not: wrap with `read_config`'s")
     adapters: dict[str, Any] = {}
     for path, site in lora.sites.items():
-        if not chosen & set(modules[path].values()):
+        own = by_layer(modules[path])
+        shared = site.tied and not site.use  # one adapter for a table and its head
+        if not chosen & {*own} or (shared and not chosen >= {*own}):
             raise ValueError(f"{settings.where} does not adapt {path}, as this config does: wrap with `read_config`'s")
-        layers = [_factors(settings, site, modules[path][n], chosen, left) for n in sorted_layers(modules[path])]
+        layers = [_factors(settings, site, module, chosen, left) for module in (own[:1] if shared else own)]
         adapters[path] = {
             name: np.asarray(np.stack(of) if site.stack_axes else of[0], jnp.dtype(lora.config.dtype))
             for name, of in ((name, [layer[name] for layer in layers]) for name in site.factors)
         }
-    if table is not None and table in chosen:
-        path = found[f"{table}.weight"].path
-        _check_tied_head(settings, left, table, lora.sites[path], adapters[path], where)
-    return Loaded(adapters, _replaced(settings, left, found, shapes, table, where))
+        if shared:
+            _check_tied_head(settings, left, own, site, adapters[path], where)
+    return Loaded(adapters, replaced_weights(settings, left, places, lora.tied, where))
 
 
 def _take(settings: PeftSettings, left: dict[str, np.ndarray], name: str, shape: tuple[int, ...]) -> np.ndarray:
@@ -138,94 +138,43 @@ def _factors(
 def _check_tied_head(
     settings: PeftSettings,
     left: dict[str, np.ndarray],
-    table: str,
+    own: Sequence[str],
     site: Site,
     factors: Mapping[str, np.ndarray],
     where: Path,
 ) -> None:
     """Take the head's own factors out of the file; they must be the table's, which they are to share."""
-    head, names = HEAD.removesuffix(".weight"), peft_names(site)
+    (table, head), names = own, peft_names(site)
     shared: Mapping[str, str] = site.method.peft_head  # type: ignore[attr-defined]
     found = {name: left.pop(f"{head}.{name}", None) for name in shared}
     if all(one is None for one in found.values()) and settings.tie:
         return
     if settings.gamma(head) == settings.gamma(table):
-        own = {names[name]: tensor for name, tensor in to_peft(site, factors).items()}
-        if all(one is not None and np.array_equal(one, own[shared[name]].T) for name, one in found.items()):
+        mine = {names[name]: tensor for name, tensor in to_peft(site, factors).items()}
+        if all(one is not None and np.array_equal(one, mine[shared[name]].T) for name, one in found.items()):
             return
     raise ValueError(
-        f"{where} adapts {table} and {head} each in its own way, and they share one weight here: train the adapter "
-        "with ensure_weight_tying"
+        f"{where} adapts {table} and {head} each in its own way, and this config both in one: wrap with `read_config`'s"
     )
-
-
-def _replaced(
-    settings: PeftSettings,
-    left: dict[str, np.ndarray],
-    found: Mapping[str, Place],
-    shapes: Mapping[str, tuple[int, ...]],
-    table: str | None,
-    where: Path,
-) -> dict[str, np.ndarray]:
-    """Read the whole weights that are left in the file."""
-    weights: dict[str, np.ndarray] = {}
-    tied: list[np.ndarray] = []
-    for name, tensor in left.items():
-        # PEFT calls the weight of an adapted table base_layer, and saves a table that was resized under its own name.
-        plain = name.replace(".base_layer.", ".")
-        module = plain.rpartition(".")[0]
-        if plain == HEAD and table is not None:
-            tied.append(tensor)
-        elif plain in found and (
-            plain != name or settings.saves(module) or plain == HEAD or is_table(found[plain].path)
-        ):
-            weights[plain] = tensor
-        else:
-            raise ValueError(f"{where} holds {shown(PREFIX + name)}, for which the model or {CONFIG_NAME} has no place")
-    for tensor in tied:
-        if not np.array_equal(weights.setdefault(f"{table}.weight", tensor), tensor):
-            raise ValueError(f"{where} holds a head that is not the token table, and they share one weight here")
-    for name in found:
-        if settings.saves(name.rpartition(".")[0]) and name not in weights:
-            raise ValueError(f"{where} lacks {PREFIX}{name}, which modules_to_save names: save the adapter again")
-    return {
-        path: _whole(path, layers, shapes[path], found, weights, where)
-        for path, layers in by_path({name: found[name] for name in weights}).items()
-    }
-
-
-def _whole(
-    path: str,
-    layers: Mapping[int | None, str],
-    shape: tuple[int, ...],
-    found: Mapping[str, Place],
-    weights: Mapping[str, np.ndarray],
-    where: Path,
-) -> np.ndarray:
-    """Put one weight together, of one tensor or of one for each layer."""
-    if None not in layers and len(layers) != shape[0]:
-        raise ValueError(f"{where} replaces some layers of {path} alone: load a base whose layers are not stacked")
-    parts = []
-    for n in sorted_layers(layers):
-        name = layers[n]
-        part = weight_from_torch(found[name], found[name].one(shape), weights[name])
-        if part is None:
-            raise ValueError(
-                f"{where}: {PREFIX}{name} has shape {weights[name].shape}, which does not fit {path} of shape "
-                f"{found[name].one(shape)}"
-            )
-        parts.append(part)
-    return parts[0] if None in layers else np.stack(parts)
 
 
 def replace(params: Params, replaced: Mapping[str, Any]) -> Params:
     """Return the parameters with whole weights replaced, in the dtypes of `params`.
+
+    Raises:
+      ValueError: a weight is none of the parameters, or one use of it alone is replaced.
 
     >>> replace({"w": jnp.ones(2), "b": jnp.ones(2)}, {"w": np.zeros(2)})["w"].tolist()
     [0.0, 0.0]
     """
     leaves = named_leaves(params)
     if unknown := sorted(set(replaced) - set(leaves)):
+        whole, use = split_use(unknown[0])
+        if whole in leaves:
+            raise ValueError(
+                f"the adapter brings another weight for the {use} of {whole} alone: give the model a head of its own, "
+                "with weights of its own"
+            )
         raise ValueError(f"the parameters have no {unknown[0]}")
     put = leaves | {path: jnp.asarray(weight, leaves[path].dtype) for path, weight in replaced.items()}
     return jax.tree.unflatten(jax.tree.structure(params), list(put.values()))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Collection, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -12,16 +12,19 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from rslora_jax.config import split_use
 from rslora_jax.interop.decoder import DECODER
 from rslora_jax.interop.names import Names, Place
 from rslora_jax.interop.new_folder import written_whole
 from rslora_jax.interop.peft import vllm
-from rslora_jax.interop.peft.config import HEAD, places_of_modules, tied_table
+from rslora_jax.interop.peft.config import places_of_modules
 from rslora_jax.interop.peft.files import CONFIG_NAME, PREFIX, write_tensors
-from rslora_jax.interop.peft.layout import by_path, peft_names, refit, site_modules, to_peft
+from rslora_jax.interop.peft.layout import peft_names, refit, site_modules, to_peft
 from rslora_jax.interop.peft.scales import Scales, one_scale, own_scales
 from rslora_jax.interop.peft.settings import ends_with
+from rslora_jax.interop.peft.tied import Places
 from rslora_jax.interop.shards import DTYPES
+from rslora_jax.transform.uses import LOOKUP, PRODUCT
 from rslora_jax.wrap import Adapters, Lora
 
 # Fields that every version of PEFT has known for long.
@@ -75,21 +78,18 @@ def save_peft(
     if dtype not in DTYPES:
         raise ValueError(f"dtype={dtype!r} is not known: use {', '.join(DTYPES)}")
     replaced = replaced or {}
-    found, shapes, modules = site_modules(lora, names)
-    lora.check({path: jax.ShapeDtypeStruct(shape, "float32") for path, shape in shapes.items()}, adapters)
-    table = tied_table(names, found)
-    if table is not None and found[f"{table}.weight"].path not in lora.sites:
-        table = None
+    places, modules = site_modules(lora, names)
+    lora.check({path: jax.ShapeDtypeStruct(shape, "float32") for path, shape in lora.shapes.items()}, adapters)
     if for_vllm:
-        vllm.check_sites(modules, table, replaced)
+        vllm.check_sites(lora, modules, replaced)
     plan = one_scale(lora) if for_vllm else own_scales(lora)
-    tensors = _factor_tensors(lora, adapters, modules, plan, table, dtype)
-    whole, saved = _replaced_tensors(lora, replaced, found)
+    tensors = _factor_tensors(lora, adapters, modules, plan, dtype)
+    whole, saved = _replaced_tensors(replaced, modules, places, lora.tied)
     config = {
         **_FIELDS,
         "base_model_name_or_path": base_model,
         "task_type": task_type,
-        **_described(modules, plan, places_of_modules(found, shapes), table),
+        **_described(lora, modules, plan, places_of_modules(places.found, places.shapes)),
         "modules_to_save": saved or None,
     }
     with written_whole(Path(folder)) as out:
@@ -102,9 +102,8 @@ def save_peft(
 def _factor_tensors(
     lora: Lora,
     adapters: Adapters,
-    modules: Mapping[str, Mapping[int | None, str]],
+    modules: Mapping[str, Mapping[str, int | None]],
     plan: Scales,
-    table: str | None,
     dtype: str,
 ) -> dict[str, np.ndarray]:
     """Give the factors of every module as PEFT names and lays them; a table that is the head too has them twice."""
@@ -114,33 +113,36 @@ def _factor_tensors(
         names = peft_names(site)
         own = {name: np.asarray(jax.device_get(array)) for name, array in adapters[path].items()}
         own = refit(site, own, rank, factor)
-        for layer, module in modules[path].items():
+        shared = site.tied and not site.use  # of a table and its head, which has the same turned
+        for module, layer in [*modules[path].items()][: 1 if shared else None]:
             one = own if layer is None else {name: array[layer] for name, array in own.items()}
             for name, tensor in to_peft(site, one).items():
                 tensors[f"{module}.{names[name]}"] = _rounded(f"{module}.{names[name]}", tensor, dtype)
-            if module == table:
-                head = HEAD.removesuffix(".weight")
-                for name, of in site.method.peft_head.items():  # type: ignore[attr-defined]
-                    tensors[f"{head}.{name}"] = tensors[f"{module}.{of}"].T
+        if shared:
+            table, head = modules[path]
+            for name, of in site.method.peft_head.items():  # type: ignore[attr-defined]
+                tensors[f"{head}.{name}"] = tensors[f"{table}.{of}"].T
     return tensors
 
 
 def _replaced_tensors(
-    lora: Lora, replaced: Mapping[str, Any], found: Mapping[str, Place]
+    replaced: Mapping[str, Any], modules: Mapping[str, Iterable[str]], places: Places, tied: Collection[str]
 ) -> tuple[dict[str, np.ndarray], list[str]]:
     """Give the whole weights as PEFT names and lays them, and its modules_to_save."""
-    names = by_path(found)
+    found, adapted = places.found, {module for of in modules.values() for module in of}
     tensors: dict[str, np.ndarray] = {}
     saved: dict[str, set[str]] = {}
     for path, whole in replaced.items():
-        if path not in names:
-            raise ValueError(f"the base has no {path}, which is to be replaced")
         weight = np.asarray(jax.device_get(whole))
-        for layer, name in names[path].items():
+        names = _names_of(path, places, tied)
+        # The base layer of an adapted module is the one weight of both, in PEFT too.
+        own = [name for name in names if name.rpartition(".")[0] in adapted]
+        for name in own or names:
             module, _, leaf = name.rpartition(".")
-            written = f"{module}.base_layer.{leaf}" if path in lora.sites else name
-            if path not in lora.sites:
+            written = f"{module}.base_layer.{leaf}" if module in adapted else name
+            if module not in adapted:
                 saved.setdefault(module, set()).add(leaf)
+            layer = found[name].layer
             tensors[written] = found[name].to_file(weight if layer is None else weight[layer])
     for name in found:
         module, _, leaf = name.rpartition(".")
@@ -149,14 +151,35 @@ def _replaced_tensors(
     return tensors, sorted(saved)
 
 
+def _names_of(path: str, places: Places, tied: Collection[str]) -> list[str]:
+    """Return the names of the weights in PEFT that a replaced one is: of a table that is the head too, both modules'.
+
+    Raises:
+      ValueError: the base has no such weight, or no module for one use of it.
+    """
+    whole, use = split_use(path)
+    names = [name for name, place in places.found.items() if place.path == path]
+    if use == LOOKUP and not names:
+        names = [name for name, place in places.found.items() if place.path == whole]
+    heads = [name for name, place in places.found.items() if place.path == f"{path}@{PRODUCT}"]
+    if not names:
+        raise ValueError(f"the base has no {path}, which is to be replaced")
+    if path in tied and not heads:
+        raise ValueError(
+            f"{path} is multiplied as well as looked up, and PEFT has a copy for each: give the table of names the "
+            f'head\'s, "{path}@{PRODUCT}": "lm_head.weight"'
+        )
+    return names + heads
+
+
 def _described(
-    modules: Mapping[str, Mapping[int | None, str]],
+    lora: Lora,
+    modules: Mapping[str, Mapping[str, int | None]],
     plan: Scales,
     everything: Mapping[str, Place],
-    table: str | None,
 ) -> dict[str, Any]:
     """Give the fields of the config that say what is adapted, of which rank and at which scale."""
-    adapted = {module: path for path, of in modules.items() for module in of.values()}
+    adapted = {module: path for path, of in modules.items() for module in of}
     config: dict[str, Any] = {
         "r": plan.rank,
         "lora_alpha": _number(plan.alpha),
@@ -165,9 +188,8 @@ def _described(
         "rank_pattern": _patterns({m: plan.own[path][0] for m, path in adapted.items()}, plan.rank),
         "alpha_pattern": _patterns({m: _number(plan.own[p][1]) for m, p in adapted.items()}, _number(plan.alpha)),
     }
-    if table is not None:  # one adapter for both uses of the table; a version of PEFT without this field reads both
-        config["target_modules"] = sorted({*config["target_modules"], HEAD.removesuffix(".weight")})
-        config["ensure_weight_tying"] = True
+    if any(site.tied and not site.use for site in lora.sites.values()):
+        config["ensure_weight_tying"] = True  # a version of PEFT without this field reads both adapters
     return config
 
 

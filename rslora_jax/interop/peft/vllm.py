@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 from rslora_jax.interop.names import shown
 from rslora_jax.interop.peft.files import CONFIG_NAME, FACTOR, PREFIX, WEIGHTS_NAME, as_opened
 from rslora_jax.interop.peft.settings import read_settings
+from rslora_jax.wrap import Lora
 
 # What --max-lora-rank takes.
 _RANKS = (8, 16, 32, 64, 128, 256, 320, 512)
@@ -66,17 +67,17 @@ def _check_module(module: str) -> None:
         raise ValueError(f"vLLM has no adapter for {shown(module)}: exclude it, or merge the adapter into its base")
 
 
-def check_sites(modules: Mapping[str, Mapping[Any, str]], table: str | None, replaced: Any) -> None:
+def check_sites(lora: Lora, modules: Mapping[str, Iterable[str]], replaced: Any) -> None:
     """Raise a ValueError where a model's adapters cannot be written for vLLM."""
     if replaced:
         raise ValueError(
             f"vLLM serves no weights that were replaced ({min(replaced)}): merge the adapter into its base"
         )
-    if table is not None:
+    if tied := [site.path for site in lora.sites.values() if site.tied]:
         raise ValueError(
-            f"{table} is also the head, and how vLLM would serve its adapter depends on its version: merge the "
-            "adapter into its base"
+            f"{tied[0]} is of a table that is also the head, and how vLLM would serve its adapter depends on its "
+            "version: merge the adapter into its base"
         )
     for of in modules.values():
-        for module in of.values():
+        for module in of:
             _check_module(module)

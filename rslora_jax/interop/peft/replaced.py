@@ -1,0 +1,101 @@
+"""The whole weights that a PEFT adapter brings: its modules_to_save, and the table and head that PEFT saves along."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping
+from pathlib import Path
+
+import numpy as np
+
+from rslora_jax.config import split_use
+from rslora_jax.interop.names import Place, shown
+from rslora_jax.interop.peft.files import CONFIG_NAME, PREFIX
+from rslora_jax.interop.peft.layout import is_table, weight_from_torch
+from rslora_jax.interop.peft.settings import PeftSettings
+from rslora_jax.interop.peft.tied import Places, ties_copies
+from rslora_jax.transform.uses import LOOKUP
+
+
+def replaced_weights(
+    settings: PeftSettings, left: Mapping[str, np.ndarray], places: Places, tied: Collection[str], where: Path
+) -> dict[str, np.ndarray]:
+    """Read the whole weights among the tensors that are left in a file.
+
+    Args:
+      settings: what the adapter's configuration says.
+      left: the tensors by name, without PEFT's prefix.
+      places: where a model's weights are.
+      tied: the paths of those that are both looked up and multiplied.
+      where: the file, for errors.
+
+    Returns:
+      The weights by path, and at "path@lookup" or "path@product" what PEFT has in place of one use alone.
+    """
+    weights = _named_weights(settings, left, places, where)
+    found = dict(places.found)
+    for table, head in places.heads.items():
+        one, other = f"{table}.weight", f"{head}.weight"
+        both = one in weights and other in weights
+        if both and np.array_equal(weights[one], weights[other]):
+            del weights[other]
+        elif both or (settings.saves(table) != settings.saves(head) and not ties_copies(settings)):
+            found[one] = found[one]._replace(path=f"{found[one].path}@{LOOKUP}")
+        elif other in weights:
+            weights[one] = weights.pop(other)
+    for name in weights:
+        if found[name].path in tied and not places.heads and settings.saves(name.rpartition(".")[0]):
+            # PEFT copies the embedding alone, which leaves the head as it is.
+            found[name] = found[name]._replace(path=f"{found[name].path}@{LOOKUP}")
+    by_path: dict[str, dict[int | None, str]] = {}
+    for name in weights:
+        by_path.setdefault(found[name].path, {})[found[name].layer] = name
+    return {path: _whole(path, layers, places, weights, where) for path, layers in by_path.items()}
+
+
+def _named_weights(
+    settings: PeftSettings, left: Mapping[str, np.ndarray], places: Places, where: Path
+) -> dict[str, np.ndarray]:
+    """Return the tensors by the names of their weights; a ValueError for one that has no place, or that is missing."""
+    weights: dict[str, np.ndarray] = {}
+    heads = {f"{head}.weight" for head in places.heads.values()}
+    for name, tensor in left.items():
+        # PEFT calls the weight of an adapted table base_layer, and saves a table that was resized under its own name.
+        plain = name.replace(".base_layer.", ".")
+        module = plain.rpartition(".")[0]
+        known = plain in places.found and (
+            plain != name
+            or settings.saves(module)
+            or plain in heads
+            or module.rpartition(".")[2] == "lm_head"
+            or is_table(places.found[plain].path)
+        )
+        if not known:
+            raise ValueError(f"{where} holds {shown(PREFIX + name)}, for which the model or {CONFIG_NAME} has no place")
+        if plain in weights and not np.array_equal(weights[plain], tensor):
+            raise ValueError(f"{where} holds {shown(PREFIX + name)} twice, with other numbers: save the adapter again")
+        weights[plain] = tensor
+    for name in places.found:
+        if settings.saves(name.rpartition(".")[0]) and name not in weights and not (settings.tie and name in heads):
+            raise ValueError(f"{where} lacks {PREFIX}{name}, which modules_to_save names: save the adapter again")
+    return weights
+
+
+def _whole(
+    path: str, layers: Mapping[int | None, str], places: Places, weights: Mapping[str, np.ndarray], where: Path
+) -> np.ndarray:
+    """Put one weight together, of one tensor or of one for each layer."""
+    shape = places.shapes.get(path, places.shapes[split_use(path)[0]])
+    if None not in layers and len(layers) != shape[0]:
+        raise ValueError(f"{where} replaces some layers of {path} alone: load a base whose layers are not stacked")
+    parts = []
+    for n in sorted(layers, key=lambda n: -1 if n is None else n):
+        name = layers[n]
+        place: Place = places.found[name]
+        part = weight_from_torch(place, place.one(shape), weights[name])
+        if part is None:
+            raise ValueError(
+                f"{where}: {PREFIX}{name} has shape {weights[name].shape}, which does not fit {path} of shape "
+                f"{place.one(shape)}"
+            )
+        parts.append(part)
+    return parts[0] if None in layers else np.stack(parts)
