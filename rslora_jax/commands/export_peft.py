@@ -35,7 +35,7 @@ def export_peft(a: argparse.Namespace) -> int:
     model = a.model or opened.settings.get("model")
     print(f"reading {model_name(model)}", flush=True)
     base = load_base(opened, a.model)
-    lora, _, adapters, replaced = attach(opened, base)
+    lora, _, adapters, base, replaced = attach(opened, base)
     name = a.base_model or _name_for_peft(model)
     options = {"base_model": name, "for_vllm": a.target == "vllm", "dtype": a.dtype, "replaced": replaced}
     peft.save_peft(a.out, lora, adapters, base.family.names, **options)

@@ -31,7 +31,7 @@ def import_peft(a: argparse.Namespace) -> int:
     opened = open_peft_adapters(a.folder)  # before the base is read, which takes longer
     print(f"reading {model_name(a.model)}", flush=True)
     base = load_model(a.model, param_dtype=a.param_dtype)
-    lora, variables, adapters, _ = attach_alone(opened, base)
+    lora, variables, adapters, *_ = attach_alone(opened, base)
     config = lora.config
     print(lora, flush=True)
     model = str(Path(a.model).absolute()) if a.model and Path(a.model).exists() else a.model

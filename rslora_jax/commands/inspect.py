@@ -66,7 +66,7 @@ def _measure(opened: Any, model: str | None, with_base: bool) -> tuple[Any, Sequ
     found: dict[str, Any] = {"shapes": {path: s for path in opened.adapters if (s := opened.shape(path)) is not None}}
     config, adapters = opened.config, opened.adapters
     if with_base:
-        lora, variables, adapters, _ = attach(opened, load_base(opened, model))
+        lora, variables, adapters, *_ = attach(opened, load_base(opened, model))
         config, found = lora.config, {"sites": lora.sites, "weights": named_leaves(variables)}
     if config is None:
         raise ValueError(f"{opened.source} is of PEFT, and is read beside its base: say with --model where that is")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import dataclasses
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -36,24 +37,30 @@ def merge(a: argparse.Namespace) -> int:
     from rslora_jax.interop.load import folder_of
     from rslora_jax.interop.merged import write_merged
     from rslora_jax.interop.rounding import by_kind, meaning, together
+    from rslora_jax.interop.untied import untie_adapters
     from rslora_jax.store.checkpoint import size_of
 
     opened = open_adapters(a.folder, step=step)
     model = a.model or opened.settings.get("model")
     print(f"reading {opened.source} and {model_name(model)}", flush=True)
     base = load_base(opened, a.model)
-    lora, variables, adapters, _ = attach(opened, base)
+    attached = attach(opened, base)
+    whole = dataclasses.replace(attached.model, variables=attached.variables)
+    base, lora, adapters = untie_adapters(whole, attached.lora, attached.adapters)
+    if base.config != attached.model.config:
+        print("the look-up of the token table is adapted apart from the head: the model gets a head of its own")
     with writing(out):
         roundings = write_merged(
             out,
             lora,
-            variables,
+            base.variables,
             adapters,
             config=base.config,
             tokenizer=base.tokenizer,
             family=base.family,
             dtype=a.dtype,
             base=folder_of(model),
+            changed=base.changed,
             max_shard_size=size,
             progress=progress_line("merging"),
         )

@@ -15,6 +15,8 @@ from rslora_jax.interop.adapter_folder import attach, load_base, open_adapters, 
 from rslora_jax.interop.chat_template import parse_options
 from rslora_jax.interop.family import Family
 from rslora_jax.interop.load import load_model
+from rslora_jax.interop.model import Model
+from rslora_jax.interop.untied import merge_model
 from rslora_jax.methods.method import rescaled as with_update_times
 from rslora_jax.models.layout import unstack_adapters, unstack_layers
 from rslora_jax.wrap import Adapters, Lora, wrap
@@ -79,8 +81,11 @@ def load_runs(
         base = load_model(model, scan_layers=not looped, param_dtype=its, dtype=its)
     base = base.with_template_options(parse_options([*first.get("template_option", []), *template_options]))
     loras, loaded = list[Lora](), []
-    for folder, one in zip(runs, opened, strict=True):
-        lora, variables, adapters, _ = attach(one, base)
+    attached = [attach(one, base) for one in opened]
+    if untied := [one.model for one in attached if one.model is not base]:
+        base = untied[0]  # a head of its own, of which all are then to know
+        attached = [attach(one, base) for one in opened]
+    for folder, one, (lora, variables, adapters, *_) in zip(runs, opened, attached, strict=True):
         known = next((other for other in loras if _same_shapes(other, lora)), lora)
         loras.append(known)
         at = int(one.source.name) if one.source.parent.name == "checkpoints" else None
@@ -114,7 +119,10 @@ def program(loaded: LoadedRuns, run: Run | None, *, merged: bool = False) -> tup
     adapters of zeros: it is the base to the bit, and nothing more is compiled.
     """
     if merged and run:
-        return loaded.family.build(loaded.config).apply, run.lora.merge(run.variables, run.adapters)
+        model = merge_model(
+            Model(loaded.config, run.variables, loaded.tokenizer, loaded.family), run.lora, run.adapters
+        )
+        return model.apply, model.variables
     if run:
         return _adapted(run.lora), (run.variables, run.adapters)
     if loaded.runs:

@@ -28,6 +28,7 @@ def train(a: argparse.Namespace) -> int:
     import jax
 
     from rslora_jax.commands.data import examples
+    from rslora_jax.interop.untied import merge_model
     from rslora_jax.train import NonFiniteLoss
 
     _check_flags(a)
@@ -47,7 +48,7 @@ def train(a: argparse.Namespace) -> int:
     # Of several processes none holds the whole of what the model writes.
     asked = heldout[:2] if jax.process_count() == 1 else []
     answers = _answerer(a, base, asked)
-    before = answers(base.variables)
+    before = answers(base)
     _show_answers(asked, {"base model": before})
     try:
         result = _fit(a, lora, base.variables, adapters, data, optimizer, placement, of_examples)
@@ -60,7 +61,7 @@ def train(a: argparse.Namespace) -> int:
     if result.signal:
         print(f"stopped before step {a.steps}; {_what_is_left(a)}")
         return 128 + result.signal
-    after = answers(lora.merge(base.variables, result.adapters))
+    after = answers(merge_model(base, lora, result.adapters))
     _show_answers(asked, {"before": before, "after": after})
     return _conclude(a, result, time.monotonic() - begun)
 
@@ -193,8 +194,9 @@ def _answerer(a: argparse.Namespace, base: Any, asked: Sequence[Any]) -> Callabl
 
     apply, max_len = base.apply, min(a.max_len, base.config.max_len)  # one `apply` for both: it tells programs apart
 
-    def answers(variables: Any) -> list[str]:
-        return samples.write(apply, variables, base.config, base.tokenizer, asked, max_new=40, max_len=max_len)
+    def answers(model: Any) -> list[str]:
+        own = apply if model.config == base.config else model.apply
+        return samples.write(own, model.variables, model.config, base.tokenizer, asked, max_new=40, max_len=max_len)
 
     return answers
 

@@ -11,13 +11,14 @@ from typing import Any, Literal, NamedTuple
 import jax
 import numpy as np
 
-from rslora_jax.config import LoraConfig
+from rslora_jax.config import LoraConfig, split_use
 from rslora_jax.interop.family import Family
 from rslora_jax.interop.load import find_family, load_model
 from rslora_jax.interop.model import Model
 from rslora_jax.interop.names import is_looped
 from rslora_jax.interop.peft import PeftFolder, base_of, load_peft, open_peft, read_config, replace
 from rslora_jax.interop.peft.files import CONFIG_NAME
+from rslora_jax.interop.untied import untie
 from rslora_jax.pytrees import Params
 from rslora_jax.sites import named_leaves
 from rslora_jax.store import checkpoint
@@ -56,13 +57,14 @@ class Opened:
 class Attached(NamedTuple):
     """Adapters on their base: `lora.apply(variables, adapters, tokens)` is the model.
 
-    `replaced` holds what a PEFT folder has in place of weights of the base (`modules_to_save`), by path; the variables
-    have it already.
+    `model` is the base, with a head of its own where a PEFT folder replaces its table or its head alone. `replaced` is
+    what such a folder has in place of weights of the base (`modules_to_save`), by path; the variables have it already.
     """
 
     lora: Lora
     variables: Params
     adapters: Adapters
+    model: Model
     replaced: Mapping[str, Any] = {}
 
 
@@ -138,13 +140,15 @@ def attach(opened: Opened, model: Model) -> Attached:
         names = model.family.names
         lora = wrap(apply, variables, tokens, config=read_config(opened.peft, variables, names))
         adapters, replaced = load_peft(opened.peft, lora, names)
-        return Attached(lora, replace(variables, replaced), adapters, replaced)
+        if any(split_use(path)[1] for path in replaced):  # the table or the head alone, which were one
+            return attach(opened, untie(model))
+        return Attached(lora, replace(variables, replaced), adapters, model, replaced)
     assert opened.config is not None  # a run has one
     if opened.base:
         checkpoint.check_same(opened.source, {"base": opened.base}, {"base": checksums(variables)})
     lora = wrap(apply, variables, tokens, config=opened.config)
     lora.check(variables, opened.adapters)
-    return Attached(lora, variables, opened.adapters)
+    return Attached(lora, variables, opened.adapters, model)
 
 
 def attach_alone(opened: Opened, model: Model) -> Attached:
@@ -154,7 +158,12 @@ def attach_alone(opened: Opened, model: Model) -> Attached:
       ValueError: as `attach`; or a PEFT folder replaces a weight by another.
     """
     attached = attach(opened, model)
-    base = named_leaves(model.variables)
+    if attached.model is not model:
+        raise ValueError(
+            f"{opened.source} replaces the base's token table or its head alone, which are one weight, and a run's "
+            "folder holds adapters alone: merge the adapter into its base first, `rslora merge`"
+        )
+    base = named_leaves(attached.model.variables)
     for path, weight in attached.replaced.items():
         # PEFT saves an adapted token table along, mostly as it was.
         if not np.array_equal(np.asarray(base[path]), weight.astype(base[path].dtype)):
@@ -162,7 +171,7 @@ def attach_alone(opened: Opened, model: Model) -> Attached:
                 f"{opened.source} replaces the base's {path}, and a run's folder holds adapters alone: use "
                 "rslora_jax.interop.load_peft and replace"
             )
-    return attached._replace(variables=model.variables)
+    return attached._replace(variables=attached.model.variables)
 
 
 def parse_step(text: str | None) -> Step | None:

@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+import dataclasses
+from typing import Any
+
+import jax.numpy as jnp
+
 from rslora_jax.interop import decoder_config, decoder_gguf
-from rslora_jax.interop.family import Family
+from rslora_jax.interop.family import Family, Untied
 from rslora_jax.interop.names import Names, Weight
 from rslora_jax.models.decoder import SHARDING_RULES, Decoder, Embed, Layer
 from rslora_jax.models.decoder_config import DecoderConfig
@@ -46,6 +51,14 @@ def _ignored(config: DecoderConfig, name: str) -> bool:
     return (config.tie_head and name == "lm_head.weight") or name.endswith(".rotary_emb.inv_freq")
 
 
+def _untie(config: DecoderConfig, variables: dict[str, Any]) -> Untied:
+    """Give the model with a head of its own."""
+    kernel_DxV = jnp.asarray(variables["params"]["embed"]["embedding"]).T
+    own = {**variables, "params": variables["params"] | {"lm_head": {"kernel": kernel_DxV}}}
+    paths = ("params/embed/embedding", "params/lm_head/kernel")
+    return Untied(dataclasses.replace(config, tie_head=False), own, *paths, {"tie_word_embeddings": False})
+
+
 DECODER = Family(
     model_types=decoder_config.MODEL_TYPES,
     read_config=decoder_config.read_decoder_config,
@@ -60,6 +73,7 @@ DECODER = Family(
         **_in_layers(_VECTORS, transposed=False),
     },
     ignored=_ignored,
+    untie=_untie,
     sharding_rules=SHARDING_RULES,
     blocks=(Embed, Layer),
     gguf=decoder_gguf.FORM,

@@ -4,13 +4,29 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
 from flax import linen as nn
 
 from rslora_jax.interop.names import Names
+
+
+class Untied(NamedTuple):
+    """A model that was given a head of its own.
+
+    Attributes:
+      config, variables: its own.
+      table, head: the paths of the two weights.
+      changed: the fields of config.json that say so.
+    """
+
+    config: Any
+    variables: Any
+    table: str
+    head: str
+    changed: dict[str, Any]
 
 
 @dataclasses.dataclass(frozen=True, eq=False, kw_only=True)
@@ -30,6 +46,8 @@ class Family:
       names: the Hugging Face name of every weight, and whether it is stored transposed.
       ignored: says whether a folder may hold a tensor without a place here, from (the configuration, its name);
         None where it may not.
+      untie: gives, from (a configuration, its variables) of a model whose token table is its head too, the same with a
+        head of its own; None where no model of the family is tied.
       sharding_rules: where weights lie on a mesh, for `parallel.sharding.param_shardings`.
       blocks: the classes of modules between which rows stay on their devices, for `parallel.sharding.pin_rows`.
       gguf: how GGUF files hold the family; None where they are not read.
@@ -41,6 +59,7 @@ class Family:
     build: Callable[[Any], nn.Module]
     names: Names
     ignored: Callable[[Any, str], bool] | None = None
+    untie: Callable[[Any, Any], Untied] | None = None
     sharding_rules: Sequence[Any] = ()
     blocks: tuple[type, ...] = ()
     gguf: GgufForm | None = None

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import jax.numpy as jnp
@@ -87,15 +88,20 @@ def family_of_folder(folder: str | Path) -> Family:
 
 
 def files_beside_weights(
-    config: Any, tokenizer: Tokenizer, dtype: str, family: Family, base: Path | None = None
+    config: Any,
+    tokenizer: Tokenizer,
+    dtype: str,
+    family: Family,
+    base: Path | None = None,
+    changed: Mapping[str, Any] = MappingProxyType({}),
 ) -> dict[str, str]:
     """Give the text of the files of a folder beside its weights, by name.
 
-    Where there is the folder of a `base`, only its config.json, with the dtype changed, and its generation_config.json
-    where that lacks a token at which generation stops here: its other files are copied.
+    Where there is the folder of a `base`, only its config.json, with the dtype and the `changed` fields changed, and
+    its generation_config.json where that lacks a token at which generation stops here: its other files are copied.
     """
     if base is not None:
-        files = {_CONFIG: json_text(_with_dtype(read_json(base / _CONFIG), dtype))}
+        files = {_CONFIG: json_text({**_with_dtype(read_json(base / _CONFIG), dtype), **changed})}
         return files | _stops_of_base(base, tokenizer)
     ids = {"bos_token_id": tokenizer.bos_id, "eos_token_id": tokenizer.eos_id, "pad_token_id": tokenizer.pad_id}
     ids = {name: number for name, number in ids.items() if number is not None}

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -49,6 +50,7 @@ def write_merged(
     family: Family = DECODER,
     names: Names | None = None,
     base: str | Path | None = None,
+    changed: Mapping[str, Any] = MappingProxyType({}),
     max_shard_size: int = 5_000_000_000,
     progress: Callable[[int, int], Any] = lambda done, total: None,
 ) -> list[Rounding]:
@@ -69,6 +71,7 @@ def write_merged(
       base: the Hugging Face folder that the base was loaded from, if it was: its config.json, with only the dtype
         changed, its generation_config.json (with the tokens at which generation stops here, where it lacks one) and
         the files of its tokenizer are taken in place of ones made here.
+      changed: fields of the base's config.json that are others in the model, as of `Model`.
       max_shard_size: bytes in a file of weights.
       progress: told the number of tensors done and their number in all.
 
@@ -107,7 +110,7 @@ def write_merged(
     with written_whole(folder) as draft:
         progress(0, len(found))
         write_folder(draft, shapes, dtype, make, most=max_shard_size)
-        for file, content in files_beside_weights(config, tokenizer, dtype, family, base).items():
+        for file, content in files_beside_weights(config, tokenizer, dtype, family, base, changed).items():
             (draft / file).write_text(content, encoding="utf-8")
         for file in _COPIED:
             if base is not None and (base / file).is_file() and not (draft / file).exists():

@@ -33,12 +33,14 @@ class Model:
       variables: the weights, a pytree.
       tokenizer: the tokenizer.
       family: what the library knows of models of this kind.
+      changed: the fields of config.json that are others than in the file that it was read from.
     """
 
     config: Any
     variables: dict[str, Any]
     tokenizer: Tokenizer
     family: Family
+    changed: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
     def __iter__(self) -> Iterator[Any]:
         return iter((self.config, self.variables, self.tokenizer))

@@ -58,6 +58,24 @@ def test_logits_are_those_of_the_adapters(size, tied, tiny, tmp_path):
     assert (model.generation_config.eos_token_id, model.generation_config.pad_token_id) == (0, 1)
 
 
+@pytest.mark.parametrize("uses", [("lookup",), ("product",), ("lookup", "product")])
+def test_adapters_of_one_use_of_a_table_are_merged_into_a_head_of_its_own(uses, tiny, tmp_path, capsys):
+    del tiny.weights["output.weight"]
+    targets = ["*/up_proj/kernel", *(f"*/embedding@{use}" for use in uses)]
+    lora, loaded, adapters = make_run(tmp_path / "run", tiny.write(tmp_path / "tiny.gguf"), targets=targets)
+    assert main(["merge", str(tmp_path / "run"), "--out", str(tmp_path / "out"), "--dtype", "float32"]) == 0
+    assert "the model gets a head of its own" in capsys.readouterr().out
+    tokens = np.random.default_rng(1).integers(0, 10, (3, 17))
+    model = load(tmp_path / "out")
+    want = np.asarray(lora.apply(loaded.variables, adapters, jnp.asarray(tokens)))
+    np.testing.assert_allclose(logits(model, tokens), want, rtol=0, atol=1e-4)
+    assert not model.config.tie_word_embeddings
+    table = np.asarray(loaded.variables["params"]["embed"]["embedding"])
+    made = {"lookup": model.get_input_embeddings(), "product": model.get_output_embeddings()}
+    changed = {use for use, layer in made.items() if not np.array_equal(layer.weight.detach().numpy(), table)}
+    assert changed == set(uses)
+
+
 @pytest.mark.parametrize("add_bos", [False, True])
 def test_ids_and_chats_are_those_of_our_tokenizer(add_bos, tiny, tmp_path):
     tiny.metadata |= {"tokenizer.chat_template": CHATML}

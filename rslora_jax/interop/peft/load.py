@@ -162,7 +162,8 @@ def replace(params: Params, replaced: Mapping[str, Any]) -> Params:
     """Return the parameters with whole weights replaced, in the dtypes of `params`.
 
     Raises:
-      ValueError: a weight is none of the parameters, or one use of it alone is replaced.
+      ValueError: a weight is none of the parameters, or one use of it alone is replaced; or a square one is nearer to
+        the base turned round than as it came, so that the table of names is wrong.
 
     >>> replace({"w": jnp.ones(2), "b": jnp.ones(2)}, {"w": np.zeros(2)})["w"].tolist()
     [0.0, 0.0]
@@ -176,5 +177,20 @@ def replace(params: Params, replaced: Mapping[str, Any]) -> Params:
                 "with weights of its own"
             )
         raise ValueError(f"the parameters have no {unknown[0]}")
+    for path, weight in replaced.items():
+        _check_way_round(path, np.asarray(weight), leaves[path])
     put = leaves | {path: jnp.asarray(weight, leaves[path].dtype) for path, weight in replaced.items()}
     return jax.tree.unflatten(jax.tree.structure(params), list(put.values()))
+
+
+def _check_way_round(path: str, weight: np.ndarray, base: Any) -> None:
+    """Refuse a square matrix of which only its transpose is a change of the base's: shapes cannot tell."""
+    if weight.ndim < 2 or weight.shape[-1] != weight.shape[-2] or not isinstance(base, (jax.Array, np.ndarray)):
+        return
+    was, now = np.asarray(base, np.float32), weight.astype(np.float32)
+    kept, turned = (np.linalg.norm(one - was) for one in (now, np.swapaxes(now, -1, -2)))
+    if turned < 0.5 * kept:
+        raise ValueError(
+            f"{path} comes with its axes the other way round than the base's, as those of a Conv1D of transformers do "
+            "where the table of names takes them for a linear layer's: give Weight(name, transposed=...) there"
+        )

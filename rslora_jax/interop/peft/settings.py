@@ -49,6 +49,8 @@ _HARMLESS = {
     # details of what is refused where it is asked for
     "megatron_core",
     "qalora_group_size",
+    # how it is trained: the forward pass is LoRA's
+    "velora_config",
 }
 # What a field may hold beside null, false and empty; others are refused, whether this version knows them or not.
 _NEUTRAL = {"bias": "none"}
@@ -232,8 +234,6 @@ def _check_values(fields: _Fields, settings: PeftSettings) -> None:
                 re.compile(rf"({one})$")
             except re.error as error:
                 raise ValueError(f"{where} has {name} {one!r}, which is no regular expression: {error}") from error
-    if settings.to_save and settings.transposed:
-        raise ValueError(f"{where} has both modules_to_save and fan_in_fan_out: the layout of its weights is unknown")
 
 
 def _several(value: Any) -> Any:

@@ -148,7 +148,6 @@ def test_a_layer_that_is_left_out_gets_zeros(folder, lora):
         (dict(layers_to_transform=[1]), "for which the model or adapter_config.json has no place"),
         (dict(rank_pattern={"up_proj": 4}), "has shape (5, 12), where"),
         (dict(modules_to_save=["lm_head"]), "lacks base_model.model.lm_head.weight"),
-        (dict(modules_to_save=["lm_head"], fan_in_fan_out=True), "fan_in_fan_out"),
     ],
 )
 def test_a_config_that_is_not_computed_is_refused_by_name(fields, said, folder, lora):
