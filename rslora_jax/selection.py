@@ -35,6 +35,7 @@ class Selection:
       left_out: the reason for each that the outputs depend on and that is not adapted.
       unused: those that no output depends on.
       notes: what the user is to be warned of.
+      kinds: what each weight is, adapted or not, as `Site.kind` says.
       tied: the paths of the weights that are both looked up and multiplied.
     """
 
@@ -42,6 +43,7 @@ class Selection:
     left_out: dict[str, str]
     unused: tuple[str, ...]
     notes: list[str]
+    kinds: dict[str, str]
     tied: tuple[str, ...]
 
 
@@ -88,11 +90,23 @@ def select(
     given = {name: role for p in weights for name, role in [(p, weights[p]), *by_use.get(p, {}).items()]}
     adapted = {p: (shapes[split_use(p)[0] if p not in shapes else p], given[p]) for p in given if p in chosen}
     sites, notes = _ranked(config, adapted)
-    sites = {p: dataclasses.replace(s, uses=_uses(found, s, s.weight in by_use)) for p, s in sites.items()}
+    sites = {
+        p: dataclasses.replace(s, uses=_uses(found, s, s.weight in by_use), groups=_groups(found, s))
+        for p, s in sites.items()
+    }
     notes += _warnings_of(config, left, shapes, stored, everything, found)
     notes += _guesses(config, sites, found) + _large_tables(weights, shapes)
     unused = tuple(p for p in leaves if p not in found.used)
-    return Selection(sites, left, unused, notes, tuple(by_use))
+    kinds = {path: role["kind"] for path, role in weights.items()}
+    return Selection(sites, left, unused, notes, kinds, tuple(by_use))
+
+
+def _groups(found: Found, site: Site) -> int:
+    """Return into how many groups a convolution parts its channels."""
+    if site.kind != "convolution":
+        return 1
+    counts = (use.eqn.params.get("feature_group_count", 1) for use in found.uses if use.site == site.weight)
+    return max(counts, default=1)
 
 
 def _uses(found: Found, site: Site, tied: bool) -> tuple[str, ...]:

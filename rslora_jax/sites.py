@@ -29,6 +29,7 @@ class Site:
       fallbacks: the uses that have no low-rank form, by primitive; there the weight is materialised.
       use: "lookup" or "product" where the adapter is that of one use, "" where it is that of all.
       uses: what the program does with the weight, in its order: "lookup" or "product" each time.
+      groups: of a convolution, into how many its channels are parted.
     """
 
     path: str
@@ -44,6 +45,7 @@ class Site:
     fallbacks: tuple[str, ...] = ()
     use: str = ""
     uses: tuple[str, ...] = ()
+    groups: int = 1
 
     @property
     def tied(self) -> bool:

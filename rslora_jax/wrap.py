@@ -76,6 +76,7 @@ class Lora:
       sites: the adapted weights by path, in the order in which the function uses them.
       left_out: the reason, by path, for each parameter on which the outputs depend and that is not adapted.
       unused: the paths of the parameters on which no output depends.
+      kinds: what the weights among the parameters are, adapted or not, as `Site.kind` says, by path.
       tied: the paths of the parameters that are both looked up and multiplied, as a table that is the head too.
       shapes: the shape of each parameter that is an array, by path.
       platform: what it is compiled for; None for JAX's own backend. See `on`.
@@ -87,6 +88,7 @@ class Lora:
     sites: Mapping[str, Site]
     left_out: Mapping[str, str]
     unused: tuple[str, ...]
+    kinds: Mapping[str, str]
     tied: tuple[str, ...]
     shapes: Mapping[str, tuple[int, ...]]
     platform: str | None
@@ -283,7 +285,13 @@ def wrap(fn: Callable[..., Any], params: Params, *args: Any, config: LoraConfig 
         warnings.warn(note, RsloraWarning, stacklevel=2)
     left_out = MappingProxyType(selection.left_out)
     known: dict[str, Any] = {"fn": fn, "config": config, "sites": MappingProxyType(sites), "left_out": left_out}
-    known |= {"unused": selection.unused, "tied": selection.tied, "shapes": MappingProxyType(shapes), "platform": None}
+    known |= {
+        "unused": selection.unused,
+        "kinds": MappingProxyType(selection.kinds),
+        "tied": selection.tied,
+        "shapes": MappingProxyType(shapes),
+        "platform": None,
+    }
     return Lora(**known, program=program, walk=walk)
 
 

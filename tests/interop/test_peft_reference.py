@@ -292,9 +292,8 @@ BLOCK = {
 }  # fmt: skip
 
 
-def test_a_model_with_its_own_table_of_names(tmp_path):
-    torch.manual_seed(0)
-    base, model = TorchBlock().eval(), Block()
+def block_variables(base, model):
+    """Give the Flax model's variables the numbers of torch's."""
     shapes = jax.eval_shape(model.init, jax.random.key(0), TOKENS)
     state = base.state_dict()
 
@@ -306,9 +305,18 @@ def test_a_model_with_its_own_table_of_names(tmp_path):
             tensor = tensor.T
         return jnp.array(tensor.reshape(leaf.shape))
 
-    variables = jax.tree_util.tree_map_with_path(weight, shapes)
+    return jax.tree_util.tree_map_with_path(weight, shapes)
+
+
+def block_outputs(model):
     with torch.no_grad():
-        plain = base(torch.tensor(TOKENS, dtype=torch.long)).numpy()
+        return model(torch.tensor(TOKENS, dtype=torch.long)).numpy()
+
+
+def test_a_model_with_its_own_table_of_names(tmp_path):
+    torch.manual_seed(0)
+    base, model = TorchBlock().eval(), Block()
+    variables, plain = block_variables(base, model), block_outputs(base)
     np.testing.assert_allclose(model.apply(variables, TOKENS), plain, rtol=0, atol=1e-5)
 
     config = rslora.LoraConfig(rank=3, alpha=7, targets=["*/kernel", "*/embedding"], rank_pattern={"*/out/*": 2})
@@ -319,9 +327,7 @@ def test_a_model_with_its_own_table_of_names(tmp_path):
     assert np.abs(want - plain).max() > 0.1 and np.abs(want).max() < 10
     save_peft(tmp_path / "out", lora, adapters, BLOCK, task_type=None)
     theirs = loaded(base, tmp_path / "out")
-    with torch.no_grad():
-        got = theirs(torch.tensor(TOKENS, dtype=torch.long)).numpy()
-    np.testing.assert_allclose(got, want, rtol=0, atol=1e-4)
+    np.testing.assert_allclose(block_outputs(theirs), want, rtol=0, atol=1e-4)
 
     theirs.save_pretrained(tmp_path / "theirs", save_embedding_layers=False)
     lora_2 = wrapped(model.apply, variables, read_config(tmp_path / "theirs", variables, BLOCK))
@@ -329,3 +335,20 @@ def test_a_model_with_its_own_table_of_names(tmp_path):
     jax.tree.map(np.testing.assert_array_equal, (back, replaced), (adapters, {}))
     with pytest.raises(ValueError, match="vLLM has no adapter for"):
         save_peft(tmp_path / "vllm", lora, adapters, BLOCK, for_vllm=True)
+
+
+def test_a_convolution_that_was_trained_whole_goes_both_ways(tmp_path):
+    torch.manual_seed(0)
+    base, model = TorchBlock().eval(), Block()
+    variables = block_variables(base, model)
+    config = peft.LoraConfig(r=3, lora_alpha=7, target_modules=["query"], modules_to_save=["conv"])
+    theirs = peft.get_peft_model(copy.deepcopy(base), config)
+    shake(theirs)
+    theirs.save_pretrained(tmp_path / "theirs")
+    want = block_outputs(theirs.eval())
+    lora = wrapped(model.apply, variables, read_config(tmp_path / "theirs", variables, BLOCK))
+    adapters, replaced = load_peft(tmp_path / "theirs", lora, BLOCK)
+    changed = replace(variables, replaced)
+    np.testing.assert_allclose(run(lora, changed, adapters), want, rtol=0, atol=1e-4)
+    save_peft(tmp_path / "again", lora, adapters, BLOCK, task_type=None, replaced=replaced)
+    np.testing.assert_allclose(block_outputs(loaded(base, tmp_path / "again")), want, rtol=0, atol=1e-4)

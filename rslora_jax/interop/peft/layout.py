@@ -60,6 +60,11 @@ def _check_axes(site: Site, stacked: bool) -> None:
             f"{site.path} of shape {site.shape} has the stacked axes {site.stack_axes}, where the table of names has "
             f"{stack}: PEFT has adapters for one matrix each"
         )
+    if site.groups > 1:
+        raise ValueError(
+            f"{site.path} is the kernel of a convolution in {site.groups} groups, of which PEFT's adapter has another "
+            "form: exclude it"
+        )
     last = len(site.shape) - 1
     if site.kind == "convolution" and (site.out_axes != (last,) or site.in_axes != tuple(range(last))):
         raise ValueError(f"{site.path} of shape {site.shape} is no kernel with axes (*window, in, out): exclude it")
@@ -150,6 +155,17 @@ def weight_from_torch(place: Place, shape: tuple[int, ...], tensor: np.ndarray) 
     ins = itertools.accumulate(shape[:-1], lambda size, n: size * n)
     fits = tensor.shape[1] in ins and tensor.size == math.prod(shape)
     return tensor.T.reshape(shape) if fits else None
+
+
+def weight_to_torch(place: Place, weight: np.ndarray, kind: str | None) -> np.ndarray:
+    """Give one layer's weight as PyTorch has it: the inverse of `weight_from_torch`.
+
+    Raises:
+      ValueError: it has more than two axes, and is no convolution's kernel (`kind`).
+    """
+    if kind == "convolution" and weight.ndim > 2 and place.transposed is not False:
+        return np.moveaxis(weight, (-2, -1), (1, 0))
+    return place.to_file(weight)
 
 
 def is_table(path: str) -> bool:

@@ -19,7 +19,7 @@ from rslora_jax.interop.new_folder import written_whole
 from rslora_jax.interop.peft import vllm
 from rslora_jax.interop.peft.config import places_of_modules
 from rslora_jax.interop.peft.files import CONFIG_NAME, PREFIX, write_tensors
-from rslora_jax.interop.peft.layout import peft_names, refit, site_modules, to_peft
+from rslora_jax.interop.peft.layout import peft_names, refit, site_modules, to_peft, weight_to_torch
 from rslora_jax.interop.peft.scales import Scales, one_scale, own_scales
 from rslora_jax.interop.peft.settings import ends_with
 from rslora_jax.interop.peft.tied import Places
@@ -84,7 +84,7 @@ def save_peft(
         vllm.check_sites(lora, modules, replaced)
     plan = one_scale(lora) if for_vllm else own_scales(lora)
     tensors = _factor_tensors(lora, adapters, modules, plan, dtype)
-    whole, saved = _replaced_tensors(replaced, modules, places, lora.tied)
+    whole, saved = _replaced_tensors(replaced, modules, places, lora)
     config = {
         **_FIELDS,
         "base_model_name_or_path": base_model,
@@ -126,7 +126,7 @@ def _factor_tensors(
 
 
 def _replaced_tensors(
-    replaced: Mapping[str, Any], modules: Mapping[str, Iterable[str]], places: Places, tied: Collection[str]
+    replaced: Mapping[str, Any], modules: Mapping[str, Iterable[str]], places: Places, lora: Lora
 ) -> tuple[dict[str, np.ndarray], list[str]]:
     """Give the whole weights as PEFT names and lays them, and its modules_to_save."""
     found, adapted = places.found, {module for of in modules.values() for module in of}
@@ -134,7 +134,7 @@ def _replaced_tensors(
     saved: dict[str, set[str]] = {}
     for path, whole in replaced.items():
         weight = np.asarray(jax.device_get(whole))
-        names = _names_of(path, places, tied)
+        names = _names_of(path, places, lora.tied)
         # The base layer of an adapted module is the one weight of both, in PEFT too.
         own = [name for name in names if name.rpartition(".")[0] in adapted]
         for name in own or names:
@@ -143,7 +143,8 @@ def _replaced_tensors(
             if module not in adapted:
                 saved.setdefault(module, set()).add(leaf)
             layer = found[name].layer
-            tensors[written] = found[name].to_file(weight if layer is None else weight[layer])
+            part = weight if layer is None else weight[layer]
+            tensors[written] = weight_to_torch(found[name], part, lora.kinds.get(path))
     for name in found:
         module, _, leaf = name.rpartition(".")
         if any(module.endswith(one) for one in saved) and leaf not in saved.get(module, ()):

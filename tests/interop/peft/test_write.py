@@ -13,8 +13,9 @@ from safetensors.numpy import load_file
 
 import rslora_jax as rslora
 from rslora_jax.cli import main
+from rslora_jax.interop.names import Weight
 from rslora_jax.interop.new_folder import written_whole
-from rslora_jax.interop.peft import check_vllm, load_peft, read_config, save_peft
+from rslora_jax.interop.peft import check_vllm, load_peft, read_config, replace, save_peft
 from rslora_jax.models.decoder import Decoder
 from rslora_jax.sites import named_leaves
 from rslora_jax.store import checkpoint
@@ -105,6 +106,29 @@ def test_what_peft_has_no_form_for_is_refused(tmp_path):
     with pytest.raises(ValueError, match="PEFT has adapters for one matrix each"):
         save_peft(tmp_path / "out", one, one.init(jax.random.key(0)), {"w": "experts.weight"})
     assert not list(tmp_path.iterdir())
+
+
+def test_a_convolution_in_groups_is_refused(tmp_path):
+    def grouped(params, x):
+        numbers = ("NHC", "HIO", "NHC")
+        return jax.lax.conv_general_dilated(
+            x, params["w"], (1,), "SAME", dimension_numbers=numbers, feature_group_count=3
+        )
+
+    config = rslora.LoraConfig(rank=2, alpha=3, targets="w")
+    one = rslora.wrap(grouped, {"w": jnp.ones((3, 4, 12))}, jnp.ones((2, 5, 12)), config=config)
+    with pytest.raises(ValueError, match="w is the kernel of a convolution in 3 groups"):
+        save_peft(tmp_path / "out", one, one.init(jax.random.key(0)), {"w": Weight("conv.weight", transposed=True)})
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_square_weight_that_comes_turned_is_refused():
+    rng = np.random.default_rng(0)
+    base = {"square": rng.standard_normal((5, 5)), "other": rng.standard_normal((5, 5))}
+    change = {"square": base["square"] + 0.1 * rng.standard_normal((5, 5)), "other": rng.standard_normal((5, 5))}
+    assert (replace(base, change)["square"] == change["square"].astype(np.float32)).all()
+    with pytest.raises(ValueError, match="square comes with its axes the other way round"):
+        replace(base, {"square": change["square"].T})
 
 
 def test_one_use_of_a_tied_table_alone_is_no_adapter_of_both(lora, tmp_path, folder):
