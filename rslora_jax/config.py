@@ -141,20 +141,20 @@ def matches(path: str, pattern: str) -> bool:
     >>> matches("params/layers_3/attn/q_proj/kernel", "*/{q,v}_proj/kernel")
     True
     """
-    return any(fnmatch.fnmatchcase(path, p) for p in _expand_braces(pattern))
+    return any(fnmatch.fnmatchcase(path, p) for p in expand_braces(pattern))
 
 
-def _expand_braces(pattern: str) -> list[str]:
+def expand_braces(pattern: str) -> list[str]:
     """Write out the alternatives of a pattern.
 
-    >>> _expand_braces("{q,v}_proj/*")
+    >>> expand_braces("{q,v}_proj/*")
     ['q_proj/*', 'v_proj/*']
     """
     found = re.search(r"\{([^{}]*)\}", pattern)
     if not found:
         return [pattern]
     head, tail = pattern[: found.start()], pattern[found.end() :]
-    return [p for option in found[1].split(",") for p in _expand_braces(head + option + tail)]
+    return [p for option in found[1].split(",") for p in expand_braces(head + option + tail)]
 
 
 def first_match(path: str, patterns: Iterable[tuple[str, Any]], default: Any) -> Any:

@@ -5,7 +5,7 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from rslora_jax.config import LoraConfig, matches, near_misses, split_use
+from rslora_jax.config import LoraConfig, expand_braces, matches, near_misses, split_use
 from rslora_jax.transform.discover import Found, roles
 from rslora_jax.transform.uses import LOOKUP, PRODUCT
 
@@ -76,12 +76,12 @@ def targeted(
 def _named(pattern: str, weights: _Roles, by_use: Mapping[str, _Roles]) -> set[str]:
     """Return the adapters' paths that a pattern names. Where a weight has one use only, that is the weight."""
     hit = {p for p in weights if matches(p, pattern)}
-    whole, use = split_use(pattern)
-    for path in (p for p in weights if use and matches(p, whole)):
-        if path in by_use:
-            hit.add(f"{path}@{use}")
-        elif (weights[path]["kind"] == "embedding") == (use == LOOKUP):
-            hit.add(path)
+    for whole, use in map(split_use, expand_braces(pattern)):
+        for path in (p for p in weights if use and matches(p, whole)):
+            if path in by_use:
+                hit.add(f"{path}@{use}")
+            elif (weights[path]["kind"] == "embedding") == (use == LOOKUP):
+                hit.add(path)
     return hit
 
 

@@ -19,6 +19,7 @@ from tests.stored.eight_bits import EightBits, eight_bits
 
 V, D, IDS = 14, 6, np.array([[1, 2, 13], [4, 0, 10]])
 USES = ("lookup", "product")
+LOOKUP_PRODUCT = ("t@lookup", "t@product")
 
 
 def dense(w):
@@ -183,6 +184,9 @@ def test_targets_and_exclusions_name_uses():
 
     assert sites(targets="*") == ["t", "w"]
     assert sites(targets="*@lookup") == ["t@lookup"]
+    assert sites(targets="{w,t@lookup}") == ["t@lookup", "w"] and sites(targets="t@{product,lookup}") == [
+        *LOOKUP_PRODUCT
+    ]
     assert sites(targets="*@product") == ["t@product", "w"]
     assert sites(targets="*", exclude="*@product") == ["t@lookup"]
     assert sites(targets="*", exclude="t@lookup") == ["t@product", "w"]
