@@ -34,8 +34,10 @@ class LoraConfig:
       axes: globs over paths with a name for each axis of the weights that match, "in", "out" or "stack", where the use
         of a weight does not tell them: `{"*/experts": ("stack", "in", "out")}`. Such a weight is adapted whatever it is
         used in; where that has no low-rank form, the sum is formed.
-      init: how A starts: "uniform" (PEFT's Kaiming-uniform: variance 1 / (3 in)), "gaussian" (variance
-        1 / in), or a function (key, shape, dtype, fan_in) -> array. B starts at zero.
+      init: how A starts: "uniform" (PEFT's default, Kaiming-uniform: variance 1 / (3 in)), "gaussian" (variance 1 / in;
+        PEFT's "gaussian" has the standard deviation 1 / r, which would shrink what is learnt with the rank), or a
+        function (key, shape, dtype, fan_in) -> array. B starts at zero; so it does of a table, of which PEFT has A at
+        zero and B at random.
       dtype: dtype in which adapters are held and trained; below 32 bits small steps are lost, which is said.
       on_fallback: "warn" or "error", where a weight is used in a way that has no low-rank form.
       allow_large_rank: accept a rank above a weight's full rank, min(in, out), with a warning. Without it `rank` is cut
