@@ -18,6 +18,7 @@ from rslora_jax.interop.model import Model
 from rslora_jax.interop.names import is_looped
 from rslora_jax.interop.peft import PeftFolder, base_of, load_peft, open_peft, read_config, replace
 from rslora_jax.interop.peft.files import CONFIG_NAME
+from rslora_jax.interop.peft.replaced import split_layer
 from rslora_jax.interop.untied import untie
 from rslora_jax.pytrees import Params
 from rslora_jax.sites import named_leaves
@@ -165,8 +166,10 @@ def attach_alone(opened: Opened, model: Model) -> Attached:
         )
     base = named_leaves(attached.model.variables)
     for path, weight in attached.replaced.items():
+        whole, layer = split_layer(path)
+        was = base[whole] if layer is None else base[whole][layer]
         # PEFT saves an adapted token table along, mostly as it was.
-        if not np.array_equal(np.asarray(base[path]), weight.astype(base[path].dtype)):
+        if not np.array_equal(np.asarray(was), weight.astype(was.dtype)):
             raise ValueError(
                 f"{opened.source} replaces the base's {path}, and a run's folder holds adapters alone: use "
                 "rslora_jax.interop.load_peft and replace"

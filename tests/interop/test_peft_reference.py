@@ -101,7 +101,7 @@ def wrapped(apply, variables, config):
 
 def layouts(case):
     """Stacked layers are where it is hard; where names are resolved one by one, looped ones too."""
-    return (True, False) if case in ("patterns", "saved", "tied") else (True,)
+    return (True, False) if case in ("patterns", "saved", "saved layer", "tied") else (True,)
 
 
 def run(lora, *args):
@@ -163,6 +163,9 @@ FROM_PEFT = {
     "tied: saved": dict(
         r=5, lora_alpha=12, target_modules=["q_proj"], modules_to_save=["embed_tokens"], ensure_weight_tying=True
     ),
+    "saved layer": dict(
+        r=5, lora_alpha=12, target_modules=["q_proj"], modules_to_save=["layers.1.mlp.down_proj", "layers.2.self_attn"]
+    ),
     "saved": dict(r=5, lora_alpha=12, target_modules=["q_proj"], modules_to_save=["lm_head", "norm", "up_proj"]),
 }
 
@@ -185,7 +188,7 @@ def test_an_adapter_from_peft_gives_its_logits(case, bases, tmp_path):
         config = read_config(tmp_path / "theirs", variables)
         lora = wrapped(apply, variables, config)
         adapters, replaced = load_peft(tmp_path / "theirs", lora)
-        assert bool(set(replaced) - {"params/embed/embedding", "params/lm_head/kernel"}) == (case == "saved")
+        assert bool(set(replaced) - {"params/embed/embedding", "params/lm_head/kernel"}) == case.startswith("saved")
         assert {site.use for site in lora.sites.values()} - {""} == USES.get(case, set())
         changed = replace(variables, replaced)
         np.testing.assert_allclose(run(lora, changed, adapters), want, rtol=0, atol=1e-4)
@@ -352,3 +355,30 @@ def test_a_convolution_that_was_trained_whole_goes_both_ways(tmp_path):
     np.testing.assert_allclose(run(lora, changed, adapters), want, rtol=0, atol=1e-4)
     save_peft(tmp_path / "again", lora, adapters, BLOCK, task_type=None, replaced=replaced)
     np.testing.assert_allclose(block_outputs(loaded(base, tmp_path / "again")), want, rtol=0, atol=1e-4)
+
+
+@pytest.mark.nightly
+@pytest.mark.filterwarnings("ignore::UserWarning")
+@pytest.mark.parametrize("tied", [True, False])
+@pytest.mark.parametrize("saved", [["embed_tokens", "lm_head"], ["embed_tokens"], []])
+def test_a_table_that_was_resized_is_read_by_its_three_names(tied, saved, bases, tmp_path):
+    base = copy.deepcopy(bases[tied])
+    base.save_pretrained(tmp_path / "base")
+    base = transformers.LlamaForCausalLM.from_pretrained(tmp_path / "base", attn_implementation="eager")
+    base.resize_token_embeddings(VOCABULARY + 3)
+    config = peft.LoraConfig(r=5, lora_alpha=12, target_modules=["q_proj"], modules_to_save=saved or None)
+    theirs = peft.get_peft_model(copy.deepcopy(base), config)
+    shake(theirs)
+    theirs.save_pretrained(tmp_path / "theirs")
+    names = set(peft.utils.load_peft_weights(str(tmp_path / "theirs"), device="cpu"))
+    assert sum("embed_tokens" in name for name in names) == (3 if saved else 1)
+    apply, variables = ours(base, True)
+    lora = wrapped(apply, variables, read_config(tmp_path / "theirs", variables))
+    adapters, replaced = load_peft(tmp_path / "theirs", lora)
+    if tied and saved:  # one of the two, or each for itself
+        assert set(replaced) == {"params/embed/embedding@lookup", "params/embed/embedding@product"}
+        with pytest.raises(ValueError, match="another weight for the (lookup|product) of params/embed/embedding alone"):
+            replace(variables, replaced)
+    else:
+        got = run(lora, replace(variables, replaced), adapters)
+        np.testing.assert_allclose(got, logits(theirs.eval()), rtol=0, atol=1e-4)

@@ -24,7 +24,7 @@ from rslora_jax.interop.peft.layout import (
     site_modules,
     to_peft,
 )
-from rslora_jax.interop.peft.replaced import replaced_weights
+from rslora_jax.interop.peft.replaced import replaced_weights, split_layer
 from rslora_jax.interop.peft.settings import PeftSettings, read_settings
 from rslora_jax.pytrees import Params
 from rslora_jax.sites import Site, named_leaves
@@ -159,7 +159,7 @@ def _check_tied_head(
 
 
 def replace(params: Params, replaced: Mapping[str, Any]) -> Params:
-    """Return the parameters with whole weights replaced, in the dtypes of `params`.
+    """Return the parameters with whole weights replaced, or layers of stacked ones, in the dtypes of `params`.
 
     Raises:
       ValueError: a weight is none of the parameters, or one use of it alone is replaced; or a square one is nearer to
@@ -167,20 +167,30 @@ def replace(params: Params, replaced: Mapping[str, Any]) -> Params:
 
     >>> replace({"w": jnp.ones(2), "b": jnp.ones(2)}, {"w": np.zeros(2)})["w"].tolist()
     [0.0, 0.0]
+    >>> replace({"w": jnp.ones((3, 1))}, {"w@1": np.zeros(1)})["w"].tolist()
+    [[1.0], [0.0], [1.0]]
     """
     leaves = named_leaves(params)
-    if unknown := sorted(set(replaced) - set(leaves)):
-        whole, use = split_use(unknown[0])
-        if whole in leaves:
-            raise ValueError(
-                f"the adapter brings another weight for the {use} of {whole} alone: give the model a head of its own, "
-                "with weights of its own"
-            )
-        raise ValueError(f"the parameters have no {unknown[0]}")
     for path, weight in replaced.items():
-        _check_way_round(path, np.asarray(weight), leaves[path])
-    put = leaves | {path: jnp.asarray(weight, leaves[path].dtype) for path, weight in replaced.items()}
-    return jax.tree.unflatten(jax.tree.structure(params), list(put.values()))
+        whole, layer = split_layer(path)
+        if whole not in leaves:
+            raise ValueError(_no_parameter(path, leaves))
+        was = leaves[whole]
+        _check_way_round(path, np.asarray(weight), was if layer is None else was[layer])
+        now = jnp.asarray(weight, was.dtype)
+        leaves[whole] = now if layer is None else jnp.asarray(was).at[layer].set(now)
+    return jax.tree.unflatten(jax.tree.structure(params), list(leaves.values()))
+
+
+def _no_parameter(path: str, leaves: Mapping[str, Any]) -> str:
+    """Say what is wrong with a path at which nothing can be replaced."""
+    whole, use = split_use(path)
+    if whole in leaves:
+        return (
+            f"the adapter brings another weight for the {use} of {whole} alone: give the model a head of its own, with "
+            "weights of its own"
+        )
+    return f"the parameters have no {path}"
 
 
 def _check_way_round(path: str, weight: np.ndarray, base: Any) -> None:

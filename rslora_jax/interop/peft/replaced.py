@@ -29,7 +29,8 @@ def replaced_weights(
       where: the file, for errors.
 
     Returns:
-      The weights by path, and at "path@lookup" or "path@product" what PEFT has in place of one use alone.
+      The weights by path; at "path@lookup" or "path@product" what PEFT has in place of one use alone, and at "path@2"
+      what it has in place of the layer 2 of a stacked weight, where not all are replaced.
     """
     weights = _named_weights(settings, left, places, where)
     found = dict(places.found)
@@ -49,7 +50,16 @@ def replaced_weights(
     by_path: dict[str, dict[int | None, str]] = {}
     for name in weights:
         by_path.setdefault(found[name].path, {})[found[name].layer] = name
-    return {path: _whole(path, layers, places, weights, where) for path, layers in by_path.items()}
+    replaced: dict[str, np.ndarray] = {}
+    for path, layers in by_path.items():
+        parts = {n: _one_layer(path, found[name], name, places, weights, where) for n, name in layers.items()}
+        if None in parts:
+            replaced[path] = parts[None]
+        elif len(parts) == places.shapes[path][0]:
+            replaced[path] = np.stack([parts[n] for n in sorted(parts)])  # type: ignore[type-var]
+        else:
+            replaced |= {f"{path}@{n}": part for n, part in parts.items()}
+    return replaced
 
 
 def _named_weights(
@@ -59,8 +69,11 @@ def _named_weights(
     weights: dict[str, np.ndarray] = {}
     heads = {f"{head}.weight" for head in places.heads.values()}
     for name, tensor in left.items():
-        # PEFT calls the weight of an adapted table base_layer, and saves a table that was resized under its own name.
-        plain = name.replace(".base_layer.", ".")
+        # PEFT calls the weight of an adapted table base_layer, and saves a table that was resized under its own name. A
+        # copy of such a table it saves three times: twice as it was trained, and once as it was before, which has no use.
+        if name.replace(".original_module.", ".") != name and name.replace(".original_module.", ".") in left:
+            continue
+        plain = name.replace(".base_layer.", ".").replace(".modules_to_save.", ".")
         module = plain.rpartition(".")[0]
         known = plain in places.found and (
             plain != name
@@ -80,22 +93,24 @@ def _named_weights(
     return weights
 
 
-def _whole(
-    path: str, layers: Mapping[int | None, str], places: Places, weights: Mapping[str, np.ndarray], where: Path
+def _one_layer(
+    path: str, place: Place, name: str, places: Places, weights: Mapping[str, np.ndarray], where: Path
 ) -> np.ndarray:
-    """Put one weight together, of one tensor or of one for each layer."""
-    shape = places.shapes.get(path, places.shapes[split_use(path)[0]])
-    if None not in layers and len(layers) != shape[0]:
-        raise ValueError(f"{where} replaces some layers of {path} alone: load a base whose layers are not stacked")
-    parts = []
-    for n in sorted(layers, key=lambda n: -1 if n is None else n):
-        name = layers[n]
-        place: Place = places.found[name]
-        part = weight_from_torch(place, place.one(shape), weights[name])
-        if part is None:
-            raise ValueError(
-                f"{where}: {PREFIX}{name} has shape {weights[name].shape}, which does not fit {path} of shape "
-                f"{place.one(shape)}"
-            )
-        parts.append(part)
-    return parts[0] if None in layers else np.stack(parts)
+    """Give one layer's weight our shape."""
+    shape = place.one(places.shapes.get(path, places.shapes[split_use(path)[0]]))
+    part = weight_from_torch(place, shape, weights[name])
+    if part is None:
+        raise ValueError(
+            f"{where}: {PREFIX}{name} has shape {weights[name].shape}, which does not fit {path} of shape {shape}"
+        )
+    return part
+
+
+def split_layer(path: str) -> tuple[str, int | None]:
+    """Split the number of a layer off the path of what is replaced.
+
+    >>> split_layer("params/layers/w@2"), split_layer("params/table@lookup")
+    (('params/layers/w', 2), ('params/table@lookup', None))
+    """
+    whole, _, layer = path.rpartition("@")
+    return (whole, int(layer)) if layer.isdecimal() else (path, None)

@@ -20,6 +20,7 @@ from rslora_jax.interop.peft import vllm
 from rslora_jax.interop.peft.config import places_of_modules
 from rslora_jax.interop.peft.files import CONFIG_NAME, PREFIX, write_tensors
 from rslora_jax.interop.peft.layout import peft_names, refit, site_modules, to_peft, weight_to_torch
+from rslora_jax.interop.peft.replaced import split_layer
 from rslora_jax.interop.peft.scales import Scales, one_scale, own_scales
 from rslora_jax.interop.peft.settings import ends_with
 from rslora_jax.interop.peft.tied import Places
@@ -142,9 +143,9 @@ def _replaced_tensors(
             written = f"{module}.base_layer.{leaf}" if module in adapted else name
             if module not in adapted:
                 saved.setdefault(module, set()).add(leaf)
-            layer = found[name].layer
-            part = weight if layer is None else weight[layer]
-            tensors[written] = weight_to_torch(found[name], part, lora.kinds.get(path))
+            one = split_layer(path)[1] is not None or found[name].layer is None
+            part = weight if one else weight[found[name].layer]
+            tensors[written] = weight_to_torch(found[name], part, lora.kinds.get(split_layer(path)[0]))
     for name in found:
         module, _, leaf = name.rpartition(".")
         if any(module.endswith(one) for one in saved) and leaf not in saved.get(module, ()):
@@ -158,6 +159,9 @@ def _names_of(path: str, places: Places, tied: Collection[str]) -> list[str]:
     Raises:
       ValueError: the base has no such weight, or no module for one use of it.
     """
+    weight, layer = split_layer(path)
+    if layer is not None:
+        return [name for name, place in places.found.items() if (place.path, place.layer) == (weight, layer)]
     whole, use = split_use(path)
     names = [name for name, place in places.found.items() if place.path == path]
     if use == LOOKUP and not names:
