@@ -377,7 +377,7 @@ def test_a_table_that_was_resized_is_read_by_its_three_names(tied, saved, bases,
     adapters, replaced = load_peft(tmp_path / "theirs", lora)
     if tied and saved:  # one of the two, or each for itself
         assert set(replaced) == {"params/embed/embedding@lookup", "params/embed/embedding@product"}
-        with pytest.raises(ValueError, match="another weight for the (lookup|product) of params/embed/embedding alone"):
+        with pytest.raises(ValueError, match=r"another weight for the (lookup|product) of params/embed"):
             replace(variables, replaced)
     else:
         got = run(lora, replace(variables, replaced), adapters)

@@ -70,7 +70,7 @@ def _named_weights(
     heads = {f"{head}.weight" for head in places.heads.values()}
     for name, tensor in left.items():
         # PEFT calls the weight of an adapted table base_layer, and saves a table that was resized under its own name. A
-        # copy of such a table it saves three times: twice as it was trained, and once as it was before, which has no use.
+        # copy of such a table it saves three times: twice as it was trained, and once as it was, without use.
         if name.replace(".original_module.", ".") != name and name.replace(".original_module.", ".") in left:
             continue
         plain = name.replace(".base_layer.", ".").replace(".modules_to_save.", ".")
