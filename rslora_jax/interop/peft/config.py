@@ -9,7 +9,7 @@ from pathlib import Path
 from rslora_jax.config import LoraConfig, split_use
 from rslora_jax.interop.decoder import DECODER
 from rslora_jax.interop.names import Names, Place
-from rslora_jax.interop.peft.files import PeftFolder, adapted_in, as_opened, tables_in
+from rslora_jax.interop.peft.files import WEIGHTS_NAME, PeftFolder, adapted_in, as_opened, tables_in
 from rslora_jax.interop.peft.settings import PeftSettings, read_settings
 from rslora_jax.interop.peft.tied import Places, places_of_uses, ties
 from rslora_jax.pytrees import Params
@@ -38,7 +38,8 @@ def adapted_modules(peft: PeftFolder, settings: PeftSettings, places: Places) ->
     Raises:
       ValueError: there is none.
     """
-    in_file, tables = adapted_in(peft), tables_in(peft)
+    there = settings.all_linear or (peft.folder / WEIGHTS_NAME).is_file()  # a configuration is read without them too
+    in_file, tables = (adapted_in(peft), tables_in(peft)) if there else (set(), set())
     modules = places_of_modules(places.found, places.shapes)
     known = {split_use(path)[0] for path in places.shapes if split_use(path)[1]}
 
