@@ -1,4 +1,4 @@
-"""`rslora export`: write a run's adapters for PEFT or vLLM."""
+"""`rslora export`: write a run's adapters for PEFT, vLLM, SGLang or llama.cpp."""
 
 from __future__ import annotations
 
@@ -14,8 +14,13 @@ from rslora_jax.commands.output import model_name, whether_written
 def _add_flags(parser: argparse.ArgumentParser) -> None:
     shared(parser, "folder")
     shared(parser, "--out", required=True, text="folder to make")
-    target = "who is to read it: vllm gets one rank and one scale"
-    add_flag(parser, "--for", "peft", target, dest="target", choices=("peft", "vllm"))
+    target = "who is to read it: vllm, sglang and gguf (llama.cpp's converter) get one rank and one scale, alpha / r"
+    add_flag(parser, "--for", "peft", target, dest="target", choices=("peft", "vllm", "sglang", "gguf"))
+    formula = (
+        "write the scale as alpha / sqrt(r), or as alpha / r with an alpha that gives the same (default: as the run"
+    )
+    formula += " has it; for others than peft false, as many of them take alpha / r whatever is said)"
+    add_flag(parser, "--use-rslora", None, formula, choices=("true", "false"))
     shared(parser, "--step")
     dtypes = ("float32", "bfloat16", "float16")
     shared(parser, "--dtype", default="float32", text="dtype to write", choices=dtypes)
@@ -31,20 +36,36 @@ def export_peft(a: argparse.Namespace) -> int:
     from rslora_jax.interop.new_folder import check_free
 
     check_free(a.out)
+    server = None if a.target == "peft" else a.target
+    formula = None if a.use_rslora is None else a.use_rslora == "true"
+    if server:
+        peft.check_options(server, formula)
     opened = open_adapters(a.folder, step=parse_step(a.step))
     model = a.model or opened.settings.get("model")
     print(f"reading {model_name(model)}", flush=True)
     base = load_base(opened, a.model)
     lora, _, adapters, base, replaced = attach(opened, base)
     name = a.base_model or _name_for_peft(model)
-    options = {"base_model": name, "for_vllm": a.target == "vllm", "dtype": a.dtype, "replaced": replaced}
+    options = {"base_model": name, "server": server, "use_rslora": formula, "dtype": a.dtype, "replaced": replaced}
     peft.save_peft(a.out, lora, adapters, base.family.names, **options)
     print(f"wrote {a.out}: {lora.num_parameters:,} numbers in {len(lora.sites)} adapters, for {name or 'its base'}")
-    if a.target == "vllm":
-        rank, out = peft.check_vllm(a.out), shlex.quote(f"{Path(a.out).name}={Path(a.out).absolute()}")
-        serve = shlex.quote(name) if name else "BASE"
-        print(f"vllm serve {serve} --enable-lora --max-lora-rank {rank} --lora-modules {out}")
+    if server:
+        print(_how_to_serve(server, Path(a.out), name))
     return 0
+
+
+def _how_to_serve(server: str, out: Path, name: str | None) -> str:
+    """Give the command by which a server takes the adapter that was written."""
+    from rslora_jax.interop import peft
+
+    base, at = shlex.quote(name or "BASE"), shlex.quote(str(out.absolute()))
+    pair = shlex.quote(f"{out.name}={out.absolute()}")
+    if server == "vllm":
+        return f"vllm serve {base} --enable-lora --max-lora-rank {peft.check_vllm(out)} --lora-modules {pair}"
+    if server == "sglang":
+        return f"python -m sglang.launch_server --model-path {base} --enable-lora --lora-paths {pair}"
+    where = "--base" if name is None or Path(name).is_dir() else "--base-model-id"
+    return f"python convert_lora_to_gguf.py {where} {base} {at}"
 
 
 def _name_for_peft(model: str | None) -> str | None:
@@ -60,13 +81,22 @@ def _name_for_peft(model: str | None) -> str | None:
 
 COMMAND = Command(
     name="export",
-    summary="write a run's adapters for PEFT or vLLM",
-    description="Write the adapters of a run as a folder that PEFT or vLLM loads beside the base.",
+    summary="write a run's adapters for PEFT, vLLM, SGLang or llama.cpp",
+    description="Write the adapters of a run as a folder that PEFT, vLLM, SGLang or llama.cpp's converter to GGUF "
+    "loads beside the base.",
     examples=(
         ("rslora export my-run --out my-adapter", 'For PEFT: PeftModel.from_pretrained(base, "my-adapter").'),
         (
             "rslora export my-run --step best --for vllm --dtype bfloat16 --out my-adapter",
             "One rank and one scale, as vLLM needs them; the command to serve it is printed.",
+        ),
+        (
+            "rslora export my-run --for gguf --out my-adapter",
+            "For llama.cpp's convert_lora_to_gguf.py, which takes alpha / r whatever the file says.",
+        ),
+        (
+            "rslora export my-run --use-rslora false --out my-adapter",
+            "The same logits in PEFT, and the right scale in readers that take alpha / r whatever the file says.",
         ),
     ),
     add_flags=_add_flags,

@@ -239,11 +239,15 @@ def test_an_adapter_from_here_gives_its_logits_in_peft(case, bases, tmp_path):
         assert np.abs(want - logits(base)).max() > 0.1
         save_peft(tmp_path / f"peft-{scan}", lora, adapters)
         np.testing.assert_allclose(logits(loaded(base, tmp_path / f"peft-{scan}")), want, rtol=0, atol=1e-4)
+        save_peft(tmp_path / f"plain-{scan}", lora, adapters, use_rslora=False)
+        plain = loaded(base, tmp_path / f"plain-{scan}")
+        assert not plain.peft_config["default"].use_rslora
+        np.testing.assert_allclose(logits(plain), want, rtol=0, atol=1e-4)
         if case.startswith("tied"):
             with pytest.raises(ValueError, match="is also the head"):
-                save_peft(tmp_path / f"vllm-{scan}", lora, adapters, for_vllm=True)
+                save_peft(tmp_path / f"vllm-{scan}", lora, adapters, server="vllm")
             continue
-        save_peft(tmp_path / f"vllm-{scan}", lora, adapters, for_vllm=True)
+        save_peft(tmp_path / f"vllm-{scan}", lora, adapters, server="vllm")
         assert check_vllm(tmp_path / f"vllm-{scan}") == (16 if case == "patterns" else 8)
         np.testing.assert_allclose(logits(loaded(base, tmp_path / f"vllm-{scan}")), want, rtol=0, atol=1e-4)
 
@@ -337,7 +341,7 @@ def test_a_model_with_its_own_table_of_names(tmp_path):
     back, replaced = load_peft(tmp_path / "theirs", lora_2, BLOCK)
     jax.tree.map(np.testing.assert_array_equal, (back, replaced), (adapters, {}))
     with pytest.raises(ValueError, match="vLLM has no adapter for"):
-        save_peft(tmp_path / "vllm", lora, adapters, BLOCK, for_vllm=True)
+        save_peft(tmp_path / "vllm", lora, adapters, BLOCK, server="vllm")
 
 
 def test_a_convolution_that_was_trained_whole_goes_both_ways(tmp_path):

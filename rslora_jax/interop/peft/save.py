@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import re
 from collections.abc import Collection, Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -20,6 +19,7 @@ from rslora_jax.interop.peft import vllm
 from rslora_jax.interop.peft.config import places_of_modules
 from rslora_jax.interop.peft.files import CONFIG_NAME, PREFIX, write_tensors
 from rslora_jax.interop.peft.layout import peft_names, refit, site_modules, to_peft, weight_to_torch
+from rslora_jax.interop.peft.patterns import exact_patterns
 from rslora_jax.interop.peft.replaced import split_layer
 from rslora_jax.interop.peft.scales import Scales, one_scale, own_scales
 from rslora_jax.interop.peft.settings import ends_with
@@ -52,15 +52,17 @@ def save_peft(
     *,
     base_model: str | None = None,
     task_type: str | None = "CAUSAL_LM",
-    for_vllm: bool = False,
+    server: str | None = None,
+    use_rslora: bool | None = None,
     dtype: str = "float32",
     replaced: Mapping[str, Any] | None = None,
 ) -> None:
     """Write adapters as a folder that PEFT loads, whole or not at all.
 
     The factors are written as they are. Where `scaling` is "constant" or a function, the same scale is written as
-    LoRA's alpha / r, with an alpha to suit. For vLLM, which knows one rank and one scale, smaller ranks are filled up
-    with zeros and what differs in scale is taken into B (multiplied in float64, rounded once to `dtype`).
+    LoRA's alpha / r, with an alpha to suit; so it is where `use_rslora` is False: many readers take alpha / r whatever
+    the file says. Those who serve adapters know one rank and one scale: for them smaller ranks are filled up with zeros
+    and what differs in scale is taken into B (multiplied in float64, rounded once to `dtype`).
 
     Args:
       folder: to be made; it must not hold anything.
@@ -69,21 +71,26 @@ def save_peft(
       names: the Hugging Face names of the base's parameters, and which are stored transposed.
       base_model: what PEFT is to load as the base: a name on Hugging Face, or a folder.
       task_type: PEFT's; None where the base is no language model of transformers.
-      for_vllm: keep to what vLLM serves; `vllm.check_vllm` says with which --max-lora-rank.
+      server: keep to what "vllm", "sglang" or "gguf" (llama.cpp's converter) serves; `vllm.check_vllm` says with which
+        --max-lora-rank.
+      use_rslora: whether the scale is written as alpha / sqrt(r), or as alpha / r; by default as the run has it, and as
+        alpha / r for a server.
       dtype: "float32", "bfloat16" or "float16".
       replaced: weights by path that were replaced in the base, as from `load_peft`.
 
     Raises:
-      ValueError: an adapter has no form in PEFT, or none in vLLM, or is not finite in `dtype`; it is named.
+      ValueError: an adapter has no form in PEFT, or none in the server, or is not finite in `dtype`; it is named.
     """
     if dtype not in DTYPES:
         raise ValueError(f"dtype={dtype!r} is not known: use {', '.join(DTYPES)}")
+    if server is not None:
+        vllm.check_options(server, use_rslora)
     replaced = replaced or {}
     places, modules = site_modules(lora, names)
     lora.check({path: jax.ShapeDtypeStruct(shape, "float32") for path, shape in lora.shapes.items()}, adapters)
-    if for_vllm:
-        vllm.check_sites(lora, modules, replaced)
-    plan = one_scale(lora) if for_vllm else own_scales(lora)
+    if server is not None:
+        vllm.check_sites(lora, modules, replaced, server)
+    plan = one_scale(lora, use_rslora=bool(use_rslora)) if server else own_scales(lora, use_rslora=use_rslora)
     tensors = _factor_tensors(lora, adapters, modules, plan, dtype)
     whole, saved = _replaced_tensors(replaced, modules, places, lora)
     config = {
@@ -96,8 +103,10 @@ def save_peft(
     with written_whole(Path(folder)) as out:
         write_tensors(out, {f"{PREFIX}{name}": tensor for name, tensor in (tensors | whole).items()})
         (out / CONFIG_NAME).write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
-        if for_vllm:
+        if server == "vllm":
             vllm.check_vllm(out)
+        elif server is not None:
+            vllm.check_server(out, server)
 
 
 def _factor_tensors(
@@ -190,8 +199,8 @@ def _described(
         "lora_alpha": _number(plan.alpha),
         "use_rslora": plan.scaling == "rslora",
         "target_modules": _target_names(adapted, everything),
-        "rank_pattern": _patterns({m: plan.own[path][0] for m, path in adapted.items()}, plan.rank),
-        "alpha_pattern": _patterns({m: _number(plan.own[p][1]) for m, p in adapted.items()}, _number(plan.alpha)),
+        "rank_pattern": exact_patterns({m: plan.own[path][0] for m, path in adapted.items()}, plan.rank),
+        "alpha_pattern": exact_patterns({m: _number(plan.own[p][1]) for m, p in adapted.items()}, _number(plan.alpha)),
     }
     if any(site.tied and not site.use for site in lora.sites.values()):
         config["ensure_weight_tying"] = True  # a version of PEFT without this field reads both adapters
@@ -209,16 +218,6 @@ def _rounded(name: str, tensor: np.ndarray, dtype: str) -> np.ndarray:
     if not np.isfinite(out.astype(np.float32)).all():
         raise ValueError(f"{name} has values that are not finite in {dtype}: check the run, or give another dtype")
     return out
-
-
-def _patterns(own: Mapping[str, Any], usual: Any) -> dict[str, Any]:
-    """Return the patterns, each for one module alone, of what is not as usual."""
-
-    def exact(module: str) -> str:
-        # PEFT's pattern may begin after any dot; "^" is needed only where another module ends with this one's name.
-        return ("^" if any(other.endswith(f".{module}") for other in own) else "") + re.escape(module)
-
-    return {exact(module): value for module, value in own.items() if value != usual}
 
 
 def _target_names(adapted: Mapping[str, str], everything: Mapping[str, Place]) -> list[str]:

@@ -25,7 +25,8 @@ from .folders import CONFIG, Q0, TOKENS, edit, edit_tensors, llama, random_adapt
 pytestmark = [pytest.mark.by_day_on("newest"), pytest.mark.usefixtures("compile_fast")]
 
 
-def test_vllm_gets_one_rank_and_one_scale(tmp_path):
+@pytest.mark.parametrize("rslora_too", [None, True])
+def test_vllm_gets_one_rank_and_one_scale(tmp_path, rslora_too):
     config = rslora.LoraConfig(
         rank=20,
         alpha=12,
@@ -40,10 +41,11 @@ def test_vllm_gets_one_rank_and_one_scale(tmp_path):
     save_peft(tmp_path / "peft", one, adapters)
     with pytest.raises(ValueError, match="rank_pattern"):
         check_vllm(tmp_path / "peft")
-    save_peft(tmp_path / "vllm", one, adapters, for_vllm=True)
+    save_peft(tmp_path / "vllm", one, adapters, server="vllm", use_rslora=rslora_too)
     assert check_vllm(tmp_path / "vllm") == 32
     said = json.loads((tmp_path / "vllm" / "adapter_config.json").read_text())
-    assert (said["r"], said["lora_alpha"], said["use_rslora"]) == (20, 12, True)
+    assert (said["r"], said["use_rslora"]) == (20, bool(rslora_too))
+    assert said["lora_alpha"] == pytest.approx(12 if rslora_too else 12 * 20**0.5)
     assert not said["rank_pattern"] and not said["alpha_pattern"] and said["modules_to_save"] is None
     tensors = load_file(tmp_path / "vllm" / "adapter_model.safetensors")
     for path, name in (("mlp/up_proj", "mlp.up_proj"), ("attn/q_proj", "self_attn.q_proj"), ("attn/o_proj",) * 2):
@@ -192,7 +194,9 @@ def test_a_run_goes_to_peft_and_back(tiny, tmp_path, capsys):
     config_2, back = checkpoint.load_adapters(tmp_path / "again", params=variables)
     same(back, adapters)
     lora_2 = rslora.wrap(Decoder(config).apply, variables, TOKENS, config=config_2)
-    assert lora_2.sites == one.sites
+    # The same scale, written as alpha / r.
+    assert [site.gamma for site in lora_2.sites.values()] == pytest.approx([12 / 5**0.5] * 2)
+    assert lora_2.sites.keys() == one.sites.keys()
     assert checkpoint.load_about(tmp_path / "again")["settings"]["model"] == str(model)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["again", "out", "run", "tiny.gguf"]
     assert set(named_leaves(back)) == set(named_leaves(adapters))
