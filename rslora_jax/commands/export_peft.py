@@ -32,7 +32,7 @@ def _add_flags(parser: argparse.ArgumentParser) -> None:
 def export_peft(a: argparse.Namespace) -> int:
     """Run `rslora export`."""
     from rslora_jax.interop import peft
-    from rslora_jax.interop.adapter_folder import attach, load_base, open_adapters, parse_step
+    from rslora_jax.interop.adapter_folder import attach, load_base, open_adapters, parse_step, place_of_base
     from rslora_jax.interop.new_folder import check_free
 
     check_free(a.out)
@@ -41,12 +41,13 @@ def export_peft(a: argparse.Namespace) -> int:
     if server:
         peft.check_options(server, formula)
     opened = open_adapters(a.folder, step=parse_step(a.step))
-    model = a.model or opened.settings.get("model")
+    model = place_of_base(opened, a.model)
     print(f"reading {model_name(model)}", flush=True)
-    base = load_base(opened, a.model)
+    base = load_base(opened, a.model, text=False)
     lora, _, adapters, base, replaced = attach(opened, base)
     name = a.base_model or _name_for_peft(model)
     options = {"base_model": name, "server": server, "use_rslora": formula, "dtype": a.dtype, "replaced": replaced}
+    options["tokenizer"] = opened.tokenizer
     peft.save_peft(a.out, lora, adapters, base.family.names, **options)
     print(f"wrote {a.out}: {lora.num_parameters:,} numbers in {len(lora.sites)} adapters, for {name or 'its base'}")
     if server:
@@ -74,8 +75,10 @@ def _name_for_peft(model: str | None) -> str | None:
     >>> _name_for_peft("smollm2"), _name_for_peft("my.gguf")
     ('HuggingFaceTB/SmolLM2-135M-Instruct', None)
     """
+    from rslora_jax.interop.adapter_folder import SMOLLM2
+
     if model in (None, "smollm2"):
-        return "HuggingFaceTB/SmolLM2-135M-Instruct"
+        return SMOLLM2
     return None if model.endswith(".gguf") else model
 
 

@@ -22,19 +22,23 @@ def import_peft(a: argparse.Namespace) -> int:
     """Run `rslora import`."""
     import numpy as np
 
-    from rslora_jax.interop.adapter_folder import attach_alone, open_peft_adapters
+    from rslora_jax.interop.adapter_folder import attach_alone, open_peft_adapters, place_of_trained
+    from rslora_jax.interop.kept_tokenizer import keep_tokenizer
     from rslora_jax.interop.load import load_model
     from rslora_jax.interop.new_folder import check_free, written_whole
+    from rslora_jax.interop.own_tokenizer import with_own_tokenizer
     from rslora_jax.store import checkpoint
 
     check_free(a.out)
     opened = open_peft_adapters(a.folder)  # before the base is read, which takes longer
-    print(f"reading {model_name(a.model)}", flush=True)
-    base = load_model(a.model, param_dtype=a.param_dtype)
+    where = place_of_trained(opened, a.model)
+    print(f"reading {model_name(where)}", flush=True)
+    base = load_model(where, param_dtype=a.param_dtype, text=False)
+    with_own_tokenizer(base, opened.tokenizer)  # refused here, and not by what reads the run
     lora, variables, adapters, *_ = attach_alone(opened, base)
     config = lora.config
     print(lora, flush=True)
-    model = str(Path(a.model).absolute()) if a.model and Path(a.model).exists() else a.model
+    model = str(Path(where).absolute()) if where and Path(where).exists() else where
     settings = {
         "imported": str(Path(a.folder).absolute()),
         "model": model,
@@ -48,6 +52,7 @@ def import_peft(a: argparse.Namespace) -> int:
         nothing = {"step": np.int32(0)}  # no optimiser's state: there is none to go on with
         checkpoint.save(saved, 0, adapters, nothing, checkpoint.describe(config, variables, settings))
         saved.manager.wait_until_finished()
+        keep_tokenizer(opened.tokenizer, folder)
     print(f"wrote {a.out}/checkpoints: {lora.num_parameters:,} numbers in {len(lora.sites)} adapters")
     return 0
 

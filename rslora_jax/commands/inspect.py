@@ -27,15 +27,16 @@ def _add_flags(parser: argparse.ArgumentParser) -> None:
 def inspect(a: argparse.Namespace) -> int:
     """Run `rslora inspect`."""
     from rslora_jax.analysis import heatmap
-    from rslora_jax.interop.adapter_folder import open_adapters, parse_step
+    from rslora_jax.interop.adapter_folder import open_adapters, parse_step, place_of_base
 
     step = parse_step(a.step)
     if a.no_base and a.model:
         raise ValueError("--no-base and --model say opposite things: give one of them")
     opened = open_adapters(a.folder, step=step)
     out = Path(a.out) if a.out else _home(opened.source)
-    with_base = not a.no_base and (a.model is not None or "model" in opened.settings)
-    base = f" and {model_name(a.model, opened.settings)}" if with_base else ""
+    told = a.model is not None or "model" in opened.settings or opened.named is not None
+    with_base = told and not a.no_base
+    base = f" and {model_name(place_of_base(opened, a.model))}" if with_base else ""
     print(f"reading {opened.source}{base}", flush=True)
     config, matrices = _measure(opened, a.model, with_base)
     about = _about(config)
@@ -66,7 +67,7 @@ def _measure(opened: Any, model: str | None, with_base: bool) -> tuple[Any, Sequ
     found: dict[str, Any] = {"shapes": {path: s for path in opened.adapters if (s := opened.shape(path)) is not None}}
     config, adapters = opened.config, opened.adapters
     if with_base:
-        lora, variables, adapters, *_ = attach(opened, load_base(opened, model))
+        lora, variables, adapters, *_ = attach(opened, load_base(opened, model, text=False))
         config, found = lora.config, {"sites": lora.sites, "weights": named_leaves(variables)}
     if config is None:
         raise ValueError(f"{opened.source} is of PEFT, and is read beside its base: say with --model where that is")

@@ -26,7 +26,7 @@ def _add_flags(parser: argparse.ArgumentParser) -> None:
 
 def merge(a: argparse.Namespace) -> int:
     """Run `rslora merge`."""
-    from rslora_jax.interop.adapter_folder import attach, load_base, open_adapters, parse_step
+    from rslora_jax.interop.adapter_folder import attach, load_base, open_adapters, parse_step, place_of_base
     from rslora_jax.interop.new_folder import check_free
     from rslora_jax.interop.shards import parse_size
 
@@ -41,9 +41,9 @@ def merge(a: argparse.Namespace) -> int:
     from rslora_jax.store.checkpoint import size_of
 
     opened = open_adapters(a.folder, step=step)
-    model = a.model or opened.settings.get("model")
+    model = place_of_base(opened, a.model)
     print(f"reading {opened.source} and {model_name(model)}", flush=True)
-    base = load_base(opened, a.model)
+    base = load_base(opened, a.model, text=False)
     attached = attach(opened, base)
     whole = dataclasses.replace(attached.model, variables=attached.variables)
     base, lora, adapters = untie_adapters(whole, attached.lora, attached.adapters)
@@ -61,6 +61,7 @@ def merge(a: argparse.Namespace) -> int:
             dtype=a.dtype,
             base=folder_of(model),
             changed=base.changed,
+            own_tokenizer=opened.tokenizer,
             max_shard_size=size,
             progress=progress_line("merging"),
         )

@@ -16,6 +16,7 @@ from rslora_jax.interop.chat_template import parse_options
 from rslora_jax.interop.family import Family
 from rslora_jax.interop.load import load_model
 from rslora_jax.interop.model import Model
+from rslora_jax.interop.own_tokenizer import same_tokenizer
 from rslora_jax.interop.untied import merge_model
 from rslora_jax.methods.method import rescaled as with_update_times
 from rslora_jax.models.layout import unstack_adapters, unstack_layers
@@ -79,6 +80,10 @@ def load_runs(
     else:
         its = dtype or "float32"
         base = load_model(model, scan_layers=not looped, param_dtype=its, dtype=its)
+    kept = [one.tokenizer for one in opened]
+    for one in opened[1:]:
+        if not same_tokenizer(kept[0], one.tokenizer):
+            raise ValueError(f"{one.source} has another tokenizer than {runs[0]}: take them one at a time")
     base = base.with_template_options(parse_options([*first.get("template_option", []), *template_options]))
     loras, loaded = list[Lora](), []
     attached = [attach(one, base) for one in opened]

@@ -28,7 +28,9 @@ def train(a: argparse.Namespace) -> int:
     import jax
 
     from rslora_jax.commands.data import examples
+    from rslora_jax.interop.kept_tokenizer import keep_tokenizer
     from rslora_jax.interop.untied import merge_model
+    from rslora_jax.parallel import processes
     from rslora_jax.train import NonFiniteLoss
 
     _check_flags(a)
@@ -39,12 +41,14 @@ def train(a: argparse.Namespace) -> int:
     of_examples = settings.examples_to_save(training, heldout)
     if a.resume:
         settings.check_examples(a, of_examples)
-    base = _read_base(a, placement)
+    base = _read_base(a, start, placement)
     lora, found = _wrap(a, base, start, placement)
     optimizer = _make_optimizer(a, lora)
     print(lora, flush=True)
     data = _prepare(a, base, training, heldout, placement)
     adapters = _first_adapters(a, lora, base.variables, found, placement)
+    if not a.resume:
+        processes.first_decides(lambda: keep_tokenizer(start.tokenizer if start else None, Path(a.out)))
     # Of several processes none holds the whole of what the model writes.
     asked = heldout[:2] if jax.process_count() == 1 else []
     answers = _answerer(a, base, asked)
@@ -123,13 +127,17 @@ def _open_start(a: argparse.Namespace) -> Any:
     return start
 
 
-def _read_base(a: argparse.Namespace, placement: Placement) -> Any:
-    """Read the base, onto the devices that hold it."""
+def _read_base(a: argparse.Namespace, start: Any, placement: Placement) -> Any:
+    """Read the base, onto the devices that hold it, with the tokenizer of the adapters to start from."""
     from rslora_jax.commands.progress import progress_line
+    from rslora_jax.interop.adapter_folder import place_of_trained
     from rslora_jax.interop.chat_template import parse_options
     from rslora_jax.interop.load import find_family, load_model
+    from rslora_jax.interop.own_tokenizer import with_own_tokenizer
 
     options = parse_options(a.template_option)
+    own = start.tokenizer if start else None
+    a.model = place_of_trained(start, a.model)
     print(f"reading {model_name(a.model)}", flush=True)
     base = load_model(
         a.model,
@@ -138,8 +146,9 @@ def _read_base(a: argparse.Namespace, placement: Placement) -> Any:
         dtype=a.dtype,
         shardings=base_shardings(placement, find_family(a.model)) if placement.mesh else None,
         progress=progress_line("reading"),
+        text=own is None,
     )
-    return base.with_template_options(options)
+    return with_own_tokenizer(base, own).with_template_options(options)
 
 
 def _wrap(a: argparse.Namespace, base: Any, start: Any, placement: Placement) -> tuple[Any, Any]:

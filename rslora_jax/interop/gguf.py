@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 import importlib.util
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import jax.numpy as jnp
 from jax.typing import DTypeLike
@@ -13,7 +15,8 @@ from rslora_jax.interop.families import family_of_gguf
 from rslora_jax.interop.family import Family
 from rslora_jax.interop.gguf_file import read_gguf
 from rslora_jax.interop.model import Model, Progress, Shardings, shardings_of
-from rslora_jax.interop.tokenizer import tokenizer_from_metadata
+from rslora_jax.interop.own_tokenizer import read_or_none
+from rslora_jax.interop.tokenizer import Tokenizer, tokenizer_from_metadata
 from rslora_jax.interop.weights import load_weights
 
 _SMOLLM2 = "SmolLM2-135M-Instruct.Q4_1.gguf"
@@ -47,6 +50,7 @@ def load_gguf(
     shardings: Shardings = None,
     family: Family | None = None,
     progress: Progress | None = None,
+    text: bool = True,
 ) -> Model:
     """Load (config, variables, tokenizer) from a GGUF file, such as one of architecture "llama".
 
@@ -60,6 +64,7 @@ def load_gguf(
       shardings: where the weights are to lie (`interop.model.Shardings`).
       family: which family's file it is, where it is none of `families.FAMILIES`.
       progress: called with the bytes that are done, and all.
+      text: as of `load_model`.
 
     Raises:
       ValueError: the file is missing, truncated or not GGUF, or holds what the family would compute wrongly: another
@@ -78,10 +83,7 @@ def load_gguf(
         raise ValueError(f"{path} is a GGUF file, from which this family is not read: give a Hugging Face folder")
     how = dict(scan_layers=scan_layers, remat=remat, param_dtype=param_dtype, dtype=dtype)
     config = form.read_config(path, metadata, tensors, **how)
-    try:
-        tokenizer = tokenizer_from_metadata(metadata)
-    except ValueError as error:
-        raise ValueError(f"{path}: {error}") from error
+    tokenizer = read_or_none(lambda: _tokenizer(path, metadata), text)
     shapes = family.shapes(config)
     variables = load_weights(
         {name: dataclasses.replace(one, order=form.row_order(config, name)) for name, one in tensors.items()},
@@ -92,6 +94,13 @@ def load_gguf(
         progress=progress,
     )
     return Model(config, variables, tokenizer, family)
+
+
+def _tokenizer(path: Path, metadata: Mapping[str, Any]) -> Tokenizer:
+    try:
+        return tokenizer_from_metadata(metadata)
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from error
 
 
 def family_of_file(path: str | Path) -> Family:

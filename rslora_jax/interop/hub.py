@@ -36,6 +36,16 @@ def is_hub_name(where: str) -> bool:
     return found is not None and (found[2] is not None or not Path(found[1]).parent.is_dir())
 
 
+def split_revision(where: str) -> tuple[str, str | None]:
+    """Split what `load_model` takes into a name and its revision; None where it has none, or is a path.
+
+    >>> split_revision("me/model@v1.0"), split_revision("./model@v1.0")
+    (('me/model', 'v1.0'), ('./model@v1.0', None))
+    """
+    found = _NAME.fullmatch(where)
+    return (found[1], found[2]) if found and is_hub_name(where) and not Path(where).exists() else (where, None)
+
+
 def with_revision(name: str, revision: str | None) -> str:
     """Write a name on the hub with the revision that is meant, unless it has one or is a path.
 

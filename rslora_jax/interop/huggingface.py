@@ -16,6 +16,7 @@ from rslora_jax.interop.family import Family
 from rslora_jax.interop.json_files import json_text, read_json
 from rslora_jax.interop.model import Model, Progress, Shardings, shardings_of
 from rslora_jax.interop.names import Names
+from rslora_jax.interop.own_tokenizer import check_rows, read_or_none
 from rslora_jax.interop.shards import open_folder
 from rslora_jax.interop.tokenizer import Tokenizer
 from rslora_jax.interop.tokenizer_files import read_tokenizer, tokenizer_files
@@ -37,6 +38,7 @@ def load_huggingface(
     family: Family | None = None,
     names: Names | None = None,
     progress: Progress | None = None,
+    text: bool = True,
 ) -> Model:
     """Load (config, variables, tokenizer) from a folder of the families Llama, Mistral, Qwen 2 and 3, and Gemma 1 to 3.
 
@@ -50,6 +52,7 @@ def load_huggingface(
       family: which family's folder it is; by default the one of `families.FAMILIES` that reads its `model_type`.
       names: the table of names, where it is not the family's.
       progress: called with the bytes that are done, and all.
+      text: as of `load_model`.
 
     Raises:
       ValueError: the folder is no whole model, or one that would be computed wrongly here; file and field or tensor are
@@ -58,7 +61,7 @@ def load_huggingface(
     folder = Path(folder)
     how = dict(scan_layers=scan_layers, remat=remat, param_dtype=param_dtype, dtype=dtype)
     family, config = read_model_config(folder, family, **how)
-    tokenizer = _tokenizer(folder, config.vocab_size)
+    tokenizer = read_or_none(lambda: _tokenizer(folder, config.vocab_size), text)
     shapes = family.shapes(config)
     ignored = family.ignored
     variables = load_weights(
@@ -89,7 +92,7 @@ def family_of_folder(folder: str | Path) -> Family:
 
 def files_beside_weights(
     config: Any,
-    tokenizer: Tokenizer,
+    tokenizer: Tokenizer | None,
     dtype: str,
     family: Family,
     base: Path | None = None,
@@ -102,7 +105,9 @@ def files_beside_weights(
     """
     if base is not None:
         files = {_CONFIG: json_text({**_with_dtype(read_json(base / _CONFIG), dtype), **changed})}
-        return files | _stops_of_base(base, tokenizer)
+        return files if tokenizer is None else files | _stops_of_base(base, tokenizer)
+    if tokenizer is None:
+        return {_CONFIG: json_text(family.write_config(config, dtype))}
     ids = {"bos_token_id": tokenizer.bos_id, "eos_token_id": tokenizer.eos_id, "pad_token_id": tokenizer.pad_id}
     ids = {name: number for name, number in ids.items() if number is not None}
     return {
@@ -148,14 +153,7 @@ def _with_dtype(about: Mapping[str, Any], dtype: str) -> dict[str, Any]:
 def _tokenizer(folder: Path, vocab_size: int) -> Tokenizer:
     ends = _eos_ids(folder)
     tokenizer = dataclasses.replace(read_tokenizer(folder, eos_id=ends[0] if ends else None), ends=ends)
-    # Gemma 3 has an added token for pictures that the text model has no row for.
-    tokens = tokenizer.backend.get_vocab_size(with_added_tokens=False)
-    tokens = max(tokens, *(1 + i for i in (*tokenizer.stop_ids, tokenizer.bos_id, tokenizer.pad_id) if i is not None))
-    if tokens > vocab_size:
-        raise ValueError(
-            f"{folder} has {tokens} tokens in tokenizer.json and vocab_size {vocab_size} in "
-            "config.json: they do not belong together"
-        )
+    check_rows(folder, tokenizer, vocab_size)
     return tokenizer
 
 

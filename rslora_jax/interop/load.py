@@ -25,6 +25,7 @@ def load_model(
     shardings: Shardings = None,
     family: Family | None = None,
     progress: Progress | None = None,
+    text: bool = True,
 ) -> Model:
     """Load (config, variables, tokenizer) from wherever a model is.
 
@@ -39,6 +40,8 @@ def load_model(
       shardings: where the weights are to lie: a pytree of shardings, or a function that makes one of their shapes.
       family: what family the model is of, where it is none of `families.FAMILIES`.
       progress: called with the bytes of the weights that are done, and all.
+      text: whether the model is to read and write text. Where it is not, one whose tokenizer is missing or is not read
+        here is loaded all the same, which is said, with None in the tokenizer's place.
 
     Raises:
       ValueError: there is no such model, it cannot be fetched, or `load_huggingface` or `load_gguf` refuses it.
@@ -49,7 +52,7 @@ def load_model(
     """
     path = _find(where)
     how: dict[str, Any] = dict(scan_layers=scan_layers, remat=remat, param_dtype=param_dtype, dtype=dtype)
-    how |= dict(shardings=shardings, family=family, progress=progress)
+    how |= dict(shardings=shardings, family=family, progress=progress, text=text)
     # Only what is needed is imported: a GGUF file takes another library.
     if path.is_dir():
         from rslora_jax.interop.huggingface import load_huggingface

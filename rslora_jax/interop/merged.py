@@ -13,7 +13,8 @@ import numpy as np
 from rslora_jax.interop import streamed
 from rslora_jax.interop.decoder import DECODER
 from rslora_jax.interop.family import Family
-from rslora_jax.interop.huggingface import files_beside_weights
+from rslora_jax.interop.huggingface import GENERATION, files_beside_weights
+from rslora_jax.interop.kept_tokenizer import copy_tokenizer
 from rslora_jax.interop.names import Names, Place, places
 from rslora_jax.interop.new_folder import written_whole
 from rslora_jax.interop.rounding import Rounding
@@ -23,20 +24,6 @@ from rslora_jax.pytrees import Params
 from rslora_jax.sites import named_leaves
 from rslora_jax.wrap import Adapters, Lora
 
-# What a Hugging Face folder holds beside its weights and config.json, and what is copied as it is.
-_COPIED = (
-    "generation_config.json",
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "tokenizer.model",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "vocab.json",
-    "merges.txt",
-    "chat_template.jinja",
-    "chat_template.json",
-)
-
 
 def write_merged(
     folder: str | Path,
@@ -45,12 +32,13 @@ def write_merged(
     adapters: Adapters,
     *,
     config: Any,
-    tokenizer: Tokenizer,
+    tokenizer: Tokenizer | None,
     dtype: str = "bfloat16",
     family: Family = DECODER,
     names: Names | None = None,
     base: str | Path | None = None,
     changed: Mapping[str, Any] = MappingProxyType({}),
+    own_tokenizer: str | Path | None = None,
     max_shard_size: int = 5_000_000_000,
     progress: Callable[[int, int], Any] = lambda done, total: None,
 ) -> list[Rounding]:
@@ -64,7 +52,7 @@ def write_merged(
       lora: from `wrap`, on the model of `config`.
       variables: the base, in the dtype in which it was trained on.
       adapters: the adapters, in any layout that `lora` takes.
-      config, tokenizer: the model's own, from `load_model`.
+      config, tokenizer: the model's own, from `load_model`; without a tokenizer no files of one are made.
       dtype: "bfloat16", "float16" or "float32".
       family: the model's own, from `load_model`.
       names: the Hugging Face name of every weight and whether it is stored transposed, where that is not the family's.
@@ -72,6 +60,8 @@ def write_merged(
         changed, its generation_config.json (with the tokens at which generation stops here, where it lacks one) and
         the files of its tokenizer are taken in place of ones made here.
       changed: fields of the base's config.json that are others in the model, as of `Model`.
+      own_tokenizer: a folder with a tokenizer that the adapters were trained with in place of the base's: its files are
+        copied as they are.
       max_shard_size: bytes in a file of weights.
       progress: told the number of tensors done and their number in all.
 
@@ -112,9 +102,10 @@ def write_merged(
         write_folder(draft, shapes, dtype, make, most=max_shard_size)
         for file, content in files_beside_weights(config, tokenizer, dtype, family, base, changed).items():
             (draft / file).write_text(content, encoding="utf-8")
-        for file in _COPIED:
-            if base is not None and (base / file).is_file() and not (draft / file).exists():
-                shutil.copyfile(base / file, draft / file)
+        if base is not None and (base / GENERATION).is_file() and not (draft / GENERATION).exists():
+            shutil.copyfile(base / GENERATION, draft / GENERATION)
+        if (taken := own_tokenizer or base) is not None:
+            copy_tokenizer(Path(taken), draft)
     return roundings
 
 

@@ -4,15 +4,12 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Iterator, Mapping
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import jax
 from flax import linen as nn
 
 from rslora_jax.interop.family import Family
-
-if TYPE_CHECKING:  # it needs the extra `train`, which a family in itself does not
-    from rslora_jax.interop.tokenizer import Tokenizer
 
 # Where weights are to lie: a pytree of shardings like the variables, or what makes one of the variables' shapes (a
 # pytree of `jax.ShapeDtypeStruct`), such as `partial(param_shardings, mesh=mesh, rules=SHARDING_RULES)`.
@@ -31,14 +28,14 @@ class Model:
     Attributes:
       config: the configuration, of the family's own class.
       variables: the weights, a pytree.
-      tokenizer: the tokenizer.
+      tokenizer: the tokenizer, a `Tokenizer`; None where the model was loaded without text.
       family: what the library knows of models of this kind.
       changed: the fields of config.json that are others than in the file that it was read from.
     """
 
     config: Any
     variables: dict[str, Any]
-    tokenizer: Tokenizer
+    tokenizer: Any
     family: Family
     changed: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from rslora_jax.config import LoraConfig, split_use
 from rslora_jax.interop.decoder import DECODER
+from rslora_jax.interop.hub import with_revision
 from rslora_jax.interop.names import Names, Place
 from rslora_jax.interop.peft.files import WEIGHTS_NAME, PeftFolder, adapted_in, as_opened, tables_in
 from rslora_jax.interop.peft.settings import PeftSettings, read_settings
@@ -18,9 +19,15 @@ from rslora_jax.wrap import array_leaves
 
 
 def base_of(folder: str | Path | PeftFolder) -> str | None:
-    """Return what an adapter's configuration calls its base: a folder or a name on the hub; None where it does not."""
-    name = as_opened(folder).fields.get("base_model_name_or_path")
-    return name if isinstance(name, str) and name else None
+    """Return what an adapter's configuration calls its base: a folder or a name on the hub; None where it does not.
+
+    A name has the revision behind it that the configuration says, as owner/name@revision.
+    """
+    fields = as_opened(folder).fields
+    name, revision = fields.get("base_model_name_or_path"), fields.get("revision")
+    if not isinstance(name, str) or not name:
+        return None
+    return with_revision(name, revision if isinstance(revision, str) else None)
 
 
 def places_of_modules(found: Mapping[str, Place], shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Place]:

@@ -13,6 +13,8 @@ import numpy as np
 
 from rslora_jax.config import split_use
 from rslora_jax.interop.decoder import DECODER
+from rslora_jax.interop.hub import split_revision
+from rslora_jax.interop.kept_tokenizer import copy_tokenizer
 from rslora_jax.interop.names import Names, Place
 from rslora_jax.interop.new_folder import written_whole
 from rslora_jax.interop.peft import vllm
@@ -39,7 +41,6 @@ _FIELDS: Mapping[str, Any] = {
     "layers_to_transform": None,
     "lora_dropout": 0.0,
     "peft_type": "LORA",
-    "revision": None,
     "use_dora": False,
 }
 
@@ -51,6 +52,7 @@ def save_peft(
     names: Names = DECODER.names,
     *,
     base_model: str | None = None,
+    tokenizer: str | Path | None = None,
     task_type: str | None = "CAUSAL_LM",
     server: str | None = None,
     use_rslora: bool | None = None,
@@ -69,7 +71,9 @@ def save_peft(
       lora: from `wrap`.
       adapters: its adapters.
       names: the Hugging Face names of the base's parameters, and which are stored transposed.
-      base_model: what PEFT is to load as the base: a name on Hugging Face, or a folder.
+      base_model: what PEFT is to load as the base: a folder, or a name on Hugging Face, with @ and a revision behind it
+        where one is meant.
+      tokenizer: a folder whose tokenizer is copied along, where the adapters were trained with one of their own.
       task_type: PEFT's; None where the base is no language model of transformers.
       server: keep to what "vllm", "sglang" or "gguf" (llama.cpp's converter) serves; `vllm.check_vllm` says with which
         --max-lora-rank.
@@ -93,9 +97,11 @@ def save_peft(
     plan = one_scale(lora, use_rslora=bool(use_rslora)) if server else own_scales(lora, use_rslora=use_rslora)
     tensors = _factor_tensors(lora, adapters, modules, plan, dtype)
     whole, saved = _replaced_tensors(replaced, modules, places, lora)
+    name, revision = (None, None) if base_model is None else split_revision(base_model)
     config = {
         **_FIELDS,
-        "base_model_name_or_path": base_model,
+        "base_model_name_or_path": name,
+        "revision": revision,
         "task_type": task_type,
         **_described(lora, modules, plan, places_of_modules(places.found, places.shapes)),
         "modules_to_save": saved or None,
@@ -103,6 +109,8 @@ def save_peft(
     with written_whole(Path(folder)) as out:
         write_tensors(out, {f"{PREFIX}{name}": tensor for name, tensor in (tensors | whole).items()})
         (out / CONFIG_NAME).write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+        if tokenizer is not None:
+            copy_tokenizer(Path(tokenizer), out)
         if server == "vllm":
             vllm.check_vllm(out)
         elif server is not None:
