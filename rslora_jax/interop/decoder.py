@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import sys
+from collections.abc import Mapping
 from typing import Any
 
 import jax.numpy as jnp
@@ -10,9 +12,11 @@ import jax.numpy as jnp
 from rslora_jax.interop import decoder_config, decoder_gguf
 from rslora_jax.interop.family import Family, Untied
 from rslora_jax.interop.names import Names, Weight
+from rslora_jax.interop.weights import Tensor, same_numbers
 from rslora_jax.models.decoder import SHARDING_RULES, Decoder, Embed, Layer
 from rslora_jax.models.decoder_config import DecoderConfig
 
+_TABLE, _HEAD = "model.embed_tokens.weight", "lm_head.weight"
 # PyTorch's matrices are (out, in), where Flax's kernels are (in, out).
 _MATRICES = {
     "attn/q_proj/kernel": "self_attn.q_proj.weight",
@@ -48,7 +52,30 @@ def _in_layers(own: dict[str, str], *, transposed: bool) -> Names:
 
 def _ignored(config: DecoderConfig, name: str) -> bool:
     """Say whether a tensor may be there: some write a tied head, and early conversions the rotary frequencies."""
-    return (config.tie_head and name == "lm_head.weight") or name.endswith(".rotary_emb.inv_freq")
+    return (config.tie_head and name == _HEAD) or name.endswith(".rotary_emb.inv_freq")
+
+
+def _suited(config: DecoderConfig, tensors: Mapping[str, Tensor]) -> tuple[DecoderConfig, dict[str, Any]]:
+    """Untie a head that the file has beside the token table with other numbers, as transformers 5 does.
+
+    Raises:
+      ValueError: the head is not tied, and there is none.
+    """
+    table, head = tensors.get(_TABLE), tensors.get(_HEAD)
+    if config.tie_head and table is not None and head is not None and not same_numbers(table, head):
+        print(
+            f"{head.path}: {_HEAD} is not the token table, though tie_word_embeddings says so: it is read as a head of "
+            "its own",
+            file=sys.stderr,
+            flush=True,
+        )
+        return dataclasses.replace(config, tie_head=False), {"tie_word_embeddings": False}
+    if not config.tie_head and table is not None and head is None:
+        raise ValueError(
+            f"{table.path.parent} lacks tensor {_HEAD}, and tie_word_embeddings is false: it is not whole, or its "
+            "token table is the head, and its config.json is to say true"
+        )
+    return config, {}
 
 
 def _untie(config: DecoderConfig, variables: dict[str, Any]) -> Untied:
@@ -65,15 +92,16 @@ DECODER = Family(
     write_config=decoder_config.write_decoder_config,
     build=Decoder,
     names={
-        "params/embed/embedding": Weight("model.embed_tokens.weight"),
-        "params/embed/embedding@product": Weight("lm_head.weight"),  # where the table is the head
+        "params/embed/embedding": Weight(_TABLE),
+        "params/embed/embedding@product": Weight(_HEAD),  # where the table is the head
         "params/norm/scale": Weight("model.norm.weight"),
-        "params/lm_head/kernel": Weight("lm_head.weight", transposed=True),
+        "params/lm_head/kernel": Weight(_HEAD, transposed=True),
         **_in_layers(_MATRICES, transposed=True),
         **_in_layers(_VECTORS, transposed=False),
     },
     ignored=_ignored,
     untie=_untie,
+    suited=_suited,
     sharding_rules=SHARDING_RULES,
     blocks=(Embed, Layer),
     gguf=decoder_gguf.FORM,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -48,6 +48,9 @@ class Family:
         None where it may not.
       untie: gives, from (a configuration, its variables) of a model whose token table is its head too, the same with a
         head of its own; None where no model of the family is tied.
+      suited: gives, from (the configuration of config.json; the tensors of its folder by name, as
+        `weights.load_weights` takes them), (the configuration that these are of, the fields of config.json that say
+        so), or a ValueError; None where config.json says it all.
       sharding_rules: where weights lie on a mesh, for `parallel.sharding.param_shardings`.
       blocks: the classes of modules between which rows stay on their devices, for `parallel.sharding.pin_rows`.
       gguf: how GGUF files hold the family; None where they are not read.
@@ -60,6 +63,7 @@ class Family:
     names: Names
     ignored: Callable[[Any, str], bool] | None = None
     untie: Callable[[Any, Any], Untied] | None = None
+    suited: Callable[[Any, Mapping[str, Any]], tuple[Any, dict[str, Any]]] | None = None
     sharding_rules: Sequence[Any] = ()
     blocks: tuple[type, ...] = ()
     gguf: GgufForm | None = None

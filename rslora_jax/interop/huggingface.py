@@ -62,10 +62,12 @@ def load_huggingface(
     how = dict(scan_layers=scan_layers, remat=remat, param_dtype=param_dtype, dtype=dtype)
     family, config = read_model_config(folder, family, **how)
     tokenizer = read_or_none(lambda: _tokenizer(folder, config.vocab_size), text)
+    tensors = open_folder(folder)
+    config, changed = family.suited(config, tensors) if family.suited else (config, {})
     shapes = family.shapes(config)
     ignored = family.ignored
     variables = load_weights(
-        open_folder(folder),
+        tensors,
         shapes,
         shardings_of(shardings, shapes),
         names=family.names if names is None else names,
@@ -73,7 +75,7 @@ def load_huggingface(
         source=str(folder),
         progress=progress,
     )
-    return Model(config, variables, tokenizer, family)
+    return Model(config, variables, tokenizer, family, changed)
 
 
 def read_model_config(folder: str | Path, family: Family | None = None, **how: Any) -> tuple[Family, Any]:
