@@ -6,14 +6,24 @@ import argparse
 import dataclasses
 import functools
 import json
+import math
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from pathlib import Path
 from typing import Any
 
 from rslora_jax.commands.command import Command
 from rslora_jax.commands.flags import add_flag, check_above_zero, check_parent, shared
 from rslora_jax.commands.output import tell, write_text_whole
+
+_CHOOSING = (
+    ("--temperature", float, "0 takes the likeliest token; above, one is drawn (default: the model's own, or 0)"),
+    ("--top-k", int, "draw among so many of the likeliest tokens; 0 for all"),
+    ("--top-p", float, "draw among the likeliest tokens that hold so much of the probability"),
+    ("--min-p", float, "draw among tokens that are at least so likely beside the likeliest"),
+    ("--repetition-penalty", float, "divide the logits of tokens that are there already by so much; 1 for none"),
+)
 
 
 def _add_flags(parser: argparse.ArgumentParser) -> None:
@@ -31,9 +41,10 @@ def _add_flags(parser: argparse.ArgumentParser) -> None:
     shared(prompts, "--template-option")
     shared(prompts, "--batch-size", text="prompts that are answered together")
     how = parser.add_argument_group("answers")
-    shared(how, "--max-new")
-    add_flag(how, "--temperature", 0.0, "0 takes the likeliest token; above, one is drawn", metavar="X")
-    add_flag(how, "--top-p", 1.0, "draw among the likeliest tokens that hold so much of the probability", metavar="X")
+    shared(how, "--max-new", default=None, text="most tokens of an answer (default: the model's own, or 256)", type=int)
+    # What is not said is as the model's generation_config.json has it.
+    for flag, kind, text in _CHOOSING:
+        add_flag(how, flag, None, text, metavar="N" if kind is int else "X", type=kind)
     add_flag(how, "--seed", 0, "seed of what is drawn", metavar="N")
     shared(how, "--out", text="write prompts and answers as JSON lines too", metavar="FILE")
 
@@ -54,8 +65,9 @@ def generate(a: argparse.Namespace) -> int:
         to_write=True,
         template_options=a.template_option,
     )
+    options = _options(a, loaded.folder)
     ids = functools.partial(prompt_ids, loaded.tokenizer, plain=a.plain)
-    writer = _Writer.of(loaded, a)
+    writer = _Writer.of(loaded, a, options)
     # All are encoded first: a mistake in the last shows before the first is answered.
     answers = writer.many(prompts, [ids(p) for p in prompts]) if prompts else writer.lines(_typed(), ids)
     records = []
@@ -69,12 +81,31 @@ def generate(a: argparse.Namespace) -> int:
 
 def _check_flags(a: argparse.Namespace) -> None:
     """Raise a ValueError for flags that cannot be, before the model is read."""
-    check_above_zero(a, "batch_size", "max_new")
-    if a.temperature < 0 or not 0 < a.top_p <= 1:
-        raise ValueError(f"--temperature {a.temperature} --top-p {a.top_p}: give at least 0, and 0 < top-p <= 1")
+    check_above_zero(a, "batch_size", "max_new", "repetition_penalty")
+    for name, most in (("temperature", math.inf), ("top_k", math.inf), ("top_p", 1), ("min_p", 1)):
+        value = getattr(a, name)
+        if value is not None and (not 0 <= value <= most or value == math.inf or (name == "top_p" and not value)):
+            bounds = {"top_p": "above 0 and at most 1", "min_p": "from 0 to 1"}.get(name, "at least 0")
+            raise ValueError(f"--{name.replace('_', '-')} {value}: give a number that is {bounds}")
     if a.merged and not a.folder:
         raise ValueError("--merged needs a run whose adapters are to be merged: name its folder")
     check_parent("--out", a.out)
+
+
+def _options(a: argparse.Namespace, folder: Path | None) -> dict[str, Any]:
+    """Give how tokens are chosen, by the flags and the model's generation_config.json, and say what that decides."""
+    from rslora_jax.interop.generation_config import read_generation
+
+    asked = read_generation(folder)
+    flags = [flag.removeprefix("--").replace("-", "_") for flag, *_ in _CHOOSING]
+    how, used = asked.how({name: getattr(a, name) for name in flags})
+    max_new = a.max_new or asked.obeyed.get("max_new_tokens")
+    used += [f"max_new_tokens={max_new}"] if max_new and not a.max_new else []
+    said = f"as generation_config.json asks: {', '.join(used)}" if used else "of generation_config.json"
+    said += f"; not obeyed: {', '.join(asked.ignored)}" if asked.ignored else ""
+    if used or asked.ignored:
+        tell(said)
+    return {"max_new": max_new or 256, **how}
 
 
 @dataclasses.dataclass
@@ -90,11 +121,10 @@ class _Writer:
     count: int = 0
 
     @classmethod
-    def of(cls, loaded: Any, a: argparse.Namespace) -> _Writer:
-        """Make one for a model and the flags of the command."""
+    def of(cls, loaded: Any, a: argparse.Namespace, options: dict[str, Any]) -> _Writer:
+        """Make one for a model, the flags of the command, and how tokens are chosen."""
         from rslora_jax.commands.runs import program
 
-        options = {"max_new": a.max_new, "temperature": a.temperature, "top_p": a.top_p}
         apply, variables = program(loaded, loaded.runs[0] if loaded.runs else None, merged=a.merged)
         return cls(apply, variables, loaded, options, a.batch_size, a.seed)
 
@@ -270,6 +300,11 @@ COMMAND = Command(
         (
             'rslora generate my-run --plain --prompt "Once upon a time" --temperature 0.8 --top-p 0.9 --seed 1',
             "No chat template, and tokens drawn at random.",
+        ),
+        (
+            "rslora generate my-run --prompts questions.txt --temperature 0",
+            "The likeliest answers, also of a model whose generation_config.json asks for drawing. What that says of "
+            "temperature, top-k, top-p, min-p, repetition penalty and length is obeyed where no flag says otherwise.",
         ),
         (
             "rslora generate my-run < questions.txt",

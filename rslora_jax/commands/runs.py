@@ -5,16 +5,17 @@ from __future__ import annotations
 import dataclasses
 import functools
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import jax
 import numpy as np
 
 from rslora_jax.config import LoraConfig
-from rslora_jax.interop.adapter_folder import attach, load_base, open_adapters, parse_step
+from rslora_jax.interop.adapter_folder import attach, load_base, open_adapters, parse_step, place_of_base
 from rslora_jax.interop.chat_template import parse_options
 from rslora_jax.interop.family import Family
-from rslora_jax.interop.load import load_model
+from rslora_jax.interop.load import folder_of, load_model
 from rslora_jax.interop.model import Model
 from rslora_jax.interop.own_tokenizer import same_tokenizer
 from rslora_jax.interop.untied import merge_model
@@ -45,6 +46,7 @@ class LoadedRuns:
     tokenizer: Any
     runs: tuple[Run, ...]
     settings: Mapping[str, Any]  # what the first run was started with
+    folder: Path | None = None  # of the base, where that is a Hugging Face one
 
 
 def load_runs(
@@ -93,9 +95,10 @@ def load_runs(
     for folder, one, (lora, variables, adapters, *_) in zip(runs, opened, attached, strict=True):
         known = next((other for other in loras if _same_shapes(other, lora)), lora)
         loras.append(known)
-        at = int(one.source.name) if one.source.parent.name == "checkpoints" else None
-        loaded.append(Run(folder, at, lora.config, known, variables, _rescaled(adapters, lora, known)))
-    found = LoadedRuns(base.family, base.config, base.variables, base.tokenizer, tuple(loaded), first)
+        its_step = int(one.source.name) if one.source.parent.name == "checkpoints" else None
+        loaded.append(Run(folder, its_step, lora.config, known, variables, _rescaled(adapters, lora, known)))
+    at = folder_of(place_of_base(opened[0], model) if opened else model)
+    found = LoadedRuns(base.family, base.config, base.variables, base.tokenizer, tuple(loaded), first, at)
     return unrolled(found) if looped and getattr(base.config, "scan_layers", False) else found
 
 

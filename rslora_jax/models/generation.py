@@ -16,6 +16,7 @@ import numpy as np
 from jax import lax
 
 from rslora_jax.models.decoder import DecoderConfig, init_cache, lengthen
+from rslora_jax.models.sampling import Choosing, choosing, next_token
 from rslora_jax.pytrees import Params
 
 Array = jax.Array
@@ -41,16 +42,12 @@ def generate(
 
         generate(run, (variables, adapters), prompts, config, max_new=32)
 
-    `options` are those of `start`: eos_id=None, temperature=0.0, top_p=1.0, key=None, bucket=64. Keep one
-    `apply` between calls: it is part of what is compiled, once for each number of prompts, `max_new` and
-    prompt length rounded up to `bucket`. Temperature 0 takes the likeliest token; otherwise `key` draws
-    one from the smallest set of tokens that holds `top_p` of the probability (arXiv 1904.09751, section 3.1).
-    A row ends with, and includes, `eos_id`, or the first of several. What a row gives does not depend on the other
-    rows, except through rounding.
-
-    Raises:
-      ValueError: there are no prompts, or an empty one, `max_new` is below 1, `top_p` outside (0, 1], the temperature
-        negative, a key is missing, or the prompts leave no room within `config.max_len`.
+    `options` are those of `start`: eos_id=None, key=None, bucket=64, and those of `sampling.choosing`, by which tokens
+    are chosen: temperature=0.0, top_k=0, top_p=1.0, min_p=0.0, repetition_penalty=1.0. Temperature 0 takes the
+    likeliest token; otherwise `key` draws one. Keep one `apply` between calls: it is part of what is compiled, once for
+    each number of prompts, `max_new`, prompt length rounded up to `bucket`, and which of these options do something. A
+    row ends with, and includes, `eos_id`, or the first of several. What a row gives does not depend on the other rows,
+    except through rounding.
 
     >>> from rslora_jax.models.decoder import Decoder
     >>> config = DecoderConfig(vocab_size=32, width=16, mlp_width=24, num_layers=2, num_heads=4, num_kv_heads=2)
@@ -97,7 +94,6 @@ class Generation:
     choosing: tuple[Any, ...]
     config: DecoderConfig
     max_new: int
-    nucleus: bool
 
     def compile(self) -> None:
         """Compile both programs, where that has not been done; otherwise the first calls do it."""
@@ -108,7 +104,7 @@ class Generation:
         """Return both programs, lowered: that which reads, and that which adds tokens."""
         reading = _read.lower(*self.reading, config=self.config, max_new=self.max_new)
         state = _read.eval_shape(*self.reading, config=self.config, max_new=self.max_new)
-        adding = _advance.lower(*self.reading[:2], state, np.int32(0), *self.choosing, nucleus=self.nucleus)
+        adding = _advance.lower(*self.reading[:2], state, np.int32(0), *self.choosing)
         return reading, adding
 
     def read(self) -> State:
@@ -118,7 +114,7 @@ class Generation:
     def advance(self, state: State, until: int) -> State:
         """Add tokens until each row has `until`, or has ended. The state that is given is used up."""
         end = np.int32(min(until, self.max_new))
-        return _advance(*self.reading[:2], state, end, *self.choosing, nucleus=self.nucleus)
+        return _advance(*self.reading[:2], state, end, *self.choosing)
 
 
 def start(
@@ -129,13 +125,16 @@ def start(
     *,
     max_new: int,
     eos_id: int | Sequence[int] | None = None,
-    temperature: float = 0.0,
-    top_p: float = 1.0,
     key: Array | None = None,
     bucket: int = 64,
+    **how: Any,
 ) -> Generation:
     """Lay prompts out for `generate`, whose arguments these are; nothing is compiled or run yet."""
-    _check(prompts, config, max_new, temperature, top_p, key)
+    _check(prompts, config, max_new)
+    by = choosing(vocab_size=config.vocab_size, **how)
+    key = key if "temperature" in by else None
+    if "temperature" in by and key is None:
+        raise ValueError("drawing tokens needs a key: pass key=jax.random.key(seed), or temperature=0")
     longest = max(len(prompt) for prompt in prompts)
     length = min(-(-longest // bucket) * bucket, config.max_len - max_new + 1)
     tokens_BxP = np.zeros((len(prompts), length), np.int32)
@@ -148,11 +147,18 @@ def start(
     ends_E = np.atleast_1d(np.asarray(-1 if eos_id is None else eos_id, np.int32))
     return Generation(
         (apply, variables, tokens_BxP, positions_BxP),
-        (ends_E, np.float32(temperature), np.float32(top_p), key if temperature else None),
+        (ends_E, by, _seen(prompts, config) if "repetition_penalty" in by else None, key),
         config,
         max_new,
-        top_p < 1,
     )
+
+
+def _seen(prompts: Sequence[Sequence[int]], config: DecoderConfig) -> np.ndarray:
+    """Say of every token whether it is in each prompt."""
+    seen_BxV = np.zeros((len(prompts), config.vocab_size), bool)
+    for row, prompt in enumerate(prompts):
+        seen_BxV[row, np.asarray(prompt)] = True
+    return seen_BxV
 
 
 def pieces(going: Generation, state: State, chunk: int) -> Iterator[list[list[int]]]:
@@ -171,24 +177,6 @@ def tokens_of(state: State) -> list[list[int]]:
     """Give each row's new tokens so far."""
     lengths = np.asarray(state["lengths_B"])
     return [row[:n].tolist() for row, n in zip(np.asarray(state["new_BxM"]), lengths, strict=True)]
-
-
-def _sample(key: Array, logits_V: Array, temperature: Array, top_p: Array | None = None) -> Array:
-    """Draw a token id () from logits (V,), float32, among the likeliest that hold `top_p` of the probability.
-
-    >>> logits = jnp.log(jnp.array([0.6, 0.3, 0.1]))
-    >>> draws = jax.vmap(lambda key: _sample(key, logits, 1.0, 0.8))(jax.random.split(jax.random.key(0), 200))
-    >>> sorted(set(draws.tolist()))
-    [0, 1]
-    """
-    logits_V = logits_V / temperature
-    if top_p is not None:
-        falling_V = jnp.sort(jax.nn.softmax(logits_V), descending=True)
-        # A token is kept when those before it hold less than top_p: the likeliest one always is.
-        kept_V = jnp.cumsum(falling_V) - falling_V < top_p
-        floor = jnp.min(jnp.where(kept_V, falling_V, jnp.inf))
-        logits_V = jnp.where(jax.nn.softmax(logits_V) >= floor, logits_V, -jnp.inf)
-    return jax.random.categorical(key, logits_V)
 
 
 @partial(jax.jit, static_argnums=0, static_argnames=("config", "max_new"))
@@ -219,28 +207,27 @@ def _read(
     }
 
 
-@partial(jax.jit, static_argnums=0, static_argnames="nucleus", donate_argnums=2)
+@partial(jax.jit, static_argnums=0, donate_argnums=2)
 def _advance(
     apply: Callable[..., Any],
     variables: Params,
     state: State,
     until: Array,
     ends_E: Array,
-    temperature: Array,
-    top_p: Array,
+    by: Choosing,
+    prompted_BxV: Array | None,
     key: Array | None,
-    *,
-    nucleus: bool,
 ) -> State:
     B = len(state["done_B"])
 
-    def choose(step: Array, logits_BxV: Array) -> Array:
-        if key is None:
-            return jnp.argmax(logits_BxV, axis=-1)
-        # One key for each row and step, so that a row draws the same whatever the batch.
-        keys_B = jax.vmap(partial(jax.random.fold_in, jax.random.fold_in(key, step)))(jnp.arange(B))
-        draw = partial(_sample, temperature=temperature, top_p=top_p if nucleus else None)
-        return jax.vmap(draw)(keys_B, logits_BxV)
+    def choose(state: State, logits_BxV: Array) -> Array:
+        seen_BxV = None if prompted_BxV is None else prompted_BxV | _written(state, logits_BxV.shape[-1])
+        keys_B = None
+        if key is not None:
+            # One key for each row and step, so that a row draws the same whatever the batch.
+            of_step = jax.random.fold_in(key, state["step"])
+            keys_B = jax.vmap(partial(jax.random.fold_in, of_step))(jnp.arange(B))
+        return jax.vmap(partial(next_token, by=by))(keys_B, logits_BxV, seen_BxV)
 
     def go_on(state: State) -> Array:
         return (state["step"] < until) & ~jnp.all(state["done_B"])
@@ -248,7 +235,7 @@ def _advance(
     def one(state: State) -> State:
         step, done_B = state["step"], state["done_B"]
         logits_Bx1xV, cache = apply(variables, state["last_Bx1"], state["position_Bx1"], cache=state["cache"])
-        token_B = choose(step, logits_Bx1xV[:, 0]).astype(jnp.int32)
+        token_B = choose(state, logits_Bx1xV[:, 0]).astype(jnp.int32)
         return {
             "step": step + 1,
             "last_Bx1": token_B[:, None],
@@ -262,22 +249,18 @@ def _advance(
     return lax.while_loop(go_on, one, state)
 
 
-def _check(
-    prompts: Sequence[Sequence[int]],
-    config: DecoderConfig,
-    max_new: int,
-    temperature: float,
-    top_p: float,
-    key: Array | None,
-) -> None:
+def _written(state: State, vocab_size: int) -> Array:
+    """Say of every token whether it is among each row's new ones."""
+    B, M = state["new_BxM"].shape
+    is_there_BxM = jnp.arange(M)[None] < state["step"]
+    return jnp.zeros((B, vocab_size), bool).at[jnp.arange(B)[:, None], state["new_BxM"]].max(is_there_BxM)
+
+
+def _check(prompts: Sequence[Sequence[int]], config: DecoderConfig, max_new: int) -> None:
     if not len(prompts) or not all(len(prompt) for prompt in prompts):
         raise ValueError("a prompt is empty: give each at least one token")
     if max_new < 1:
         raise ValueError(f"max_new={max_new}: ask for at least one token")
-    if temperature < 0 or not 0 < top_p <= 1:
-        raise ValueError(f"temperature={temperature}, top_p={top_p}: give at least 0, and 0 < top_p <= 1")
-    if temperature and key is None:
-        raise ValueError("drawing tokens needs a key: pass key=jax.random.key(seed), or temperature=0")
     longest = max(len(prompt) for prompt in prompts)
     if longest - 1 + max_new > config.max_len:
         raise ValueError(

@@ -54,11 +54,6 @@ def test_the_head_is_what_the_file_has(said, head, dtype, tmp_path, capsys, monk
     assert config.tie_head is CASES[said, head]
     told = capsys.readouterr().err
     assert ("is not the token table, though tie_word_embeddings says so" in told) is (said and not config.tie_head)
-    hidden_BxTxW = {}
-
-    def kept(module, name):
-        return type(module).__name__ == "RMSNorm" or name == "norm"
-
     tokens = np.array([[5, 1, 20]])
     logits, state = Decoder(config).apply(variables, tokens, capture_intermediates=True, mutable=["intermediates"])
     hidden_BxTxW = np.asarray(state["intermediates"]["norm"]["__call__"][0], np.float64)
