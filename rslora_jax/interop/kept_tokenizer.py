@@ -36,6 +36,8 @@ def keep_tokenizer(folder: Path | None, run: Path) -> None:
 def copy_tokenizer(folder: Path, out: Path) -> None:
     """Copy the files of a tokenizer as they are."""
     out.mkdir(parents=True, exist_ok=True)
-    for name in _FILES:
+    more = (str(path.relative_to(folder)) for path in folder.glob("additional_chat_templates/*.jinja"))
+    for name in (*_FILES, *more):
         if (folder / name).is_file():
+            (out / name).parent.mkdir(exist_ok=True)
             shutil.copyfile(folder / name, out / name)

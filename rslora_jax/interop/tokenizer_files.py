@@ -14,10 +14,12 @@ from rslora_jax.interop.tokenizer import Tokenizer
 
 _NAMED = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
 _FLAGS = ("lstrip", "rstrip", "normalized", "single_word", "special")
-# These classes of transformers have tokens by default, and put `bos_token` in front as `add_bos_token` says; the others
-# do as tokenizer.json says.
-_LLAMA = ("LlamaTokenizer", "LlamaTokenizerFast")
-_LLAMA_TOKENS = {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>", "add_bos_token": True}
+# These classes of transformers 4 have tokens by default, and put `bos_token` in front as `add_bos_token` says; the
+# others do as tokenizer.json says. Version 5, whose files have a field `backend`, goes by tokenizer.json for every
+# class, unless `add_bos_token` or `add_eos_token` is said.
+_LLAMA = {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>", "add_bos_token": True}
+_GEMMA = {"bos_token": "<bos>", "eos_token": "<eos>", "unk_token": "<unk>", "pad_token": "<pad>", "add_bos_token": True}
+_OF_CLASS = {"LlamaTokenizer": _LLAMA, "GemmaTokenizer": _GEMMA}
 
 
 def read_tokenizer(folder: str | Path, *, eos_id: int | None = None) -> Tokenizer:
@@ -44,8 +46,8 @@ def read_tokenizer(folder: str | Path, *, eos_id: int | None = None) -> Tokenize
     backend.no_truncation()
     backend.no_padding()
     about = _about(folder)
-    named = {name: token for name in _NAMED if (token := _text(about.get(name))) is not None}
-    _add(folder, backend, about, named.values())
+    named = _named(about)
+    _add(folder, backend, about, [*named.values(), *_extra(about)])
     ids = {name: backend.token_to_id(token) for name, token in named.items()}
     eos_id, bos_id, size = ids.get("eos_token", eos_id), ids.get("bos_token"), backend.get_vocab_size()
     if eos_id is None:
@@ -77,7 +79,27 @@ def _about(folder: Path) -> dict[str, Any]:
     for name in ("special_tokens_map.json", "tokenizer_config.json"):
         if (folder / name).is_file():
             found |= {key: value for key, value in read_json(folder / name).items() if value is not None}
-    return _LLAMA_TOKENS | found if found.get("tokenizer_class") in _LLAMA else found
+    return found if "backend" in found else _of_class(found) | found
+
+
+def _of_class(about: Mapping[str, Any]) -> dict[str, Any]:
+    kind = about.get("tokenizer_class")
+    return _OF_CLASS.get(kind.removesuffix("Fast"), {}) if isinstance(kind, str) else {}
+
+
+def _named(about: Mapping[str, Any]) -> dict[str, str]:
+    """Give the tokens that have a name, by which templates call them: those of every model, and of this one alone."""
+    own = about.get("extra_special_tokens")
+    names = [*_NAMED, *(name for name in about if name.endswith("_token") and "backend" in about)]
+    found = {name: about.get(name) for name in names} | (own if isinstance(own, dict) else {})
+    return {name: text for name, token in found.items() if (text := _text(token)) is not None}
+
+
+def _extra(about: Mapping[str, Any]) -> list[str]:
+    """Give the special tokens without a name, by version 4's word for them and by version 5's."""
+    found = [about.get(name) for name in ("additional_special_tokens", "extra_special_tokens")]
+    tokens = [token for several in found if isinstance(several, list) for token in several]
+    return [text for token in tokens if (text := _text(token)) is not None]
 
 
 def _text(token: Any) -> str | None:
@@ -104,10 +126,11 @@ def _add(folder: Path, backend: Backend, about: Mapping[str, Any], named: Iterab
 
 
 def _adds_bos(folder: Path, backend: Backend, about: Mapping[str, Any], bos_id: int | None) -> bool:
-    if about.get("tokenizer_class") in _LLAMA:
+    says = "add_bos_token" in about or "add_eos_token" in about
+    if says and ("backend" in about or _of_class(about)):
         if about.get("add_eos_token", False):
             raise ValueError(f"{folder} puts eos_token behind every text (add_eos_token): that is not done here")
-        return bool(about["add_bos_token"])
+        return bool(about.get("add_bos_token", False))
     bare, whole = (backend.encode("a", add_special_tokens=special).ids for special in (False, True))
     if whole not in (bare, [bos_id, *bare]):
         tokens = [backend.id_to_token(i) for i in whole]

@@ -76,3 +76,54 @@ def test_an_added_token_may_have_no_row_where_it_is_of_no_use_to_text(tmp_path):
     (tmp_path / "tokenizer_config.json").write_text(json.dumps(about | {"pad_token": "<picture>"}))
     with pytest.raises(ValueError, match=r"has 17 tokens in tokenizer\.json and vocab_size 16"):
         load_huggingface(tmp_path)
+
+
+# What version 5 of transformers writes beside tokenizer.json, and what version 5.24 makes of it: of tokenizer.json with
+# <s> in front or without, and these fields, (the ids of "hi", those of "hi<tool>").
+FIVE = {"backend": "tokenizers", "bos_token": "<s>", "eos_token": "</s>", "pad_token": "<pad>"}
+AS_FIVE = [
+    (True, {"tokenizer_class": "TokenizersBackend"}, [0, 5]),
+    (False, {"tokenizer_class": "TokenizersBackend"}, [5]),
+    (True, {"tokenizer_class": "LlamaTokenizer", "add_prefix_space": None, "unk_token": "<s>"}, [0, 5]),
+    (False, {"tokenizer_class": "LlamaTokenizer", "add_prefix_space": None, "unk_token": "<s>"}, [5]),
+    (False, {"tokenizer_class": "GemmaTokenizer", "unk_token": "<s>"}, [5]),
+    (False, {"tokenizer_class": "TokenizersBackend", "add_bos_token": True}, [0, 5]),
+    (True, {"tokenizer_class": "TokenizersBackend", "add_bos_token": False}, [5]),
+    (True, {"tokenizer_class": "LlamaTokenizer", "add_eos_token": False}, [5]),
+]
+TOOL = [
+    {"extra_special_tokens": ["<tool>"]},
+    {"additional_special_tokens": [{"content": "<tool>", "special": True}]},
+    {"extra_special_tokens": {"tool_token": "<tool>"}},
+    {"extra_special_tokens": [], "tool_token": "<tool>"},
+]
+
+
+@pytest.mark.parametrize(("bos", "fields", "ids"), AS_FIVE)
+@pytest.mark.parametrize("tool", TOOL)
+def test_files_of_transformers_5_give_its_ids(tmp_path, bos, fields, ids, tool):
+    folders.tokenizer_json(tmp_path, bos=bos)
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(FIVE | fields | tool))
+    (tmp_path / "chat_template.jinja").write_text("{{ messages[0].content }}{{ tool_token }}{{ eos_token }}")
+    tokenizer = read_tokenizer(tmp_path)
+    assert (tokenizer.bos_id, tokenizer.eos_id, tokenizer.pad_id, tokenizer.vocab_size) == (0, 1, 2, 17)
+    assert tokenizer.encode("hi") == ids and tokenizer.encode("hi<tool>") == [*ids, 16]
+    assert tokenizer.decode([5, 16], skip_special=True) == "hi"
+    named = "<tool>" if "tool_token" in json.dumps(tool) else ""
+    assert tokenizer.chat([{"role": "user", "content": "hi"}]) == f"hi{named}</s>"
+
+
+def test_what_transformers_5_puts_behind_every_text_is_refused(tmp_path):
+    folders.tokenizer_json(tmp_path, bos=False)
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(FIVE | {"add_eos_token": True}))
+    with pytest.raises(ValueError, match="eos_token behind every text"):
+        read_tokenizer(tmp_path)
+
+
+@pytest.mark.parametrize("add_bos", [True, False, None])
+def test_gemma_s_class_of_transformers_4_puts_its_own_in_front_too(tmp_path, add_bos):
+    folders.tokenizer_json(tmp_path, bos=add_bos is False)
+    about = {"tokenizer_class": "GemmaTokenizer", "bos_token": "<s>", "eos_token": "</s>", "unk_token": "<s>"}
+    about |= {"pad_token": "<pad>"} | ({} if add_bos is None else {"add_bos_token": add_bos})
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(about))
+    assert read_tokenizer(tmp_path).encode("hi") == ([5] if add_bos is False else [0, 5])
