@@ -294,6 +294,10 @@ COMMAND = Command(
             "The base model alone: SmolLM2, or --model other.gguf.",
         ),
         (
+            'rslora generate peft-adapter --model HuggingFaceTB/SmolLM2-135M --prompt "Once upon a time"',
+            "A folder that PEFT saved, with the tokenizer beside it if there is one, on the base that you name.",
+        ),
+        (
             "rslora generate my-run --step best --prompts questions.txt --out answers.jsonl",
             'Many prompts, one a line, in batches. A .jsonl file has {"prompt"}, {"question"} or {"messages"} a line.',
         ),

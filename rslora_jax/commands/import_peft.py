@@ -64,7 +64,8 @@ COMMAND = Command(
     examples=(
         (
             "rslora import my-peft-adapter --model HuggingFaceTB/SmolLM2-135M --out my-run",
-            "Then my-run is as `rslora train` leaves it, at step 0, for what reads the folder of a run.",
+            "Then my-run is as `rslora train` leaves it, at step 0, for what reads the folder of a run; a tokenizer "
+            "beside the adapter is kept with it.",
         ),
     ),
     add_flags=_add_flags,

@@ -105,6 +105,10 @@ COMMAND = Command(
             "The checkpoint with the least held-out loss, without loss by rounding.",
         ),
         (
+            "rslora merge peft-adapter --model HuggingFaceTB/SmolLM2-135M --out merged",
+            "A folder that PEFT saved; a tokenizer and a chat template that lie beside it are written too.",
+        ),
+        (
             "rslora merge my-run --out merged --model base.gguf --max-shard-size 2GB",
             "A run that does not say what its base was, or whose base has moved; in files of at most 2 GB.",
         ),

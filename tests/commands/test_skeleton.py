@@ -35,12 +35,12 @@ FLAGS = {
     "train": "config model data cache max-len heldout template-option rank alpha scaling targets adapters steps "
     "batch-size accumulate optimizer optimizer-option learning-rate schedule warmup clip patience on-nonfinite "
     "seed dtype param-dtype remat mesh split-rank distributed out eval-every save-every keep tensorboard resume",
-    "generate": "model step merged dtype prompt prompts plain template-option batch-size max-new temperature top-p "
-    "seed out",
+    "generate": "model step merged dtype prompt prompts plain template-option batch-size max-new temperature top-k "
+    "top-p min-p repetition-penalty seed out",
     "eval": "model step dtype data all heldout max-len template-option batch-size exact-match max-new json",
     "inspect": "step model no-base all out",
     "merge": "out dtype step model max-shard-size",
-    "export": "out for step dtype model base-model",
+    "export": "out for use-rslora step dtype model base-model",
     "import": "model param-dtype out",
 }
 
