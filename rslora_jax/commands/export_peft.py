@@ -58,13 +58,16 @@ def export_peft(a: argparse.Namespace) -> int:
 def _how_to_serve(server: str, out: Path, name: str | None) -> str:
     """Give the command by which a server takes the adapter that was written."""
     from rslora_jax.interop import peft
+    from rslora_jax.interop.hub import split_revision
 
-    base, at = shlex.quote(name or "BASE"), shlex.quote(str(out.absolute()))
+    place, revision = split_revision(name or "BASE")
+    base, at = shlex.quote(place), shlex.quote(str(out.absolute()))
+    of = f" --revision {shlex.quote(revision)}" if revision else ""
     pair = shlex.quote(f"{out.name}={out.absolute()}")
     if server == "vllm":
-        return f"vllm serve {base} --enable-lora --max-lora-rank {peft.check_vllm(out)} --lora-modules {pair}"
+        return f"vllm serve {base}{of} --enable-lora --max-lora-rank {peft.check_vllm(out)} --lora-modules {pair}"
     if server == "sglang":
-        return f"python -m sglang.launch_server --model-path {base} --enable-lora --lora-paths {pair}"
+        return f"python -m sglang.launch_server --model-path {base}{of} --enable-lora --lora-paths {pair}"
     where = "--base" if name is None or Path(name).is_dir() else "--base-model-id"
     return f"python convert_lora_to_gguf.py {where} {base} {at}"
 

@@ -74,7 +74,7 @@ def differences(one: Tokenizer, other: Tokenizer) -> list[str]:
     >>> from rslora_jax.interop.tokenizer import EXAMPLE, tokenizer_from_metadata
     >>> one = tokenizer_from_metadata(EXAMPLE)
     >>> differences(dataclasses.replace(one, eos_id=1, chat_template=None), one)
-    ['the chat template (none here)', "the eos token ('<pad>' for '<end>')"]
+    ['the chat template (none here)', "the eos token ('h' for '<end>')"]
     """
     found = []
     if one.chat_template != other.chat_template:
