@@ -132,6 +132,7 @@ def _read_base(a: argparse.Namespace, start: Any, placement: Placement) -> Any:
     from rslora_jax.commands.progress import progress_line
     from rslora_jax.interop.adapter_folder import place_of_trained
     from rslora_jax.interop.chat_template import parse_options
+    from rslora_jax.interop.kept_tokenizer import is_whole
     from rslora_jax.interop.load import find_family, load_model
     from rslora_jax.interop.own_tokenizer import with_own_tokenizer
 
@@ -146,7 +147,7 @@ def _read_base(a: argparse.Namespace, start: Any, placement: Placement) -> Any:
         dtype=a.dtype,
         shardings=base_shardings(placement, find_family(a.model)) if placement.mesh else None,
         progress=progress_line("reading"),
-        text=own is None,
+        text=own is None or not is_whole(own),
     )
     return with_own_tokenizer(base, own).with_template_options(options)
 

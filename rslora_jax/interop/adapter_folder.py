@@ -15,7 +15,7 @@ import numpy as np
 from rslora_jax.config import LoraConfig, split_use
 from rslora_jax.interop.family import Family
 from rslora_jax.interop.hub import with_revision
-from rslora_jax.interop.kept_tokenizer import tokenizer_beside
+from rslora_jax.interop.kept_tokenizer import is_whole, tokenizer_beside
 from rslora_jax.interop.load import find_family, load_model
 from rslora_jax.interop.model import Model
 from rslora_jax.interop.names import is_looped
@@ -177,7 +177,7 @@ def load_base(
     param_dtype = dtypes.pop() if len(dtypes) == 1 else "float32"
     how: dict[str, Any] = dict(scan_layers=not looped, param_dtype=param_dtype, dtype=dtype, family=family)
     # With a tokenizer of the adapters' own, the base's need not be there.
-    base = load_model(where, **how, text=text and opened.tokenizer is None)
+    base = load_model(where, **how, text=text and not (opened.tokenizer and is_whole(opened.tokenizer)))
     return with_own_tokenizer(base, opened.tokenizer, text=text)
 
 

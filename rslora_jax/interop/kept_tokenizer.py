@@ -22,7 +22,19 @@ _KEPT = "tokenizer"
 
 def tokenizer_beside(folder: Path) -> Path | None:
     """Return the folder of the tokenizer that belongs to adapters: a folder of PEFT itself, or one within a run's."""
-    return next((one for one in (folder / _KEPT, folder) if (one / "tokenizer.json").is_file()), None)
+    own = ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja")
+    return next((one for one in (folder / _KEPT, folder) if any((one / name).is_file() for name in own)), None)
+
+
+def is_whole(folder: Path) -> bool:
+    """Say whether a tokenizer's folder has its tokens, and not only what is said of the base's: a template, an end."""
+    return (folder / "tokenizer.json").is_file()
+
+
+def same_files(one: Path, other: Path) -> bool:
+    """Say whether two folders have the same files of a tokenizer."""
+    pairs = [(one / name, other / name) for name in _FILES]
+    return all(a.is_file() == b.is_file() and (not a.is_file() or a.read_bytes() == b.read_bytes()) for a, b in pairs)
 
 
 def keep_tokenizer(folder: Path | None, run: Path) -> None:

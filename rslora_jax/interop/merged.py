@@ -14,7 +14,8 @@ from rslora_jax.interop import streamed
 from rslora_jax.interop.decoder import DECODER
 from rslora_jax.interop.family import Family
 from rslora_jax.interop.huggingface import GENERATION, files_beside_weights
-from rslora_jax.interop.kept_tokenizer import copy_tokenizer
+from rslora_jax.interop.json_files import json_text, read_json
+from rslora_jax.interop.kept_tokenizer import copy_tokenizer, is_whole
 from rslora_jax.interop.names import Names, Place, places
 from rslora_jax.interop.new_folder import written_whole
 from rslora_jax.interop.rounding import Rounding
@@ -61,7 +62,7 @@ def write_merged(
         the files of its tokenizer are taken in place of ones made here.
       changed: fields of the base's config.json that are others in the model, as of `Model`.
       own_tokenizer: a folder with a tokenizer that the adapters were trained with in place of the base's: its files are
-        copied as they are.
+        copied as they are; what it says alone of the base's tokens is written into the base's.
       max_shard_size: bytes in a file of weights.
       progress: told the number of tensors done and their number in all.
 
@@ -104,9 +105,23 @@ def write_merged(
             (draft / file).write_text(content, encoding="utf-8")
         if base is not None and (base / GENERATION).is_file() and not (draft / GENERATION).exists():
             shutil.copyfile(base / GENERATION, draft / GENERATION)
-        if (taken := own_tokenizer or base) is not None:
-            copy_tokenizer(Path(taken), draft)
+        _copy_tokenizer(tokenizer, base, None if own_tokenizer is None else Path(own_tokenizer), draft)
     return roundings
+
+
+def _copy_tokenizer(tokenizer: Tokenizer | None, base: Path | None, own: Path | None, out: Path) -> None:
+    """Copy the files of the tokenizer that is the model's; without a folder that has them they are made already."""
+    if own is not None and is_whole(own):
+        copy_tokenizer(own, out)
+    elif base is not None:
+        copy_tokenizer(base, out)
+        if own is not None and tokenizer is not None:  # what is said of the base's tokens: an end and a template
+            config = out / "tokenizer_config.json"
+            about = read_json(config) if config.is_file() else {}
+            about["eos_token"] = tokenizer.backend.id_to_token(tokenizer.eos_id)
+            config.write_text(json_text(about), encoding="utf-8")
+            if tokenizer.chat_template is not None:  # readers look here first
+                (out / "chat_template.jinja").write_text(tokenizer.chat_template, encoding="utf-8")
 
 
 def _file_shape(place: Place, shape: tuple[int, ...]) -> tuple[int, ...]:

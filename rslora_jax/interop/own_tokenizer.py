@@ -8,15 +8,16 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from rslora_jax.interop.kept_tokenizer import is_whole, same_files
 from rslora_jax.interop.model import Model
 from rslora_jax.interop.tokenizer import Tokenizer
-from rslora_jax.interop.tokenizer_files import read_tokenizer
+from rslora_jax.interop.tokenizer_files import read_tokenizer, with_words_of
 
 
 def with_own_tokenizer(model: Model, folder: Path | None, *, text: bool = True) -> Model:
     """Return a model with the tokenizer of its adapters in place of its own, and say how they differ.
 
-    Generation stops at the ends of both.
+    Generation stops at the ends of both. A folder without a tokenizer.json has the base's tokens.
 
     Args:
       model: the base.
@@ -26,11 +27,13 @@ def with_own_tokenizer(model: Model, folder: Path | None, *, text: bool = True) 
     Raises:
       ValueError: the files are damaged, or have tokens for which the model has no rows.
     """
-    if folder is None:
+    if folder is None or (model.tokenizer is None and not is_whole(folder)):
         return model
     base = model.tokenizer
 
     def read() -> Tokenizer:
+        if not is_whole(folder):
+            return with_words_of(folder, base)
         ends = () if base is None else (*base.ends, base.eos_id)
         own = read_tokenizer(folder, eos_id=ends[0] if ends else None)
         check_rows(folder, own, model.config.vocab_size)
@@ -98,6 +101,8 @@ def same_tokenizer(one: Path | None, other: Path | None) -> bool:
     """Say whether two folders of `tokenizer_beside` hold the same tokenizer; None is that of the base."""
     if one is None or other is None:
         return one is other
+    if same_files(one, other) or not (is_whole(one) and is_whole(other)):
+        return same_files(one, other)
     return not differences(read_tokenizer(one, eos_id=0), read_tokenizer(other, eos_id=0))
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -64,6 +65,24 @@ def read_tokenizer(folder: str | Path, *, eos_id: int | None = None) -> Tokenize
         chat_template=_chat_template(folder, about),
         special=named,
     )
+
+
+def with_words_of(folder: Path, tokenizer: Tokenizer) -> Tokenizer:
+    """Return a tokenizer with the chat template and the end that a folder without a tokenizer.json says.
+
+    Raises:
+      ValueError: a file is damaged, or the end is no token of this tokenizer.
+    """
+    about = _about(folder)
+    eos = _named(about).get("eos_token")
+    eos_id = tokenizer.eos_id if eos is None else tokenizer.backend.token_to_id(eos)
+    if eos_id is None:
+        raise ValueError(
+            f"{folder} ends a text with {eos!r}, which is no token of the base: put its tokenizer.json there"
+        )
+    ends = tuple(dict.fromkeys((*tokenizer.ends, tokenizer.eos_id)))
+    template = _chat_template(folder, about) or tokenizer.chat_template
+    return dataclasses.replace(tokenizer, chat_template=template, eos_id=eos_id, ends=ends)
 
 
 def tokenizer_files(tokenizer: Tokenizer, max_len: int) -> dict[str, str]:

@@ -9,6 +9,7 @@ import pytest
 
 from rslora_jax.cli import main
 from rslora_jax.interop.adapter_folder import load_base, open_adapters, place_of_base
+from rslora_jax.interop.huggingface import load_huggingface
 from rslora_jax.interop.tokenizer_files import read_tokenizer, tokenizer_files
 from rslora_jax.models.decoder import Decoder
 from rslora_jax.models.generation import generate
@@ -114,6 +115,31 @@ def test_merging_into_a_folder_takes_its_files_in_place_of_the_base_s(tmp_path, 
     }
     said = json.loads((tmp_path / "merged" / "generation_config.json").read_text())
     assert said == {"eos_token_id": [1, 2], "temperature": 0.5}
+
+
+@pytest.mark.parametrize("said_in", ["chat_template.jinja", "tokenizer_config.json"])
+def test_a_template_and_an_end_alone_are_said_of_the_bases_tokens(tmp_path, capsys, said_in):
+    base = folders.write(tmp_path / "base")
+    (base / "chat_template.jinja").write_text("the base's")
+    make_run(tmp_path / "run", base)
+    own = tmp_path / "run" / "tokenizer"
+    own.mkdir()
+    template = "{{ messages[0].content }}!"
+    about = {"eos_token": "<pad>"} | ({"chat_template": template} if said_in == "tokenizer_config.json" else {})
+    (own / "tokenizer_config.json").write_text(json.dumps(about))
+    if said_in == "chat_template.jinja":
+        (own / said_in).write_text(template)
+    opened = open_adapters(tmp_path / "run")
+    tokenizer = load_base(opened).tokenizer
+    assert (tokenizer.chat_template, tokenizer.eos_id, tokenizer.stop_ids) == (template, 2, (2, 1))
+    assert "differs from the base's in the chat template, the eos token ('<pad>' for '</s>')" in capsys.readouterr().err
+    assert main(["merge", str(tmp_path / "run"), "--out", str(tmp_path / "merged")]) == 0
+    merged = load_huggingface(tmp_path / "merged").tokenizer
+    assert merged.chat_template == template and merged.eos_id == 2 and set(merged.stop_ids) == {1, 2}
+    assert merged.encode("hi") == tokenizer.encode("hi")
+    (own / "tokenizer_config.json").write_text(json.dumps(about | {"eos_token": "<new>"}))
+    with pytest.raises(ValueError, match="ends a text with '<new>', which is no token of the base"):
+        load_base(opened)
 
 
 def test_what_does_not_belong_to_the_model_is_refused(place, peft, capsys, tmp_path):
