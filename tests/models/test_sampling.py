@@ -40,7 +40,7 @@ def by_hand(logits, seen, temperature=0.0, top_k=0, top_p=1.0, min_p=0.0, repeti
     weight = {token: np.exp(out[token] - out[order[0]]) for token in may_be}
     whole, before, kept = sum(weight.values()), 0.0, []
     for token in may_be:
-        if before / whole < top_p:
+        if top_p == 1 or before / whole < top_p:
             kept.append(token)
         before += weight[token]
     kept = [token for token in kept if weight[token] >= min_p]
