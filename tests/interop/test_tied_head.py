@@ -45,7 +45,7 @@ CASES = {
 }
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("dtype", ["float32", pytest.param("bfloat16", marks=pytest.mark.nightly)])
 @pytest.mark.parametrize(("said", "head"), CASES)
 def test_the_head_is_what_the_file_has(said, head, dtype, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(weights, "CHUNK", 300)
