@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from rslora_jax.models.attention import RopeScaling
+from rslora_jax.interop.decoder_rope import read_rope
 from rslora_jax.models.decoder_config import DecoderConfig
 
 # What Gemma's configurations leave out.
@@ -86,10 +86,16 @@ def read_decoder_config(path: Path, about: Mapping[str, Any], **how: Any) -> Dec
             raise ValueError(f"{path} has {name}={value!r}: it is to be a {of.__name__}, and above 0 where a number")
         return value
 
-    rope_base, rope_scaling = _rope(path, about, known.get("rope_theta", 10000.0))
-    window, window_layers = _window(path, about, kind, get)
     figures = _sizes(kind, get) | _parts(kind, get)
-    figures |= dict(rope_base=rope_base, rope_scaling=rope_scaling, window=window, window_layers=window_layers)
+    head_dim = figures["head_dim"] or figures["width"] // figures["num_heads"]
+    default = known.get("rope_theta", 10000.0)
+    rope = read_rope(path, about, head_dim=head_dim, max_len=figures["max_len"], base=default)
+    window, window_layers = _window(path, about, kind, get)
+    figures |= dict(rope_base=rope.base, rope_scaling=rope.scaling, window=window, window_layers=window_layers)
+    if rope.window_base is not None:
+        figures["window_rope_base"] = rope.window_base
+    if rope.scaling is not None and rope.scaling.growth is not None:  # which begins where the others end
+        figures["max_len"] = int(figures["max_len"] * rope.scaling.growth)
     try:
         return DecoderConfig(**figures, **how)
     except ValueError as error:
@@ -135,31 +141,6 @@ def _plain(kind: str) -> dict[str, tuple[Any, ...]]:
     computed = {"gemma": (), "gemma2": ("query_pre_attn_scalar", *_SOFTCAPS), "gemma3_text": ("query_pre_attn_scalar",)}
     rest = {name: values for name, values in _PLAIN.items() if name not in computed[kind]}
     return rest | {"hidden_act": gelu, "hidden_activation": gelu}
-
-
-def _rope(path: Path, found: Mapping[str, Any], default: float) -> tuple[float, RopeScaling | None]:
-    # transformers 5 has all in `rope_parameters`.
-    about = found.get("rope_parameters") or found.get("rope_scaling") or {}
-    names = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
-    known = {"rope_theta", "rope_type", "type", "partial_rotary_factor", *names}
-    if not isinstance(about, dict) or not set(about) <= known:
-        raise ValueError(f"{path} has rope parameters {about!r}: only {', '.join(sorted(known))} are known")
-    base = about.get("rope_theta", found.get("rope_theta", default))
-    kind = about.get("rope_type", about.get("type", "default"))
-    if kind not in ("default", "llama3"):
-        raise ValueError(f"{path} has rope_type {kind!r}: only 'default' and 'llama3' are computed here")
-    if about.get("partial_rotary_factor", 1) != 1:
-        raise ValueError(
-            f"{path} has partial_rotary_factor={about['partial_rotary_factor']!r}: only 1 is computed here"
-        )
-    numbers = {"rope_theta": base} | ({name: about.get(name) for name in names} if kind == "llama3" else {})
-    for name, value in numbers.items():
-        if type(value) not in (int, float) or not value > 0:
-            raise ValueError(f"{path} has {name}={value!r} among its rope parameters: a number above 0 is expected")
-    try:
-        return float(base), RopeScaling(*(numbers[name] for name in names)) if kind == "llama3" else None
-    except ValueError as error:
-        raise ValueError(f"{path}: {error}") from error
 
 
 def _window(path: Path, found: Mapping[str, Any], kind: str, get: _Get) -> tuple[int | None, Any]:

@@ -1,11 +1,12 @@
 """A decoder of many families in plain Flax, how it generates text, and how its weights are laid out."""
 
-from rslora_jax.models.attention import RopeScaling, init_cache, lengthen
+from rslora_jax.models.attention import init_cache, lengthen
 from rslora_jax.models.configs import LLAMA2_7B
 from rslora_jax.models.decoder import SHARDING_RULES, Decoder, Embed, Layer
 from rslora_jax.models.decoder_config import REMAT_POLICIES, DecoderConfig
 from rslora_jax.models.generation import Generation, generate, stream
 from rslora_jax.models.layout import stack_layers, unstack_adapters, unstack_layers
+from rslora_jax.models.rope import RopeScaling
 
 __all__ = [
     "LLAMA2_7B",

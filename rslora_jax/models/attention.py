@@ -1,11 +1,10 @@
-"""Attention by positions: rotary embedding, grouped heads, and the cache of keys and values.
+"""Attention by positions: grouped heads, and the cache of keys and values.
 
 Shapes in names are those of `rslora_jax.models.decoder`.
 """
 
 from __future__ import annotations
 
-import dataclasses
 from functools import partial
 from typing import TYPE_CHECKING
 
@@ -19,61 +18,6 @@ if TYPE_CHECKING:
 
 Array = jax.Array
 Cache = dict[str, Array]
-
-
-@dataclasses.dataclass(frozen=True)
-class RopeScaling:
-    """Describe how Llama 3.1 stretches rotary embedding over more positions (arXiv 2407.21783, Hugging Face "llama3").
-
-    Frequencies that turn fewer than `low_freq_factor` times in `original_max_len` positions are divided by `factor`,
-    those that turn more than `high_freq_factor` times are kept, and those between are mixed.
-
-    Raises:
-      ValueError: the factors make no sense.
-    """
-
-    factor: float
-    low_freq_factor: float
-    high_freq_factor: float
-    original_max_len: int
-
-    def __post_init__(self) -> None:
-        if not (self.factor > 0 and 0 < self.low_freq_factor < self.high_freq_factor and self.original_max_len > 0):
-            raise ValueError(f"{self} needs factors above 0, low_freq_factor below high_freq_factor")
-
-
-def rotary(positions_BxT: Array, head_dim: int, base: float, scaling: RopeScaling | None = None) -> tuple[Array, Array]:
-    """Give the cosines and sines of rotary embedding (RoFormer, arXiv 2104.09864, eq. 15).
-
-    `positions_BxT` is int; both results are float32 of shape (B, T, head_dim / 2).
-
-    >>> cos, sin = rotary(jnp.zeros((1, 3), jnp.int32), head_dim=8, base=10000.0)
-    >>> cos.shape, float(cos.min()), float(sin.max())
-    ((1, 3, 4), 1.0, 0.0)
-    """
-    frequencies = base ** (-jnp.arange(0, head_dim, 2, dtype=jnp.float32) / head_dim)
-    if scaling is not None:
-        turns = scaling.original_max_len * frequencies / (2 * jnp.pi)
-        kept = (turns - scaling.low_freq_factor) / (scaling.high_freq_factor - scaling.low_freq_factor)
-        kept = jnp.clip(kept, 0.0, 1.0)
-        frequencies = kept * frequencies + (1 - kept) * frequencies / scaling.factor
-    angles = positions_BxT[..., None].astype(jnp.float32) * frequencies
-    return jnp.cos(angles), jnp.sin(angles)
-
-
-def rotate(x_BxTxNxH: Array, cos: Array, sin: Array) -> Array:
-    """Turn every head by its position, pairing coordinate i with i + H/2 as Hugging Face stores weights.
-
-    `cos` and `sin` come from `rotary`. Same shape and dtype as the input; computed in float32.
-
-    >>> x = jnp.ones((1, 2, 3, 8), jnp.bfloat16)
-    >>> y = rotate(x, *rotary(jnp.array([[0, 1]]), head_dim=8, base=10000.0))
-    >>> y.dtype, bool((y[:, 0] == x[:, 0]).all())
-    (dtype(bfloat16), True)
-    """
-    first, second = jnp.split(x_BxTxNxH.astype(jnp.float32), 2, axis=-1)
-    cos, sin = cos[:, :, None], sin[:, :, None]
-    return jnp.concatenate([first * cos - second * sin, second * cos + first * sin], -1).astype(x_BxTxNxH.dtype)
 
 
 def attend(

@@ -25,12 +25,11 @@ from rslora_jax.models.attention import (
     init_cache,
     lengthen,
     level_off,
-    rotary,
-    rotate,
     visible,
     within,
 )
 from rslora_jax.models.decoder_config import REMAT_POLICIES, DecoderConfig
+from rslora_jax.models.rope import rotary, rotate
 
 __all__ = ["REMAT_POLICIES", "Decoder", "DecoderConfig", "init_cache", "lengthen"]
 
@@ -274,7 +273,7 @@ class Decoder(nn.Module):
             cached = {"k": cache["k"], "v": cache["v"]}
             if slots:
                 x_BxTxD = jnp.where(cache["index"] + T <= slots, x_BxTxD, jnp.nan)
-        rope = [rotary(positions_BxT, c.head_dim, c.rope_base, c.rope_scaling)]
+        rope = [rotary(positions_BxT, c.head_dim, c.rope_base, c.rope_scaling, segments_BxT)]
         if c.window_rope_base is not None:
             rope.append(rotary(positions_BxT, c.head_dim, c.window_rope_base))
         x_BxTxD, new = self._run_layers(x_BxTxD, rope, masks, cached)

@@ -7,7 +7,7 @@ from typing import Any
 
 import jax.numpy as jnp
 
-from rslora_jax.models.attention import RopeScaling
+from rslora_jax.models.rope import RopeScaling
 
 # Only the policies of jax.checkpoint_policies that take no argument: the others are factories, which a bare
 # name in a configuration file cannot call.
@@ -25,9 +25,9 @@ REMAT_POLICIES = (
 class DecoderConfig:
     """Describe a Llama-family decoder.
 
-    What families add to Llama 2, all off by default: `rope_scaling` (Llama 3.1), `qkv_bias` (Qwen 2), `qk_norm`, a
-    norm of every query and key head (Qwen 3), and `window`, the number of positions, its own included, that a token
-    sees (Mistral); with `window_layers`, one bool a layer, only layers where it is true have the window.
+    What families add to Llama 2, all off by default: `rope_scaling` (Llama 3.1 and many since), `qkv_bias` (Qwen 2),
+    `qk_norm`, a norm of every query and key head (Qwen 3), and `window`, the number of positions, its own included,
+    that a token sees (Mistral); with `window_layers`, one bool a layer, only layers where it is true have the window.
 
     What Gemma adds: `activation` "gelu_tanh" in place of "silu", norms whose weights are stored less `norm_offset`, a
     factor `embed_scale` on the embedding; `post_norms` behind attention and feed-forward part, scores over the root of
@@ -90,6 +90,11 @@ class DecoderConfig:
         object.__setattr__(self, "head_dim", self.head_dim or self.width // self.num_heads)
         if self.head_dim % 2:
             raise ValueError(f"head_dim={self.head_dim} is odd: rotary embedding turns pairs of coordinates")
+        if self.rope_scaling is not None and 2 * len(self.rope_scaling.divisors) != self.head_dim:
+            raise ValueError(
+                f"rope_scaling has {len(self.rope_scaling.divisors)} divisors and head_dim={self.head_dim} has "
+                f"{self.head_dim // 2} frequencies: one is needed for each"
+            )
         if self.remat not in (None, "none", "full", *REMAT_POLICIES):
             raise ValueError(f"remat={self.remat!r} is unknown: use None, 'full' or one of {', '.join(REMAT_POLICIES)}")
         if self.activation not in ("silu", "gelu_tanh"):

@@ -12,8 +12,9 @@ from flax import linen as nn
 from flax import traverse_util
 from jax import Array
 
-from rslora_jax.models.attention import rotary, visible
+from rslora_jax.models.attention import visible
 from rslora_jax.models.decoder import DecoderConfig, Layer, RMSNorm
+from rslora_jax.models.rope import rotary
 from rslora_jax.transform import cost
 
 Adapters = dict[str, dict[str, Array]]

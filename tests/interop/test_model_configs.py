@@ -5,7 +5,7 @@ import json
 import pytest
 
 from rslora_jax.interop.huggingface import read_model_config
-from rslora_jax.models.attention import RopeScaling
+from rslora_jax.models import rope
 
 from . import folders
 from .folders import FAMILIES
@@ -23,12 +23,13 @@ def test_the_configuration_of_each_family(tmp_path):
     c = config_of(tmp_path)
     assert (c.width, c.mlp_width, c.num_layers, c.num_heads, c.num_kv_heads, c.head_dim) == (16, 40, 3, 4, 2, 8)
     assert (c.rope_base, c.norm_eps, c.max_len, c.tie_head, c.window, c.qkv_bias) == (500, 1e-5, 64, False, None, False)
-    rope = {"factor": 8, "low_freq_factor": 1, "high_freq_factor": 4.0, "original_max_position_embeddings": 16}
-    scaling = RopeScaling(8, 1, 4.0, 16)
-    assert config_of(tmp_path, rope_scaling=rope | {"rope_type": "llama3"}).rope_scaling == scaling
-    assert config_of(tmp_path, rope_scaling=rope | {"type": "llama3"}).rope_scaling == scaling
-    c = config_of(tmp_path, rope_parameters=rope | {"rope_type": "llama3", "rope_theta": 7e3})  # of transformers 5
-    assert (c.rope_scaling, c.rope_base) == (scaling, 7e3)
+    about = {"factor": 8, "low_freq_factor": 1, "high_freq_factor": 4.0, "original_max_position_embeddings": 16}
+    factors = dict(low_freq_factor=1, high_freq_factor=4.0, original_max_len=16)
+    scaling = rope.llama3(8, 500.0, 8, **factors)
+    assert config_of(tmp_path, rope_scaling=about | {"rope_type": "llama3"}).rope_scaling == scaling
+    assert config_of(tmp_path, rope_scaling=about | {"type": "llama3"}).rope_scaling == scaling
+    c = config_of(tmp_path, rope_parameters=about | {"rope_type": "llama3", "rope_theta": 7e3})  # of transformers 5
+    assert (c.rope_scaling, c.rope_base) == (rope.llama3(8, 7e3, 8, **factors), 7e3)
     c = config_of(tmp_path, head_dim=None, num_key_value_heads=None)
     assert (c.head_dim, c.num_kv_heads) == (4, 4)
     assert config_of(tmp_path, **FAMILIES["mistral"]).window == 5
@@ -75,7 +76,6 @@ def test_the_configurations_of_gemma(tmp_path):
         one | {"hidden_act": "silu"},
         one | {"query_pre_attn_scalar": 8},
         three | {"final_logit_softcapping": 30.0},
-        three | {"rope_scaling": {"rope_type": "linear", "factor": 8.0}},
     ):
         with pytest.raises(ValueError, match=r"only .* (is|are) computed here"):
             config_of(tmp_path, **changes)
@@ -93,16 +93,14 @@ WRONG_CONFIGS = {
     "bias": ({"attention_bias": True}, "attention_bias=True: only False"),
     "mlp bias": ({"mlp_bias": True}, "mlp_bias=True"),
     "part rope": ({"partial_rotary_factor": 0.5}, "partial_rotary_factor=0.5: only 1"),
-    "yarn": ({"rope_scaling": {"rope_type": "yarn", "factor": 4.0}}, "rope_type 'yarn': only 'default' and 'llama3'"),
-    "linear": ({"rope_scaling": {"type": "linear", "factor": 4.0}}, "rope_type 'linear'"),
-    "half rope": ({"rope_scaling": {"rope_type": "llama3", "factor": 4.0}}, "low_freq_factor=None .* number above 0"),
+    "half rope": ({"rope_scaling": {"rope_type": "llama3", "factor": 4.0}}, "lacks original_max.* number above 0"),
     "mrope": ({"rope_scaling": {"type": "default", "mrope_section": [1]}}, "mrope_section.*: only factor, .* known"),
     "order": (
         {
             "rope_scaling": dict(rope_type="llama3", factor=8.0, low_freq_factor=4, high_freq_factor=4)
             | {"original_max_position_embeddings": 8}
         },
-        "low_freq_factor below high_freq_factor",
+        "low_freq_factor=4.0, high_freq_factor=4.0: the first is to be less",
     ),
     "quantised": ({"quantization_config": {"bits": 4}}, r"quantization_config=\{'bits': 4\}: only None"),
     "softcap": ({"final_logit_softcapping": 30.0}, "final_logit_softcapping=30.0: only None"),

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 import rslora_jax as rslora
-from rslora_jax.models.attention import RopeScaling
+from rslora_jax.models import rope
 from rslora_jax.models.decoder import REMAT_POLICIES, Decoder, DecoderConfig, init_cache
 from rslora_jax.models.layout import stack_layers, unstack_adapters, unstack_layers
 from tests.zoo.model import filled
@@ -101,7 +101,7 @@ def test_adapters_of_a_scan_serve_the_looped_model_with_ranks_and_scales_of_thei
 
 # What other families add to Llama 2, all of it at once.
 ADDED = dict(
-    rope_scaling=RopeScaling(4.0, 1.0, 3.0, 16),
+    rope_scaling=rope.llama3(8, 10000.0, 4.0, low_freq_factor=1.0, high_freq_factor=3.0, original_max_len=16),
     qkv_bias=True,
     qk_norm=True,
     window=3,
