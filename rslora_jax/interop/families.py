@@ -34,7 +34,7 @@ def family_of_gguf(path: Path, metadata: Mapping[str, Any]) -> Family:
     """
     kind = metadata.get("general.architecture")
     for family in FAMILIES:
-        if family.gguf is not None and family.gguf.architecture == kind:
+        if family.gguf is not None and kind in family.gguf.architectures:
             return family
-    known = " and ".join(repr(family.gguf.architecture) for family in FAMILIES if family.gguf is not None)
-    raise ValueError(f"{path} is of architecture {kind!r}: only {known} is read")
+    known = ", ".join(kind for family in FAMILIES if family.gguf is not None for kind in family.gguf.architectures)
+    raise ValueError(f"{path} is of architecture {kind!r}: only {known} are read")

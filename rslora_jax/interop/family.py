@@ -7,7 +7,6 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
-import numpy as np
 from flax import linen as nn
 
 from rslora_jax.interop.names import Names
@@ -78,15 +77,15 @@ class GgufForm:
     """How GGUF files hold a family.
 
     Attributes:
-      architecture: what the files call the family.
-      read_config: gives a configuration from (the file's path; its metadata; the names of its tensors; and, by keyword,
-        as `Family.read_config`).
+      architectures: what the files call the family.
+      read_config: gives a configuration from (the file's path; its metadata; its tensors by name; and, by keyword, as
+        `Family.read_config`).
       names: the file's name of every weight, and whether it is stored transposed.
-      row_order: gives, from (the configuration, a tensor's name), which row of the file stands in each row of ours;
-        None where it is the same.
+      weights: gives, from (the configuration, the metadata, the tensors), the tensors of weights, with rows and numbers
+        as Hugging Face has them.
     """
 
-    architecture: str
+    architectures: Sequence[str]
     read_config: Callable[..., Any]
     names: Names
-    row_order: Callable[[Any, str], np.ndarray | None]
+    weights: Callable[[Any, Mapping[str, Any], Mapping[str, Any]], Mapping[str, Any]]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import importlib.util
 from collections.abc import Mapping
 from pathlib import Path
@@ -52,10 +51,10 @@ def load_gguf(
     progress: Progress | None = None,
     text: bool = True,
 ) -> Model:
-    """Load (config, variables, tokenizer) from a GGUF file, such as one of architecture "llama".
+    """Load (config, variables, tokenizer) from a GGUF file of a Llama, Mistral, Qwen 2 or 3, or Gemma 1 to 3.
 
-    Weights are dequantised, kernels are (in, out), with `scan_layers` (layers, in, out), and the rows of q and k are
-    put back into Hugging Face's order.
+    Weights are dequantised, kernels are (in, out), with `scan_layers` (layers, in, out), and what the format has
+    otherwise (a Llama's rows of q and k, a Gemma's norms) is as Hugging Face has it.
 
     Args:
       path: the file.
@@ -68,7 +67,7 @@ def load_gguf(
 
     Raises:
       ValueError: the file is missing, truncated or not GGUF, or holds what the family would compute wrongly: another
-        architecture, experts, biases, stretched rotary positions. It names file and tensor.
+        architecture or vocabulary, experts, biases, rotary positions stretched in a way not known. It is named.
 
     >>> config, variables, tokenizer = load_gguf(find_smollm2(), scan_layers=True, param_dtype=jnp.bfloat16)
     >>> variables["params"]["layers"]["attn"]["q_proj"]["kernel"].shape, config.num_kv_heads
@@ -83,10 +82,10 @@ def load_gguf(
         raise ValueError(f"{path} is a GGUF file, from which this family is not read: give a Hugging Face folder")
     how = dict(scan_layers=scan_layers, remat=remat, param_dtype=param_dtype, dtype=dtype)
     config = form.read_config(path, metadata, tensors, **how)
-    tokenizer = read_or_none(lambda: _tokenizer(path, metadata), text)
+    tokenizer = read_or_none(lambda: _tokenizer(path, metadata, config.vocab_size), text)
     shapes = family.shapes(config)
     variables = load_weights(
-        {name: dataclasses.replace(one, order=form.row_order(config, name)) for name, one in tensors.items()},
+        form.weights(config, metadata, tensors),
         shapes,
         shardings_of(shardings, shapes),
         names=form.names,
@@ -96,11 +95,15 @@ def load_gguf(
     return Model(config, variables, tokenizer, family)
 
 
-def _tokenizer(path: Path, metadata: Mapping[str, Any]) -> Tokenizer:
+def _tokenizer(path: Path, metadata: Mapping[str, Any], rows: int) -> Tokenizer:
     try:
-        return tokenizer_from_metadata(metadata)
+        found = tokenizer_from_metadata(metadata)
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from error
+    tokenizer = found.padded_within(rows)
+    if not {*range(rows, found.vocab_size)} <= {found.pad_id} - {*tokenizer.stop_ids, tokenizer.bos_id}:
+        raise ValueError(f"{path} has {found.vocab_size} tokens and a table of {rows} rows: take a file converted whole")
+    return tokenizer
 
 
 def family_of_file(path: str | Path) -> Family:

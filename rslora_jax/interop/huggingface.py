@@ -155,6 +155,7 @@ def _with_dtype(about: Mapping[str, Any], dtype: str) -> dict[str, Any]:
 def _tokenizer(folder: Path, vocab_size: int) -> Tokenizer:
     ends = _eos_ids(folder)
     tokenizer = dataclasses.replace(read_tokenizer(folder, eos_id=ends[0] if ends else None), ends=ends)
+    tokenizer = tokenizer.padded_within(vocab_size)
     check_rows(folder, tokenizer, vocab_size)
     return tokenizer
 

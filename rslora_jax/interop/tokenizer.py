@@ -7,19 +7,10 @@ import functools
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from tokenizers import AddedToken, decoders, models, pre_tokenizers
 from tokenizers import Tokenizer as Backend
 
 from rslora_jax.interop import chat_template
-
-# How text is cut before pairs are merged, by the file's `tokenizer.ggml.pre`. The cut of digits comes first
-# and decides where runs of white space end, so "\n\n1" keeps its two newlines together.
-_BYTE_LEVEL = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True)
-_PRE_TOKENIZERS = {
-    "gpt-2": _BYTE_LEVEL,
-    "smollm": pre_tokenizers.Sequence([pre_tokenizers.Digits(individual_digits=True), _BYTE_LEVEL]),
-}
-_CONTROL, _USER_DEFINED = 3, 4
+from rslora_jax.interop.gguf_vocabulary import read_vocabulary
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -61,6 +52,16 @@ class Tokenizer:
         """Return one whose template is given these options; a ValueError for one that it never looks at."""
         chat_template.check_options(self.chat_template, options)
         return dataclasses.replace(self, options={**self.options, **options})
+
+    def padded_within(self, rows: int) -> Tokenizer:
+        """Return one whose padding is a token of a table of so many rows: that of its own is often one beyond.
+
+        What stands in a padded place is never looked at, so that any token will do.
+
+        >>> dataclasses.replace(tokenizer_from_metadata(EXAMPLE), pad_id=5).padded_within(5).pad_id
+        0
+        """
+        return self if self.pad_id < rows else dataclasses.replace(self, pad_id=self.eos_id)
 
     def encode(self, text: str) -> list[int]:
         """Give the token ids of a text.
@@ -120,54 +121,30 @@ class Tokenizer:
 def tokenizer_from_metadata(metadata: Mapping[str, Any]) -> Tokenizer:
     """Build a `Tokenizer` from the `tokenizer.*` entries of a GGUF file (a mapping of name to plain value).
 
-    Raises:
-      ValueError: the tokenizer is not byte-level, cuts text in a way not known here (a wrong cut would give wrong ids
-        without a word), or entries are missing or do not fit together.
+    Its ends are the tokens that the file says end a text, a turn or a message.
 
-    >>> tokenizer_from_metadata({"tokenizer.ggml.model": "llama"})
+    Raises:
+      ValueError: as `gguf_vocabulary.read_vocabulary`, or the chat template is no text.
+
+    >>> tokenizer_from_metadata({"tokenizer.ggml.model": "bert"})
     Traceback (most recent call last):
-    ValueError: the tokenizer is of kind 'llama', but only byte-level 'gpt2' is read: convert it or load ...
+    ValueError: the tokenizer is of kind 'bert', but only byte-level 'gpt2' and SentencePiece's 'llama' are read: ...
     """
-    kind = metadata.get("tokenizer.ggml.model")
-    if kind != "gpt2":
-        raise ValueError(
-            f"the tokenizer is of kind {kind!r}, but only byte-level 'gpt2' is read: "
-            "convert it or load the text as token ids"
-        )
-    pre = metadata.get("tokenizer.ggml.pre")
-    if pre not in _PRE_TOKENIZERS:
-        raise ValueError(
-            f"the tokenizer cuts text by the rule {pre!r}, but only {', '.join(_PRE_TOKENIZERS)} are known"
-        )
-    for name in ("tokens", "merges", "eos_token_id"):
-        if f"tokenizer.ggml.{name}" not in metadata:
-            raise ValueError(f"the tokenizer lacks tokenizer.ggml.{name}: take a file converted whole")
-    tokens: list[str] = metadata["tokenizer.ggml.tokens"]
-    for name in ("eos", "bos", "padding"):
-        if metadata.get(f"tokenizer.ggml.{name}_token_id", 0) >= len(tokens):
-            raise ValueError(f"the {name} token is not among the {len(tokens)}: take a file converted whole")
-    merges = [tuple(pair.split(" ", 1)) for pair in metadata["tokenizer.ggml.merges"]]
-    try:
-        backend = Backend(models.BPE(vocab={token: i for i, token in enumerate(tokens)}, merges=merges))
-    except Exception as error:  # the library raises nothing narrower
-        raise ValueError(
-            f"the tokenizer's merges do not fit its tokens: take a file converted whole ({error})"
-        ) from error
-    backend.pre_tokenizer = _PRE_TOKENIZERS[pre]
-    backend.decoder = decoders.ByteLevel()
-    types = metadata.get("tokenizer.ggml.token_type", [])
-    backend.add_special_tokens(_added(tokens, types, _CONTROL))
-    backend.add_tokens(_added(tokens, types, _USER_DEFINED))
-    eos_id = int(metadata["tokenizer.ggml.eos_token_id"])
-    bos_id = metadata.get("tokenizer.ggml.bos_token_id")
+    backend, ids, add_bos = read_vocabulary(metadata)
+    template = metadata.get("tokenizer.chat_template")
+    if template is not None and not isinstance(template, str):
+        raise ValueError("tokenizer.chat_template is no text: take a file converted whole")
+    named = {"unknown": "unk_token", "padding": "pad_token"}
     return Tokenizer(
         backend=backend,
-        eos_id=eos_id,
-        bos_id=None if bos_id is None else int(bos_id),
-        pad_id=int(metadata.get("tokenizer.ggml.padding_token_id", eos_id)),
-        vocab_size=len(tokens),
-        add_bos=bool(metadata.get("tokenizer.ggml.add_bos_token", False)),
-        chat_template=metadata.get("tokenizer.chat_template"),
+        eos_id=ids["eos"],
+        bos_id=ids.get("bos"),
+        pad_id=ids.get("padding", ids["eos"]),
+        vocab_size=len(metadata["tokenizer.ggml.tokens"]),
+        add_bos=add_bos,
+        chat_template=template,
+        special={theirs: backend.id_to_token(ids[name]) or "" for name, theirs in named.items() if name in ids},
+        ends=tuple(ids[name] for name in ("eos", "eot", "eom") if name in ids),
     )
 
 
@@ -180,15 +157,6 @@ def _turn_ends(tokenizer: Tokenizer) -> tuple[int, ...]:
     known = [text for text, i in added.items() if i in (tokenizer.eos_id, *tokenizer.ends)]
     found = chat_template.turn_end(tokenizer.chat, list(added), known)
     return () if found is None else (added[found],)
-
-
-def _added(tokens: Sequence[str], types: Sequence[int], kind: int) -> list[AddedToken]:
-    special = kind == _CONTROL
-    return [
-        AddedToken(token, normalized=False, special=special)
-        for token, found in zip(tokens, types, strict=False)
-        if found == kind
-    ]
 
 
 EXAMPLE = {

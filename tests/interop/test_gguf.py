@@ -123,7 +123,7 @@ def _weigh(name, *shape, dtype=np.float32):
 
 
 BROKEN = {
-    "architecture": (lambda tiny: setattr(tiny, "arch", "gpt2"), "architecture 'gpt2': only 'llama'"),
+    "architecture": (lambda tiny: setattr(tiny, "arch", "gpt2"), "architecture 'gpt2': only llama, qwen2, .* are read"),
     "no figure": (_drop("llama.embedding_length"), "lacks llama.embedding_length: take a file"),
     "no eps": (_drop("llama.attention.layer_norm_rms_epsilon"), "rms_epsilon: take a file"),
     "no tensor": (_drop("blk.1.ffn_up.weight"), "lacks tensor blk.1.ffn_up.weight: it is not whole"),
@@ -134,15 +134,25 @@ BROKEN = {
         "holds tensor blk.1.*, .* no place: load another model",
     ),
     "bias": (_weigh("blk.0.attn_q.bias", 32), "holds tensor blk.0.attn_q.bias, .* load another model"),
-    "long rope": (_weigh("rope_freqs.weight", 8), "holds tensor rope_freqs.weight, .* load another model"),
+    "long rope": (_weigh("rope_freqs.weight", 9), r"tensor rope_freqs.weight of shape \(9,\) .*only 8 numbers"),
+    "no rope": (_weigh("rope_freqs.weight", 8), "finite numbers above 0"),
+    "two ropes": (
+        lambda tiny: (_weigh("rope_freqs.weight", 8)(tiny), _set(llama__rope__scaling__factor=4.0)(tiny)),
+        "rope_freqs.weight of shape .* and factor 4.0: only 8 numbers alone",
+    ),
     "shape": (_weigh("blk.1.ffn_down.weight", 32, 32), r"blk.1.ffn_down.weight has shape \(32, 32\) .*64"),
     "rows": (_weigh("token_embd.weight", 9, 32), r"token_embd.weight has shape \(9, 32\) .*\(10, 32\)"),
     "axes": (_weigh("blk.0.attn_norm.weight", 1, 32), r"attn_norm.weight has shape \(1, 32\)"),
     "storage": (_weigh("blk.0.attn_v.weight", 32, 32, dtype=np.int8), "stored as I8, .* another quantis"),
+    "entry": (_set(llama__attention__scale=0.5), "llama.attention.scale=0.5: what it asks for is not computed"),
+    "window": (_set(llama__attention__sliding_window=8), "llama.attention.sliding_window=8: what it asks for"),
     "experts": (_set(llama__expert_count=8), "expert_count=8: only 0"),
-    "rope type": (_set(llama__rope__scaling__type="yarn"), "scaling.type='yarn': only 'none'"),
-    "rope factor": (_set(llama__rope__scaling__factor=4.0), "scaling.factor=4.0: only 1.0"),
-    "rope scale": (_set(llama__rope__scale_linear=2.0), "scale_linear=2.0: only 1.0"),
+    "rope type": (
+        _set(llama__rope__scaling__type="longrope"),
+        "scaling.type is 'longrope': only none, linear and yarn",
+    ),
+    "rope factor": (_set(llama__rope__scaling__factor=-4.0), "scaling.factor=-4.0: a number above 0"),
+    "rope scale": (_set(llama__rope__scale_linear=0.0), "scale_linear=0.0: a number above 0"),
     "part rope": (_set(llama__rope__dimension_count=8), "dimension_count=8: only 16"),
     "values": (_set(llama__attention__value_length=8), "value_length=8: only 16"),
     "by layer": (
@@ -150,11 +160,12 @@ BROKEN = {
         "head_count_kv for each layer apart: only one",
     ),
     "heads": (_set(llama__attention__head_count_kv=3), "num_kv_heads=3: every key-value head"),
-    "tokenizer": (_set(tokenizer__ggml__model="llama"), "kind 'llama', but only .*: convert it"),
-    "cut": (_set(tokenizer__ggml__pre="qwen2"), "rule 'qwen2', but only gpt-2, smollm are known"),
+    "tokenizer": (_set(tokenizer__ggml__model="t5"), "kind 't5', but only .*: convert it"),
+    "cut": (_set(tokenizer__ggml__pre="qwen35"), "rule 'qwen35', but only gpt-2, smollm, .* are known"),
     "no tokens": (_drop("tokenizer.ggml.tokens"), "lacks tokenizer.ggml.tokens: take a file"),
     "merges": (_set(tokenizer__ggml__merges=["h z"]), "merges do not fit its tokens: take a file"),
     "no pair": (_set(tokenizer__ggml__merges=["hi"]), "merges do not fit its tokens: take a file"),
+    "fewer rows": (_set(llama__vocab_size=9), "has 10 tokens and a table of 9 rows: take a file"),
     "end": (_set(tokenizer__ggml__eos_token_id=10), "eos token is not among the 10: take a file"),
 }
 
@@ -225,3 +236,10 @@ def test_the_missing_package_is_named_with_the_command_that_installs_it(monkeypa
     monkeypatch.setattr(sys, "path", [str(tmp_path)])
     with pytest.raises(ValueError, match=command):
         find_smollm2()
+
+
+def test_padding_one_past_the_table_is_no_matter(tiny, tmp_path):
+    tiny.metadata |= {"llama.vocab_size": 10, "tokenizer.ggml.padding_token_id": 10}
+    tiny.metadata["tokenizer.ggml.tokens"] = [*TOKENS, "[PAD]"]
+    tiny.metadata["tokenizer.ggml.token_type"] = [*tiny.metadata["tokenizer.ggml.token_type"], 3]
+    assert load_gguf(tiny.write(tmp_path / "padded.gguf")).tokenizer.pad_id == 0

@@ -275,6 +275,7 @@ def test_mistakes_in_shapes_are_named(variables):
     for change, message in (
         ({"num_kv_heads": 4}, "not a multiple"),
         ({"head_dim": 5}, "is odd"),
+        ({"rope_scaling": rope.linear(6, 2.0)}, "3 divisors and head_dim=8 has 4 frequencies"),
         ({"remat": "dots"}, "is unknown"),
     ):
         with pytest.raises(ValueError, match=message):
