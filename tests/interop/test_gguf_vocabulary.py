@@ -20,7 +20,9 @@ SAMPLE = """def f(x: int = 0) -> int:\n    if x > 10:\n\t\treturn x ** 2\r\n\n\n
 It's what they'd say; WE'LL see, I'M sure you've heard. In 1969, 3.14159 and 1,000,000 were numbers; ½, ², Ⅷ and ٣.
 naïve café, Ångström, e\u0301 and \u00e9, straße, İstanbul. 日本語のテキスト、简体中文、한국어, ไทย, हिन्दी
 Русский, Ελληνικά, עברית, العربية 🎉🎉 {"name": "Zoë", "tags": ["a\\nb", null], "n": -1.5e-7} HTTPServer\n"""
+WHOLE = "Zqx"  # a token that no pairs make
 PIECES = [
+    WHOLE,
     "'s",
     "'LL",
     " ",
@@ -112,7 +114,7 @@ def pairs():
     backend = Tokenizer(models.BPE())
     backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     trainer = trainers.BpeTrainer(vocab_size=900, initial_alphabet=list(LETTERS.values()), show_progress=False)
-    backend.train_from_iterator([SAMPLE, *texts(300)], trainer)
+    backend.train_from_iterator([SAMPLE, *(text.replace(WHOLE, "") for text in texts(300))], trainer)
     found = re.findall(r'"merges":(\[.*\])', backend.to_str())[0]
     tokens = sorted(backend.get_vocab(), key=backend.get_vocab().get)
     return tokens, [tuple(pair) for pair in json.loads(found)]
@@ -120,8 +122,8 @@ def pairs():
 
 def byte_level(pairs, pre, **changes):
     tokens, merges = pairs
-    # One token that no pairs make: only a rule that takes pieces whole finds it.
-    whole = [*tokens, "<s>", "</s>", "<|tool|>", "HTTPServer"]
+    # Only a rule that takes pieces whole finds the last.
+    whole = [*tokens, "<s>", "</s>", "<|tool|>", WHOLE]
     size = len(tokens)
     return {
         "tokenizer.ggml.model": "gpt2",
