@@ -31,6 +31,10 @@ from rslora_jax.sites import Site, named_leaves
 from rslora_jax.wrap import Adapters, Lora
 
 
+# What is kept for the backward pass alone: VeLoRA's.
+_TRAINING = ".lora_velora_embed"
+
+
 class Loaded(NamedTuple):
     """What `load_peft` reads: the adapters, and the weights that are to take the place of the base's, by path."""
 
@@ -83,7 +87,7 @@ def load_peft(folder: str | Path | PeftFolder, lora: Lora, names: Names = DECODE
     for name in peft.tensors:
         if not name.startswith(PREFIX):
             raise ValueError(f"{where} holds {shown(name)}, which does not begin with {PREFIX} as PEFT's names do")
-    left = {name.removeprefix(PREFIX): tensor for name, tensor in peft.tensors.items()}
+    left = {name.removeprefix(PREFIX): tensor for name, tensor in peft.tensors.items() if not name.endswith(_TRAINING)}
     places, modules = site_modules(lora, names)
     chosen = set(adapted_modules(peft, settings, places))
     known = {module for of in modules.values() for module in of}
