@@ -30,7 +30,6 @@ from rslora_jax.pytrees import Params
 from rslora_jax.sites import Site, named_leaves
 from rslora_jax.wrap import Adapters, Lora
 
-
 # What is kept for the backward pass alone: VeLoRA's.
 _TRAINING = ".lora_velora_embed"
 
