@@ -9,7 +9,7 @@ from typing import Any
 
 import jax.numpy as jnp
 
-from rslora_jax.interop import decoder_config, decoder_gguf
+from rslora_jax.interop import decoder_config, decoder_gguf, decoder_written
 from rslora_jax.interop.family import Family, Untied
 from rslora_jax.interop.names import Names, Weight
 from rslora_jax.interop.weights import Tensor, same_numbers
@@ -89,7 +89,7 @@ def _untie(config: DecoderConfig, variables: dict[str, Any]) -> Untied:
 DECODER = Family(
     model_types=decoder_config.MODEL_TYPES,
     read_config=decoder_config.read_decoder_config,
-    write_config=decoder_config.write_decoder_config,
+    write_config=decoder_written.write_decoder_config,
     build=Decoder,
     names={
         "params/embed/embedding": Weight(_TABLE),

@@ -1,8 +1,7 @@
-"""The config.json of decoders, of the families of Hugging Face's transformers: read and written."""
+"""The config.json of decoders, of the families of Hugging Face's transformers, as it is read."""
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -172,42 +171,3 @@ def _window(path: Path, found: Mapping[str, Any], kind: str, get: _Get) -> tuple
         raise ValueError(f"{path} has max_window_layers={first!r}: a whole number is expected")
     has_window = tuple(n >= first for n in range(layers)) if types is None else tuple(t == windowed for t in types)
     return get("sliding_window", int, 4096), has_window
-
-
-def write_decoder_config(config: DecoderConfig, dtype: str) -> dict[str, Any]:
-    """Give the content of a config.json, without the ids of special tokens.
-
-    Raises:
-      ValueError: the model has what this does not write.
-    """
-    c = config
-    here = {"param_dtype", "dtype", "remat", "scan_layers"}  # how it is run and held, not what it computes
-    written = {
-        "vocab_size": "vocab_size",
-        "width": "hidden_size",
-        "mlp_width": "intermediate_size",
-        "num_layers": "num_hidden_layers",
-        "num_heads": "num_attention_heads",
-        "num_kv_heads": "num_key_value_heads",
-        "head_dim": "head_dim",
-        "max_len": "max_position_embeddings",
-        "norm_eps": "rms_norm_eps",
-        "rope_base": "rope_theta",
-        "tie_head": "tie_word_embeddings",
-    }
-    for field in dataclasses.fields(c):
-        if field.name not in {*here, *written} and getattr(c, field.name) != field.default:
-            raise ValueError(
-                f"{field.name}={getattr(c, field.name)!r} cannot be written in a config.json here: load the base "
-                "from a Hugging Face folder, whose own is then taken"
-            )
-    return {
-        "architectures": ["LlamaForCausalLM"],
-        "model_type": "llama",
-        **{theirs: getattr(c, ours) for ours, theirs in written.items()},
-        "rope_scaling": None,
-        "hidden_act": "silu",
-        "attention_bias": False,
-        "mlp_bias": False,
-        "torch_dtype": dtype,
-    }

@@ -146,6 +146,8 @@ def longrope(
     """
     if amplitude is None:
         amplitude = 1.0 if factor <= 1 else math.sqrt(1 + math.log(factor) / math.log(original_max_len))
+    if _tuple(short) == _tuple(long):  # equal configurations of what is equal
+        return RopeScaling(divisors=_tuple(short), amplitude=amplitude)
     return RopeScaling(
         divisors=_tuple(short), long_divisors=_tuple(long), original_max_len=original_max_len, amplitude=amplitude
     )

@@ -10,8 +10,10 @@ import jax
 import numpy as np
 import pytest
 
+import rslora_jax as rslora
 from rslora_jax.interop.decoder_gguf import FORM
 from rslora_jax.interop.gguf import load_gguf
+from rslora_jax.interop.merged import write_merged
 from rslora_jax.models.decoder import Decoder
 
 from .test_gguf_vocabulary import sentencepiece
@@ -198,3 +200,25 @@ def test_the_sizes_whose_queries_are_divided_otherwise(tmp_path):
         metadata = entries(theirs, arch) | {"general.architecture": arch} | sentencepiece()
         found = FORM.read_config(tmp_path, metadata, {})
         assert found.score_size == size
+
+
+@pytest.mark.nightly
+@pytest.mark.parametrize("case", MODELS)
+def test_a_file_merged_is_read_by_transformers(case, tmp_path):
+    loaded = load_gguf(write(tmp_path / "model.gguf", case), scan_layers=True)
+    lora = rslora.wrap(loaded.apply, loaded.variables, TOKENS, config=rslora.LoraConfig(rank=3, alpha=7))
+    rng = np.random.default_rng(0)
+    adapters = jax.tree.map(
+        lambda leaf: 0.1 * rng.standard_normal(leaf.shape).astype("float32"), lora.init(jax.random.key(0))
+    )
+    about = dict(config=loaded.config, tokenizer=loaded.tokenizer, family=loaded.family, dtype="float32")
+    write_merged(tmp_path / "out", lora, loaded.variables, adapters, **about)
+    got = logits(
+        transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out", attn_implementation="eager").eval()
+    )
+    want = jax.jit(lora.apply)(loaded.variables, adapters, TOKENS)
+    np.testing.assert_allclose(got, want, rtol=0, atol=1e-4 * np.abs(want).max())
+    assert np.abs(got - logits(model_of(case))).max() > 1e-2 * np.abs(got).max()
+    theirs = transformers.AutoTokenizer.from_pretrained(tmp_path / "out")
+    for text in ("then the lower", "  aaa\n🎉 ", "</s>the<|x|>then"):
+        assert theirs(text).input_ids == loaded.tokenizer.encode(text)
