@@ -120,5 +120,5 @@ def _check(config: DecoderConfig, about: dict[str, Any]) -> None:
         raise ValueError(f"this model {advice} ({error})") from error
     for field in dataclasses.fields(config):
         value = getattr(config, field.name)
-        if value != getattr(read, field.name) and (field.name, value) != ("score_size", None):
+        if value != getattr(read, field.name, field.default) and (field.name, value) != ("score_size", None):
             raise ValueError(f"{field.name}={value!r:.80} {advice}")

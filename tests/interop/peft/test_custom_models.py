@@ -215,8 +215,8 @@ CASES = {
 REFUSED = ("use_dora", "lora_bias", "kasa_config", "monteclora_config", "trainable_token_indices", "target_parameters")
 # Adapters that are no change of the one weight: of all channels beside a kernel of groups, of a fused projection.
 SHAPED = {
-    "Conv2dGroups": "lora_A.weight has shape",
-    "Conv2dGroups2": "lora_A.weight has shape",
+    "Conv2dGroups": "in [28] groups, of which PEFT's adapter has another form",
+    "Conv2dGroups2": "in [28] groups, of which PEFT's adapter has another form",
     "MHA": "adapts no module of this model|holds .*mha",
 }
 DAY = ("MLP 5", "EmbConv1D 3", "Conv2d 2", "Conv3d 1 DoRA")
