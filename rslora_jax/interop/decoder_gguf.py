@@ -9,16 +9,18 @@ import dataclasses
 import math
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from rslora_jax.interop.family import GgufForm
-from rslora_jax.interop.gguf_file import GgufTensor
 from rslora_jax.interop.names import Names, Weight
 from rslora_jax.models import rope
 from rslora_jax.models.decoder_config import DecoderConfig
 from rslora_jax.models.rope import RopeScaling
+
+if TYPE_CHECKING:  # it needs the library `gguf`, which a family in itself does not
+    from rslora_jax.interop.gguf_file import GgufTensor
 
 _HEAD, _DIVISORS = "output.weight", "rope_freqs.weight"
 _MATRICES = {
