@@ -65,12 +65,14 @@ _LENGTHS = ("vocab_size", "context_length", "embedding_length", "block_count", "
 _ATTENTION = ("head_count", "head_count_kv", "key_length", "value_length", "layer_norm_rms_epsilon")
 _ROPE = ("dimension_count", "freq_base", "scale_linear")
 _STRETCHED = ("type", "factor", "original_context_length", "attn_factor", "finetuned")
+_YARN = ("yarn_ext_factor", "yarn_beta_fast", "yarn_beta_slow")
 _KNOWN = {
     *_LENGTHS,
     *(f"attention.{name}" for name in _ATTENTION),
     *(f"rope.{name}" for name in _ROPE),
-    *(f"rope.scaling.{name}" for name in _STRETCHED),
-    *("expert_used_count", "tensor_data_layout"),
+    *(f"rope.scaling.{name}" for name in _STRETCHED + _YARN),
+    # These are of other norms than ours, of experts, and of how the file was made.
+    *("attention.layer_norm_epsilon", "expert_used_count", "tensor_data_layout"),
 }
 _OF_WINDOWS = {
     *("attention.sliding_window", "attention.sliding_window_pattern", "rope.freq_base_swa"),
@@ -155,6 +157,7 @@ def _check(path: Path, kind: str, metadata: Mapping[str, Any], get: _Get, head_d
         ("rope.dimension_count", head_dim),
         ("attention.value_length", head_dim),
         ("rope.scaling.attn_factor", 1.0),
+        ("rope.scaling.yarn_ext_factor", 1.0),
     ):
         if (found := get(name, plain)) != plain:
             raise ValueError(f"{path} has {kind}.{name}={found!r}: only {plain!r} is computed here")
@@ -204,7 +207,10 @@ def _scaling(
         return RopeScaling(divisors=tuple(map(float, divisors.rows(0, head_dim // 2))))
     if kind == "yarn":
         original = number("rope.scaling.original_context_length", int, max_len)
-        return rope.yarn(head_dim, base, factor, original_max_len=original)
+        fast, slow = (
+            number(f"rope.scaling.{name}", float, of) for name, of in zip(_YARN[1:], (32.0, 1.0), strict=True)
+        )
+        return rope.yarn(head_dim, base, factor, original_max_len=original, beta_fast=fast, beta_slow=slow)
     return None if kind == "none" or factor == 1 else rope.linear(head_dim, factor)
 
 

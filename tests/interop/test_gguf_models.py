@@ -31,7 +31,8 @@ pytestmark = [
 ]
 
 LINEAR = dict(rope_type="linear", factor=8.0)
-YARN = dict(rope_type="yarn", factor=4.0, original_max_position_embeddings=16)
+YARN = dict(rope_type="yarn", factor=4.0, original_max_position_embeddings=64)
+BETAS = dict(beta_fast=2.0, beta_slow=0.2)
 LLAMA3 = dict(
     rope_type="llama3", factor=4.0, low_freq_factor=1.0, high_freq_factor=4.0, original_max_position_embeddings=20
 )
@@ -44,7 +45,8 @@ MODELS = {
     "llama stretched": ("Llama", dict(rope_scaling=LINEAR), "llama"),
     "mistral": ("Mistral", dict(sliding_window=None, head_dim=16), "llama"),
     "qwen 2": ("Qwen2", dict(tie_word_embeddings=True, rms_norm_eps=1e-6), "qwen2"),
-    "qwen 2 stretched": ("Qwen2", dict(rope_scaling=YARN), "qwen2"),
+    "qwen 2 stretched": ("Qwen2", dict(head_dim=16, rope_scaling=YARN), "qwen2"),
+    "qwen 2 further": ("Qwen2", dict(head_dim=16, rope_scaling=YARN | BETAS), "qwen2"),
     "qwen 3": ("Qwen3", dict(head_dim=128), "qwen3"),
     "gemma": ("Gemma", dict(head_dim=16), "gemma"),
     "gemma 2": ("Gemma2", GEMMA | CAPS, "gemma2"),
@@ -106,6 +108,7 @@ def entries(config, arch):
         found |= {k.Rope.SCALING_TYPE: scaling["rope_type"], k.Rope.SCALING_FACTOR: scaling["factor"]}
     if "yarn" in scaling.values():
         found[k.Rope.SCALING_ORIG_CTX_LEN] = scaling["original_max_position_embeddings"]
+        found |= {f"{arch}.rope.scaling.yarn_{name}": scaling[name] for name in BETAS if name in scaling}
     return {name.format(arch=arch): value for name, value in found.items()}
 
 
