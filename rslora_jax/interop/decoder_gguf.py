@@ -142,7 +142,7 @@ def _read_gguf_config(
     try:
         figures["rope_scaling"] = _scaling(tensors, get, number, head_dim, base, figures["max_len"])
         return DecoderConfig(**figures, **how)
-    except ValueError as error:
+    except (ValueError, OverflowError, ZeroDivisionError) as error:
         raise ValueError(text if (text := str(error)).startswith(str(path)) else f"{path}: {text}") from error
 
 

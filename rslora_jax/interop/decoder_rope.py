@@ -100,7 +100,7 @@ def _lengths(
     for value in (own, outer):
         if value is not None and (type(value) is not int or value < 1):
             raise ValueError(f"{path} has {_ORIGINAL}={value!r}: a whole number above 0 is expected")
-    factor = about.get("factor")
+    factor = _number(path, "factor", about["factor"]) if "factor" in about else None
     if kind == "dynamic":  # no version looks at another length than this
         readings = [(max_len, factor)] if own in (None, max_len) else []
     else:

@@ -152,6 +152,12 @@ BROKEN = {
         "scaling.type is 'longrope': only none, linear and yarn",
     ),
     "rope factor": (_set(llama__rope__scaling__factor=-4.0), "scaling.factor=-4.0: a number above 0"),
+    "base 1": (
+        _set(
+            **{"llama__rope__freq_base": 1.0, "llama__rope__scaling__type": "yarn", "llama__rope__scaling__factor": 4.0}
+        ),
+        "division by zero",
+    ),
     "rope scale": (_set(llama__rope__scale_linear=0.0), "scale_linear=0.0: a number above 0"),
     "part rope": (_set(llama__rope__dimension_count=8), "dimension_count=8: only 16"),
     "values": (_set(llama__attention__value_length=8), "value_length=8: only 16"),

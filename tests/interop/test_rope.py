@@ -158,6 +158,7 @@ WRONG = {
     "field": (dict(rope_scaling=dict(rope_type="linear", factor=2.0, mscale=3)), "mscale.*known for 'linear'"),
     "no factor": (dict(rope_scaling=dict(rope_type="linear")), "factor=None among its rope parameters: a number above"),
     "infinite": (dict(rope_scaling=dict(rope_type="yarn", factor=float("inf"))), "factor=inf"),
+    "list": (dict(rope_scaling=dict(rope_type="yarn", factor=[4.0])), r"factor=\[4.0\]"),
     "truth": (dict(rope_scaling=dict(rope_type="linear", factor=True)), "factor=True"),
     "negative": (dict(rope_scaling=LONGROPE | dict(factor=2.0, short_factor=[1.0, -1.0, 1.0, 1.0])), "above 0"),
     "short": (dict(rope_scaling=LONGROPE | dict(factor=2.0, long_factor=[1.0])), "long_factor is to be 4 numbers"),
