@@ -102,7 +102,9 @@ def _tokenizer(path: Path, metadata: Mapping[str, Any], rows: int) -> Tokenizer:
         raise ValueError(f"{path}: {error}") from error
     tokenizer = found.padded_within(rows)
     if not {*range(rows, found.vocab_size)} <= {found.pad_id} - {*tokenizer.stop_ids, tokenizer.bos_id}:
-        raise ValueError(f"{path} has {found.vocab_size} tokens and a table of {rows} rows: take a file converted whole")
+        raise ValueError(
+            f"{path} has {found.vocab_size} tokens and a table of {rows} rows: take a file converted whole"
+        )
     return tokenizer
 
 
