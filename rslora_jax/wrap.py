@@ -81,6 +81,7 @@ class Lora:
       shapes: the shape of each parameter that is an array, by path.
       platform: what it is compiled for; None for JAX's own backend. See `on`.
       program, walk: what has been traced of it, and how `apply` goes through that.
+      compiled: what others have compiled of it (`kept_with_lora`).
     """
 
     fn: Callable[..., Any]
@@ -94,6 +95,7 @@ class Lora:
     platform: str | None
     program: Program
     walk: Walk
+    compiled: dict[Any, Any] = dataclasses.field(default_factory=dict)
 
     def init(self, key: Array, params: Params = None) -> Adapters:
         """Return fresh adapters, with which `apply` starts as `fn`: of LoRA, A random and B zero.
@@ -206,7 +208,8 @@ class Lora:
 
     def _known(self) -> dict[str, Any]:
         """Return the fields but for what has been traced, as plain values."""
-        known = {f.name: getattr(self, f.name) for f in dataclasses.fields(self) if f.name not in ("program", "walk")}
+        made = ("program", "walk", "compiled")
+        known = {f.name: getattr(self, f.name) for f in dataclasses.fields(self) if f.name not in made}
         return {k: dict(v) if isinstance(v, MappingProxyType) else v for k, v in known.items()}
 
     def __reduce__(self) -> tuple[Any, ...]:

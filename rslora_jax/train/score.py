@@ -88,7 +88,7 @@ def losses(
     return Losses(by_example(weights=sums_S), by_example(weights=tokens_S))
 
 
-@functools.lru_cache(maxsize=8)
+@functools.lru_cache(maxsize=2)  # a program takes tens of megabytes
 def _make_score(apply: Callable[..., Any], places: int, segments: int) -> Callable[[Any, Batch], Array]:
     """Make the compiled `score(variables, batch)`: the summed loss of each row's examples, float32 (B, segments).
 

@@ -13,6 +13,7 @@ import optax
 from jax import Array, lax
 from jax.sharding import NamedSharding, PartitionSpec, Sharding
 
+from rslora_jax.kept import kept_with_lora
 from rslora_jax.pytrees import Params, PyTree
 from rslora_jax.store.keys import is_key, typed
 from rslora_jax.train.carry import call_loss
@@ -135,7 +136,7 @@ def make_step(
     return _make_step(lora, loss, optimizer, accumulate, skip, tuple(leaves), tree)
 
 
-@functools.lru_cache(maxsize=8)  # so that a second call in a notebook compiles nothing again
+@kept_with_lora  # so that a second call in a notebook compiles nothing again
 def _make_step(
     lora: Lora,
     loss: Loss,
@@ -221,7 +222,7 @@ def replicate(tree: PyTree) -> PyTree:
     return jax.pmap(lambda _: tree)(jnp.arange(jax.local_device_count()))
 
 
-@functools.lru_cache(maxsize=8)
+@kept_with_lora
 def make_evaluate(lora: Lora, loss: Loss, *, keyed: bool = False) -> Callable[..., tuple[Array, Array]]:
     """Make the compiled `evaluate(params, adapters, batch, model_state=None) -> (sum of the losses, their number)`.
 

@@ -14,6 +14,7 @@ import numpy as np
 import optax
 from jax import Array
 
+from rslora_jax.kept import kept_with_lora
 from rslora_jax.methods.method import rescaled
 from rslora_jax.pytrees import Params, PyTree
 from rslora_jax.scaling import gamma
@@ -244,7 +245,7 @@ def scaling_factors(lora: Lora, trials: Sequence[Trial]) -> _Factors:
     }
 
 
-@functools.lru_cache(maxsize=8)  # so that a second sweep of the same shapes compiles nothing
+@kept_with_lora  # so that a second sweep of the same shapes compiles nothing
 def make_sweep_step(lora: Lora, loss: Loss, optimizer: Callable[[Any], optax.GradientTransformation]) -> _Step:
     """Make the compiled step `(state, rates, factors, params, batch) -> (state, metrics)` of all trials.
 
@@ -270,7 +271,7 @@ def make_sweep_evaluate(lora: Lora, loss: Loss, *, keyed: bool = False) -> Calla
     return _make_sweep_evaluate(lora, loss, keyed)
 
 
-@functools.lru_cache(maxsize=8)
+@kept_with_lora
 def _make_sweep_evaluate(lora: Lora, loss: Loss, keyed: bool) -> Any:
     def one(
         adapters: Adapters, factors: _Factors, params: Params, batch: PyTree, model_state: PyTree
