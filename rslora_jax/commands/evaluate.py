@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from rslora_jax.commands.command import Command
-from rslora_jax.commands.flags import add_flag, check_above_zero, check_parent, shared
+from rslora_jax.commands.flags import add_flag, check_parent, shared
 from rslora_jax.commands.output import tell, write_text_whole
 from rslora_jax.commands.tables import print_table
 
@@ -44,7 +44,6 @@ def evaluate(a: argparse.Namespace) -> int:
     from rslora_jax.commands.progress import progress_line
     from rslora_jax.train import batches
 
-    check_above_zero(a, "heldout", "max_len", "batch_size", "max_new")
     check_parent("--json", a.json)
     # Before the model, which takes seconds to read: the data may be wrong.
     given = _chosen(a, {}) if a.data else None

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import argparse
+import dataclasses
+import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -26,6 +28,7 @@ _SHARED: Mapping[str, Mapping[str, Any]] = {
         "default": 256,
         "text": "tokens in a row; longer examples are cut, longer text is split",
         "metavar": "N",
+        "least": 2,
     },
     "--template-option": {
         "default": [],
@@ -33,23 +36,67 @@ _SHARED: Mapping[str, Mapping[str, Any]] = {
         "metavar": "NAME=VALUE",
         "action": "append",
     },
-    "--heldout": {"default": 32, "text": "at most so many held-out examples", "metavar": "N"},
-    "--batch-size": {"default": 8, "text": "rows or prompts that are taken together", "metavar": "N"},
-    "--max-new": {"default": 256, "text": "most tokens of an answer", "metavar": "N"},
+    "--heldout": {"default": 32, "text": "at most so many held-out examples", "metavar": "N", "least": 1},
+    "--batch-size": {"default": 8, "text": "rows or prompts that are taken together", "metavar": "N", "least": 1},
+    "--max-new": {"default": 256, "text": "most tokens of an answer", "metavar": "N", "least": 1},
     "--out": {"text": "new folder to write", "metavar": "FOLDER"},
 }
+
+
+_MOST = {int: 2**31 - 1, float: math.inf}
+
+
+@dataclasses.dataclass(frozen=True)
+class Number:
+    """Read a number of a range, for a flag or a file of settings; what is none is an argparse.ArgumentTypeError.
+
+    Attributes:
+      kind: int or float.
+      least: the smallest that is taken.
+      above, below: what it is to be greater and smaller than.
+      most: the largest that is taken.
+
+    >>> Number(int, least=1)("3"), Number(float, least=0, below=1)("0.5")
+    (3, 0.5)
+    >>> Number(float, above=0)("nan")
+    Traceback (most recent call last):
+    argparse.ArgumentTypeError: nan is not a number above 0
+    """
+
+    kind: type
+    least: float = -math.inf
+    above: float = -math.inf
+    below: float = math.inf
+    most: float = math.inf
+
+    def __call__(self, text: str) -> Any:
+        """Return the number that a text is."""
+        try:
+            value = self.kind(text)
+        except ValueError:
+            value = math.nan
+        most = min(self.most, _MOST[self.kind])
+        if self.above < value < self.below and self.least <= value <= most:  # of an infinite one neither holds
+            return value
+        bounds = [("of at least", self.least), ("above", self.above), ("below", self.below), ("of at most", self.most)]
+        wanted = " and ".join(f"{word} {bound:g}" for word, bound in bounds if math.isfinite(bound))
+        raise argparse.ArgumentTypeError(f"{text} is not a {'whole ' if self.kind is int else ''}number {wanted}")
 
 
 def add_flag(group: Any, flag: str, default: Any, text: str, **options: Any) -> None:
     """Add a flag of the kind of its default, which its help text shows.
 
+    A flag that is a number says in which range it is: by `least`, `above`, `below` or `most` (`Number`).
+
     >>> parser = argparse.ArgumentParser(prog="p", add_help=False)
-    >>> add_flag(parser, "--rank", 32, "rank of every adapter", metavar="R")
+    >>> add_flag(parser, "--rank", 32, "rank of every adapter", metavar="R", least=1)
     >>> parser.parse_args(["--rank", "8"]).rank, parser.format_help().splitlines()[-1].strip()
     (8, '--rank R  rank of every adapter (default 32)')
     """
     shows = isinstance(default, (str, int, float))
-    kind = {"type": type(default)} if shows else {}
+    kind = {"type": options.pop("type", type(default))} if shows or "type" in options else {}
+    if bounds := {name: options.pop(name) for name in ("least", "above", "below", "most") if name in options}:
+        kind = {"type": Number(kind["type"], **bounds)}
     group.add_argument(flag, default=default, help=text + (f" (default {default})" if shows else ""), **kind | options)
 
 
@@ -62,14 +109,6 @@ def shared(group: Any, flag: str, **changes: Any) -> None:
     2
     """
     add_flag(group, flag, **{"default": None, **_SHARED[flag], **changes})
-
-
-def check_above_zero(arguments: argparse.Namespace, *names: str) -> None:
-    """Raise a ValueError where one of these flags is given and not above 0."""
-    for name in names:
-        value = getattr(arguments, name)
-        if value is not None and not value > 0:
-            raise ValueError(f"--{name.replace('_', '-')} {value} is not above 0")
 
 
 def check_parent(flag: str, path: str | None) -> None:

@@ -14,15 +14,25 @@ from pathlib import Path
 from typing import Any
 
 from rslora_jax.commands.command import Command
-from rslora_jax.commands.flags import add_flag, check_above_zero, check_parent, shared
+from rslora_jax.commands.flags import add_flag, check_parent, shared
 from rslora_jax.commands.output import tell, write_text_whole
 
-_CHOOSING = (
-    ("--temperature", float, "0 takes the likeliest token; above, one is drawn (default: the model's own, or 0)"),
-    ("--top-k", int, "draw among so many of the likeliest tokens; 0 for all"),
-    ("--top-p", float, "draw among the likeliest tokens that hold so much of the probability"),
-    ("--min-p", float, "draw among tokens that are at least so likely beside the likeliest"),
-    ("--repetition-penalty", float, "divide the logits of tokens that are there already by so much; 1 for none"),
+_CHOOSING: tuple[tuple[str, type, dict[str, float], str], ...] = (
+    (
+        "--temperature",
+        float,
+        {"least": 0},
+        "0 takes the likeliest token; above, one is drawn (default: the model's own, or 0)",
+    ),
+    ("--top-k", int, {"least": 0}, "draw among so many of the likeliest tokens; 0 for all"),
+    ("--top-p", float, {"above": 0, "most": 1}, "draw among the likeliest tokens that hold so much of the probability"),
+    ("--min-p", float, {"least": 0, "most": 1}, "draw among tokens that are at least so likely beside the likeliest"),
+    (
+        "--repetition-penalty",
+        float,
+        {"above": 0},
+        "divide the logits of tokens that are there already by so much; 1 for none",
+    ),
 )
 
 
@@ -43,9 +53,9 @@ def _add_flags(parser: argparse.ArgumentParser) -> None:
     how = parser.add_argument_group("answers")
     shared(how, "--max-new", default=None, text="most tokens of an answer (default: the model's own, or 256)", type=int)
     # What is not said is as the model's generation_config.json has it.
-    for flag, kind, text in _CHOOSING:
-        add_flag(how, flag, None, text, metavar="N" if kind is int else "X", type=kind)
-    add_flag(how, "--seed", 0, "seed of what is drawn", metavar="N")
+    for flag, kind, bounds, text in _CHOOSING:
+        add_flag(how, flag, None, text, metavar="N" if kind is int else "X", type=kind, **bounds)
+    add_flag(how, "--seed", 0, "seed of what is drawn", metavar="N", least=0)
     shared(how, "--out", text="write prompts and answers as JSON lines too", metavar="FILE")
 
 
@@ -81,12 +91,6 @@ def generate(a: argparse.Namespace) -> int:
 
 def _check_flags(a: argparse.Namespace) -> None:
     """Raise a ValueError for flags that cannot be, before the model is read."""
-    check_above_zero(a, "batch_size", "max_new", "repetition_penalty")
-    for name, most in (("temperature", math.inf), ("top_k", math.inf), ("top_p", 1), ("min_p", 1)):
-        value = getattr(a, name)
-        if value is not None and (not 0 <= value <= most or value == math.inf or (name == "top_p" and not value)):
-            bounds = {"top_p": "above 0 and at most 1", "min_p": "from 0 to 1"}.get(name, "at least 0")
-            raise ValueError(f"--{name.replace('_', '-')} {value}: give a number that is {bounds}")
     if a.merged and not a.folder:
         raise ValueError("--merged needs a run whose adapters are to be merged: name its folder")
     check_parent("--out", a.out)

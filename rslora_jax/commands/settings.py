@@ -13,6 +13,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from rslora_jax.commands.train_flags import add_flags
+
 _OF_A_CALL = ("config", "resume", "override")  # flags of one call of the command, and not of a run
 _PATHS = ("data", "model", "cache", "adapters")
 # Flags that decide nothing of what is learnt; --steps does by its schedule, and is what a run is gone on with by.
@@ -44,19 +46,21 @@ def resumed_settings(arguments: argparse.Namespace) -> Mapping[str, Any]:
 
 
 def _read_settings(path: str, flags: Mapping[str, Any]) -> dict[str, Any]:
-    """Read flags from a TOML file, by their names with or without the leading dashes.
+    """Read flags from a TOML file, by their names with or without the leading dashes, as the command line takes them.
 
     Args:
       path: where the file is.
-      flags: every flag and its value where it is not given, which tells of what kind it is.
+      flags: every flag and its value where it is not given.
 
     Raises:
-      ValueError: the file cannot be read, or has a key that is no flag or a value of another kind; it is named.
+      ValueError: the file cannot be read, or has a key that is no flag or a value that its flag does not take.
     """
     try:
         found = tomllib.loads(Path(path).read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
+    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError, RecursionError) as error:
         raise ValueError(f"{path} cannot be read as TOML: {error}") from error
+    parser = argparse.ArgumentParser(add_help=False, exit_on_error=False, allow_abbrev=False)
+    add_flags(parser)
     settings = {}
     for key, value in found.items():
         name = key.lstrip("-").replace("-", "_")
@@ -64,12 +68,30 @@ def _read_settings(path: str, flags: Mapping[str, Any]) -> dict[str, Any]:
             close = difflib.get_close_matches(name, flags, n=1)
             hint = f"; did you mean {close[0].replace('_', '-')}?" if close else "; `rslora train --help` lists them"
             raise ValueError(f"{path} has {key}, which is no flag of `rslora train`{hint}")
-        default = flags[name]
-        kinds = (int, float) if isinstance(default, float) else type(default) if default is not None else str
-        if not isinstance(value, kinds) or (isinstance(value, bool) and not isinstance(default, bool)):
-            raise ValueError(f"{path}: {key} = {value!r} is not of the kind that --{key} takes")
-        settings[name] = float(value) if isinstance(default, float) else value
+        flag, default = f"--{name.replace('_', '-')}", flags[name]
+        words = _words(flag, value, default)
+        if words is None:
+            raise ValueError(f"{path}: {key} = {value!r} is not of the kind that {flag} takes")
+        try:
+            settings[name] = getattr(parser.parse_args(words), name)
+        except argparse.ArgumentError as error:
+            raise ValueError(f"{path}: {key} = {value!r}: {error.message}") from error
     return settings
+
+
+def _words(flag: str, value: Any, default: Any) -> list[str] | None:
+    """Write a value of a file as the words of a command line; None where it is not of the kind of the flag's default.
+
+    >>> _words("--rank", 3, 32), _words("--resume", True, False), _words("--prompt", ["a", "b"], [])
+    (['--rank=3'], ['--resume'], ['--prompt=a', '--prompt=b'])
+    """
+    if isinstance(default, bool) or isinstance(value, bool):
+        return ([flag] if value else []) if isinstance(default, bool) and isinstance(value, bool) else None
+    if isinstance(default, list):
+        is_list = isinstance(value, list) and all(isinstance(one, str) for one in value)
+        return [f"{flag}={one}" for one in value] if is_list else None
+    kinds = (int, float) if isinstance(default, (int, float)) else str
+    return [f"{flag}={value}"] if isinstance(value, kinds) else None
 
 
 def _saved_settings(out: str) -> dict[str, Any]:

@@ -14,7 +14,6 @@ from typing import Any, NamedTuple
 from rslora_jax.commands import settings
 from rslora_jax.commands.command import Command, default_arguments
 from rslora_jax.commands.devices import Placement, base_shardings, join_processes, place, placed_apply
-from rslora_jax.commands.flags import check_above_zero
 from rslora_jax.commands.output import model_name
 from rslora_jax.commands.train_flags import add_flags
 
@@ -86,7 +85,6 @@ def _check_flags(a: argparse.Namespace) -> None:
     from rslora_jax.parallel import processes
     from rslora_jax.store import checkpoint
 
-    check_above_zero(a, "steps", "batch_size", "accumulate", "learning_rate", "max_len", "keep")
     if a.batch_size % a.accumulate:
         raise ValueError(f"--batch-size {a.batch_size} is not a multiple of --accumulate {a.accumulate}")
     if jax.process_count() > 1 and not a.mesh:

@@ -21,8 +21,8 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
     shared(what, "--heldout")
     shared(what, "--template-option")
     lora = parser.add_argument_group("adapters")
-    add_flag(lora, "--rank", 32, "rank r of every adapter", metavar="R")
-    add_flag(lora, "--alpha", 16.0, "numerator of the scale", metavar="A")
+    add_flag(lora, "--rank", 32, "rank r of every adapter", metavar="R", least=1)
+    add_flag(lora, "--alpha", 16.0, "numerator of the scale", metavar="A", above=0)
     add_flag(lora, "--scaling", "rslora", "alpha/sqrt(r), alpha/r or alpha", choices=("rslora", "lora", "constant"))
     add_flag(
         lora, "--targets", "all-linear", 'weights to adapt: "all-linear" or a glob over their paths', metavar="GLOB"
@@ -33,9 +33,10 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
     _add_device_flags(parser)
     out = parser.add_argument_group("output")
     shared(out, "--out", default="rslora-run", text="folder for checkpoints, metrics and curves")
-    add_flag(out, "--eval-every", 0, "steps between evaluations (default: three in a run)", metavar="N")
-    add_flag(out, "--save-every", 0, "steps between checkpoints (default: four in a run, at most 500)", metavar="N")
-    add_flag(out, "--keep", 2, "checkpoints to keep beside the best", metavar="N")
+    add_flag(out, "--eval-every", 0, "steps between evaluations (default: three in a run)", metavar="N", least=0)
+    between = "steps between checkpoints (default: four in a run, at most 500)"
+    add_flag(out, "--save-every", 0, between, metavar="N", least=0)
+    add_flag(out, "--keep", 2, "checkpoints to keep beside the best", metavar="N", least=1)
     out.add_argument("--tensorboard", action="store_true", help="write event files too (extra `tensorboard`)")
     out.add_argument("--resume", action="store_true", help="go on from the last checkpoint in --out")
     text = "with --resume: change this flag of the run on purpose, such as learning-rate; as often as you like"
@@ -44,20 +45,22 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
 
 def _add_training_flags(parser: argparse.ArgumentParser) -> None:
     how = parser.add_argument_group("optimisation")
-    add_flag(how, "--steps", 40, "optimiser steps", metavar="N")
+    add_flag(how, "--steps", 40, "optimiser steps", metavar="N", least=1)
     shared(how, "--batch-size", default=2, text="rows in a step")
-    add_flag(how, "--accumulate", 1, "parts in which to take a batch, for less memory", metavar="N")
+    add_flag(how, "--accumulate", 1, "parts in which to take a batch, for less memory", metavar="N", least=1)
     add_flag(how, "--optimizer", "adamw", "any optimiser of optax, by name", metavar="NAME")
     add_flag(
         how, "--optimizer-option", [], "an option of it, as often as you like", metavar="NAME=VALUE", action="append"
     )
-    add_flag(how, "--learning-rate", 1e-3, "peak of the schedule", metavar="X")
+    add_flag(how, "--learning-rate", 1e-3, "peak of the schedule", metavar="X", above=0)
     add_flag(how, "--schedule", "cosine", "after the warm-up", choices=("cosine", "linear", "constant"))
-    add_flag(how, "--warmup", 0.1, "part of the steps in which the rate rises to its peak", metavar="X")
-    add_flag(how, "--clip", 1.0, "largest norm of a gradient; 0 for none", metavar="X")
-    add_flag(how, "--patience", 0, "stop after so many evaluations without a new least loss; 0 for never", metavar="N")
+    rises = "part of the steps in which the rate rises to its peak"
+    add_flag(how, "--warmup", 0.1, rises, metavar="X", least=0, below=1)
+    add_flag(how, "--clip", 1.0, "largest norm of a gradient; 0 for none", metavar="X", least=0)
+    stops = "stop after so many evaluations without a new least loss; 0 for never"
+    add_flag(how, "--patience", 0, stops, metavar="N", least=0)
     add_flag(how, "--on-nonfinite", "stop", "what a loss that is no number does", choices=("stop", "skip"))
-    add_flag(how, "--seed", 0, "seed of the adapters and of the order of the data", metavar="N")
+    add_flag(how, "--seed", 0, "seed of the adapters and of the order of the data", metavar="N", least=0)
 
 
 def _add_device_flags(parser: argparse.ArgumentParser) -> None:

@@ -2,18 +2,13 @@
 
 from __future__ import annotations
 
-import datetime
 import difflib
 import functools
 import json
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, NoReturn
+from typing import Any
 
-import jinja2
-from jinja2 import meta, nodes
-from jinja2.ext import Extension
-from jinja2.parser import Parser
-from jinja2.sandbox import ImmutableSandboxedEnvironment
+from rslora_jax.confined import Exceeded, ask
 
 # What every chat is rendered with, and no option may take the place of.
 _GIVEN = ("messages", "add_generation_prompt", "tools", "documents")
@@ -22,18 +17,17 @@ _WORDS = {"true": True, "false": False, "none": None}
 
 
 def render(source: str, variables: Mapping[str, Any]) -> str:
-    """Run a template; it comes with the file, hence from a stranger, so it runs in a sandbox.
+    """Run a template; it comes with the file, hence from a stranger, so it runs in a sandbox that can be stopped.
 
     Raises:
+      Exceeded: a ValueError: it takes more time or memory than a chat may, or calls itself without end.
       ValueError: the template is none, or refuses what it is given.
+      ImportError: Jinja is not installed.
 
     >>> render("{% generation %}{{ a }}{% endgeneration %}!", {"a": 1})
     '1!'
     """
-    try:
-        return _template(source).render(**variables)
-    except (jinja2.TemplateError, TypeError) as error:
-        raise ValueError(f"the chat template does not take these messages: {error}") from error
+    return _asked(source, variables, "does not take these messages")
 
 
 def parse_options(texts: Sequence[str]) -> dict[str, Any]:
@@ -90,6 +84,8 @@ def turn_end(chat: Callable[..., str], added: Sequence[str], ends: Sequence[str]
         text = chat(
             [{"role": "user", "content": "a"}, {"role": "assistant", "content": _MARK}], add_generation_prompt=False
         )
+    except Exceeded:
+        raise
     except ValueError:  # it does not take such a chat; what it takes instead is not known
         return None
     _, found, rest = text.rpartition(_MARK)
@@ -102,49 +98,24 @@ def turn_end(chat: Callable[..., str], added: Sequence[str], ends: Sequence[str]
     return next((token for token in run if token in ends), run[-1] if run else None)
 
 
-class _Generation(Extension):
-    """Take `{% generation %}`, by which templates mark for transformers what an assistant wrote; it changes no text."""
-
-    tags = {"generation"}  # noqa: RUF012  (Jinja's own attribute)
-
-    def parse(self, parser: Parser) -> nodes.CallBlock:
-        """Return the marked part as a block of its own, as transformers does: what is set in it stays in it."""
-        line = next(parser.stream).lineno
-        body = parser.parse_statements(("name:endgeneration",), drop_needle=True)
-        block = nodes.CallBlock(self.call_method("_unchanged"), [], [], body)
-        block.set_lineno(line)
-        return block
-
-    def _unchanged(self, caller: Callable[[], str]) -> str:
-        return caller()
-
-
-def _environment() -> ImmutableSandboxedEnvironment:
-    # The options and names here, and the names given when rendering, are what templates written for Hugging Face
-    # rely on.
-    environment = ImmutableSandboxedEnvironment(
-        trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols", _Generation]
-    )
-    environment.filters["tojson"] = _to_json  # jinja's own writes for HTML
-    environment.globals |= {"raise_exception": _refuse, "strftime_now": _now}
-    return environment
-
-
-@functools.cache  # a data set renders one template thousands of times
-def _template(source: str) -> jinja2.Template:
-    return _environment().from_string(source)
-
-
 @functools.cache
 def _asked_for(source: str) -> tuple[str, ...]:
     """Return the names that a template takes from outside, but for those that are always given."""
-    environment = _environment()
-    try:
-        found = meta.find_undeclared_variables(environment.parse(source))
-    except jinja2.TemplateError as error:
-        raise ValueError(f"the chat template cannot be read: {error}") from error
+    found = set(_asked(source, None, "cannot be read"))
     tokens = {name for name in found if name.endswith("_token")}
-    return tuple(sorted(found - set(_GIVEN) - set(environment.globals) - tokens))
+    return tuple(sorted(found - set(_GIVEN) - tokens))
+
+
+def _asked(source: str, variables: Mapping[str, Any] | None, fault: str) -> Any:
+    """Let a template be run; say what it was that could not be."""
+    try:
+        return ask("templates", (source, variables))
+    except Exceeded as error:
+        raise Exceeded(f"the chat template {error}: use another template") from error
+    except ValueError as error:
+        raise ValueError(f"the chat template {fault}: {error}") from error
+    except ImportError as error:
+        raise ImportError(f"chat templates need jinja2 ({error}): pip install 'rslora_jax[train]'") from error
 
 
 def _value(text: str) -> Any:
@@ -154,15 +125,3 @@ def _value(text: str) -> Any:
         return json.loads(text)
     except (json.JSONDecodeError, RecursionError):
         return text
-
-
-def _to_json(value: Any, ensure_ascii: bool = False, **options: Any) -> str:
-    return json.dumps(value, ensure_ascii=ensure_ascii, **options)
-
-
-def _now(form: str) -> str:
-    return datetime.datetime.now().strftime(form)
-
-
-def _refuse(message: str) -> NoReturn:
-    raise jinja2.TemplateError(message)

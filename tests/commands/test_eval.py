@@ -180,7 +180,7 @@ def test_the_base_alone_can_be_scored(place, capsys, tmp_path):
         (["one", "--data", "nowhere.jsonl"], "nowhere.jsonl cannot be read"),
         (["one", "--data", "one.jsonl"], "score it with --all"),
         (["one", "--data", "text.txt", "--all", "--exact-match"], "these examples are plain text"),
-        (["one", "--heldout", "0"], "--heldout 0 is not above 0"),
+        (["one", "--heldout", "0"], "--heldout: 0 is not a whole number of at least 1"),
         (["one", "--json", "no/where.json"], "no is no folder"),
         (["one", "--exact-match", "--max-new", "127"], "exceed max_len=128"),
     ],

@@ -5,13 +5,15 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
-import re
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from rslora_jax import scaling
+from rslora_jax.confined import Exceeded
+from rslora_jax.interop.names import shown
 from rslora_jax.interop.peft.files import CONFIG_NAME, PeftFolder
+from rslora_jax.interop.peft.matching import Matcher
 
 # What is read; the rest of PEFT's fields is either without effect on what the adapter computes, or refused.
 _READ = {
@@ -74,18 +76,19 @@ class PeftSettings:
     to_save: Sequence[str]
     transposed: bool
     tie: bool
+    matcher: Matcher = dataclasses.field(repr=False, compare=False)
 
     def adapts(self, module: str) -> bool:
         """Say whether PEFT would adapt a module, by its name in the base; not for "all-linear"."""
         if isinstance(self.exclude, str):
-            if self.exclude and re.fullmatch(self.exclude, module):
+            if self.exclude and self.matcher.first("fullmatch", (self.exclude,), module):
                 return False
         elif ends_with(module, self.exclude):
             return False
-        if any(re.match(rf"(^|.*\.){name}($|\..*)", module) for name in self.to_save):
+        if self.matcher.first("match", tuple(rf"(^|.*\.){name}($|\..*)" for name in self.to_save), module):
             return False
         if isinstance(self.targets, str):
-            return bool(re.fullmatch(self.targets, module))
+            return bool(self.matcher.first("fullmatch", (self.targets,), module))
         if module in self.targets:
             return True
         return ends_with(module, self.targets) and (not self.layers or self._layer(module) in self.layers)
@@ -98,7 +101,8 @@ class PeftSettings:
 
     def rank_and_alpha(self, module: str) -> tuple[int, float]:
         """Return a module's own: of the first pattern that matches the end of its name, from a dot on."""
-        return _of_module(self.rank_pattern, module, self.r), _of_module(self.alpha_pattern, module, self.alpha)
+        rank, alpha = self._own(self.rank_pattern, module, self.r), self._own(self.alpha_pattern, module, self.alpha)
+        return rank, alpha
 
     def gamma(self, module: str) -> float:
         """Return the factor on a module's product B A."""
@@ -110,23 +114,18 @@ class PeftSettings:
         return isinstance(self.targets, str) and self.targets.lower() == "all-linear"
 
     def _layer(self, module: str) -> int | None:
-        patterns = [rf"(?:^|.*?\.){p}\.(?P<number>\d+)\." for p in self.layers_pattern]
-        for pattern in patterns or [r".*?\.[^.]*\.(?P<number>\d+)\."]:
-            if found := re.match(pattern, module):
-                return int(found["number"])
-        return None
+        patterns = tuple(rf"(?:^|.*?\.){p}\.(?P<number>\d+)\." for p in self.layers_pattern)
+        found = self.matcher.first("match", patterns or (r".*?\.[^.]*\.(?P<number>\d+)\.",), module)
+        return int(found[1]) if found and found[1] else None
+
+    def _own(self, patterns: Mapping[str, Any], module: str, default: Any) -> Any:
+        found = self.matcher.first("match", tuple(rf"(.*\.)?({pattern})$" for pattern in patterns), module)
+        return patterns.get(module, default) if found is None else [*patterns.values()][found[0]]
 
 
 def ends_with(module: str, names: Sequence[str]) -> bool:
     """Say whether a module's name is one of these, or ends with one after a dot."""
     return any(module == name or module.endswith(f".{name}") for name in names)
-
-
-def _of_module(patterns: Mapping[str, Any], module: str, default: Any) -> Any:
-    for pattern, value in patterns.items():
-        if re.match(rf"(.*\.)?({pattern})$", module):
-            return value
-    return patterns.get(module, default)
 
 
 def read_settings(peft: PeftFolder) -> PeftSettings:
@@ -154,6 +153,7 @@ def read_settings(peft: PeftFolder) -> PeftSettings:
         to_save=_several(fields.listed("modules_to_save", str, "a list of names")),
         transposed=fields.get("fan_in_fan_out", bool, False, "true or false"),
         tie=fields.get("ensure_weight_tying", bool, False, "true or false"),
+        matcher=Matcher(fields.where),
     )
     _check_values(fields, settings)
     return settings
@@ -231,9 +231,12 @@ def _check_values(fields: _Fields, settings: PeftSettings) -> None:
     for name, several in patterns.items():
         for one in several:
             try:
-                re.compile(rf"({one})$")
-            except re.error as error:
-                raise ValueError(f"{where} has {name} {one!r}, which is no regular expression: {error}") from error
+                settings.matcher.first("match", (rf"({one})$",), "")
+            except Exceeded:
+                raise
+            except ValueError as error:
+                why = str(error.__cause__)
+                raise ValueError(f"{where} has {name} {shown(one)}, which is no regular expression: {why}") from error
 
 
 def _several(value: Any) -> Any:
