@@ -16,9 +16,9 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 _FOLDER = Path(__file__).parent
-SECONDS = 3.0
-MEMORY = 400_000_000  # beside what the interpreter takes
-MOST = 64_000_000  # bytes of an answer: the parent holds it twice for a moment
+_SECONDS = 3.0
+_MEMORY = 400_000_000  # beside what the interpreter takes
+_MOST = 64_000_000  # the parent holds an answer twice for a moment
 
 
 class Exceeded(ValueError):
@@ -39,6 +39,7 @@ class Confined:
       program: the name of a file of this folder, which has `answer(question)`.
       seconds: of computing, for one question.
       memory: bytes that the process may take beside what it starts with, on Linux.
+      most: bytes of an answer.
 
     Use it by one thread at a time. After an error it is closed.
 
@@ -47,15 +48,21 @@ class Confined:
     [(0, None), None]
     """
 
-    def __init__(self, program: str, *, seconds: float = SECONDS, memory: int = MEMORY):
+    def __init__(self, program: str, *, seconds: float = _SECONDS, memory: int = _MEMORY, most: int = _MOST):
+        self._most = most
         self._limits = {"time": f"{seconds:g} s of computing", "memory": f"{memory / 1e6:.0f} MB of memory"}
         # -I -S: nothing of the user's is run at its start, and where to import from it is told.
         command = [sys.executable, "-I", "-S", str(_FOLDER / "child.py")]
         # Arenas of threads, and pools, reserve more than they use, which counts.
-        env = {**os.environ, "MALLOC_ARENA_MAX": "1", "ARROW_DEFAULT_MEMORY_POOL": "system"}
+        env = {
+            **os.environ,
+            "MALLOC_ARENA_MAX": "1",
+            "ARROW_DEFAULT_MEMORY_POOL": "system",
+            "OPENBLAS_NUM_THREADS": "1",
+        }
         pipes: dict[str, Any] = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.DEVNULL}
         self._process = subprocess.Popen(command, env=env, **pipes)
-        self._send(pickle.dumps((sys.path, str(_FOLDER / f"{program}.py"), seconds, memory, MOST)))
+        self._send(pickle.dumps((sys.path, str(_FOLDER / f"{program}.py"), seconds, memory, most)))
 
     def ask(self, question: Any) -> Any:
         """Send a question and return its answer, plain values both.
@@ -105,7 +112,7 @@ class Confined:
         assert self._process.stdout
         head = self._process.stdout.read(8)
         size = struct.unpack("<Q", head)[0] if len(head) == 8 else 0
-        text = self._process.stdout.read(size) if size <= MOST else b""
+        text = self._process.stdout.read(size) if size <= self._most else b""
         if not text or len(text) < size:
             self._ended()
         return _Plain(io.BytesIO(text)).load()

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Iterator
 from os import PathLike
 from pathlib import Path
 from typing import Any
 
+from rslora_jax.confined import Confined, Exceeded
 from rslora_jax.train.examples import FORMS, FORMS_HELP, Example, parse_all, read_jsonl
 
 _KEYS = [key for form in FORMS for key in form]
-_ROWS_AT_ONCE = 1024
+# A file may unpack to any size: how long one batch of rows may take, the bytes of all rows and of one batch.
+_SECONDS, _KEPT, _AT_ONCE = 5.0, 500_000_000, 256_000_000
 
 
 def read_examples(path: str | PathLike[str]) -> list[Example]:
@@ -62,37 +65,54 @@ def _read_text(path: str | PathLike[str]) -> Example:
 
 def _parquet_rows(path: str | PathLike[str]) -> Iterator[tuple[int, dict[str, Any]]]:
     try:
-        import pyarrow
-        from pyarrow import parquet
+        size = Path(path).stat().st_size
+    except OSError as error:
+        raise _unreadable(path, error.strerror or str(error)) from error
+    limits = {"seconds": _SECONDS, "memory": _KEPT + 4 * size, "most": _AT_ONCE}
+    with contextlib.closing(Confined("parquet", **limits)) as reader:
+        names = _asked(reader, path, (str(path), _KEYS))
+        columns = [name for name in names if name in _KEYS]
+        if not columns:
+            found = ", ".join(f'"{name}"' for name in names) or "none"
+            raise ValueError(f"{path} has the columns {found}; name them as {FORMS_HELP}")
+        for name in columns:
+            if columns.count(name) > 1:
+                raise ValueError(f'{path} has the column "{name}" twice; keep one of them')
+        first, kept, most = 1, 0, _KEPT + 20 * size
+        while (found := _asked(reader, path, None, first)) is not None:
+            rows, taken = found
+            if (kept := kept + taken) > most:
+                raise ValueError(
+                    f"{path} of {size / 1e6:.1f} MB unpacks to more than {most / 1e6:.0f} MB, from row {first} on; write "
+                    "it as JSON lines if that is meant"
+                )
+            yield from enumerate(rows, start=first)
+            first += len(rows)
+
+
+def _asked(reader: Confined, path: str | PathLike[str], question: Any, first: int = 1) -> Any:
+    """Ask the reader of a Parquet file, and raise what it found wrong as a ValueError that names the file."""
+    try:
+        answer = reader.ask(question)
     except ImportError as error:
         raise ValueError(f"{path} needs pyarrow to be read: pip install pyarrow") from error
-    try:
-        with parquet.ParquetFile(path) as file:
-            names = file.schema_arrow.names
-            columns = [name for name in names if name in _KEYS]
-            if not columns:
-                found = ", ".join(f'"{name}"' for name in names) or "none"
-                raise ValueError(f"{path} has the columns {found}; name them as {FORMS_HELP}")
-            for name in columns:
-                if columns.count(name) > 1:
-                    raise ValueError(f'{path} has the column "{name}" twice; keep one of them')
-            first = 1
-            for batch in file.iter_batches(_ROWS_AT_ONCE, columns=columns):
-                yield from enumerate(_rows_of(batch, f"{path}:{first}"), start=first)
-                first += batch.num_rows
-    except OSError as error:  # before ArrowException: some are both
-        reason = (error.strerror or str(error).partition("\n")[0]).lower()
-        raise ValueError(f"{path} cannot be read ({reason}); give the path of a Parquet file") from error
-    except pyarrow.ArrowException as error:
-        reason = str(error).partition("\n")[0]
-        raise ValueError(f"{path} is damaged or not Parquet ({reason}); write it anew") from error
+    except Exceeded as error:
+        raise ValueError(f"{path}:{first} {error} to unpack; write it as JSON lines if that is meant") from error
+    except ValueError as error:
+        raise ValueError(f"{path} is damaged or not Parquet ({error}); write it anew") from error
+    kind, reason = answer if isinstance(answer, tuple) and isinstance(answer[0], str) else (None, "")
+    reason = reason.partition("\n")[0]
+    if kind == "not UTF-8":
+        raise ValueError(f"{path}:{first} or one of the rows after it is not UTF-8; write it anew")
+    if kind == "damaged":
+        raise ValueError(f"{path} is damaged or not Parquet ({reason}); write it anew")
+    if kind == "unreadable":
+        raise _unreadable(path, reason)
+    return answer
 
 
-def _rows_of(batch: Any, where: str) -> list[dict[str, Any]]:
-    try:
-        return batch.to_pylist()
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{where} or one of the {batch.num_rows - 1} rows after it is not UTF-8") from error
+def _unreadable(path: str | PathLike[str], reason: str) -> ValueError:
+    return ValueError(f"{path} cannot be read ({reason.lower()}); give the path of a Parquet file")
 
 
 def _without_nulls(value: Any) -> Any:

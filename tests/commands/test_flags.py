@@ -20,7 +20,9 @@ def actions(command):
 
 
 FLAGS = [(command, action) for command in COMMANDS for action in actions(command)[1]]
-NUMBERS = [(command, a) for command, a in FLAGS if isinstance(a.default, (int, float)) and not isinstance(a.default, bool)]
+NUMBERS = [
+    (command, a) for command, a in FLAGS if isinstance(a.default, (int, float)) and not isinstance(a.default, bool)
+]
 # Flags of one call of the command alone, which no file may hold.
 OF_TRAIN = [a for command, a in FLAGS if command == "train" and a.dest not in ("config", "resume", "override")]
 
@@ -56,7 +58,9 @@ VALUES = st.one_of(
     st.integers(-(2**70), 2**70),
     st.floats(),
     st.booleans(),
-    st.sampled_from(["float64", "float32", "bfloat16", "skpi", "skip", "stop", "cosine", "", "3", "a b", "-1", "--x", "ü"]),
+    st.sampled_from(
+        ["float64", "float32", "bfloat16", "skpi", "skip", "stop", "cosine", "", "3", "a b", "-1", "--x", "ü"]
+    ),
     st.lists(st.sampled_from(["b1=0.5", "x", "-y"]), max_size=3),
 )
 
@@ -106,4 +110,8 @@ def test_a_setting_out_of_range_is_one_sentence_that_names_file_and_key(line, sa
     (tmp_path / "c.toml").write_text(line + "\n")
     assert main(["train", "--config", str(tmp_path / "c.toml"), "--out", str(tmp_path / "run")]) == 2
     out, err = capsys.readouterr()
-    assert not out and err.startswith(f"rslora: error: {tmp_path / 'c.toml'}: {line.partition(' =')[0]} = ") and said in err, err
+    assert (
+        not out
+        and err.startswith(f"rslora: error: {tmp_path / 'c.toml'}: {line.partition(' =')[0]} = ")
+        and said in err
+    ), err

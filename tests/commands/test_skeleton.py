@@ -104,7 +104,10 @@ def test_a_line_of_anything_is_read_or_refused_in_a_sentence(words):
         (["--verzion"], "did you mean --version?"),
         (["merge", "in"], "the following arguments are required: --out; `rslora merge --help`"),
         (["export", "a", "b", "--out", "c"], "`rslora export` has no place for b"),
-        (["eval", "--batch-size", "x"], "argument --batch-size: x is not a whole number of at least 1; `rslora eval --help`"),
+        (
+            ["eval", "--batch-size", "x"],
+            "argument --batch-size: x is not a whole number of at least 1; `rslora eval --help`",
+        ),
         (["train", "--dtype", "float8"], "argument --dtype: invalid choice: 'float8'"),
     ],
 )

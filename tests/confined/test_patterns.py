@@ -13,9 +13,32 @@ from rslora_jax.interop.peft.matching import Matcher
 from rslora_jax.interop.peft.settings import read_settings
 
 MODULES = [f"model.layers.{n}.{m}" for n in (0, 3, 12) for m in ("self_attn.q_proj", "self_attn.v_proj", "mlp.up_proj")]
-BOMBS = [r"(a+)+b", r"(a|a)*b", r"(.*)*=", r"(?:a?){60}a{60}", r"(x|.*.*.*.*.*.*.*.*)=", "(?:(?:a{1,9000}){1,9000}){1,90}b"]
+BOMBS = [
+    r"(a+)+b",
+    r"(a|a)*b",
+    r"(.*)*=",
+    r"(?:a?){60}a{60}",
+    r"(x|.*.*.*.*.*.*.*.*)=",
+    "(?:(?:a{1,9000}){1,9000}){1,90}b",
+]
 _PARTS = st.sampled_from(
-    ["model", r"\.", ".", ".*", "layers", r"\d+", "[03]", "(?:q|v)_proj", "self_attn", "mlp", "up", "(a|b)", "$", "^", "_"]
+    [
+        "model",
+        r"\.",
+        ".",
+        ".*",
+        "layers",
+        r"\d+",
+        "[03]",
+        "(?:q|v)_proj",
+        "self_attn",
+        "mlp",
+        "up",
+        "(a|b)",
+        "$",
+        "^",
+        "_",
+    ]
 )
 PATTERNS = st.lists(_PARTS, min_size=1, max_size=7).map("".join)
 

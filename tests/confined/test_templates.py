@@ -54,7 +54,12 @@ def test_a_template_without_end_is_stopped_and_leaves_this_process_as_it_was(bom
     with contextlib.closing(confined), pytest.raises(ValueError) as refused:
         confined.ask((BOMBS[bomb], {"messages": [{"role": "user", "content": "hi"}]}))
     assert len(str(refused.value)) <= 300 and str(refused.value).isprintable()
-    assert isinstance(refused.value, Exceeded) or bomb in ("no template", "an error", "nested brackets", "a wide tojson")
+    assert isinstance(refused.value, Exceeded) or bomb in (
+        "no template",
+        "an error",
+        "nested brackets",
+        "a wide tojson",
+    )
     assert time.process_time() - begun < 1
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 300_000  # KiB
 

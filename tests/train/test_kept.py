@@ -16,7 +16,9 @@ from rslora_jax.train.sweep import make_sweep_step
 
 
 def matrix():
-    return rslora.wrap(lambda p, x: x @ p, jnp.ones((4, 4)), jnp.ones((2, 4)), config=rslora.LoraConfig(rank=3, alpha=7))
+    return rslora.wrap(
+        lambda p, x: x @ p, jnp.ones((4, 4)), jnp.ones((2, 4)), config=rslora.LoraConfig(rank=3, alpha=7)
+    )
 
 
 def squares(run, batch):
