@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
-from typing import ParamSpec, TypeVar
+from typing import Concatenate, ParamSpec, TypeVar
 
 from rslora_jax.wrap import Lora
 
@@ -14,7 +14,7 @@ _R = TypeVar("_R")
 _MOST = 2
 
 
-def kept_with_lora(make: Callable[_P, _R]) -> Callable[_P, _R]:
+def kept_with_lora(make: Callable[Concatenate[Lora, _P], _R]) -> Callable[Concatenate[Lora, _P], _R]:
     """Let `make(lora, ...)` give the same again for the same arguments, the last few; it goes when the `Lora` goes.
 
     A cache of the function's own would hold every `Lora` of a process, and all that was compiled of each.
@@ -29,10 +29,8 @@ def kept_with_lora(make: Callable[_P, _R]) -> Callable[_P, _R]:
     """
 
     @functools.wraps(make)
-    def kept(*args: _P.args, **kwargs: _P.kwargs) -> _R:
-        lora, *others = args
-        assert isinstance(lora, Lora)
+    def kept(lora: Lora, /, *args: _P.args, **kwargs: _P.kwargs) -> _R:
         cache = lora.compiled.setdefault(kept, functools.lru_cache(_MOST)(functools.partial(make, lora)))
-        return cache(*others, **kwargs)
+        return cache(*args, **kwargs)
 
     return kept

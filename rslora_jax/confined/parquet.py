@@ -19,12 +19,11 @@ def answer(question: tuple[str, Sequence[str]] | None) -> Any:
 
     Returns:
       Of a file its columns' names; then with each question (rows, bytes that they take as objects), and None at its
-      end. Where it cannot be read, (kind, reason) in place of that: "unreadable", "damaged" or "not UTF-8".
+      end. Where it cannot be read, (kind, reason) in place of that: "unreadable", "damaged", or "not UTF-8" with how
+      many rows after the first it may be.
     """
     try:
         return _names(*question) if question else _next()
-    except UnicodeDecodeError as error:
-        return "not UTF-8", str(error)
     except MemoryError:  # before ArrowException: some are both
         raise
     except OSError as error:
@@ -44,11 +43,14 @@ def _names(path: str, wanted: Sequence[str]) -> list[str]:
     return names
 
 
-def _next() -> tuple[list[Any], int] | None:
+def _next() -> Any:
     batch = next(_open["batches"], None)
     if batch is None:
         return None
-    rows = batch.to_pylist()
+    try:
+        rows = batch.to_pylist()
+    except UnicodeDecodeError:
+        return "not UTF-8", str(batch.num_rows - 1)
     return [_plain(row) for row in rows], sum(map(_size, rows)) + _ROW * len(rows)
 
 

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 _FOLDER = Path(__file__).parent
-_SECONDS = 3.0
+SECONDS = 3.0
 _MEMORY = 400_000_000  # beside what the interpreter takes
 _MOST = 64_000_000  # the parent holds an answer twice for a moment
 
@@ -37,7 +37,7 @@ class Confined:
 
     Args:
       program: the name of a file of this folder, which has `answer(question)`.
-      seconds: of computing, for one question.
+      seconds: of computing, for one question; by default `SECONDS`.
       memory: bytes that the process may take beside what it starts with, on Linux.
       most: bytes of an answer.
 
@@ -48,8 +48,8 @@ class Confined:
     [(0, None), None]
     """
 
-    def __init__(self, program: str, *, seconds: float = _SECONDS, memory: int = _MEMORY, most: int = _MOST):
-        self._most = most
+    def __init__(self, program: str, *, seconds: float | None = None, memory: int = _MEMORY, most: int = _MOST):
+        seconds, self._most = seconds or SECONDS, most
         self._limits = {"time": f"{seconds:g} s of computing", "memory": f"{memory / 1e6:.0f} MB of memory"}
         # -I -S: nothing of the user's is run at its start, and where to import from it is told.
         command = [sys.executable, "-I", "-S", str(_FOLDER / "child.py")]
@@ -63,6 +63,11 @@ class Confined:
         pipes: dict[str, Any] = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.DEVNULL}
         self._process = subprocess.Popen(command, env=env, **pipes)
         self._send(pickle.dumps((sys.path, str(_FOLDER / f"{program}.py"), seconds, memory, most)))
+
+    @property
+    def pid(self) -> int:
+        """The number of the process."""
+        return self._process.pid
 
     def ask(self, question: Any) -> Any:
         """Send a question and return its answer, plain values both.
@@ -115,7 +120,10 @@ class Confined:
         text = self._process.stdout.read(size) if size <= self._most else b""
         if not text or len(text) < size:
             self._ended()
-        return _Plain(io.BytesIO(text)).load()
+        try:
+            return _Plain(io.BytesIO(text)).load()
+        except Exception as error:  # of pickles that nobody wrote
+            raise ValueError(f"answers with what is no plain value ({error})") from error
 
     def _ended(self) -> NoReturn:
         """Say why the process came to an end before its answer."""
@@ -148,7 +156,8 @@ def ask(program: str, question: Any) -> Any:
             raise
 
 
-def _close_all() -> None:
+def close_all() -> None:
+    """End the processes that are kept; the next question starts new ones."""
     while _warm:
         _warm.popitem()[1].close()
 
@@ -160,6 +169,6 @@ def _forget() -> None:
     _warm.clear()
 
 
-atexit.register(_close_all)
+atexit.register(close_all)
 if hasattr(os, "register_at_fork"):
     os.register_at_fork(after_in_child=_forget)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import importlib.util
 from collections.abc import Iterator
 from os import PathLike
 from pathlib import Path
@@ -64,12 +65,14 @@ def _read_text(path: str | PathLike[str]) -> Example:
 
 
 def _parquet_rows(path: str | PathLike[str]) -> Iterator[tuple[int, dict[str, Any]]]:
+    if importlib.util.find_spec("pyarrow") is None:
+        raise _without_pyarrow(path)
     try:
         size = Path(path).stat().st_size
     except OSError as error:
         raise _unreadable(path, error.strerror or str(error)) from error
-    limits = {"seconds": _SECONDS, "memory": _KEPT + 4 * size, "most": _AT_ONCE}
-    with contextlib.closing(Confined("parquet", **limits)) as reader:
+    reader = Confined("parquet", seconds=_SECONDS, memory=_KEPT + 4 * size, most=_AT_ONCE)
+    with contextlib.closing(reader):
         names = _asked(reader, path, (str(path), _KEYS))
         columns = [name for name in names if name in _KEYS]
         if not columns:
@@ -83,8 +86,8 @@ def _parquet_rows(path: str | PathLike[str]) -> Iterator[tuple[int, dict[str, An
             rows, taken = found
             if (kept := kept + taken) > most:
                 raise ValueError(
-                    f"{path} of {size / 1e6:.1f} MB unpacks to more than {most / 1e6:.0f} MB, from row {first} on; write "
-                    "it as JSON lines if that is meant"
+                    f"{path} of {size / 1e6:.1f} MB unpacks to more than {most / 1e6:.0f} MB, from row {first} on; "
+                    "write it as JSON lines if that is meant"
                 )
             yield from enumerate(rows, start=first)
             first += len(rows)
@@ -95,7 +98,7 @@ def _asked(reader: Confined, path: str | PathLike[str], question: Any, first: in
     try:
         answer = reader.ask(question)
     except ImportError as error:
-        raise ValueError(f"{path} needs pyarrow to be read: pip install pyarrow") from error
+        raise _without_pyarrow(path) from error
     except Exceeded as error:
         raise ValueError(f"{path}:{first} {error} to unpack; write it as JSON lines if that is meant") from error
     except ValueError as error:
@@ -103,12 +106,16 @@ def _asked(reader: Confined, path: str | PathLike[str], question: Any, first: in
     kind, reason = answer if isinstance(answer, tuple) and isinstance(answer[0], str) else (None, "")
     reason = reason.partition("\n")[0]
     if kind == "not UTF-8":
-        raise ValueError(f"{path}:{first} or one of the rows after it is not UTF-8; write it anew")
+        raise ValueError(f"{path}:{first} or one of the {reason} rows after it is not UTF-8")
     if kind == "damaged":
         raise ValueError(f"{path} is damaged or not Parquet ({reason}); write it anew")
     if kind == "unreadable":
         raise _unreadable(path, reason)
     return answer
+
+
+def _without_pyarrow(path: str | PathLike[str]) -> ValueError:
+    return ValueError(f"{path} needs pyarrow to be read: pip install pyarrow")
 
 
 def _unreadable(path: str | PathLike[str], reason: str) -> ValueError:

@@ -13,13 +13,29 @@ from rslora_jax.commands.flags import Number
 from rslora_jax.commands.settings import file_settings
 
 
-def actions(command):
-    parser = argparse.ArgumentParser(add_help=False, exit_on_error=False)
-    COMMANDS[command].add_flags(parser)
-    return parser, [action for action in parser._actions if action.option_strings]
+class Recorder:
+    """A parser that keeps the actions of its flags, which argparse keeps for itself; nothing is required in it."""
+
+    def __init__(self):
+        self.parser = argparse.ArgumentParser(add_help=False, exit_on_error=False)
+        self.actions = []
+
+    def add_argument(self, *names, **options):
+        options.pop("required", None)
+        positional = {} if names[0].startswith("-") else {"nargs": "?"}
+        self.actions.append(self.parser.add_argument(*names, **options | positional))
+
+    def add_argument_group(self, title):
+        return self
 
 
-FLAGS = [(command, action) for command in COMMANDS for action in actions(command)[1]]
+def recorded(command):
+    recorder = Recorder()
+    COMMANDS[command].add_flags(recorder)
+    return recorder
+
+
+FLAGS = [(command, action) for command in COMMANDS for action in recorded(command).actions if action.option_strings]
 NUMBERS = [
     (command, a) for command, a in FLAGS if isinstance(a.default, (int, float)) and not isinstance(a.default, bool)
 ]
@@ -29,13 +45,8 @@ OF_TRAIN = [a for command, a in FLAGS if command == "train" and a.dest not in ("
 
 def given_by(command, words):
     """What a command line gives, or the sentence that refuses it; of flags that are required, nothing is asked."""
-    parser, its = actions(command)
-    for action in parser._actions:
-        action.required = False
-        if not action.option_strings:
-            action.nargs = "?"
     try:
-        return vars(parser.parse_args(words)), None
+        return vars(recorded(command).parser.parse_args(words)), None
     except argparse.ArgumentError as error:
         return None, error.message
 
@@ -84,7 +95,7 @@ def test_a_file_of_settings_takes_what_the_command_line_takes_and_nothing_else(t
     except ValueError as error:
         said = str(error)
         assert said.startswith(f"{path}: {flag[2:]} = ") and "\n" not in said
-        if isinstance(value, bool) or isinstance(value, list) or "is not of the kind" in said:
+        if isinstance(value, bool | list) or "is not of the kind" in said:
             return  # of another kind than text on a command line has: refused for that
         assert given_by("train", [f"{flag}={value}"])[1]
         return

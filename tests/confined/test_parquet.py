@@ -42,7 +42,7 @@ def test_a_small_file_that_unpacks_to_much_is_refused(bomb, tmp_path, monkeypatc
     assert path.stat().st_size < 200_000
     monkeypatch.setattr(reading, "_KEPT", 60_000_000)
     before, begun = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, time.process_time()
-    with pytest.raises(ValueError, match="bomb.parquet") as refused:
+    with pytest.raises(ValueError, match=r"bomb\.parquet") as refused:
         read_examples(path)
     assert "unpack" in str(refused.value) and "\n" not in str(refused.value)
     assert time.process_time() - begun < 3

@@ -7,7 +7,7 @@ import hypothesis.strategies as st
 import pytest
 from hypothesis import given, settings
 
-from rslora_jax.confined import Confined, Exceeded, process
+from rslora_jax.confined import Exceeded, process
 from rslora_jax.interop.peft.files import PeftFolder
 from rslora_jax.interop.peft.matching import Matcher
 from rslora_jax.interop.peft.settings import read_settings
@@ -73,7 +73,8 @@ FIELDS = ["target_modules", "exclude_modules", "rank_pattern", "layers_pattern",
 
 @pytest.mark.parametrize(("bomb", "field"), [*((BOMBS[0], f) for f in FIELDS), *((b, FIELDS[0]) for b in BOMBS[1:])])
 def test_a_pattern_that_backtracks_for_ever_is_refused(bomb, field, monkeypatch):
-    monkeypatch.setitem(process._warm, "patterns", Confined("patterns", seconds=0.2))
+    process.close_all()
+    monkeypatch.setattr(process, "SECONDS", 0.2)
     monkeypatch.setattr("rslora_jax.interop.peft.matching._SECONDS", 0.2)
     value = {"target_modules": bomb, "exclude_modules": bomb, "rank_pattern": {bomb: 3}}.get(field, [bomb])
     layers = {"layers_to_transform": [1], "target_modules": ["x"]} if field == "layers_pattern" else {}
@@ -82,4 +83,5 @@ def test_a_pattern_that_backtracks_for_ever_is_refused(bomb, field, monkeypatch)
         name = "a" * 4000 + (".q_proj" if field != "layers_pattern" else ".0.x")
         its.adapts(name)
         its.rank_and_alpha(name)
+    process.close_all()
     assert len(str(refused.value)) <= 300

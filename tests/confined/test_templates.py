@@ -1,10 +1,8 @@
 """Chat templates of strangers: whatever one asks for, it gives a text or is refused in a sentence, and is over soon."""
 
 import contextlib
-import io
 import multiprocessing
 import os
-import pickle
 import resource
 import signal
 import threading
@@ -36,7 +34,8 @@ BOMBS = {
     "a format": "{{ '%1000000000000d' % 3 }}",
     "batches": "{{ range(99999) | batch(10 ** 9, 'x') | list }}",
     "a macro in itself": "{% macro m() %}{{ m() }}{% endmacro %}{{ m() }}",
-    "two macros": "{% macro a(n) %}{{ b(n) }}{{ b(n) }}{% endmacro %}{% macro b(n) %}{{ a(n + 1) }}{% endmacro %}{{ a(0) }}",
+    "two macros": "{% macro a(n) %}{{ b(n) }}{{ b(n) }}{% endmacro %}"
+    "{% macro b(n) %}{{ a(n + 1) }}{% endmacro %}{{ a(0) }}",
     "nested brackets": "{{ " + "(" * 9000 + ")" * 9000 + " }}",
     "nested blocks": "{% if 1 %}" * 2000 + "{% endif %}" * 2000,
     "a long text": "{% for a in range(9999) %}{% for b in range(9999) %}{{ messages }}{% endfor %}{% endfor %}",
@@ -65,15 +64,16 @@ def test_a_template_without_end_is_stopped_and_leaves_this_process_as_it_was(bom
 
 
 def test_a_refusal_names_the_template_and_the_limit_and_the_next_chat_is_rendered(monkeypatch):
-    monkeypatch.setitem(process._warm, "templates", Confined("templates", seconds=0.2))
+    process.close_all()
+    monkeypatch.setattr(process, "SECONDS", 0.2)
     said = "the chat template takes more than 0.2 s of computing: use another template"
     with pytest.raises(Exceeded, match=said):
         chat_template.render(BOMBS["loops"], {})
     assert chat_template.render("{{ a }}", {"a": 1}) == "1"
-    monkeypatch.setitem(process._warm, "templates", Confined("templates", seconds=0.2))
     tokenizer = tokenizer_from_metadata(EXAMPLE | {"tokenizer.chat_template": BOMBS["loops"]})
     with pytest.raises(ValueError, match=r"mine.jsonl:7 cannot be encoded: the chat template takes more than"):
         encode_example(tokenizer, Example("a", "b", origin="mine.jsonl:7"))
+    process.close_all()
 
 
 @settings(max_examples=60, deadline=None)
@@ -108,11 +108,6 @@ def test_threads_share_the_process_and_each_gets_its_own_answers():
     for thread in threads:
         thread.join()
     assert found == {n: [f"{n}-{m}" for m in range(50)] for n in range(8)}
-    assert len(process._warm) <= 2
-
-
-def _in_a_fork(answers):
-    answers.put(chat_template.render("{{ a }}", {"a": "child"}))
 
 
 @pytest.mark.filterwarnings("ignore:os.fork")
@@ -138,16 +133,17 @@ def test_an_interrupt_and_a_killed_process_leave_no_answer_for_the_next_question
     with pytest.raises(KeyboardInterrupt):
         ask("templates", (BOMBS["loops"], {}))
     assert ask("templates", ("{{ a }}", {"a": 2})) == "2"
-    process._warm["templates"]._process.kill()
+    confined = Confined("templates")
+    os.kill(confined.pid, signal.SIGKILL)
     with pytest.raises(Exceeded, match="ends the process"):
-        ask("templates", ("{{ a }}", {"a": 3}))
-    assert ask("templates", ("{{ a }}", {"a": 4})) == "4"
+        confined.ask(("{{ a }}", {"a": 3}))
 
 
-def test_what_cannot_be_sent_and_what_answers_with_more_than_plain_values_is_refused():
+def test_what_cannot_be_sent_and_what_answers_with_more_than_plain_values_is_refused(tmp_path):
     with pytest.raises(ValueError, match="cannot be sent"):
         chat_template.render("{{ a }}", {"a": multiprocessing})
     assert chat_template.render("{{ a }}", {"a": 1}) == "1"
-    for value in (os.system, Exception("x"), time.struct_time(range(9))):
-        with pytest.raises(pickle.UnpicklingError):
-            process._Plain(io.BytesIO(pickle.dumps(value))).load()
+    for value in ("os.system", "ValueError('x')", "object()"):
+        (tmp_path / "evil.py").write_text(f"import os\ndef answer(question):\n    return {value}\n")
+        with contextlib.closing(Confined(str(tmp_path / "evil"))) as confined, pytest.raises(ValueError, match="plain"):
+            confined.ask(1)
