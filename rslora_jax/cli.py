@@ -23,6 +23,7 @@ from typing import Any, NoReturn
 
 from rslora_jax.commands import evaluate, export_peft, generate, import_peft, inspect, merge, train
 from rslora_jax.commands.command import Command
+from rslora_jax.terminal import one_line, shown
 
 # In the order in which the help lists them.
 COMMANDS: Mapping[str, Command] = {
@@ -44,7 +45,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """
     command, arguments = None, argparse.Namespace()
     try:
-        with _sigterm_raises():
+        with shown(), _sigterm_raises():
             command, arguments = parse(sys.argv[1:] if argv is None else argv)
             if command is None:
                 print(_versions() if arguments.version else parser().format_help().rstrip())
@@ -58,7 +59,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 141
     except (ValueError, ImportError, OSError) as error:
-        print(f"rslora: error: {_sentence(error)}", file=sys.stderr)
+        print(f"rslora: error: {one_line(_sentence(error))}", file=sys.stderr)
         return 2
     except (KeyboardInterrupt, _Terminated) as stop:
         return _stopped(stop, command.left(arguments) if command else "")
@@ -223,7 +224,7 @@ def _stopped(stop: BaseException, left: str) -> int:
     """Say that the command was stopped and what it has left; return the exit status."""
     kind, said = (signal.SIGTERM, "ended") if isinstance(stop, _Terminated) else (signal.SIGINT, "interrupted")
     line = "\n" if sys.stderr.isatty() else ""  # there ^C stands in the line
-    print(f"{line}rslora: {said}{'; ' if left else ''}{left}", file=sys.stderr)
+    print(f"{line}rslora: {said}{'; ' if left else ''}{one_line(left)}", file=sys.stderr)
     return 128 + kind
 
 

@@ -65,7 +65,7 @@ def draw(matrices: Sequence[Matrix], path: Path, title: str) -> None:
         _color_bar(figure, axis, image)
         if axis is axes[-1] or not stacked:
             axis.set_xlabel("layer", fontsize=9)
-    figure.suptitle(title, fontsize=11)
+    figure.suptitle(title, fontsize=11, parse_math=False)
     figure.savefig(path, dpi=150)
 
 

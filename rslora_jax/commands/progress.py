@@ -6,22 +6,24 @@ import atexit
 import time
 from collections.abc import Callable
 
+from rslora_jax.terminal import bar_console, printable, start_bar
+
 
 def progress_line(what: str, after: float = 2.0) -> Callable[[int, int], None]:
     """Return `progress(done, total)`, which shows a bar with the time left for what takes more than some seconds."""
-    from rich.console import Console
+    from rich.markup import escape
     from rich.progress import Progress
 
-    console = Console()
+    console = bar_console()
     # Elsewhere than on a terminal, a bar that goes away leaves an empty line.
     begun, bar = time.monotonic(), Progress(console=console, transient=True, disable=not console.is_terminal)
-    task = bar.add_task(what, total=None)
+    task = bar.add_task(escape(printable(what)), total=None)
 
     def progress(done: int, total: int) -> None:
         if done < total and time.monotonic() - begun > after:
             if not bar.live.is_started:
                 atexit.register(bar.stop)  # where the work is cut short, the cursor would stay hidden
-            bar.start()
+                start_bar(bar)
             bar.update(task, completed=done, total=total)
         if done == total:
             bar.stop()

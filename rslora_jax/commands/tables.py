@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 from typing import Any
 
 
@@ -9,9 +10,11 @@ def print_table(table: Any) -> None:
     """Print a table of rich's, of which nothing is cut; where nobody looks, it is not broken to a terminal's width."""
     from rich.console import Console
 
-    terminal = Console()
+    terminal, text = Console(), io.StringIO()
     width = fit_table(table, terminal.width if terminal.is_terminal else 200)
-    Console(highlight=False, markup=False, width=width).print(table)
+    # As plain text: what steers a terminal in it is of a cell, and is shown.
+    Console(file=text, highlight=False, markup=False, width=width).print(table)
+    print(text.getvalue(), end="", flush=True)
 
 
 def fit_table(table: Any, width: int) -> int:

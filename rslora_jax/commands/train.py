@@ -16,6 +16,7 @@ from rslora_jax.commands.command import Command, default_arguments
 from rslora_jax.commands.devices import Placement, base_shardings, join_processes, place, placed_apply
 from rslora_jax.commands.output import model_name
 from rslora_jax.commands.train_flags import add_flags
+from rslora_jax.terminal import one_line
 
 
 def train(a: argparse.Namespace) -> int:
@@ -56,7 +57,7 @@ def train(a: argparse.Namespace) -> int:
     try:
         result = _fit(a, lora, base.variables, adapters, data, optimizer, placement, of_examples)
     except NonFiniteLoss as error:
-        print(f"rslora: error: {error}", file=sys.stderr)
+        print(f"rslora: error: {one_line(str(error))}", file=sys.stderr)
         return 1
     print(f"wrote {a.out}/checkpoints, {a.out}/metrics.jsonl and {a.out}/loss.png")
     if result.saved:
@@ -267,7 +268,8 @@ def _conclude(a: argparse.Namespace, result: Any, seconds: float) -> int:
         print(_outcome(result))
     print(f"took {clock(seconds)}{_peak_memory()}")
     if result.saved != result.step:
-        print(f"rslora: error: step {result.step} could not be saved; {_what_is_left(a)}", file=sys.stderr)
+        said = one_line(f"step {result.step} could not be saved; {_what_is_left(a)}")
+        print(f"rslora: error: {said}", file=sys.stderr)
         return 1
     return 0
 

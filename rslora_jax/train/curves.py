@@ -56,7 +56,8 @@ def _plot(records: Sequence[Record], path: Path, title: str) -> None:
             label = f"perplexity {perplexity(losses[at]):.1f}"
             side = "left" if at == 0 else "right"
             axes.annotate(label, held[at], xytext=(0, 8), textcoords="offset points", ha=side)
-    axes.set(xlabel="step", ylabel="loss per token (nats)", title=title)
+    axes.set(xlabel="step", ylabel="loss per token (nats)")
+    axes.set_title(title, parse_math=False)  # a folder may have any name
     axes.margins(y=0.12)
     axes.grid(alpha=0.3)
     if train or any(curves):

@@ -6,6 +6,7 @@ import contextlib
 import time
 from collections.abc import Callable, Iterator
 
+from rslora_jax.terminal import bar_console, printable, start_bar
 from rslora_jax.train.metrics import perplexity
 from rslora_jax.train.writers import Record, RunInfo
 
@@ -45,11 +46,10 @@ class Display:
         if not show:
             return
         try:
-            from rich.console import Console
             from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
         except ImportError as error:
             raise ImportError("progress needs rich: pip install 'rslora_jax[train]', or give show=False") from error
-        self.console = Console(highlight=False, soft_wrap=True)
+        self.console = bar_console(highlight=False, soft_wrap=True)
         self.bar = Progress(
             TextColumn("step"),
             MofNCompleteColumn(),
@@ -63,7 +63,7 @@ class Display:
     def line(self, text: str) -> None:
         """Print a line that stays."""
         if self.show:
-            self.console.print(text, markup=False)
+            self.console.print(printable(text) if self.console.is_terminal else text, markup=False)
 
     @contextlib.contextmanager
     def running(self, run: RunInfo) -> Iterator[Callable[[Record], None]]:
@@ -72,8 +72,11 @@ class Display:
             yield _ignore
             return
         self.bar.update(self.task, completed=run.start)
-        with self.bar:
+        start_bar(self.bar)
+        try:
             yield self._update
+        finally:
+            self.bar.stop()
 
     def _update(self, record: Record) -> None:
         if "heldout_loss" in record:
