@@ -22,7 +22,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, NoReturn
 
 from rslora_jax.commands import evaluate, export_peft, generate, import_peft, inspect, merge, train
-from rslora_jax.commands.command import Command
+from rslora_jax.commands.command import Command, check_installed
 from rslora_jax.terminal import one_line, shown
 
 # In the order in which the help lists them.
@@ -40,16 +40,17 @@ _EXAMPLES = (
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command; return its exit status.
 
-    0; 1 after a failed run; 2 for bad input; 130 when interrupted, 143 when asked to end (SIGTERM), 141 when the reader
-    of the output has gone.
+    0; 1 after a failed run; 2 for bad input, a missing package or what cannot be written; 130 when interrupted, 143
+    when asked to end (SIGTERM), 129 when the terminal is closed, 141 when the reader of the output has gone.
     """
     command, arguments = None, argparse.Namespace()
     try:
-        with shown(), _sigterm_raises():
+        with shown(), _ends_raise():
             command, arguments = parse(sys.argv[1:] if argv is None else argv)
             if command is None:
                 print(_versions() if arguments.version else parser().format_help().rstrip())
                 return 0
+            check_installed(f"`rslora {command.name}`", command.needs)
             _quieten()
             status = command.run(arguments)
             sys.stdout.flush()
@@ -199,30 +200,31 @@ def _quieten() -> None:
 
 
 class _Terminated(BaseException):
-    """The process was asked to end. Like Ctrl-C it passes through what clears up, such as a folder half written."""
+    """The process was asked to end, by this signal. Like Ctrl-C it passes through what clears up."""
 
 
 @contextlib.contextmanager
-def _sigterm_raises() -> Iterator[None]:
-    """Let SIGTERM raise `_Terminated`, where nobody has a handler of their own."""
+def _ends_raise() -> Iterator[None]:
+    """Let SIGTERM, and SIGHUP of a closed terminal, raise `_Terminated`, where nobody has a handler of their own."""
     is_main = threading.current_thread() is threading.main_thread()  # no other may have handlers
-    if not is_main or signal.getsignal(signal.SIGTERM) is not signal.SIG_DFL:
-        yield
-        return
+    kinds = [getattr(signal, name) for name in ("SIGTERM", "SIGHUP") if hasattr(signal, name)]
+    ours = [kind for kind in kinds if is_main and signal.getsignal(kind) is signal.SIG_DFL]
 
     def take(kind: int, frame: Any) -> None:
-        raise _Terminated
+        raise _Terminated(kind)
 
-    signal.signal(signal.SIGTERM, take)
+    for kind in ours:
+        signal.signal(kind, take)
     try:
         yield
     finally:
-        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        for kind in ours:
+            signal.signal(kind, signal.SIG_DFL)
 
 
 def _stopped(stop: BaseException, left: str) -> int:
     """Say that the command was stopped and what it has left; return the exit status."""
-    kind, said = (signal.SIGTERM, "ended") if isinstance(stop, _Terminated) else (signal.SIGINT, "interrupted")
+    kind, said = (stop.args[0], "ended") if isinstance(stop, _Terminated) else (signal.SIGINT, "interrupted")
     line = "\n" if sys.stderr.isatty() else ""  # there ^C stands in the line
     print(f"{line}rslora: {said}{'; ' if left else ''}{one_line(left)}", file=sys.stderr)
     return 128 + kind

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-from collections.abc import Callable, Mapping
+import importlib.util
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 
@@ -28,6 +29,7 @@ class Command:
       settings: from the flags as they are so far, values by flag in place of the defaults, such as those of a file; of
         several functions a later one goes first.
       left: what it has left of its work where it is interrupted.
+      needs: the packages of the extra `train` that it imports on its way.
 
     >>> def greet(arguments: argparse.Namespace) -> int:
     ...     print("Hello,", arguments.name)
@@ -50,6 +52,23 @@ class Command:
     note: str = ""
     settings: tuple[Callable[[argparse.Namespace], Mapping[str, Any]], ...] = ()
     left: Callable[[argparse.Namespace], str] = _nothing
+    needs: tuple[str, ...] = ()
+
+
+# What reads a model and its tokenizer, and shows how far it is.
+FOR_MODELS = ("gguf", "tokenizers", "jinja2", "rich")
+
+
+def check_installed(what: str, packages: Sequence[str], *, extra: str = "train") -> None:
+    """Raise an ImportError that names the first of some packages that is not installed, and how to get it.
+
+    >>> check_installed("`rslora bake`", ["flour"])
+    Traceback (most recent call last):
+    ImportError: `rslora bake` needs flour: pip install 'rslora_jax[train]'
+    """
+    for package in packages:
+        if importlib.util.find_spec(package) is None:
+            raise ImportError(f"{what} needs {package}: pip install 'rslora_jax[{extra}]'")
 
 
 def default_arguments(command: Command) -> argparse.Namespace:

@@ -8,8 +8,8 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from rslora_jax.commands.command import Command
-from rslora_jax.commands.flags import add_flag, check_parent, shared
+from rslora_jax.commands.command import FOR_MODELS, Command
+from rslora_jax.commands.flags import add_flag, check_new_file, shared
 from rslora_jax.commands.output import tell, write_text_whole
 from rslora_jax.commands.tables import print_table
 
@@ -44,7 +44,7 @@ def evaluate(a: argparse.Namespace) -> int:
     from rslora_jax.commands.progress import progress_line
     from rslora_jax.train import batches
 
-    check_parent("--json", a.json)
+    check_new_file("--json", a.json)
     # Before the model, which takes seconds to read: the data may be wrong.
     given = _chosen(a, {}) if a.data else None
     tell("reading the model")
@@ -217,4 +217,5 @@ COMMAND = Command(
     ),
     add_flags=_add_flags,
     run=evaluate,
+    needs=FOR_MODELS,
 )

@@ -6,9 +6,9 @@ import argparse
 import shlex
 from pathlib import Path
 
-from rslora_jax.commands.command import Command
+from rslora_jax.commands.command import FOR_MODELS, Command
 from rslora_jax.commands.flags import add_flag, shared
-from rslora_jax.commands.output import model_name, whether_written
+from rslora_jax.commands.output import model_name, whether_written, writing
 
 
 def _add_flags(parser: argparse.ArgumentParser) -> None:
@@ -48,7 +48,8 @@ def export_peft(a: argparse.Namespace) -> int:
     name = a.base_model or _name_for_peft(model)
     options = {"base_model": name, "server": server, "use_rslora": formula, "dtype": a.dtype, "replaced": replaced}
     options["tokenizer"] = opened.tokenizer
-    peft.save_peft(a.out, lora, adapters, base.family.names, **options)
+    with writing(a.out):
+        peft.save_peft(a.out, lora, adapters, base.family.names, **options)
     print(f"wrote {a.out}: {lora.num_parameters:,} numbers in {len(lora.sites)} adapters, for {name or 'its base'}")
     if server:
         print(_how_to_serve(server, Path(a.out), name))
@@ -107,5 +108,6 @@ COMMAND = Command(
     ),
     add_flags=_add_flags,
     run=export_peft,
+    needs=FOR_MODELS,
     left=whether_written,
 )

@@ -111,7 +111,14 @@ def shared(group: Any, flag: str, **changes: Any) -> None:
     add_flag(group, flag, **{"default": None, **_SHARED[flag], **changes})
 
 
-def check_parent(flag: str, path: str | None) -> None:
-    """Raise a ValueError where the folder of a file that is to be written is not there."""
-    if path and not Path(path).absolute().parent.is_dir():
+def check_new_file(flag: str, path: str | None) -> None:
+    """Raise a ValueError where a file that a flag names cannot be written."""
+    from rslora_jax.store.folder import check_writable
+
+    if not path:
+        return
+    if not Path(path).absolute().parent.is_dir():
         raise ValueError(f"{Path(path).parent} is no folder: make it before {flag} {path}")
+    if Path(path).is_dir():
+        raise ValueError(f"{flag} {path} is a folder: give a file")
+    check_writable(Path(path).absolute().parent, path)

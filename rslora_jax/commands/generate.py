@@ -13,8 +13,8 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from rslora_jax.commands.command import Command
-from rslora_jax.commands.flags import add_flag, check_parent, shared
+from rslora_jax.commands.command import FOR_MODELS, Command
+from rslora_jax.commands.flags import add_flag, check_new_file, shared
 from rslora_jax.commands.output import tell, write_text_whole
 
 _CHOOSING: tuple[tuple[str, type, dict[str, float], str], ...] = (
@@ -93,7 +93,7 @@ def _check_flags(a: argparse.Namespace) -> None:
     """Raise a ValueError for flags that cannot be, before the model is read."""
     if a.merged and not a.folder:
         raise ValueError("--merged needs a run whose adapters are to be merged: name its folder")
-    check_parent("--out", a.out)
+    check_new_file("--out", a.out)
 
 
 def _options(a: argparse.Namespace, folder: Path | None) -> dict[str, Any]:
@@ -321,4 +321,5 @@ COMMAND = Command(
     ),
     add_flags=_add_flags,
     run=generate,
+    needs=FOR_MODELS,
 )

@@ -5,9 +5,9 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from rslora_jax.commands.command import Command
+from rslora_jax.commands.command import FOR_MODELS, Command
 from rslora_jax.commands.flags import shared
-from rslora_jax.commands.output import model_name, whether_written
+from rslora_jax.commands.output import model_name, whether_written, writing
 
 
 def _add_flags(parser: argparse.ArgumentParser) -> None:
@@ -28,6 +28,7 @@ def import_peft(a: argparse.Namespace) -> int:
     from rslora_jax.interop.new_folder import check_free, written_whole
     from rslora_jax.interop.own_tokenizer import with_own_tokenizer
     from rslora_jax.store import checkpoint
+    from rslora_jax.store.damage import reason_of
 
     check_free(a.out)
     opened = open_peft_adapters(a.folder)  # before the base is read, which takes longer
@@ -48,10 +49,13 @@ def import_peft(a: argparse.Namespace) -> int:
         "alpha": config.alpha,
         "scaling": config.scaling,
     }
-    with written_whole(a.out) as folder, checkpoint.open_checkpoints(folder) as saved:
+    with writing(a.out), written_whole(a.out) as folder, checkpoint.open_checkpoints(folder) as saved:
         nothing = {"step": np.int32(0)}  # no optimiser's state: there is none to go on with
-        checkpoint.save(saved, 0, adapters, nothing, checkpoint.describe(config, variables, settings))
-        saved.manager.wait_until_finished()
+        try:
+            checkpoint.save(saved, 0, adapters, nothing, checkpoint.describe(config, variables, settings))
+            saved.manager.wait_until_finished()
+        except Exception as error:  # what orbax, tensorstore or the system raise
+            raise ValueError(f"{a.out} cannot be written: {reason_of(error)}") from error
         keep_tokenizer(opened.tokenizer, folder)
     print(f"wrote {a.out}/checkpoints: {lora.num_parameters:,} numbers in {len(lora.sites)} adapters")
     return 0
@@ -70,5 +74,6 @@ COMMAND = Command(
     ),
     add_flags=_add_flags,
     run=import_peft,
+    needs=FOR_MODELS,
     left=whether_written,
 )

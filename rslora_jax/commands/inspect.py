@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from rslora_jax.commands.command import Command
+from rslora_jax.commands.command import FOR_MODELS, Command
 from rslora_jax.commands.flags import shared
 from rslora_jax.commands.output import model_name, writing
 from rslora_jax.commands.tables import print_table
@@ -28,12 +28,16 @@ def inspect(a: argparse.Namespace) -> int:
     """Run `rslora inspect`."""
     from rslora_jax.analysis import heatmap
     from rslora_jax.interop.adapter_folder import open_adapters, parse_step, place_of_base
+    from rslora_jax.store.folder import check_writable
 
     step = parse_step(a.step)
     if a.no_base and a.model:
         raise ValueError("--no-base and --model say opposite things: give one of them")
+    if a.out:
+        check_writable(a.out)
     opened = open_adapters(a.folder, step=step)
     out = Path(a.out) if a.out else _home(opened.source)
+    check_writable(out)
     told = a.model is not None or "model" in opened.settings or opened.named is not None
     with_base = told and not a.no_base
     base = f" and {model_name(place_of_base(opened, a.model))}" if with_base else ""
@@ -47,12 +51,14 @@ def inspect(a: argparse.Namespace) -> int:
         why = "--no-base" if a.no_base else f"{opened.source} does not tell its base, which --model would"
         print(f"norms are absolute ({why})")
     title = f"{_home(opened.source).name}, {_checkpoint_name(opened.source)}{about}"
-    with writing(out):
+    drafts = {out / "spectrum.csv.tmp": out / "spectrum.csv", out / "spectrum.tmp.png": out / "spectrum.png"}
+    csv, png = drafts
+    with writing(out, *drafts):
         out.mkdir(parents=True, exist_ok=True)
-        heatmap.write_csv(matrices, out / "spectrum.csv.tmp")
-        heatmap.draw(matrices, out / "spectrum.tmp.png", title)
-        (out / "spectrum.csv.tmp").replace(out / "spectrum.csv")
-        (out / "spectrum.tmp.png").replace(out / "spectrum.png")
+        heatmap.write_csv(matrices, csv)
+        heatmap.draw(matrices, png, title)
+        for draft, whole in drafts.items():
+            draft.replace(whole)
     print(f"wrote {shlex.quote(str(out / 'spectrum.png'))} and {shlex.quote(str(out / 'spectrum.csv'))}")
     return 0
 
@@ -141,4 +147,5 @@ COMMAND = Command(
     "largest.",
     add_flags=_add_flags,
     run=inspect,
+    needs=(*FOR_MODELS, "matplotlib"),
 )

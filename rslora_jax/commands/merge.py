@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from rslora_jax.commands.command import Command
+from rslora_jax.commands.command import FOR_MODELS, Command
 from rslora_jax.commands.flags import add_flag, shared
 from rslora_jax.commands.output import model_name, whether_written, writing
 from rslora_jax.commands.tables import print_table
@@ -115,5 +115,6 @@ COMMAND = Command(
     ),
     add_flags=_add_flags,
     run=merge,
+    needs=FOR_MODELS,
     left=whether_written,
 )

@@ -26,17 +26,21 @@ def model_name(model: str | None, settings: Mapping[str, Any] | None = None) -> 
 def write_text_whole(path: str | Path, text: str) -> None:
     """Write a file that is never there by half."""
     draft = Path(f"{path}.tmp")
-    draft.write_text(text, encoding="utf-8")
-    draft.replace(path)
+    with writing(path, draft):
+        draft.write_text(text, encoding="utf-8")
+        draft.replace(path)
 
 
 @contextlib.contextmanager
-def writing(out: Path) -> Iterator[None]:
-    """Turn what the system refuses while a place is written into a ValueError that names it."""
+def writing(out: str | Path, *drafts: Path) -> Iterator[None]:
+    """Turn what the system refuses while a place is written into a ValueError that names it; no draft is left."""
     try:
         yield
     except OSError as error:
-        raise ValueError(f"{out} cannot be written: {error.strerror or error}") from error
+        raise ValueError(f"{out} cannot be written: {(error.strerror or str(error)).lower()}") from error
+    finally:
+        for draft in drafts:
+            draft.unlink(missing_ok=True)
 
 
 def whether_written(arguments: Any) -> str:

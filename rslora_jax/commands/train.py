@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from rslora_jax.commands import settings
-from rslora_jax.commands.command import Command, default_arguments
+from rslora_jax.commands.command import FOR_MODELS, Command, check_installed, default_arguments
 from rslora_jax.commands.devices import Placement, base_shardings, join_processes, place, placed_apply
 from rslora_jax.commands.output import model_name
 from rslora_jax.commands.train_flags import add_flags
@@ -84,15 +84,25 @@ def _check_flags(a: argparse.Namespace) -> None:
     import jax
 
     from rslora_jax.parallel import processes
-    from rslora_jax.store import checkpoint
 
     if a.batch_size % a.accumulate:
         raise ValueError(f"--batch-size {a.batch_size} is not a multiple of --accumulate {a.accumulate}")
     if jax.process_count() > 1 and not a.mesh:
         raise ValueError("several processes need a mesh that says how they share the work: give --mesh data=-1")
-    processes.first_decides(lambda: checkpoint.check_folder(Path(a.out), resume=a.resume))
+    if a.tensorboard:
+        check_installed("--tensorboard", ("tensorboardX",), extra="tensorboard")
+    processes.first_decides(lambda: _check_out(a))
     if a.resume or a.override:
         processes.first_decides(lambda: settings.check_course(a))
+
+
+def _check_out(a: argparse.Namespace) -> None:
+    """Raise a ValueError where a run cannot be written."""
+    from rslora_jax.store.folder import check_folder, check_writable
+
+    check_folder(Path(a.out), resume=a.resume)
+    for folder in filter(None, (a.out, a.cache)):
+        check_writable(folder)
 
 
 def _make_optimizer(a: argparse.Namespace, lora: Any = None) -> Any:
@@ -361,6 +371,7 @@ COMMAND = Command(
     ),
     add_flags=add_flags,
     run=train,
+    needs=(*FOR_MODELS, "grain", "matplotlib"),
     settings=(settings.file_settings, settings.resumed_settings),
     left=_what_is_left,
 )

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import functools
+import logging
 import re
+import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -18,11 +20,55 @@ from rslora_jax.sites import named_leaves, path_name
 from rslora_jax.store.checksum import checksums, form_of
 from rslora_jax.store.damage import Damaged, read_or_say, reason_of
 from rslora_jax.store.keys import as_data
+from rslora_jax.store.quiet import quiet_closed_loops
 
 
 def without_empty(tree: PyTree) -> PyTree:
     """Return a tree without its arrays of no elements, which orbax cannot write."""
     return jax.tree.map(lambda leaf: leaf if leaf.size else None, tree)
+
+
+# What every version writes; others are tried.
+_PLAIN = {
+    *("bool", "int8", "int16", "int32", "int64", "uint8", "uint16", "uint32", "uint64"),
+    *("float16", "bfloat16", "float32", "float64", "complex64", "complex128"),
+}
+
+
+def check_dtypes(tree: PyTree) -> None:
+    """Raise a ValueError that names the first array of a dtype that a checkpoint cannot hold, such as uint4.
+
+    >>> check_dtypes({"w": jnp.zeros(3), "codes": jnp.zeros(3, "int4"), "key": jax.random.key(0)})
+    """
+    # Of a stored weight, each of its arrays.
+    arrays = {path_name(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(as_data(tree)[0])}
+    named = {str(leaf.dtype): name for name, leaf in reversed(arrays.items()) if hasattr(leaf, "dtype")}
+    for dtype, name in named.items():
+        if dtype not in _PLAIN and (reason := _refusal(dtype)):
+            raise ValueError(
+                f"{name} is of {dtype}, which a checkpoint cannot hold ({reason}): hold it in another dtype"
+            )
+
+
+@functools.cache
+def _refusal(dtype: str) -> str:
+    """Say why arrays of a dtype cannot be written and read again; nothing where they can."""
+    if jax.process_count() > 1:  # orbax would have all of them write one folder, and each has its own here
+        return ""
+    logger = logging.getLogger("absl")
+    before, logger.disabled = logger.disabled, True  # orbax logs the traceback of what is told here
+    quiet_closed_loops()
+    try:
+        array = {"x": jnp.ones(3, dtype)}
+        with tempfile.TemporaryDirectory() as folder, ocp.StandardCheckpointer() as checkpointer:
+            checkpointer.save(Path(folder) / "x", array)
+            checkpointer.wait_until_finished()
+            read = checkpointer.restore(Path(folder) / "x", array)
+        return "" if checksums(read) == checksums(array) else "it is read as other numbers"
+    except Exception as error:  # what orbax, tensorstore or JAX raise
+        return reason_of(error)
+    finally:
+        logger.disabled = before
 
 
 def as_saved(example: Any, impls: Mapping[str, str]) -> tuple[Any, dict[str, str]]:

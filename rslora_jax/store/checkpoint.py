@@ -37,8 +37,9 @@ from rslora_jax.store.about import (
 from rslora_jax.store.arrays import as_saved, check_shapes, read_arrays, shapes_of, without_empty
 from rslora_jax.store.checksum import checksums
 from rslora_jax.store.damage import Damaged
-from rslora_jax.store.folder import check_folder, locked, size_of, steps_in
+from rslora_jax.store.folder import check_folder, check_writable, locked, size_of, steps_in
 from rslora_jax.store.keys import as_data, as_keys
+from rslora_jax.store.quiet import quiet_closed_loops
 
 __all__ = [
     "FORMAT",
@@ -98,10 +99,12 @@ def open_checkpoints(folder: str | Path, *, resume: bool = False, keep: int = 2)
     if keep < 1:
         raise ValueError(f"keep={keep} checkpoints would leave nothing to resume from: give at least 1")
     folder = Path(folder).absolute()
+    quiet_closed_loops()
     with contextlib.ExitStack() as stack:
 
         def take() -> None:
             check_folder(folder, resume=resume)
+            check_writable(folder)
             folder.mkdir(parents=True, exist_ok=True)
             stack.enter_context(locked(folder))
             check_folder(folder, resume=resume)  # again: another process may have been quicker

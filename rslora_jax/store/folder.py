@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -17,6 +18,25 @@ def check_folder(folder: str | Path, *, resume: bool = False) -> None:
         raise ValueError(f"{folder} holds no checkpoint to resume from: start a run there first")
     if steps and not resume:
         raise ValueError(f"{folder} already holds a run, at step {steps[-1]}: resume it, or give another folder")
+
+
+def check_writable(folder: str | Path, what: str | Path | None = None) -> None:
+    """Raise a ValueError where nothing can be written in a folder, or where it would have to be made.
+
+    Args:
+      folder: the folder; nothing stays of what is tried in it.
+      what: what the error names; by default the folder.
+    """
+    place = Path(folder).absolute()
+    while not place.exists() and place != place.parent:
+        place = place.parent
+    try:
+        # The rights alone do not tell: the disk may be full or read-only, and root may all.
+        with tempfile.NamedTemporaryFile(prefix=".rslora-", dir=place) as file:
+            file.write(b"x" * 4096)
+            file.flush()
+    except OSError as error:
+        raise ValueError(f"{what or folder} cannot be written: {(error.strerror or str(error)).lower()}") from error
 
 
 def steps_in(folder: Path) -> list[int]:

@@ -17,6 +17,7 @@ import optax
 from rslora_jax.parallel.processes import is_first, stop_requests
 from rslora_jax.pytrees import Params, PyTree
 from rslora_jax.store import checkpoint
+from rslora_jax.store.arrays import check_dtypes
 from rslora_jax.train import course
 from rslora_jax.train.batch_stream import Batches, Feed, lay_out
 from rslora_jax.train.curves import loss_picture
@@ -26,7 +27,7 @@ from rslora_jax.train.loss import Loss
 from rslora_jax.train.metrics import metrics_file, of_one_set, perplexity, read_metrics
 from rslora_jax.train.pace import Pace, since_least
 from rslora_jax.train.report import Display
-from rslora_jax.train.saving import Saver
+from rslora_jax.train.saving import Saver, training
 from rslora_jax.train.speed import Stopwatch, count_flops, speed
 from rslora_jax.train.state import Step, TrainState, make_evaluate, make_step
 from rslora_jax.train.update import rehearse
@@ -156,6 +157,7 @@ def fit(
     of_course = course.describe(optimizer, accumulate, course.digest(heldout, batch_sharding))
     about = checkpoint.describe(lora.config, params, settings) | {"course": of_course}
     state = TrainState.create(adapters, optimizer, key, model_state)
+    check_dtypes({"adapters": state.to_use, "training": training(state)})
     skip, feed = on_nonfinite == "skip", Feed(batches, batch_sharding)
     step = make_step(lora, loss, optimizer, accumulate=accumulate, skip=skip, shardings=_shardings(state))
     evaluate = make_evaluate(lora, heldout_loss or loss, keyed=key is not None)

@@ -154,6 +154,7 @@ def test_without_a_command_there_is_the_help_and_the_version_is_that_of_what_is_
 ENDS = [
     (KeyboardInterrupt(), 130, "rslora: interrupted; half a cake is left\n"),
     (signal.SIGTERM, 143, "rslora: ended; half a cake is left\n"),
+    (signal.SIGHUP, 129, "rslora: ended; half a cake is left\n"),
     (ValueError("there is no flour: buy some"), 2, "rslora: error: there is no flour: buy some\n"),
     (ImportError("an oven needs gas"), 2, "rslora: error: an oven needs gas\n"),
     (PermissionError(13, "Permission denied", "cake"), 2, "rslora: error: cake: permission denied\n"),
