@@ -14,6 +14,8 @@ from rslora_jax import scaling as scalings
 from rslora_jax.methods.method import Method, method_of
 from rslora_jax.transform.uses import USES
 
+_MOST_ALTERNATIVES = 1000  # of one pattern: each brace multiplies them
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class LoraConfig:
@@ -149,14 +151,23 @@ def matches(path: str, pattern: str) -> bool:
 def expand_braces(pattern: str) -> list[str]:
     """Write out the alternatives of a pattern.
 
+    Raises:
+      ValueError: they are more than 1000.
+
     >>> expand_braces("{q,v}_proj/*")
     ['q_proj/*', 'v_proj/*']
     """
-    found = re.search(r"\{([^{}]*)\}", pattern)
-    if not found:
-        return [pattern]
-    head, tail = pattern[: found.start()], pattern[found.end() :]
-    return [p for option in found[1].split(",") for p in expand_braces(head + option + tail)]
+    whole, open_ones = list[str](), [pattern]
+    while open_ones:
+        one = open_ones.pop()
+        if (found := re.search(r"\{([^{}]*)\}", one)) is None:
+            whole.append(one)
+        else:
+            head, tail = one[: found.start()], one[found.end() :]
+            open_ones += [head + option + tail for option in reversed(found[1].split(","))]
+        if len(whole) + len(open_ones) > _MOST_ALTERNATIVES:
+            raise ValueError(f"the pattern {pattern!r} has more than {_MOST_ALTERNATIVES} alternatives: write fewer")
+    return whole
 
 
 def first_match(path: str, patterns: Iterable[tuple[str, Any]], default: Any) -> Any:

@@ -88,10 +88,14 @@ class PeftSettings:
         if self.matcher.first("match", tuple(rf"(^|.*\.){name}($|\..*)" for name in self.to_save), module):
             return False
         if isinstance(self.targets, str):
-            return bool(self.matcher.first("fullmatch", (self.targets,), module))
+            return self.targeted(module)
         if module in self.targets:
             return True
         return ends_with(module, self.targets) and (not self.layers or self._layer(module) in self.layers)
+
+    def targeted(self, module: str) -> bool:
+        """Say whether the regular expression that is given for targets matches a module's name."""
+        return bool(self.matcher.first("fullmatch", (str(self.targets),), module))
 
     def saves(self, module: str) -> bool:
         """Say whether the adapter replaces a module as a whole, or one that holds it; "norm" is also "layernorm"."""

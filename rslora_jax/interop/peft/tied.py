@@ -6,7 +6,6 @@ PEFT's adapter of one of the two changes that one alone, though both hold one we
 
 from __future__ import annotations
 
-import re
 from collections.abc import Collection, Mapping
 from typing import NamedTuple
 
@@ -54,7 +53,7 @@ def ties(settings: PeftSettings, table: str, head: str, in_file: Collection[str]
     """Say whether PEFT has one adapter for a table and its head; `in_file`: the modules of which it saved factors."""
     if not settings.tie:
         return False
-    named = isinstance(settings.targets, str) and any(re.fullmatch(settings.targets, name) for name in _OF_TABLES)
+    named = isinstance(settings.targets, str) and any(map(settings.targeted, _OF_TABLES))
     # PEFT takes the head out of the targets that it saves, and saves its factors all the same.
     return named or settings.adapts(head) or head in in_file or table.rpartition(".")[2] in _OF_TABLES
 
