@@ -1,12 +1,14 @@
 """Chat templates of strangers: whatever one asks for, it gives a text or is refused in a sentence, and is over soon."""
 
 import contextlib
+import functools
 import multiprocessing
 import os
 import resource
 import signal
 import threading
 import time
+from pathlib import Path
 
 import hypothesis.strategies as st
 import jinja2
@@ -19,6 +21,7 @@ from rslora_jax.interop import chat_template
 from rslora_jax.interop.tokenizer import EXAMPLE, tokenizer_from_metadata
 from rslora_jax.train import Example
 from rslora_jax.train.encode import encode_example
+from rslora_jax.train.workers import map_in_processes
 from tests.train import chats
 
 # Each does without end, or with all memory, what a template can do.
@@ -108,6 +111,28 @@ def test_threads_share_the_process_and_each_gets_its_own_answers():
     for thread in threads:
         thread.join()
     assert found == {n: [f"{n}-{m}" for m in range(50)] for n in range(8)}
+
+
+@pytest.mark.by_day_on("newest")
+def test_workers_have_processes_of_their_own_and_none_is_left_of_them(monkeypatch):
+    mark = f"mark-{os.getpid()}-{time.time_ns()}"
+    monkeypatch.setenv("RSLORA_TEST", mark)  # the children of children have it too
+
+    def left():
+        return [path for path in Path("/proc").glob("[0-9]*/environ") if mark.encode() in _read(path)]
+
+    render = functools.partial(chat_template.render, "{{ a }}!")
+    assert list(map_in_processes(render, [{"a": n} for n in range(40)], workers=2)) == [f"{n}!" for n in range(40)]
+    until = time.monotonic() + 10
+    while left() and time.monotonic() < until:
+        time.sleep(0.05)
+    assert not left()
+
+
+def _read(path):
+    with contextlib.suppress(OSError):
+        return path.read_bytes()
+    return b""
 
 
 @pytest.mark.filterwarnings("ignore:os.fork")
