@@ -83,7 +83,7 @@ def as_toml(value):
 
 
 @pytest.mark.parametrize("action", OF_TRAIN, ids=[a.option_strings[0] for a in OF_TRAIN])
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=12, deadline=None)
 @given(VALUES)
 def test_a_file_of_settings_takes_what_the_command_line_takes_and_nothing_else(tmp_path_factory, action, value):
     flag = action.option_strings[0]

@@ -123,7 +123,7 @@ WRITER = """
 """
 
 
-@pytest.mark.by_day_on("oldest")
+@pytest.mark.by_day_on("newest")
 def test_a_killed_writer_leaves_nothing_for_good_and_a_living_one_is_let_be(tmp_path):
     out, stranger = tmp_path / "out[1]", tmp_path / ".out[1]-mine"
     stranger.mkdir()  # of the user's: it has no lock of ours

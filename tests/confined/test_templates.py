@@ -113,7 +113,7 @@ def test_threads_share_the_process_and_each_gets_its_own_answers():
     assert found == {n: [f"{n}-{m}" for m in range(50)] for n in range(8)}
 
 
-@pytest.mark.by_day_on("newest")
+@pytest.mark.nightly
 def test_workers_have_processes_of_their_own_and_none_is_left_of_them(monkeypatch):
     mark = f"mark-{os.getpid()}-{time.time_ns()}"
     monkeypatch.setenv("RSLORA_TEST", mark)  # the children of children have it too

@@ -37,7 +37,10 @@ def start(dtype, folder):
     return asked, lambda: train.fit(lora, params, adapters, loss=with_state, model_state=state, **options)
 
 
-@pytest.mark.parametrize("dtype", KINDS)
+BY_DAY = ("uint4", "int4", "float8_e5m2")
+
+
+@pytest.mark.parametrize("dtype", [k if k in BY_DAY else pytest.param(k, marks=pytest.mark.nightly) for k in KINDS])
 def test_a_state_is_saved_and_read_again_or_refused_before_the_first_step(dtype, tmp_path):
     asked, run = start(dtype, tmp_path / "run")
     try:
