@@ -201,7 +201,7 @@ def test_an_interrupted_write_leaves_nothing(error, run, tmp_path, monkeypatch, 
     err = capsys.readouterr().err
     assert len(calls) == 9 and set(tmp_path.iterdir()) == before
     assert status == (130 if error is KeyboardInterrupt else 2) and err.count("\n") == 1
-    assert ("nothing was written" if status == 130 else "No space left on device") in err
+    assert ("nothing was written" if status == 130 else "no space left on device") in err
 
 
 def test_the_command_merges_the_step_asked_for_into_files_of_the_size_asked_for(tiny_path, tmp_path, capsys):
