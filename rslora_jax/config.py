@@ -12,8 +12,10 @@ import jax.numpy as jnp
 
 from rslora_jax import scaling as scalings
 from rslora_jax.methods.method import Method, method_of
+from rslora_jax.shown import quoted, shown
 from rslora_jax.transform.uses import USES
 
+_LARGEST_RANK, _LARGEST_ALPHA = 1 << 31, 1e30  # beyond which no scale could be computed
 _MOST_ALTERNATIVES = 1000  # of one pattern: each brace multiplies them
 
 
@@ -73,6 +75,8 @@ class LoraConfig:
             value = getattr(self, name)
             if not isinstance(value, str):
                 object.__setattr__(self, name, tuple(value))
+            if not all(isinstance(pattern, str) for pattern in getattr(self, name)):
+                raise ValueError(f"{name}={quoted(value)} are no patterns: give texts such as '*/q_proj/kernel'")
         for name in ("rank_pattern", "alpha_pattern"):
             value = getattr(self, name)
             pairs = value.items() if isinstance(value, Mapping) else value
@@ -89,24 +93,26 @@ class LoraConfig:
         ranks: Any = self.rank_pattern
         alphas: Any = self.alpha_pattern
         for rank in (self.rank, *(v for _, v in ranks)):
-            if isinstance(rank, bool) or not isinstance(rank, int) or rank < 1:
-                raise ValueError(f"rank={rank!r} is not a positive whole number: an adapter needs a rank of 1 or more")
+            if isinstance(rank, bool) or not isinstance(rank, int) or not 1 <= rank < _LARGEST_RANK:
+                raise ValueError(
+                    f"rank={quoted(rank)} is not a positive whole number: an adapter needs a rank of 1 or more"
+                )
         for alpha in (self.alpha, *(v for _, v in alphas)):
-            if isinstance(alpha, bool) or not isinstance(alpha, (int, float)) or not 0 < alpha < float("inf"):
-                raise ValueError(f"alpha={alpha!r} is not a positive number")
+            if isinstance(alpha, bool) or not isinstance(alpha, (int, float)) or not 0 < alpha < _LARGEST_ALPHA:
+                raise ValueError(f"alpha={quoted(alpha)} is not a positive number")
         if not callable(self.scaling):
             scalings.gamma(1, 1.0, self.scaling)  # refuses an unknown name
         if not callable(self.init) and self.init not in ("uniform", "gaussian"):
-            raise ValueError(f"init={self.init!r} is not known: use 'uniform', 'gaussian' or a function")
+            raise ValueError(f"init={quoted(self.init)} is not known: use 'uniform', 'gaussian' or a function")
         try:
             floating = jnp.issubdtype(jnp.dtype(self.dtype), jnp.floating)
         except TypeError:
             floating = False
         if not floating:
-            raise ValueError(f"dtype={self.dtype!r} is not a floating dtype: use 'float32' or 'bfloat16'")
+            raise ValueError(f"dtype={quoted(self.dtype)} is not a floating dtype: use 'float32' or 'bfloat16'")
         method_of(self.method)  # refuses an unknown name
         if self.on_fallback not in ("warn", "error"):
-            raise ValueError(f"on_fallback={self.on_fallback!r} is not known: use 'warn' or 'error'")
+            raise ValueError(f"on_fallback={quoted(self.on_fallback)} is not known: use 'warn' or 'error'")
 
     def to_dict(self) -> dict[str, Any]:
         """Return the config as plain JSON values; a function in it, or a method of your own, is an error."""
@@ -125,7 +131,7 @@ class LoraConfig:
         unknown = set(fields) - {f.name for f in dataclasses.fields(cls)}
         if unknown:
             raise ValueError(
-                f"LoraConfig has no field {', '.join(sorted(unknown))}: was it written by a newer version?"
+                f"LoraConfig has no field {shown(', '.join(sorted(unknown)))}: was it written by a newer version?"
             )
         return cls(**fields)
 

@@ -27,8 +27,8 @@ def import_peft(a: argparse.Namespace) -> int:
     from rslora_jax.interop.load import load_model
     from rslora_jax.interop.new_folder import check_free, written_whole
     from rslora_jax.interop.own_tokenizer import with_own_tokenizer
+    from rslora_jax.shown import reason_of
     from rslora_jax.store import checkpoint
-    from rslora_jax.store.damage import reason_of
 
     check_free(a.out)
     opened = open_peft_adapters(a.folder)  # before the base is read, which takes longer

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from rslora_jax.train.examples import ROLES
+from rslora_jax.train.examples import ROLES, decode_line
 
 Prompt = str | tuple[Mapping[str, str], ...]  # text, or the turns of a chat
 
@@ -44,16 +43,16 @@ def read_prompts(path: str) -> list[Prompt]:
 def _parse(line: str, where: str) -> Prompt:
     """Read one line of JSON."""
     try:
-        record = json.loads(line)
-    except (json.JSONDecodeError, RecursionError) as error:
-        raise ValueError(f"{where} is not JSON: write one whole JSON object on each line") from error
-    found = [key for key in ("prompt", "question", "messages") if isinstance(record, dict) and key in record]
+        record = decode_line(line.encode())
+    except ValueError as error:
+        raise ValueError(f"{where} {error}") from error
+    found = [key for key in ("prompt", "question", "messages") if key in record]
     if len(found) != 1:
         raise ValueError(f'{where} is not {{"prompt": ...}}, {{"question": ...}} or {{"messages": [...]}}: write one')
     value = record[found[0]]
     if found == ["messages"]:
         return _chat(value, where)
-    if not isinstance(value, str) or not value.strip():
+    if not _is_text(value) or not value.strip():
         raise ValueError(f'{where} has "{found[0]}" that is no text: fill it in')
     return value
 
@@ -73,7 +72,12 @@ def _chat(value: Any, where: str) -> tuple[Mapping[str, str], ...]:
 def _is_turn(turn: Any) -> bool:
     if not isinstance(turn, dict) or set(turn) != {"role", "content"}:
         return False
-    return turn["role"] in ROLES and isinstance(turn["content"], str)
+    return turn["role"] in ROLES and _is_text(turn["content"])
+
+
+def _is_text(value: Any) -> bool:
+    """Say whether a value is text that can be written: half a surrogate pair cannot."""
+    return isinstance(value, str) and value == value.encode(errors="replace").decode()
 
 
 def prompt_ids(tokenizer: Any, prompt: Prompt, *, plain: bool) -> list[int]:

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from rslora_jax.commands.train_flags import add_flags
+from rslora_jax.shown import quoted, reason_of, shown
 
 _OF_A_CALL = ("config", "resume", "override")  # flags of one call of the command, and not of a run
 _PATHS = ("data", "model", "cache", "adapters")
@@ -57,8 +58,8 @@ def _read_settings(path: str, flags: Mapping[str, Any]) -> dict[str, Any]:
     """
     try:
         found = tomllib.loads(Path(path).read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError, RecursionError) as error:
-        raise ValueError(f"{path} cannot be read as TOML: {error}") from error
+    except (OSError, ValueError, RecursionError) as error:
+        raise ValueError(f"{path} cannot be read as TOML: {reason_of(error)}") from error
     parser = argparse.ArgumentParser(add_help=False, exit_on_error=False, allow_abbrev=False)
     add_flags(parser)
     settings = {}
@@ -67,15 +68,15 @@ def _read_settings(path: str, flags: Mapping[str, Any]) -> dict[str, Any]:
         if name not in flags or name in _OF_A_CALL:
             close = difflib.get_close_matches(name, flags, n=1)
             hint = f"; did you mean {close[0].replace('_', '-')}?" if close else "; `rslora train --help` lists them"
-            raise ValueError(f"{path} has {key}, which is no flag of `rslora train`{hint}")
+            raise ValueError(f"{path} has {shown(key)}, which is no flag of `rslora train`{hint}")
         flag, default = f"--{name.replace('_', '-')}", flags[name]
         words = _words(flag, value, default)
         if words is None:
-            raise ValueError(f"{path}: {key} = {value!r} is not of the kind that {flag} takes")
+            raise ValueError(f"{path}: {shown(key)} = {quoted(value)} is not of the kind that {flag} takes")
         try:
             settings[name] = getattr(parser.parse_args(words), name)
         except argparse.ArgumentError as error:
-            raise ValueError(f"{path}: {key} = {value!r}: {error.message}") from error
+            raise ValueError(f"{path}: {shown(key)} = {quoted(value)}: {reason_of(error)}") from error
     return settings
 
 

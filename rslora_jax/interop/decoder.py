@@ -86,6 +86,15 @@ def _untie(config: DecoderConfig, variables: dict[str, Any]) -> Untied:
     return Untied(dataclasses.replace(config, tie_head=False), own, *paths, {"tie_word_embeddings": False})
 
 
+def _outline(config: DecoderConfig) -> dict[str, tuple[int, ...]]:
+    """Give the shapes of the table and of the last layer's matrices, or of all layers' where they are stacked."""
+    c, q, kv = config, config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
+    sizes = {"attn/k_proj": (c.width, kv), "attn/q_proj": (c.width, q), "mlp/up_proj": (c.width, c.mlp_width)}
+    layers, stack = ("layers", (c.num_layers,)) if c.scan_layers else (f"layers_{c.num_layers - 1}", ())
+    of_layers = {f"params/{layers}/{path}/kernel": (*stack, *shape) for path, shape in sizes.items()}
+    return {"params/embed/embedding": (c.vocab_size, c.width)} | of_layers
+
+
 DECODER = Family(
     model_types=decoder_config.MODEL_TYPES,
     read_config=decoder_config.read_decoder_config,
@@ -105,4 +114,5 @@ DECODER = Family(
     sharding_rules=SHARDING_RULES,
     blocks=(Embed, Layer),
     gguf=decoder_gguf.FORM,
+    outline=_outline,
 )

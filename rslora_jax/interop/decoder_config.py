@@ -7,7 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from rslora_jax.interop.decoder_rope import read_rope
-from rslora_jax.models.decoder_config import DecoderConfig
+from rslora_jax.models.decoder_config import LARGEST_HEAD, LARGEST_SIZE, MOST_LAYERS, DecoderConfig
+from rslora_jax.shown import quoted
 
 # What Gemma's configurations leave out.
 _GEMMA = {"head_dim": 256, "max_position_embeddings": 8192, "tie_word_embeddings": True}
@@ -71,22 +72,28 @@ def read_decoder_config(path: Path, about: Mapping[str, Any], **how: Any) -> Dec
     known = _KINDS[kind]
     architectures = about.get("architectures") or [known["architecture"]]
     if architectures != [known["architecture"]]:
-        raise ValueError(f"{path} has architectures {architectures}: only {known['architecture']} is read")
+        raise ValueError(f"{path} has architectures {quoted(architectures)}: only {known['architecture']} is read")
     for name, plain in _plain(kind).items():
         if (value := about.get(name)) is not None and value not in plain:
-            raise ValueError(f"{path} has {name}={value!r}: only {(plain or (None,))[0]!r} is computed here")
+            raise ValueError(f"{path} has {name}={quoted(value)}: only {(plain or (None,))[0]!r} is computed here")
 
     def get(name: str, of: Any, default: Any = None, *, optional: bool = False) -> Any:
         value: Any = about.get(name, known.get(name, default))
         if value is None and optional:
             return None
-        value = float(value) if of is float and type(value) is int else value
-        if type(value) is not of or (of is not bool and not value > 0):
-            raise ValueError(f"{path} has {name}={value!r}: it is to be a {of.__name__}, and above 0 where a number")
-        return value
+        most = {"num_hidden_layers": MOST_LAYERS, "head_dim": LARGEST_HEAD}.get(name, LARGEST_SIZE)
+        if type(value) not in ((of, int) if of is float else (of,)) or (of is not bool and not 0 < value <= most):
+            raise ValueError(
+                f"{path} has {name}={quoted(value)}: it is to be a {of.__name__}, and above 0 where a number"
+            )
+        return of(value)
 
     figures = _sizes(kind, get) | _parts(kind, get)
     head_dim = figures["head_dim"] or figures["width"] // figures["num_heads"]
+    if head_dim > LARGEST_HEAD:
+        raise ValueError(
+            f"{path} has num_attention_heads={figures['num_heads']}, so heads of {head_dim}: none are so large"
+        )
     default = known.get("rope_theta", 10000.0)
     rope = read_rope(path, about, head_dim=head_dim, max_len=figures["max_len"], base=default)
     window, window_layers = _window(path, about, kind, get)
@@ -147,13 +154,17 @@ def _window(path: Path, found: Mapping[str, Any], kind: str, get: _Get) -> tuple
     types, layers = found.get("layer_types"), get("num_hidden_layers", int)
     windowed = "sliding_attention"
     if types is not None and (
-        not isinstance(types, list) or len(types) != layers or not set(types) <= {windowed, "full_attention"}
+        not isinstance(types, list)
+        or len(types) != layers
+        or not all(one in (windowed, "full_attention") for one in types)
     ):
-        raise ValueError(f"{path} has layer_types {types!r}: {layers} of full_attention or sliding_attention are read")
+        raise ValueError(
+            f"{path} has layer_types {quoted(types)}: {layers} of full_attention or sliding_attention are read"
+        )
     if kind == "mistral":
         window = get("sliding_window", int, optional=True)
         if types is not None and set(types) != {"full_attention" if window is None else windowed}:
-            raise ValueError(f"{path} has layer_types {types!r} with sliding_window={window!r}: they contradict")
+            raise ValueError(f"{path} has layer_types {quoted(types)} with sliding_window={window!r}: they contradict")
         return window, None
     if kind in ("gemma2", "gemma3_text"):
         # Every so many layers one sees all; Gemma 2's files say nothing of it.
@@ -168,6 +179,6 @@ def _window(path: Path, found: Mapping[str, Any], kind: str, get: _Get) -> tuple
         return None, None
     first = found.get("max_window_layers", 28)
     if types is None and type(first) is not int:
-        raise ValueError(f"{path} has max_window_layers={first!r}: a whole number is expected")
+        raise ValueError(f"{path} has max_window_layers={quoted(first)}: a whole number is expected")
     has_window = tuple(n >= first for n in range(layers)) if types is None else tuple(t == windowed for t in types)
     return get("sliding_window", int, 4096), has_window

@@ -6,7 +6,7 @@ What an entry means, and what holds where there is none, is in llama.cpp's src/m
 from __future__ import annotations
 
 import dataclasses
-import math
+import sys
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -16,12 +16,15 @@ import numpy as np
 from rslora_jax.interop.family import GgufForm
 from rslora_jax.interop.names import Names, Weight
 from rslora_jax.models import rope
-from rslora_jax.models.decoder_config import DecoderConfig
+from rslora_jax.models.decoder_config import LARGEST_HEAD, LARGEST_SIZE, MOST_LAYERS, DecoderConfig
 from rslora_jax.models.rope import RopeScaling
+from rslora_jax.shown import quoted
 
 if TYPE_CHECKING:  # it needs the library `gguf`, which a family in itself does not
     from rslora_jax.interop.gguf_file import GgufTensor
 
+# The largest of what is made of as many parts before weights are looked at.
+_MOST = {"block_count": MOST_LAYERS, "attention.key_length": LARGEST_HEAD}
 _HEAD, _DIVISORS = "output.weight", "rope_freqs.weight"
 _MATRICES = {
     "attn/q_proj/kernel": "attn_q.weight",
@@ -111,8 +114,9 @@ def _read_gguf_config(
 
     def number(name: str, of: Any, default: Any = None) -> Any:
         value = get(name, default)
-        if type(value) is not of or not 0 < value < math.inf:
-            raise ValueError(f"{path} has {kind}.{name}={value!r}: a number above 0 is expected")
+        most = _MOST.get(name, LARGEST_SIZE) if of is int else sys.float_info.max
+        if type(value) is not of or not 0 < value <= most:
+            raise ValueError(f"{path} has {kind}.{name}={quoted(value)}: a number above 0 is expected")
         return value
 
     heads, width = number("attention.head_count", int), number("embedding_length", int)
@@ -151,7 +155,7 @@ def _check(path: Path, kind: str, metadata: Mapping[str, Any], get: _Get, head_d
     known = _KNOWN | (_OF_WINDOWS if kind in _WINDOWED else set())
     for name in metadata:
         if name.startswith(f"{kind}.") and name.removeprefix(f"{kind}.") not in known:
-            raise ValueError(f"{path} has {name}={metadata[name]!r:.60}: what it asks for is not computed here")
+            raise ValueError(f"{path} has {name}={quoted(metadata[name])}: what it asks for is not computed here")
     for name, plain in (
         ("expert_count", 0),
         ("rope.dimension_count", head_dim),
@@ -160,7 +164,7 @@ def _check(path: Path, kind: str, metadata: Mapping[str, Any], get: _Get, head_d
         ("rope.scaling.yarn_ext_factor", 1.0),
     ):
         if (found := get(name, plain)) != plain:
-            raise ValueError(f"{path} has {kind}.{name}={found!r}: only {plain!r} is computed here")
+            raise ValueError(f"{path} has {kind}.{name}={quoted(found)}: only {plain!r} is computed here")
 
 
 def _windows(path: Path, kind: str, figures: Mapping[str, Any], get: _Get, number: _Number) -> dict[str, Any]:
@@ -175,7 +179,9 @@ def _windows(path: Path, kind: str, figures: Mapping[str, Any], get: _Get, numbe
     )
     if kind == "gemma2":
         if (near := get("rope.freq_base_swa", figures["rope_base"])) != figures["rope_base"]:
-            raise ValueError(f"{path} has gemma2.rope.freq_base_swa={near!r}: only rope.freq_base is computed here")
+            raise ValueError(
+                f"{path} has gemma2.rope.freq_base_swa={quoted(near)}: only rope.freq_base is computed here"
+            )
         return found | dict(
             score_cap=number("attn_logit_softcapping", float, 50.0),
             logit_cap=number("final_logit_softcapping", float, 30.0),
@@ -196,13 +202,13 @@ def _scaling(
     factor = number("rope.scaling.factor", float, number("rope.scale_linear", float, 1.0))
     kind = get("rope.scaling.type", "linear")
     if kind not in ("none", "linear", "yarn"):
-        raise ValueError(f"rope.scaling.type is {kind!r}: only none, linear and yarn are computed here")
+        raise ValueError(f"rope.scaling.type is {quoted(kind)}: only none, linear and yarn are computed here")
     if _DIVISORS in tensors:
         divisors = tensors[_DIVISORS]
         if divisors.shape != (head_dim // 2,) or (kind != "none" and factor != 1):
             raise ValueError(
-                f"tensor {_DIVISORS} of shape {divisors.shape} beside rope.scaling.type={kind!r} and factor {factor}: "
-                f"only {head_dim // 2} numbers alone are computed here"
+                f"tensor {_DIVISORS} of shape {quoted(divisors.shape)} beside rope.scaling.type={quoted(kind)} and "
+                f"factor {factor}: only {head_dim // 2} numbers alone are computed here"
             )
         return RopeScaling(divisors=tuple(map(float, divisors.rows(0, head_dim // 2))))
     if kind == "yarn":
@@ -223,6 +229,10 @@ class _LessOne:
     @property
     def path(self) -> Path:
         return self.tensor.path
+
+    @property
+    def name(self) -> str:
+        return self.tensor.name
 
     @property
     def shape(self) -> tuple[int, ...]:

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from rslora_jax.models import rope
 from rslora_jax.models.rope import RopeScaling
+from rslora_jax.shown import quoted, reason_of
 
+_LARGEST = 1e30  # of any number
 _ORIGINAL = "original_max_position_embeddings"
 _YARN = ("attention_factor", "beta_fast", "beta_slow", "mscale", "mscale_all_dim", "truncate")
 # What each kind is described by, beside what all may have; nothing else is passed over.
@@ -48,14 +49,19 @@ def read_rope(path: Path, found: Mapping[str, Any], *, head_dim: int, max_len: i
     """
     new, old = ({} if found.get(name) is None else found[name] for name in ("rope_parameters", "rope_scaling"))
     if not isinstance(new, dict) or not isinstance(old, dict) or (new and old and new != old):
-        raise ValueError(f"{path} has rope_parameters={new!r} and rope_scaling={old!r}: one table of the two is read")
+        raise ValueError(
+            f"{path} has rope_parameters={quoted(new, 40)} and rope_scaling={quoted(old, 40)}: one table "
+            "of the two is read"
+        )
     base = found.get("rope_theta", base)
     if found.get("model_type") == "gemma3_text" and set(new) & set(_LAYERS):
         whole, near = (new.get(name) or {} for name in _LAYERS)
         if set(new) - set(_LAYERS) or not isinstance(whole, dict) or not isinstance(near, dict):
-            raise ValueError(f"{path} has rope_parameters={new!r}: only {' and '.join(_LAYERS)} are read")
+            raise ValueError(f"{path} has rope_parameters={quoted(new, 40)}: only {' and '.join(_LAYERS)} are read")
         if near.get("rope_type", "default") != "default" or set(near) - {"rope_type", "rope_theta"}:
-            raise ValueError(f"{path} has rope parameters {near!r} for windows: only 'default' is computed there")
+            raise ValueError(
+                f"{path} has rope parameters {quoted(near, 40)} for windows: only 'default' is computed there"
+            )
         window = _number(path, "rope_theta", near["rope_theta"]) if "rope_theta" in near else None
         return Rope(*_one(path, whole, found, head_dim, max_len, base, is_new=True), window)
     return Rope(*_one(path, new or old, found, head_dim, max_len, base, is_new=bool(new)), None)
@@ -67,15 +73,16 @@ def _one(
     about = {name: value for name, value in about.items() if value is not None}
     kind = about.get("rope_type", about.get("type", "default"))
     if not isinstance(kind, str) or kind not in _KINDS:
-        raise ValueError(f"{path} has rope_type {kind!r}: only {', '.join(_KINDS)} are computed here")
+        raise ValueError(f"{path} has rope_type {quoted(kind, 40)}: only {', '.join(_KINDS)} are computed here")
     known = {*_ALL, *_KINDS[kind]}
     if not set(about) <= known:
         raise ValueError(
-            f"{path} has rope parameters {about!r}: only {', '.join(sorted(known))} are known for {kind!r}"
+            f"{path} has rope parameters {quoted(about, 40)}: only {', '.join(sorted(known))} are known "
+            f"for {quoted(kind, 40)}"
         )
     if about.get("partial_rotary_factor", 1) != 1:
         raise ValueError(
-            f"{path} has partial_rotary_factor={about['partial_rotary_factor']!r}: only 1 is computed here"
+            f"{path} has partial_rotary_factor={quoted(about['partial_rotary_factor'])}: only 1 is computed here"
         )
     base = _number(path, "rope_theta", about.get("rope_theta", base))
     if kind == "default":
@@ -88,7 +95,11 @@ def _one(
     try:
         return base, _scaling(kind, about, number, head_dim=head_dim, base=base, factor=factor, original=original)
     except (ValueError, OverflowError, ZeroDivisionError) as error:
-        text = str(error) if str(path) in str(error) else f"{path} has rope parameters {about!r}: {error}"
+        text = (
+            str(error)
+            if str(path) in str(error)
+            else f"{path} has rope parameters {quoted(about, 40)}: {reason_of(error)}"
+        )
         raise ValueError(text) from error
 
 
@@ -99,7 +110,7 @@ def _lengths(
     own, outer = about.get(_ORIGINAL), found.get(_ORIGINAL)
     for value in (own, outer):
         if value is not None and (type(value) is not int or value < 1):
-            raise ValueError(f"{path} has {_ORIGINAL}={value!r}: a whole number above 0 is expected")
+            raise ValueError(f"{path} has {_ORIGINAL}={quoted(value, 40)}: a whole number above 0 is expected")
     factor = _number(path, "factor", about["factor"]) if "factor" in about else None
     if kind == "dynamic":  # no version looks at another length than this
         readings = [(max_len, factor)] if own in (None, max_len) else []
@@ -114,9 +125,9 @@ def _lengths(
                 readings = [(length, factor or 1.0) for length, _ in readings]
     if len(set(readings)) != 1:
         raise ValueError(
-            f"{path} has {_ORIGINAL}={own!r} among its rope parameters, and {outer!r} beside them, with "
-            f"max_position_embeddings={max_len} and factor={factor!r}: versions of transformers read this differently, "
-            "so write the one that is meant in both places"
+            f"{path} has {_ORIGINAL}={quoted(own, 40)} among its rope parameters, and {quoted(outer, 40)} beside "
+            f"them, with max_position_embeddings={max_len} and factor={quoted(factor, 40)}: versions of transformers "
+            "read this differently, so write the one that is meant in both places"
         )
     if kind == "llama3" and own is None:
         raise ValueError(f"{path} lacks {_ORIGINAL} among its rope parameters: a number above 0 is expected")
@@ -151,7 +162,7 @@ def _scaling(
         above, below = (rope.yarn_amplitude(factor, weight) for weight in weights)
         amplitude = above / below
     if type(whole := about.get("truncate", True)) is not bool:
-        raise ValueError(f"truncate={whole!r} is to be true or false")
+        raise ValueError(f"truncate={quoted(whole, 40)} is to be true or false")
     return rope.yarn(
         head_dim,
         base,
@@ -165,8 +176,10 @@ def _scaling(
 
 
 def _number(path: Path, name: str, value: Any) -> float:
-    if type(value) not in (int, float) or not 0 < value < math.inf:
-        raise ValueError(f"{path} has {name}={value!r} among its rope parameters: a number above 0 is expected")
+    if type(value) not in (int, float) or not 0 < value < _LARGEST:
+        raise ValueError(
+            f"{path} has {name}={quoted(value, 40)} among its rope parameters: a number above 0 is expected"
+        )
     return float(value)
 
 

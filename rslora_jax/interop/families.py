@@ -8,6 +8,7 @@ from typing import Any
 
 from rslora_jax.interop.decoder import DECODER
 from rslora_jax.interop.family import Family
+from rslora_jax.shown import quoted
 
 FAMILIES: tuple[Family, ...] = (DECODER,)
 
@@ -23,7 +24,7 @@ def family_of_config(path: Path, about: Mapping[str, Any]) -> Family:
         if isinstance(kind, str) and kind in family.model_types:
             return family
     known = ", ".join(kind for family in FAMILIES for kind in family.model_types)
-    raise ValueError(f"{path} has model_type {kind!r}: only {known} are read")
+    raise ValueError(f"{path} has model_type {quoted(kind, 40)}: only {known} are read")
 
 
 def family_of_gguf(path: Path, metadata: Mapping[str, Any]) -> Family:
@@ -37,4 +38,4 @@ def family_of_gguf(path: Path, metadata: Mapping[str, Any]) -> Family:
         if family.gguf is not None and kind in family.gguf.architectures:
             return family
     known = ", ".join(kind for family in FAMILIES if family.gguf is not None for kind in family.gguf.architectures)
-    raise ValueError(f"{path} is of architecture {kind!r}: only {known} are read")
+    raise ValueError(f"{path} is of architecture {quoted(kind, 40)}: only {known} are read")

@@ -53,6 +53,8 @@ class Family:
       sharding_rules: where weights lie on a mesh, for `parallel.sharding.param_shardings`.
       blocks: the classes of modules between which rows stay on their devices, for `parallel.sharding.pin_rows`.
       gguf: how GGUF files hold the family; None where they are not read.
+      outline: gives the shapes of a few weights that tell all sizes of a configuration, by path. They are compared with
+        the files before a model of these sizes is built, which may say that they are a million times the true ones.
     """
 
     model_types: Sequence[str]
@@ -66,6 +68,7 @@ class Family:
     sharding_rules: Sequence[Any] = ()
     blocks: tuple[type, ...] = ()
     gguf: GgufForm | None = None
+    outline: Callable[[Any], Mapping[str, tuple[int, ...]]] = lambda config: {}
 
     def shapes(self, config: Any) -> dict[str, Any]:
         """Give the shapes and dtypes of a model's variables, a pytree of `jax.ShapeDtypeStruct`."""

@@ -16,7 +16,7 @@ from rslora_jax.interop.gguf_file import read_gguf
 from rslora_jax.interop.model import Model, Progress, Shardings, shardings_of
 from rslora_jax.interop.own_tokenizer import read_or_none
 from rslora_jax.interop.tokenizer import Tokenizer, tokenizer_from_metadata
-from rslora_jax.interop.weights import load_weights
+from rslora_jax.interop.weights import check_sizes, load_weights
 
 _SMOLLM2 = "SmolLM2-135M-Instruct.Q4_1.gguf"
 
@@ -83,6 +83,7 @@ def load_gguf(
     how = dict(scan_layers=scan_layers, remat=remat, param_dtype=param_dtype, dtype=dtype)
     config = form.read_config(path, metadata, tensors, **how)
     tokenizer = read_or_none(lambda: _tokenizer(path, metadata, config.vocab_size), text)
+    check_sizes(tensors, family.outline(config), form.names, str(path))
     shapes = family.shapes(config)
     variables = load_weights(
         form.weights(config, metadata, tensors),

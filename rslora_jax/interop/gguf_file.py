@@ -10,6 +10,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import struct
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
@@ -17,9 +18,13 @@ import numpy as np
 from gguf import GGML_QUANT_SIZES, GGMLQuantizationType
 from gguf.quants import dequantize
 
+from rslora_jax.shown import quoted, reason_of, shown
+
 _VERSIONS = (2, 3)
 _ALIGNMENT = 32  # bytes, where the file does not say
 _STRING, _ARRAY = 8, 9
+_LONGEST_HEADER = 1 << 25  # bytes: the largest vocabularies take half of it, and lists take many times theirs
+_MOST_AXES = 4  # as ggml has it
 _SCALARS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
 
 
@@ -44,6 +49,11 @@ class GgufTensor:
         block, size = GGML_QUANT_SIZES[self.kind]
         return self.shape[-1] // block * size if self.shape else size
 
+    @property
+    def num_bytes(self) -> int:
+        """The bytes that all of it takes in the file."""
+        return math.prod(self.shape[:-1]) * self.row_bytes
+
     def rows(self, first: int, stop: int) -> np.ndarray:
         """Read rows `first` to `stop` along the first axis, with the quantisation undone."""
         if len(self.shape) < 2:  # a vector is one row in the file
@@ -59,13 +69,13 @@ class GgufTensor:
         count = (stop - first) * self.row_bytes
         found = np.fromfile(self.path, np.uint8, count, offset=self.start + first * self.row_bytes)
         if found.size != count:
-            raise ValueError(f"{self.path} was cut off within {self.name} while it was read: start again")
+            raise ValueError(f"{self.path} was cut off within {shown(self.name)} while it was read: start again")
         try:
             return dequantize(found.reshape(stop - first, self.row_bytes), self.kind)
         except NotImplementedError as error:
             raise ValueError(
-                f"{self.path}: tensor {self.name} is stored as {self.kind.name}, which cannot be dequantised here: "
-                "take another quantisation of the model"
+                f"{self.path}: tensor {shown(self.name)} is stored as {self.kind.name}, which cannot be dequantised "
+                "here: take another quantisation of the model"
             ) from error
 
 
@@ -90,6 +100,8 @@ class _Header:
         self.at += count
         if self.at > self.size:
             raise _Truncated
+        if self.at > _LONGEST_HEADER:
+            raise ValueError(f"its header has more than {_LONGEST_HEADER} bytes")
         return self.file.read(count)
 
     def scalar(self, form: str) -> Any:
@@ -104,10 +116,10 @@ class _Header:
         if kind != _ARRAY:
             return self.scalar(_form(kind))
         of, count = self.scalar("I"), self.scalar("Q")
-        if of in (_STRING, _ARRAY):
-            return [self.value(of) for _ in range(count)]
-        form = _form(of)
-        return list(struct.unpack(f"<{count}{form}", self.take(count * struct.calcsize(form))))
+        if of == _STRING:
+            return [self.string() for _ in range(count)]
+        form = np.dtype(f"<{_form(of)}")
+        return np.frombuffer(self.take(count * form.itemsize), form).tolist()
 
 
 def read_gguf(path: Path) -> GgufFile:
@@ -128,12 +140,14 @@ def read_gguf(path: Path) -> GgufFile:
         except _Truncated:
             raise ValueError(f"{path} has {size} bytes and is cut off within its header: download it again") from None
         except (ValueError, RecursionError, struct.error, MemoryError, OverflowError) as error:
-            raise ValueError(f"{path} is damaged or of a new version ({error}): download it again") from error
+            raise ValueError(
+                f"{path} is damaged or of a new version ({reason_of(error)}): download it again"
+            ) from error
     for tensor in tensors.values():
-        end = tensor.start + math.prod(tensor.shape[:-1]) * tensor.row_bytes
+        end = tensor.start + tensor.num_bytes
         if end > size:
             raise ValueError(
-                f"{path} has {size} bytes and is cut off within tensor {tensor.name}, which ends at byte {end}: "
+                f"{path} has {size} bytes and is cut off within tensor {shown(tensor.name)}, which ends at byte {end}: "
                 "download it again"
             )
     return GgufFile(metadata, tensors)
@@ -148,24 +162,37 @@ def _read(path: Path, header: _Header) -> GgufFile:
     for _ in range(entry_count):
         name = header.string()
         if name in metadata:
-            raise ValueError(f"{name} is there twice")
+            raise ValueError(f"{shown(name)} is there twice")
         metadata[name] = header.value(header.scalar("I"))
     tensors: dict[str, GgufTensor] = {}
     for _ in range(tensor_count):
         name = header.string()
         if name in tensors:
-            raise ValueError(f"tensor {name} is there twice")
-        axes = header.scalar("I")
+            raise ValueError(f"tensor {shown(name)} is there twice")
+        if (axes := header.scalar("I")) > _MOST_AXES:
+            raise ValueError(f"tensor {shown(name)} has {axes} axes")
         shape = tuple(reversed([header.scalar("Q") for _ in range(axes)]))
         kind, start = GGMLQuantizationType(header.scalar("I")), header.scalar("Q")
         if shape and shape[-1] % GGML_QUANT_SIZES[kind][0]:
-            raise ValueError(f"tensor {name} of shape {shape} is no whole number of blocks of {kind.name}")
+            raise ValueError(
+                f"tensor {shown(name)} of shape {quoted(shape)} is no whole number of blocks of {kind.name}"
+            )
         tensors[name] = GgufTensor(path, name, kind, shape, start)
     alignment = metadata.get("general.alignment", _ALIGNMENT)
     if type(alignment) is not int or alignment <= 0 or alignment & (alignment - 1):
-        raise ValueError(f"general.alignment is {alignment!r}")
+        raise ValueError(f"general.alignment is {quoted(alignment)}")
+    _check_places(tensors, alignment)
     data = -(-header.at // alignment) * alignment
     return GgufFile(metadata, {name: dataclasses.replace(t, start=data + t.start) for name, t in tensors.items()})
+
+
+def _check_places(tensors: Mapping[str, GgufTensor], alignment: int) -> None:
+    """Refuse tensors that share bytes, or with others between them, as llama.cpp does."""
+    end = 0
+    for tensor in tensors.values():
+        if tensor.start != end:
+            raise ValueError(f"tensor {shown(tensor.name)} is at byte {tensor.start} of the data in place of {end}")
+        end += -(-tensor.num_bytes // alignment) * alignment
 
 
 def _form(kind: int) -> str:

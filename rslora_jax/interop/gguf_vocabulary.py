@@ -13,8 +13,11 @@ from typing import Any, NamedTuple
 from tokenizers import AddedToken, Regex, decoders, models, normalizers, pre_tokenizers
 from tokenizers import Tokenizer as Backend
 
+from rslora_jax.shown import quoted, reason_of
+
 _UNKNOWN, _CONTROL, _USER_DEFINED = 2, 3, 4
 _NORMAL = 1
+_LONGEST_TOKEN = 512  # characters: each is cut at every place
 # What llama.cpp takes where a SentencePiece file says nothing; of pairs of bytes the end must be named.
 _DEFAULT_IDS = {"bos": 1, "eos": 2, "unknown": 0}
 # What is not done here, and would give other ids.
@@ -87,8 +90,8 @@ def read_vocabulary(metadata: Mapping[str, Any]) -> Vocabulary:
     kind = get("model")
     if kind not in ("gpt2", "llama"):
         raise ValueError(
-            f"the tokenizer is of kind {kind!r}, but only byte-level 'gpt2' and SentencePiece's 'llama' are read: "
-            "convert it or load the text as token ids"
+            f"the tokenizer is of kind {quoted(kind, 40)}, but only byte-level 'gpt2' and SentencePiece's 'llama' "
+            "are read: convert it or load the text as token ids"
         )
     for name in _REFUSED:
         if get(name):
@@ -114,7 +117,7 @@ def _tokens(found: Any) -> list[str]:
     if len(set(found)) != len(found):
         seen = set[str]()
         twice = next(token for token in found if token in seen or seen.add(token))  # type: ignore[func-returns-value]
-        raise ValueError(f"the tokenizer has the token {twice[:40]!r} twice: take a file converted whole")
+        raise ValueError(f"the tokenizer has the token {quoted(twice, 40)} twice: take a file converted whole")
     return found
 
 
@@ -142,7 +145,9 @@ def _numbers(found: Any, name: str, count: int) -> list[Any]:
 
 def _byte_level(tokens: Sequence[str], merges: Any, pre: Any) -> tuple[Backend, bool]:
     if not isinstance(pre, str) or pre not in _CUTS:
-        raise ValueError(f"the tokenizer cuts text by the rule {pre!r}, but only {', '.join(_CUTS)} are known")
+        raise ValueError(
+            f"the tokenizer cuts text by the rule {quoted(pre, 40)}, but only {', '.join(_CUTS)} are known"
+        )
     if not isinstance(merges, list) or not all(isinstance(pair, str) for pair in merges):
         raise ValueError("the tokenizer lacks tokenizer.ggml.merges: take a file converted whole")
     cut, vocabulary = _CUTS[pre], {token: i for i, token in enumerate(tokens)}
@@ -172,6 +177,8 @@ def _sentencepiece(
 
 def _pairs(tokens: Sequence[str], scores: Sequence[float], types: Sequence[int]) -> list[tuple[str, str]]:
     """Give the pairs of tokens that make a token, best first; of one token's those with the longest left half first."""
+    if (longest := max(map(len, tokens))) > _LONGEST_TOKEN:
+        raise ValueError(f"the tokenizer has a token of {longest} characters: take a file converted whole")
     scored = {token: score for token, score, of in zip(tokens, scores, types, strict=True) if of == _NORMAL}
     found = [
         (score, at, token)
@@ -194,7 +201,7 @@ def _backend(vocabulary: dict[str, int], pairs: list[Any], **options: Any) -> Ba
         return Backend(models.BPE(vocab=vocabulary, merges=pairs, **options))
     except Exception as error:  # the library raises nothing narrower
         raise ValueError(
-            f"the tokenizer's merges do not fit its tokens: take a file converted whole ({error})"
+            f"the tokenizer's merges do not fit its tokens: take a file converted whole ({reason_of(error)})"
         ) from error
 
 

@@ -20,7 +20,7 @@ from rslora_jax.interop.own_tokenizer import check_rows, read_or_none
 from rslora_jax.interop.shards import open_folder
 from rslora_jax.interop.tokenizer import Tokenizer
 from rslora_jax.interop.tokenizer_files import read_tokenizer, tokenizer_files
-from rslora_jax.interop.weights import load_weights
+from rslora_jax.interop.weights import check_sizes, load_weights
 
 _CONFIG = "config.json"
 GENERATION = "generation_config.json"
@@ -62,7 +62,8 @@ def load_huggingface(
     how = dict(scan_layers=scan_layers, remat=remat, param_dtype=param_dtype, dtype=dtype)
     family, config = read_model_config(folder, family, **how)
     tokenizer = read_or_none(lambda: _tokenizer(folder, config.vocab_size), text)
-    tensors = open_folder(folder)
+    tensors, names = open_folder(folder), family.names if names is None else names
+    check_sizes(tensors, family.outline(config), names, str(folder))
     config, changed = family.suited(config, tensors) if family.suited else (config, {})
     shapes = family.shapes(config)
     ignored = family.ignored
@@ -70,7 +71,7 @@ def load_huggingface(
         tensors,
         shapes,
         shardings_of(shardings, shapes),
-        names=family.names if names is None else names,
+        names=names,
         ignored=lambda name: ignored is not None and ignored(config, name),
         source=str(folder),
         progress=progress,

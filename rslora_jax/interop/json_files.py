@@ -7,6 +7,11 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from rslora_jax.shown import reason_of, shown
+
+# Bytes of JSON that are read: a few make an object of many times their size.
+LARGEST_JSON = 1 << 25
+
 
 def read_json(path: Path) -> dict[str, Any]:
     """Read a file that holds one JSON object.
@@ -15,6 +20,8 @@ def read_json(path: Path) -> dict[str, Any]:
       ValueError: it cannot be read, holds something else, or a key twice, of which readers take the first or the last.
     """
     try:
+        if (size := path.stat().st_size) > LARGEST_JSON:
+            raise ValueError(f"{path} has {size} bytes: no such file of a model or an adapter is so large")
         return parse_json(path, path.read_bytes())
     except OSError as error:
         raise ValueError(f"{path} cannot be read: {(error.strerror or str(error)).lower()}") from error
@@ -32,7 +39,7 @@ def parse_json(path: Path, text: bytes) -> dict[str, Any]:
         if not isinstance(found, dict):
             raise ValueError("it is no object")
     except (ValueError, RecursionError) as error:
-        raise ValueError(f"{path} is damaged: its JSON cannot be read ({error})") from error
+        raise ValueError(f"{path} is damaged: its JSON cannot be read ({reason_of(error)})") from error
     return found
 
 
@@ -49,6 +56,6 @@ def _without_repeats(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     found: dict[str, Any] = {}
     for key, value in pairs:
         if key in found:
-            raise ValueError(f"{json.dumps(key)[:80]} is there twice")
+            raise ValueError(f"{shown(json.dumps(key))} is there twice")
         found[key] = value
     return found

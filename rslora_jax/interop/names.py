@@ -134,13 +134,3 @@ def _transposed(row: str | Weight, path: str, ndim: int) -> bool | None:
         return row.transposed
     plain = {"kernel": True, "embedding": False}
     return False if ndim < 2 else plain.get(path.rpartition("/")[2])
-
-
-def shown(name: str) -> str:
-    """Write a name from a file so that it fits into a message.
-
-    >>> shown("a" * 200) == "a" * 97 + "..."
-    True
-    """
-    name = name if name.isprintable() else ascii(name)
-    return name if len(name) <= 100 else name[:97] + "..."

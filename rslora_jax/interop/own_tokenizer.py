@@ -12,6 +12,7 @@ from rslora_jax.interop.kept_tokenizer import is_whole, same_files
 from rslora_jax.interop.model import Model
 from rslora_jax.interop.tokenizer import Tokenizer
 from rslora_jax.interop.tokenizer_files import read_tokenizer, with_words_of
+from rslora_jax.shown import quoted
 
 
 def with_own_tokenizer(model: Model, folder: Path | None, *, text: bool = True) -> Model:
@@ -66,7 +67,7 @@ def check_rows(folder: Path, tokenizer: Tokenizer, vocab_size: int) -> None:
     tokens = max(tokens, *(1 + i for i in (*tokenizer.stop_ids, tokenizer.bos_id, tokenizer.pad_id) if i is not None))
     if tokens > vocab_size:
         raise ValueError(
-            f"{folder} has {tokens} tokens in tokenizer.json and vocab_size {vocab_size} in "
+            f"{folder} has {quoted(tokens)} tokens in tokenizer.json and vocab_size {vocab_size} in "
             "config.json: they do not belong together"
         )
 

@@ -17,7 +17,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from rslora_jax.interop.json_files import parse_json
+from rslora_jax.interop.json_files import LARGEST_JSON, parse_json
+from rslora_jax.shown import quoted, shown
 
 DTYPES: dict[str, np.dtype] = {
     "F64": np.dtype("<f8"),
@@ -25,7 +26,6 @@ DTYPES: dict[str, np.dtype] = {
     "F16": np.dtype("<f2"),
     "BF16": jnp.dtype("bfloat16"),
 }
-_HEADER_LIMIT = 100_000_000  # bytes, as the format's own library has it
 
 
 class Tensor(NamedTuple):
@@ -36,6 +36,11 @@ class Tensor(NamedTuple):
     dtype: np.dtype
     shape: tuple[int, ...]
     start: int
+
+    @property
+    def stop(self) -> int:
+        """The place behind its last byte."""
+        return self.start + math.prod(self.shape) * self.dtype.itemsize
 
     def rows(self, first: int, stop: int) -> np.ndarray:
         """Read rows `first` to `stop` along the first axis."""
@@ -49,7 +54,7 @@ class Tensor(NamedTuple):
         count = math.prod(shape) * self.dtype.itemsize
         found = np.fromfile(self.path, np.uint8, count, offset=self.start + first * self.dtype.itemsize)
         if found.size != count:
-            raise ValueError(f"{self.path} was cut off within {self.name} while it was read: start again")
+            raise ValueError(f"{self.path} was cut off within {shown(self.name)} while it was read: start again")
         return found.view(self.dtype).reshape(shape)
 
 
@@ -64,13 +69,15 @@ def open_file(path: Path) -> dict[str, Tensor]:
     size = path.stat().st_size
     with path.open("rb") as file:
         length = int.from_bytes(file.read(8), "little")
-        if size < 8 or (length <= _HEADER_LIMIT and length > size - 8):
+        if size < 8 or (length <= LARGEST_JSON and length > size - 8):
             raise ValueError(f"{path} has {size} bytes and is cut off within its header: download it again")
-        if length > _HEADER_LIMIT:
+        if length > LARGEST_JSON:
             raise ValueError(f"{path} says that its header has {length} bytes: it is no safetensors file, or damaged")
         header = parse_json(path, file.read(length))
-    header.pop("__metadata__", None)
-    return {name: _tensor(path, name, about, size - 8 - length, 8 + length) for name, about in header.items()}
+    _check_texts(path, header)
+    found = {name: _tensor(path, name, about, size - 8 - length, 8 + length) for name, about in header.items()}
+    _check_places(path, found, 8 + length, size)
+    return found
 
 
 def write_file(path: Path, kinds: Mapping[str, jax.ShapeDtypeStruct], make: Callable[[str], np.ndarray]) -> None:
@@ -106,24 +113,61 @@ def write_file(path: Path, kinds: Mapping[str, jax.ShapeDtypeStruct], make: Call
             out.write(np.ascontiguousarray(tensor).reshape(-1).view(np.uint8).data)
 
 
+def not_finite(array: np.ndarray) -> bool:
+    """Say whether an array of floats holds an infinity or no number.
+
+    >>> not_finite(np.float32([1, np.inf])), not_finite(np.zeros(3, jnp.bfloat16))
+    (True, False)
+    """
+    if array.dtype.itemsize > 2:
+        return not np.isfinite(array).all()
+    # By the exponent's bits, which is many times as quick as to ask of numbers of 16 bits.
+    exponent = np.uint16(0x7C00 if array.dtype == np.float16 else 0x7F80)
+    return bool(((array.view(np.uint16) & exponent) == exponent).any())
+
+
+def _check_texts(path: Path, header: dict[str, Any]) -> None:
+    """Take out what a header says beside its tensors, and check it and their names as the format's library does."""
+    beside = header.pop("__metadata__", {})
+    if not isinstance(beside, dict) or not all(isinstance(text, str) for text in beside.values()):
+        raise ValueError(f"{path} is damaged: __metadata__ in its header is no object of texts")
+    try:
+        "".join((*header, *beside, *beside.values())).encode()
+    except UnicodeEncodeError as error:
+        raise ValueError(f"{path} is damaged: its header holds half a surrogate pair") from error
+
+
+def _check_places(path: Path, tensors: Mapping[str, Tensor], start: int, end: int) -> None:
+    """Refuse tensors that share bytes, or bytes that are no tensor's: they would be read as other weights."""
+    for tensor in sorted(tensors.values(), key=lambda tensor: (tensor.start, tensor.stop)):
+        if tensor.start != start:
+            what = "overlaps the one before it" if tensor.start < start else "comes after bytes of no tensor"
+            raise ValueError(f"{path} is damaged: tensor {shown(tensor.name)} {what}: download it again")
+        start = tensor.stop
+    if start != end:
+        raise ValueError(f"{path} is damaged: its last {end - start} bytes are of no tensor: download it again")
+
+
 def _tensor(path: Path, name: str, about: Any, data: int, start: int) -> Tensor:
     about = about if isinstance(about, dict) else {}
     dtype, shape, place = (about.get(key) for key in ("dtype", "shape", "data_offsets"))
     if not isinstance(dtype, str) or not _are_counts(shape) or not _are_counts(place) or len(place) != 2:
-        raise ValueError(f"{path} is damaged: its header says no dtype, shape and place of tensor {name}")
+        raise ValueError(f"{path} is damaged: its header says no dtype, shape and place of tensor {shown(name)}")
     if dtype not in DTYPES:
         raise ValueError(
-            f"{path} holds tensor {name} as {dtype}, and only {', '.join(DTYPES)} are read: take the model that is "
-            "not quantised"
+            f"{path} holds tensor {shown(name)} as {shown(dtype, 20)}, and only {', '.join(DTYPES)} are read: take the "
+            "model that is not quantised"
         )
     if place[1] - place[0] != math.prod(shape) * DTYPES[dtype].itemsize:
-        raise ValueError(f"{path} is damaged: tensor {name} of shape {tuple(shape)} has {place[1] - place[0]} bytes")
+        raise ValueError(
+            f"{path} is damaged: tensor {shown(name)} of shape {quoted(tuple(shape))} has {place[1] - place[0]} bytes"
+        )
     if place[1] > data:
         raise ValueError(
-            f"{path} is cut off within tensor {name}, which ends at byte {start + place[1]}: download it again"
+            f"{path} is cut off within tensor {shown(name)}, which ends at byte {start + place[1]}: download it again"
         )
     return Tensor(path, name, DTYPES[dtype], tuple(shape), start + place[0])
 
 
 def _are_counts(numbers: Any) -> TypeGuard[list[int]]:
-    return isinstance(numbers, list) and all(type(n) is int and n >= 0 for n in numbers)
+    return isinstance(numbers, list) and all(type(n) is int and 0 <= n < 1 << 63 for n in numbers)

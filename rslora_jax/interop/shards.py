@@ -15,6 +15,7 @@ import numpy as np
 
 from rslora_jax.interop.json_files import read_json
 from rslora_jax.interop.safetensors import Tensor, open_file, write_file
+from rslora_jax.shown import quoted, shown
 
 DTYPES = ("bfloat16", "float16", "float32")  # that are written
 
@@ -50,15 +51,19 @@ def open_folder(folder: Path) -> dict[str, Tensor]:
     found: dict[str, Tensor] = {}
     for shard in sorted(set(shards.values())):
         # The index comes from a stranger: it may name files beside it and no others.
-        if shard in (".", "..") or not shard.isprintable() or any(c in shard for c in "/\\:"):
-            raise ValueError(f"{index} names {shard!r}, which is not a file beside it: do not trust this model")
+        if shard in ("", ".", "..") or len(shard) > 100 or not shard.isprintable() or any(c in shard for c in "/\\:"):
+            raise ValueError(f"{index} names {quoted(shard)}, which is not a file beside it: do not trust this model")
         for name, tensor in open_file(folder / shard).items():
             if name in found:
-                raise ValueError(f"{tensor.path} and {found[name].path.name} both hold {name}: download them again")
+                raise ValueError(
+                    f"{tensor.path} and {found[name].path.name} both hold {shown(name)}: download them again"
+                )
             found[name] = tensor
     for name, shard in shards.items():
         if name not in found or found[name].path.name != shard:
-            raise ValueError(f"{folder / shard} lacks tensor {name}, which the index says is there: download it again")
+            raise ValueError(
+                f"{folder / shard} lacks tensor {shown(name)}, which the index says is there: download it again"
+            )
     return found
 
 

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
-from collections.abc import Iterable, Mapping
+import re
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -12,8 +14,10 @@ from tokenizers import Tokenizer as Backend
 
 from rslora_jax.interop.json_files import json_text, read_json
 from rslora_jax.interop.tokenizer import Tokenizer
+from rslora_jax.shown import quoted, reason_of, shown
 
 _NAMED = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
+_MOST_TOKENS, _MOST_ADDED = 1 << 31, 100_000
 _FLAGS = ("lstrip", "rstrip", "normalized", "single_word", "special")
 # These classes of transformers 4 have tokens by default, and put `bos_token` in front as `add_bos_token` says; the
 # others do as tokenizer.json says. Version 5, whose files have a field `backend`, goes by tokenizer.json for every
@@ -40,28 +44,30 @@ def read_tokenizer(folder: str | Path, *, eos_id: int | None = None) -> Tokenize
             f"{folder} has no tokenizer.json: save it with transformers' "
             f'AutoTokenizer.from_pretrained("{folder}").save_pretrained("{folder}")'
         )
-    try:
-        backend = Backend.from_file(str(path))
-    except Exception as error:  # the library raises nothing narrower
-        raise ValueError(f"{path} cannot be read as a tokenizer ({error}): download it again") from error
-    backend.no_truncation()
-    backend.no_padding()
     about = _about(folder)
-    named = _named(about)
-    _add(folder, backend, about, [*named.values(), *_extra(about)])
+    named = _named(folder, about)
+    with _refusing(path):
+        backend = Backend.from_file(str(path))
+        backend.no_truncation()
+        backend.no_padding()
+        _add(folder, backend, about, [*named.values(), *_extra(folder, about)])
     ids = {name: backend.token_to_id(token) for name, token in named.items()}
     eos_id, bos_id, size = ids.get("eos_token", eos_id), ids.get("bos_token"), backend.get_vocab_size()
     if eos_id is None:
         raise ValueError(f"{folder} names no token that ends a text: write eos_token into its tokenizer_config.json")
-    if backend.id_to_token(eos_id) is None:
-        raise ValueError(f"{folder}: eos_token_id is {eos_id}, which is not among the {size} tokens of tokenizer.json")
+    if eos_id >= _MOST_TOKENS or backend.id_to_token(eos_id) is None:
+        raise ValueError(
+            f"{folder}: eos_token_id is {quoted(eos_id)}, which is not among the {size} tokens of tokenizer.json"
+        )
+    with _refusing(path):
+        add_bos = _adds_bos(folder, backend, about, bos_id)
     return Tokenizer(
         backend=backend,
         eos_id=eos_id,
         bos_id=bos_id,
         pad_id=ids.get("pad_token", eos_id),
         vocab_size=size,
-        add_bos=_adds_bos(folder, backend, about, bos_id),
+        add_bos=add_bos,
         chat_template=_chat_template(folder, about),
         special=named,
     )
@@ -74,15 +80,30 @@ def with_words_of(folder: Path, tokenizer: Tokenizer) -> Tokenizer:
       ValueError: a file is damaged, or the end is no token of this tokenizer.
     """
     about = _about(folder)
-    eos = _named(about).get("eos_token")
+    eos = _named(folder, about).get("eos_token")
     eos_id = tokenizer.eos_id if eos is None else tokenizer.backend.token_to_id(eos)
     if eos_id is None:
         raise ValueError(
-            f"{folder} ends a text with {eos!r}, which is no token of the base: put its tokenizer.json there"
+            f"{folder} ends a text with {quoted(eos)}, which is no token of the base: put its tokenizer.json there"
         )
     ends = tuple(dict.fromkeys((*tokenizer.ends, tokenizer.eos_id)))
     template = _chat_template(folder, about) or tokenizer.chat_template
     return dataclasses.replace(tokenizer, chat_template=template, eos_id=eos_id, ends=ends)
+
+
+@contextlib.contextmanager
+def _refusing(path: Path) -> Iterator[None]:
+    """Say of which file it was that the library could not read or use its content."""
+    try:
+        yield
+    except ValueError as error:
+        if str(path.parent) in str(error):
+            raise
+        raise ValueError(f"{path} cannot be read as a tokenizer ({reason_of(error)}): download it again") from error
+    except BaseException as error:  # it raises nothing narrower; what its own code did not expect is no Exception
+        if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
+            raise
+        raise ValueError(f"{path} cannot be read as a tokenizer ({reason_of(error)}): download it again") from error
 
 
 def tokenizer_files(tokenizer: Tokenizer, max_len: int) -> dict[str, str]:
@@ -106,39 +127,57 @@ def _of_class(about: Mapping[str, Any]) -> dict[str, Any]:
     return _OF_CLASS.get(kind.removesuffix("Fast"), {}) if isinstance(kind, str) else {}
 
 
-def _named(about: Mapping[str, Any]) -> dict[str, str]:
+def _named(folder: Path, about: Mapping[str, Any]) -> dict[str, str]:
     """Give the tokens that have a name, by which templates call them: those of every model, and of this one alone."""
     own = about.get("extra_special_tokens")
-    names = [*_NAMED, *(name for name in about if name.endswith("_token") and "backend" in about)]
+    more = (name for name, value in about.items() if name.endswith("_token") and not isinstance(value, bool))
+    names = [*_NAMED, *(more if "backend" in about else ())]
     found = {name: about.get(name) for name in names} | (own if isinstance(own, dict) else {})
-    return {name: text for name, token in found.items() if (text := _text(token)) is not None}
+    return {name: text for name, token in found.items() if (text := _text(folder, name, token)) is not None}
 
 
-def _extra(about: Mapping[str, Any]) -> list[str]:
+def _extra(folder: Path, about: Mapping[str, Any]) -> list[str]:
     """Give the special tokens without a name, by version 4's word for them and by version 5's."""
     found = [about.get(name) for name in ("additional_special_tokens", "extra_special_tokens")]
     tokens = [token for several in found if isinstance(several, list) for token in several]
-    return [text for token in tokens if (text := _text(token)) is not None]
+    return [text for token in tokens if (text := _text(folder, "a special token", token)) is not None]
 
 
-def _text(token: Any) -> str | None:
-    return token.get("content") if isinstance(token, dict) else token if isinstance(token, str) else None
+def _text(folder: Path, name: str, token: Any) -> str | None:
+    """Give the text of a token, which may be an object with its flags; None where there is none.
+
+    Raises:
+      ValueError: it has no text, or one that cannot be written.
+    """
+    if token is None:
+        return None
+    text = token.get("content") if isinstance(token, dict) else token
+    if not isinstance(text, str) or text != text.encode(errors="replace").decode():
+        raise ValueError(f"{folder / 'tokenizer_config.json'} has {shown(name)}={quoted(token)}, which is no token")
+    return text
 
 
 def _add(folder: Path, backend: Backend, about: Mapping[str, Any], named: Iterable[str]) -> None:
     """Add the tokens that only the config knows, as transformers does; their ids must come out as it says."""
     found = about.get("added_tokens_decoder")
     found = found if isinstance(found, dict) else {}
-    wanted = {int(i): token for i, token in found.items() if i.isdigit() and isinstance(token, dict)}
+    wanted = {int(i): token for i, token in found.items() if re.fullmatch(r"[0-9]{1,9}", i) and isinstance(token, dict)}
+    if len(wanted) > _MOST_ADDED:
+        raise ValueError(
+            f"{folder / 'tokenizer_config.json'} adds {len(wanted)} tokens: no more than {_MOST_ADDED} are"
+        )
     known = backend.get_added_tokens_decoder()
+    tokens = dict[int, AddedToken]()
     for token_id, about_token in sorted(wanted.items()):
         flags = {name: bool(about_token[name]) for name in _FLAGS if name in about_token}
-        token = AddedToken(str(_text(about_token)), **flags)
-        if repr(known.get(token_id)) != repr(token):
-            backend.add_tokens([token])
+        tokens[token_id] = AddedToken(_text(folder, f"added token {token_id}", about_token) or "", **flags)
+    # All at once: with each call the library goes through all that it has.
+    backend.add_tokens([token for token_id, token in tokens.items() if repr(known.get(token_id)) != repr(token)])
+    for token_id, token in tokens.items():
         if backend.token_to_id(token.content) != token_id:
             raise ValueError(
-                f"{folder}: token {token.content!r} has another id in tokenizer_config.json than in tokenizer.json"
+                f"{folder}: token {quoted(token.content)} has another id in tokenizer_config.json than in "
+                "tokenizer.json"
             )
     known_texts = {token.content for token in backend.get_added_tokens_decoder().values()}
     backend.add_special_tokens([AddedToken(text, special=True) for text in named if text not in known_texts])
@@ -153,7 +192,7 @@ def _adds_bos(folder: Path, backend: Backend, about: Mapping[str, Any], bos_id: 
     bare, whole = (backend.encode("a", add_special_tokens=special).ids for special in (False, True))
     if whole not in (bare, [bos_id, *bare]):
         tokens = [backend.id_to_token(i) for i in whole]
-        raise ValueError(f"{folder}: its tokenizer makes {tokens} of 'a': only bos_token in front is done here")
+        raise ValueError(f"{folder}: its tokenizer makes {quoted(tokens)} of 'a': only bos_token in front is done here")
     return whole != bare
 
 
@@ -163,11 +202,12 @@ def _chat_template(folder: Path, about: Mapping[str, Any]) -> str | None:
         try:
             return path.read_text(encoding="utf-8")
         except (OSError, UnicodeDecodeError) as error:
-            raise ValueError(f"{path} cannot be read: {error}") from error
+            raise ValueError(f"{path} cannot be read: {reason_of(error)}") from error
     found = about.get("chat_template")
     if isinstance(found, list):  # several, by name
-        by_name = {one.get("name"): one.get("template") for one in found if isinstance(one, dict)}
-        found = by_name.get("default")
+        found = next(
+            (one.get("template") for one in found if isinstance(one, dict) and one.get("name") == "default"), None
+        )
     return found if isinstance(found, str) else None
 
 

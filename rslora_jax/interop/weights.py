@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from functools import partial
 from pathlib import Path
@@ -15,8 +16,10 @@ import numpy as np
 from jax import lax
 
 from rslora_jax.interop.model import Progress
-from rslora_jax.interop.names import Names, places
+from rslora_jax.interop.names import Names, Place, places
+from rslora_jax.interop.safetensors import not_finite
 from rslora_jax.pytrees import PyTree
+from rslora_jax.shown import quoted, shown
 from rslora_jax.sites import named_leaves
 
 CHUNK = 1 << 23  # bytes that are on the way at a time
@@ -28,6 +31,10 @@ class Tensor(Protocol):
     @property
     def path(self) -> Path:
         """The file."""
+
+    @property
+    def name(self) -> str:
+        """Its name there."""
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -68,8 +75,10 @@ def load_weights(
 
     Raises:
       ValueError: a tensor is missing, has no place or is of another shape; it is named.
+
+    Warns of tensors that hold infinities or no numbers, of which nothing sound can come.
     """
-    leaves = named_leaves(shapes)
+    leaves, broken = named_leaves(shapes), dict[str, Tensor]()
     sources = _sources(tensors, leaves, names, ignored, source)
     where = dict(zip(leaves, jax.tree.leaves(shardings, is_leaf=lambda leaf: leaf is None), strict=True))
     plans = {path: list(_pieces(leaf.shape, where[path])) for path, leaf in leaves.items()}
@@ -79,7 +88,7 @@ def load_weights(
     for path, leaf in leaves.items():
         single = []
         for piece in plans[path]:
-            first = _fill(piece, leaf.dtype, sources[path])
+            first = _fill(piece, leaf.dtype, sources[path], broken)
             # Asked for one by one, so that what is not yet there does not pile up.
             single += [first, *(jax.block_until_ready(jax.device_put(first, device)) for device in piece.devices[1:])]
             done += piece.size * leaf.dtype.itemsize
@@ -88,6 +97,7 @@ def load_weights(
         sharding = where[path]
         whole = partial(jax.make_array_from_single_device_arrays, leaf.shape, sharding)
         arrays.append(single[0] if sharding is None else whole(single, dtype=leaf.dtype))
+    _warn_of(broken, jax.tree.leaves(shapes)[0].dtype)
     return jax.tree.unflatten(jax.tree.structure(shapes), arrays)
 
 
@@ -97,6 +107,53 @@ def same_numbers(one: Tensor, other: Tensor) -> bool:
         return False
     pieces = _chunks(one, range(one.shape[0]))
     return all(np.array_equal(mine, other.rows(row, row + len(mine))) for row, mine in pieces)
+
+
+def check_sizes(
+    tensors: Mapping[str, Tensor], shapes: Mapping[str, tuple[int, ...]], names: Names, source: str
+) -> None:
+    """Compare some weights with a file's tensors, before a model of their sizes is built.
+
+    Args:
+      tensors, names, source: as of `load_weights`.
+      shapes: of some weights that tell all sizes, by path.
+
+    Raises:
+      ValueError: a tensor is missing or of another shape; it is named.
+    """
+    for name, place in places(names, shapes).items():
+        _check_shape(name, place, shapes[place.path], _found(tensors, name, source))
+
+
+def _found(tensors: Mapping[str, Tensor], name: str, source: str) -> Tensor:
+    if name in tensors:
+        return tensors[name]
+    raise ValueError(
+        f"{source} lacks tensor {shown(name)}: it is not whole, or its weights do not belong to its configuration"
+    )
+
+
+def _check_shape(name: str, place: Place, whole: tuple[int, ...], tensor: Tensor) -> bool:
+    """Refuse a tensor of another shape than a weight's; say whether it is transposed."""
+    shape = place.one(whole)
+    turned = place.is_turned(len(shape))
+    if tensor.shape != (wanted := shape[::-1] if turned else shape):
+        raise ValueError(
+            f"{tensor.path}: tensor {shown(name)} has shape {quoted(tensor.shape)} where its configuration asks for "
+            f"{quoted(wanted)}: they do not belong together"
+        )
+    return turned
+
+
+def _warn_of(broken: Mapping[str, Tensor], dtype: Any) -> None:
+    if broken:
+        name, tensor = next(iter(broken.items()))
+        more = f", and {len(broken) - 1} more tensors hold" if len(broken) > 1 else " holds"
+        warnings.warn(
+            f"{tensor.path}: tensor {shown(name)}{more} numbers that are not finite, or not in {dtype}: nothing "
+            "sound can come of them",
+            stacklevel=3,
+        )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -118,27 +175,17 @@ def _sources(
     """Find every weight's tensors, checked."""
     found = places(names, {path: leaf.shape for path, leaf in leaves.items()})
     for name in found:
-        if name not in tensors:
-            raise ValueError(
-                f"{source} lacks tensor {name}: it is not whole, or its weights do not belong to its configuration"
-            )
+        _found(tensors, name, source)
     for name, tensor in tensors.items():
         if name not in found and not ignored(name):
             raise ValueError(
-                f"{tensor.path} holds tensor {name}, for which this model has no place: load another model"
+                f"{tensor.path} holds tensor {shown(name)}, for which this model has no place: load another model"
             )
     parts: dict[str, list[Tensor]] = {path: [] for path in leaves}
     turned = dict[str, bool]()
     for name, place in found.items():
-        shape, tensor = place.one(leaves[place.path].shape), tensors[name]
-        turned[place.path] = place.is_turned(len(shape))
-        shape = shape[::-1] if turned[place.path] else shape
-        if tensor.shape != shape:
-            raise ValueError(
-                f"{tensor.path}: tensor {name} has shape {tensor.shape} where its configuration asks for {shape}: "
-                "they do not belong together"
-            )
-        parts[place.path].append(tensor)  # `places` gives layers in their order
+        turned[place.path] = _check_shape(name, place, leaves[place.path].shape, tensors[name])
+        parts[place.path].append(tensors[name])  # `places` gives layers in their order
     stacks = {place.path for place in found.values() if place.layer is not None}
     return {path: _Source(tuple(of), path in stacks, turned[path]) for path, of in parts.items()}
 
@@ -164,16 +211,17 @@ def _pieces(shape: tuple[int, ...], sharding: Any) -> Iterable[_Piece]:
     return pieces.values()
 
 
-def _fill(piece: _Piece, dtype: Any, source: _Source) -> jax.Array:
+def _fill(piece: _Piece, dtype: Any, source: _Source, broken: dict[str, Tensor]) -> jax.Array:
+    """Read a piece onto its first device; tensors with numbers that are not finite go into `broken`."""
     shape, turn = [len(along) for along in piece.part], source.is_turned
     if piece.size * np.dtype(dtype).itemsize <= CHUNK:  # no program to compile, and little to hold twice
         whole = np.empty(shape, dtype)
-        for start, rows in _rows(piece, source):
+        for start, rows in _rows(piece, source, dtype, broken):
             rows = rows.swapaxes(-1, -2) if turn else rows
             whole[tuple(slice(first, first + size) for first, size in zip(start, rows.shape, strict=True))] = rows
         return jax.block_until_ready(jax.device_put(whole, piece.devices[0]))
     target = jnp.zeros(shape, dtype, device=piece.devices[0])
-    for start, rows in _rows(piece, source):
+    for start, rows in _rows(piece, source, dtype, broken):
         # Some rows are read while others are written, and no more wait.
         target.block_until_ready()
         # JAX would cut float64 to float32 with a warning.
@@ -181,16 +229,29 @@ def _fill(piece: _Piece, dtype: Any, source: _Source) -> jax.Array:
     return target.block_until_ready()
 
 
-def _rows(piece: _Piece, source: _Source) -> Iterator[tuple[tuple[int, ...], np.ndarray]]:
+def _rows(
+    piece: _Piece, source: _Source, dtype: Any, broken: dict[str, Tensor]
+) -> Iterator[tuple[tuple[int, ...], np.ndarray]]:
     """Read a piece some rows at a time: where in the piece they begin, and they as the file has them."""
     layers, *along = piece.part if source.is_stack else (range(1), *piece.part)
     rows, *columns = reversed(along) if source.is_turned else along
     for place, layer in enumerate(layers):
-        for row, chunk in _chunks(source.tensors[layer], rows):
+        tensor = source.tensors[layer]
+        for row, chunk in _chunks(tensor, rows):
+            if _not_finite_in(dtype, chunk):
+                broken[tensor.name] = tensor
             start = [row - rows.start, *(0 for _ in columns)]
             chunk = chunk[(slice(None), *(slice(one.start, one.stop) for one in columns))]
             where = start[::-1] if source.is_turned else start
             yield (place, *where) if source.is_stack else tuple(where), chunk[None] if source.is_stack else chunk
+
+
+def _not_finite_in(dtype: Any, chunk: np.ndarray) -> bool:
+    """Say whether a number is none or infinite, or will be when it is rounded."""
+    largest = float(jnp.finfo(dtype).max)
+    if not_finite(chunk):
+        return True
+    return float(jnp.finfo(chunk.dtype).max) > largest and bool(max(chunk.max(), -chunk.min()) > largest)
 
 
 def _chunks(tensor: Tensor, rows: range) -> Iterator[tuple[int, np.ndarray]]:

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from typing import Any
 
 import jax.numpy as jnp
 
 from rslora_jax.models.rope import RopeScaling
+from rslora_jax.shown import quoted
 
 # Only the policies of jax.checkpoint_policies that take no argument: the others are factories, which a bare
 # name in a configuration file cannot call.
@@ -19,6 +21,12 @@ REMAT_POLICIES = (
     "checkpoint_dots",
     "checkpoint_dots_with_no_batch_dims",
 )
+
+
+# What depends on these figures is made before weights of their sizes are looked at.
+LARGEST_SIZE = 2**31 - 1
+MOST_LAYERS = 10_000
+LARGEST_HEAD = 1 << 16
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -78,6 +86,7 @@ class DecoderConfig:
     dtype: Any = jnp.float32
 
     def __post_init__(self) -> None:
+        self._check_figures()
         if self.num_heads % self.num_kv_heads:
             raise ValueError(
                 f"num_heads={self.num_heads} is not a multiple of num_kv_heads={self.num_kv_heads}: "
@@ -116,3 +125,15 @@ class DecoderConfig:
                 object.__setattr__(self, "rope_base", self.window_rope_base)
                 object.__setattr__(self, "rope_scaling", None)
             object.__setattr__(self, "window_rope_base", None)
+
+    def _check_figures(self) -> None:
+        """Refuse sizes and numbers with which nothing can be computed."""
+        for name in ("vocab_size", "width", "mlp_width", "num_layers", "num_heads", "num_kv_heads", "max_len"):
+            most = MOST_LAYERS if name == "num_layers" else LARGEST_SIZE
+            if not 0 < getattr(self, name) <= most:
+                raise ValueError(f"{name}={quoted(getattr(self, name))} is not between 1 and {most}")
+        numbers = ("rope_base", "window_rope_base", "norm_eps", "embed_scale", "score_size", "score_cap", "logit_cap")
+        for name in numbers:
+            value = getattr(self, name)
+            if value is not None and not (0 < value < math.inf or (value == 0 and name == "norm_eps")):
+                raise ValueError(f"{name}={quoted(value)} is not a positive number")

@@ -243,4 +243,4 @@ def _tuple(numbers: Sequence[float] | np.ndarray) -> tuple[float, ...]:
 
 def _shown(scaling: RopeScaling) -> str:
     text = repr(scaling)
-    return text if len(text) <= 120 else text[:117] + "..."
+    return text if len(text) <= 60 else text[:57] + "..."

@@ -13,6 +13,7 @@ import orbax.checkpoint as ocp
 
 from rslora_jax.config import LoraConfig
 from rslora_jax.pytrees import Params
+from rslora_jax.shown import quoted, shown
 from rslora_jax.store.checksum import checksums
 from rslora_jax.store.damage import Damaged, read_or_say
 from rslora_jax.store.folder import steps_in
@@ -65,12 +66,30 @@ def read_about(where: Path) -> dict[str, Any]:
     from_before = "checksum" not in about and about.get("format", 0) in (0, 1)
     if not from_before and about.get("checksum") != _checksum(about):
         raise Damaged(f"{where / 'about'} is damaged (it is not what was saved)")
+    if type(about.get("format", 0)) is not int:
+        raise Damaged(f"{where / 'about'} is damaged (format is {quoted(about['format'])})")
     if about.get("format", 0) > FORMAT:
         raise ValueError(
-            f"{where} is of format {about['format']}, and this version reads up to {FORMAT}: install a newer rslora_jax"
+            f"{where} is of format {quoted(about['format'])}, and this version reads up to {FORMAT}: install a newer "
+            "rslora_jax"
         )
+    about = _checked(where / "about", about)
     # What a config did not have yet, it has by default.
     return about | {"config": LoraConfig().to_dict() | about["config"]} if "config" in about else about
+
+
+def _checked(where: Path, about: dict[str, Any]) -> dict[str, Any]:
+    """Return what a checkpoint tells, each part of the kind that it is to be: whoever can write may seal anything."""
+    about = {"base": {}, "settings": {}, "checksums": {}} | about
+    for name in ("config", "base", "settings", "checksums", "keys", "data", "course"):
+        if not isinstance(about.get(name, {}), dict):
+            raise Damaged(f"{where} is damaged ({name} is {quoted(about[name])})")
+    for name in ("base", "checksums", "keys"):
+        if not all(isinstance(text, str) for text in about.get(name, {}).values()):
+            raise Damaged(f"{where} is damaged ({name} is {quoted(about[name])})")
+    if type(loss := about.get("heldout_loss")) not in (int, float, type(None)):
+        raise Damaged(f"{where} is damaged (heldout_loss is {quoted(loss)})")
+    return about
 
 
 def load_about(folder: str | Path) -> dict[str, Any]:
@@ -117,8 +136,8 @@ def check_same(where: Path, found: Mapping[str, Any], here: Mapping[str, Any]) -
         first = differing[0]
         theirs, ours = (str(side[name].get(first, "missing")) for side in (found, here))
         if name == "base" and theirs.split()[0] == ours.split()[0]:
-            said = f"{first} has other values"
+            said = f"{shown(first)} has other values"
         else:
-            said = f"{first} is {theirs} there, {ours} here"
+            said = f"{shown(first)} is {shown(theirs)} there, {shown(ours)} here"
         more = f", and {len(differing) - 1} more" if len(differing) > 1 else ""
         raise ValueError(f"{where} was trained with another {what} ({said}{more}): give it the same one")

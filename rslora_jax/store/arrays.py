@@ -16,9 +16,10 @@ import numpy as np
 import orbax.checkpoint as ocp
 
 from rslora_jax.pytrees import PyTree
+from rslora_jax.shown import reason_of
 from rslora_jax.sites import named_leaves, path_name
 from rslora_jax.store.checksum import checksums, form_of
-from rslora_jax.store.damage import Damaged, read_or_say, reason_of
+from rslora_jax.store.damage import Damaged, read_or_say
 from rslora_jax.store.keys import as_data
 from rslora_jax.store.quiet import quiet_closed_loops
 

@@ -23,6 +23,7 @@ from rslora_jax.adapters import Adapters
 from rslora_jax.config import LoraConfig
 from rslora_jax.parallel.processes import first_decides
 from rslora_jax.pytrees import Params, PyTree
+from rslora_jax.shown import quoted, reason_of
 from rslora_jax.sites import from_paths, named_leaves
 from rslora_jax.store.about import (
     FORMAT,
@@ -259,7 +260,16 @@ def load_adapters(
     like = jax.tree.map(lambda leaf: np.empty(leaf.shape, leaf.dtype), shapes_of(where, "adapters", about))
     if shardings is not None:
         like = jax.tree.map(lambda leaf, at: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=at), like, shardings)
-    return LoraConfig.from_dict(about["config"]), read_arrays(where, about, {"adapters": like})["adapters"]
+    return _config_of(where, about), read_arrays(where, about, {"adapters": like})["adapters"]
+
+
+def _config_of(where: Path, about: Mapping[str, Any]) -> LoraConfig:
+    try:
+        if not isinstance(method := about["config"].get("method", "lora"), str):
+            raise ValueError(f"its method is {quoted(method)}")
+        return LoraConfig.from_dict(about["config"])
+    except (ValueError, TypeError, AttributeError, KeyError) as error:
+        raise ValueError(f"{where} has a config that cannot be read ({reason_of(error)})") from error
 
 
 def load_model_state(folder: str | Path, like: PyTree, *, step: int | Literal["last", "best"] = "last") -> PyTree:

@@ -7,6 +7,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from rslora_jax.shown import reason_of
+
 # What the system and tensorstore say where not the file is at fault, but the right to read it, memory or a device.
 _NO_DAMAGE = re.compile(
     "PERMISSION_DENIED|UNAUTHENTICATED|RESOURCE_EXHAUSTED|UNAVAILABLE|DEADLINE_EXCEEDED|ABORTED|CANCELLED|"
@@ -45,12 +47,3 @@ def _is_damage(error: BaseException) -> bool:
         return False
     before = error.__cause__ or error.__context__
     return not _NO_DAMAGE.search(str(error)) and (before is None or _is_damage(before))
-
-
-def reason_of(error: BaseException) -> str:
-    """Return an error's text in one line, not too long.
-
-    >>> reason_of(ValueError("one\\n  two")), reason_of(KeyError())
-    ('one two', 'KeyError')
-    """
-    return " ".join(str(error).split())[:300] or type(error).__name__

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import numpy as np
 
+from rslora_jax.shown import reason_of
 from rslora_jax.train.encode import Tokenizer, Tokens
 from rslora_jax.train.examples import Example
 
@@ -66,11 +67,14 @@ def load(path: Path, examples: int) -> Tokens | None:
     try:
         with np.load(path, allow_pickle=False) as file:
             tokens = Tokens(*(file[name] for name in Tokens._fields))
+        for name, kind in zip(Tokens._fields, "ibii", strict=True):
+            if (array := getattr(tokens, name)).ndim != 1 or array.dtype.kind != kind or (array < 0).any():
+                raise ValueError(f"{name} is no list of numbers")
         sizes = (len(tokens.ids_N), len(tokens.is_learnt_N), len(tokens.lengths_S), len(tokens.sequences_E))
         if sizes != (tokens.lengths_S.sum(), sizes[0], tokens.sequences_E.sum(), examples):
             raise ValueError("arrays that do not belong together")
     except Exception as error:  # a damaged zip file raises almost anything
-        warnings.warn(f"{path} is damaged ({error}); the data are tokenised anew", stacklevel=2)
+        warnings.warn(f"{path} is damaged ({reason_of(error)}); the data are tokenised anew", stacklevel=2)
         return None
     return tokens
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
@@ -9,10 +10,14 @@ from os import PathLike
 from pathlib import Path
 from typing import Any
 
+from rslora_jax.shown import quoted, shown
+
 ROLES = ("system", "user", "assistant", "tool")
 FORMS = (("prompt", "completion"), ("question", "answer"), ("messages",), ("text",))
 FORMS_HELP = "{prompt, completion}, {question, answer}, {messages} or {text}"
 _BAD_ROWS_SHOWN = 3
+_LONGEST_LINE = 1 << 25  # bytes: an object takes many times those of its JSON
+_LONGEST = 220  # characters of what is said of them, without the file's name
 
 
 @dataclass(frozen=True)
@@ -66,7 +71,7 @@ def read_jsonl(path: str | PathLike[str]) -> list[Example]:
     >>> read_jsonl(path)[0].completion
     ' 4'
     """
-    return parse_all(path, _lines(Path(path)), _decode, kind="line")
+    return parse_all(path, _lines(Path(path)), decode_line, kind="line")
 
 
 def parse_all(
@@ -83,19 +88,23 @@ def parse_all(
     'sums:2'
     """
     examples: list[Example] = []
-    problems: list[str] = []
+    problems, count = list[str](), 0
     for number, row in rows:
         origin = f"{path}:{number}"
         try:
             examples.append(_parse(decode(row), origin))
         except ValueError as error:
-            problems.append(f"{origin} {error}")
-    if problems:
-        shown = "; ".join(problems[:_BAD_ROWS_SHOWN])
-        if len(problems) == 1:
-            raise ValueError(shown)
-        more = len(problems) - _BAD_ROWS_SHOWN
-        raise ValueError(f"{len(problems)} bad {kind}s: {shown}" + (f"; and {more} more" if more > 0 else ""))
+            count += 1
+            # Of the first all is said; of the others only what is wrong.
+            text = f"{origin} {error}" if count == 1 else f"{kind} {number} {str(error).partition(';')[0]}"
+            length = sum(map(len, (*problems, text))) - len(str(path))
+            if count <= _BAD_ROWS_SHOWN and (count == 1 or length <= _LONGEST):
+                problems.append(text)
+    if count == 1:
+        raise ValueError(problems[0])
+    if count:
+        more = f"; and {count - len(problems)} more" if count > len(problems) else ""
+        raise ValueError(f"{count} bad {kind}s: {'; '.join(problems)}{more}")
     if not examples:
         what = "JSON object a line" if kind == "line" else f"example a {kind}"
         raise ValueError(f"{path} holds no examples; write one {what}, as {FORMS_HELP}")
@@ -129,7 +138,15 @@ def _parse(record: dict[str, Any], origin: str) -> Example:
     return Example(texts[0], texts[1], origin)
 
 
-def _decode(line: bytes) -> dict[str, Any]:
+def decode_line(line: bytes) -> dict[str, Any]:
+    """Read one line of JSON as an object; a ValueError says what it is in place of one.
+
+    >>> decode_line(b'{"text": "a", "text": "b"}')
+    Traceback (most recent call last):
+    ValueError: has the key "text" twice; keep one of them
+    """
+    if len(line) > _LONGEST_LINE:
+        raise ValueError(f"is longer than {_LONGEST_LINE} bytes; write what it holds as several lines")
     try:
         text = line.decode("utf-8")
     except UnicodeDecodeError as error:
@@ -151,7 +168,7 @@ def _without_repeats(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     if len(record) < len(pairs):
         keys = [key for key, _ in pairs]
         repeated = next(key for key in keys if keys.count(key) > 1)
-        raise ValueError(f'has the key "{repeated}" twice; keep one of them')
+        raise ValueError(f"has the key {_quote([repeated])} twice; keep one of them")
     return record
 
 
@@ -179,7 +196,7 @@ def _messages(value: Any) -> list[Message]:
             found = f"the keys {_quote(turn)}" if isinstance(turn, dict) else _kind(turn)
             raise ValueError(f'has in {where} {found}; give it "role" and "content" and nothing else')
         if turn["role"] not in ROLES:
-            raise ValueError(f"has in {where} the role {turn['role']!r}; use one of {', '.join(ROLES)}")
+            raise ValueError(f"has in {where} the role {quoted(turn['role'], 40)}; use one of {', '.join(ROLES)}")
         messages.append(Message(turn["role"], _text(turn["content"], f"the content of {where}")))
     if messages[-1].role != "assistant":
         raise ValueError(f"ends with a message of the {messages[-1].role}; end it with the assistant's")
@@ -207,4 +224,4 @@ def _kind(value: Any) -> str:
 
 
 def _quote(keys: Any) -> str:
-    return ", ".join(f'"{key}"' for key in keys) or "none"
+    return shown(", ".join(f'"{shown(str(key), 40)}"' for key in itertools.islice(keys, 8))) or "none"

@@ -32,16 +32,17 @@ def of_one_set(records: Sequence[Record]) -> Sequence[Record]:
 
 
 def read_metrics(path: Path, until: int) -> list[Record]:
-    """Read the lines of a metrics file up to a step; a line that a crash cut short ends it."""
+    """Read the lines of a metrics file up to a step; a line that a crash cut short, or that is none, ends it."""
     records: list[Record] = []
-    if path.exists():
-        for line in path.read_text(encoding="utf-8").splitlines():
-            try:
-                record = json.loads(line)
-            except json.JSONDecodeError:
-                break
-            if record["step"] <= until:
-                records.append(record)
+    for line in path.read_bytes().splitlines() if path.exists() else ():
+        try:
+            record = json.loads(line.decode())
+        except (ValueError, RecursionError):
+            break
+        if not isinstance(record, dict) or type(record.get("step")) is not int:
+            break
+        if record["step"] <= until:
+            records.append(record)
     return records
 
 

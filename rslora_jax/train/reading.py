@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from rslora_jax.confined import Confined, Exceeded
+from rslora_jax.shown import reason_of, shown
 from rslora_jax.train.examples import FORMS, FORMS_HELP, Example, parse_all, read_jsonl
 
 _KEYS = [key for form in FORMS for key in form]
@@ -76,8 +77,8 @@ def _parquet_rows(path: str | PathLike[str]) -> Iterator[tuple[int, dict[str, An
         names = _asked(reader, path, (str(path), _KEYS))
         columns = [name for name in names if name in _KEYS]
         if not columns:
-            found = ", ".join(f'"{name}"' for name in names) or "none"
-            raise ValueError(f"{path} has the columns {found}; name them as {FORMS_HELP}")
+            found = ", ".join(f'"{name}"' for name in names[:20]) or "none"
+            raise ValueError(f"{path} has the columns {shown(found, 120)}; name them as {FORMS_HELP}")
         for name in columns:
             if columns.count(name) > 1:
                 raise ValueError(f'{path} has the column "{name}" twice; keep one of them')
@@ -102,15 +103,15 @@ def _asked(reader: Confined, path: str | PathLike[str], question: Any, first: in
     except Exceeded as error:
         raise ValueError(f"{path}:{first} {error} to unpack; write it as JSON lines if that is meant") from error
     except ValueError as error:
-        raise ValueError(f"{path} is damaged or not Parquet ({error}); write it anew") from error
-    kind, reason = answer if isinstance(answer, tuple) and isinstance(answer[0], str) else (None, "")
-    reason = reason.partition("\n")[0]
+        raise ValueError(f"{path} is damaged or not Parquet ({reason_of(error)}); write it anew") from error
+    kind, text = answer if isinstance(answer, tuple) and isinstance(answer[0], str) else (None, "")
+    why = shown(text.partition("\n")[0].replace(str(path), "it"), 120)
     if kind == "not UTF-8":
-        raise ValueError(f"{path}:{first} or one of the {reason} rows after it is not UTF-8")
+        raise ValueError(f"{path}:{first} or one of the {why} rows after it is not UTF-8")
     if kind == "damaged":
-        raise ValueError(f"{path} is damaged or not Parquet ({reason}); write it anew")
+        raise ValueError(f"{path} is damaged or not Parquet ({why}); write it anew")
     if kind == "unreadable":
-        raise _unreadable(path, reason)
+        raise _unreadable(path, why)
     return answer
 
 

@@ -11,9 +11,9 @@ from typing import Any
 
 import jax
 
+from rslora_jax.shown import reason_of
 from rslora_jax.sites import from_paths, named_leaves
 from rslora_jax.store import checkpoint
-from rslora_jax.store.damage import reason_of
 from rslora_jax.train import course
 from rslora_jax.train.batch_stream import Feed
 from rslora_jax.train.state import TrainState
@@ -113,7 +113,7 @@ class Saver:
         """Say that the save under way failed."""
         with contextlib.suppress(Exception):  # of the disk that failed: told below
             self.checkpoints.manager.reload()
-        step, reason = self._writing, reason_of(error)
+        step, reason = self._writing, reason_of(error, 200)
         if step is not None and step not in self.failed:
             self.failed[step] = reason
             there = self._what_is_there()

@@ -108,7 +108,7 @@ def test_several_bad_lines_are_counted_and_the_first_three_are_shown(write):
         read_jsonl(path)
     message = str(caught.value)
     assert message.startswith(f"5 bad lines: {path}:1 is a number") and message.endswith("; and 2 more")
-    assert re.findall(r"jsonl:(\d+)", message) == ["1", "3", "5"]
+    assert re.findall(r"(?:jsonl:|line )(\d+)", message) == ["1", "3", "5"]
 
 
 def test_a_file_without_examples_is_refused(write):

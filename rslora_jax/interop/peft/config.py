@@ -14,6 +14,7 @@ from rslora_jax.interop.peft.files import WEIGHTS_NAME, PeftFolder, adapted_in, 
 from rslora_jax.interop.peft.settings import PeftSettings, read_settings
 from rslora_jax.interop.peft.tied import Places, places_of_uses, ties
 from rslora_jax.pytrees import Params
+from rslora_jax.shown import quoted
 from rslora_jax.transform.uses import LOOKUP
 from rslora_jax.wrap import array_leaves
 
@@ -62,7 +63,8 @@ def adapted_modules(peft: PeftFolder, settings: PeftSettings, places: Places) ->
         if (table in chosen or head in chosen) and ties(settings, table, head, in_file):
             chosen[table] = chosen[head] = modules[table].path
     if not chosen:
-        raise ValueError(f"{settings.where} adapts no module of this model: its target_modules are {settings.targets}")
+        asked_for = quoted(settings.targets)
+        raise ValueError(f"{settings.where} adapts no module of this model: its target_modules are {asked_for}")
     return chosen
 
 

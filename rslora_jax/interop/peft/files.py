@@ -13,13 +13,12 @@ import jax
 import numpy as np
 
 from rslora_jax.interop.json_files import read_json
-from rslora_jax.interop.names import shown
-from rslora_jax.interop.safetensors import DTYPES, open_file, write_file
+from rslora_jax.interop.safetensors import DTYPES, not_finite, open_file, write_file
+from rslora_jax.shown import shown
 
 CONFIG_NAME = "adapter_config.json"
 WEIGHTS_NAME = "adapter_model.safetensors"
 PREFIX = "base_model.model."
-_LARGEST_CONFIG = 1 << 24
 _MISSING = "is not there: give a folder that PEFT's save_pretrained wrote"
 
 
@@ -51,8 +50,6 @@ def as_opened(folder: str | Path | PeftFolder) -> PeftFolder:
     path = Path(folder) / CONFIG_NAME
     if not path.is_file():
         raise ValueError(f"{path} {_MISSING}")
-    if path.stat().st_size > _LARGEST_CONFIG:
-        raise ValueError(f"{path} has {path.stat().st_size} bytes: no adapter's configuration is so large")
     return PeftFolder(Path(folder), read_json(path))
 
 
@@ -68,7 +65,11 @@ def _read_tensors(path: Path) -> dict[str, np.ndarray]:
     for name, tensor in found.items():
         if tensor.dtype == DTYPES["F64"]:
             raise ValueError(f"{path}: {shown(name)} is of dtype F64: save it as float32, bfloat16 or float16")
-    return {name: tensor.whole() for name, tensor in found.items()}
+    tensors = {name: tensor.whole() for name, tensor in found.items()}
+    for name, array in tensors.items():
+        if not_finite(array):
+            raise ValueError(f"{path}: {shown(name)} holds numbers that are not finite: the adapter is broken")
+    return tensors
 
 
 def write_tensors(folder: Path, tensors: Mapping[str, np.ndarray]) -> None:

@@ -12,7 +12,7 @@ import numpy as np
 
 from rslora_jax.config import split_use
 from rslora_jax.interop.decoder import DECODER
-from rslora_jax.interop.names import Names, shown
+from rslora_jax.interop.names import Names
 from rslora_jax.interop.peft.config import adapted_modules
 from rslora_jax.interop.peft.files import CONFIG_NAME, PREFIX, WEIGHTS_NAME, PeftFolder, as_opened
 from rslora_jax.interop.peft.layout import (
@@ -27,6 +27,7 @@ from rslora_jax.interop.peft.layout import (
 from rslora_jax.interop.peft.replaced import replaced_weights, split_layer
 from rslora_jax.interop.peft.settings import PeftSettings, read_settings
 from rslora_jax.pytrees import Params
+from rslora_jax.shown import quoted, shown
 from rslora_jax.sites import Site, named_leaves
 from rslora_jax.wrap import Adapters, Lora
 
@@ -98,10 +99,13 @@ def load_peft(folder: str | Path | PeftFolder, lora: Lora, names: Names = DECODE
         shared = site.tied and not site.use  # one adapter for a table and its head
         if not chosen & {*own} or (shared and not chosen >= {*own}):
             raise ValueError(f"{settings.where} does not adapt {path}, as this config does: wrap with `read_config`'s")
-        layers = [_factors(settings, site, module, chosen, left) for module in (own[:1] if shared else own)]
+        wanted = own[:1] if shared else own
+        # First those that are there: a rank that the file does not have is told before zeros of it are made.
+        read = {module: _factors(settings, site, module, left) for module in wanted if module in chosen}
+        layers = [read[module] if module in read else _zeros(site) for module in wanted]
         adapters[path] = {
-            name: np.asarray(np.stack(of) if site.stack_axes else of[0], jnp.dtype(lora.config.dtype))
-            for name, of in ((name, [layer[name] for layer in layers]) for name in site.factors)
+            name: np.asarray(np.stack(parts) if site.stack_axes else parts[0], jnp.dtype(lora.config.dtype))
+            for name, parts in ((name, [layer[name] for layer in layers]) for name in site.factors)
         }
         if shared:
             _check_tied_head(settings, left, own, site, adapters[path], where)
@@ -116,18 +120,20 @@ def _take(settings: PeftSettings, left: dict[str, np.ndarray], name: str, shape:
     tensor = left.pop(name)
     if tensor.shape != shape:
         raise ValueError(
-            f"{where}: {PREFIX}{name} has shape {tensor.shape}, where the model and {CONFIG_NAME} ask for {shape}"
+            f"{where}: {PREFIX}{name} has shape {quoted(tensor.shape)}, where the model and {CONFIG_NAME} ask for "
+            f"{shape}"
         )
     return tensor
 
 
-def _factors(
-    settings: PeftSettings, site: Site, module: str, chosen: set[str], left: dict[str, np.ndarray]
-) -> dict[str, np.ndarray]:
+def _zeros(site: Site) -> dict[str, np.ndarray]:
+    """Give the factors of a layer that has no adapter."""
+    stack = len(site.stack_axes)
+    return {name: np.zeros(shape[stack:], np.float32) for name, shape in site.factor_shapes.items()}
+
+
+def _factors(settings: PeftSettings, site: Site, module: str, left: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
     """Read one module's factors, with the site's rank and scale."""
-    if module not in chosen:
-        stack = len(site.stack_axes)
-        return {name: np.zeros(shape[stack:], np.float32) for name, shape in site.factor_shapes.items()}
     rank, _ = settings.rank_and_alpha(module)
     if rank > site.rank:
         raise ValueError(f"{settings.where} has rank {rank} for {module}, and this config {site.rank}")

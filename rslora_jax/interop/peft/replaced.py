@@ -8,11 +8,12 @@ from pathlib import Path
 import numpy as np
 
 from rslora_jax.config import split_use
-from rslora_jax.interop.names import Place, shown
+from rslora_jax.interop.names import Place
 from rslora_jax.interop.peft.files import CONFIG_NAME, PREFIX
 from rslora_jax.interop.peft.layout import is_table, weight_from_torch
 from rslora_jax.interop.peft.settings import PeftSettings
 from rslora_jax.interop.peft.tied import Places, ties_copies
+from rslora_jax.shown import shown
 from rslora_jax.transform.uses import LOOKUP
 
 

@@ -3,17 +3,15 @@
 from __future__ import annotations
 
 import dataclasses
-import json
-import math
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from rslora_jax import scaling
 from rslora_jax.confined import Exceeded
-from rslora_jax.interop.names import shown
 from rslora_jax.interop.peft.files import CONFIG_NAME, PeftFolder
 from rslora_jax.interop.peft.matching import Matcher
+from rslora_jax.shown import in_json, quoted, shown
 
 # What is read; the rest of PEFT's fields is either without effect on what the adapter computes, or refused.
 _READ = {
@@ -56,6 +54,7 @@ _HARMLESS = {
 }
 # What a field may hold beside null, false and empty; others are refused, whether this version knows them or not.
 _NEUTRAL = {"bias": "none"}
+_LARGEST = 2**31 - 1  # of ranks and alphas, beyond which nothing could be computed
 _INITS = (True, False, None, "gaussian", "eva", "orthogonal", "mica")
 
 
@@ -191,27 +190,27 @@ class _Fields:
         return value
 
     def wrong(self, name: str, wanted: str) -> ValueError:
-        return ValueError(f"{self.where} has {name}={json.dumps(self.of.get(name))[:80]}, which is not {wanted}")
+        return ValueError(f"{self.where} has {name}={in_json(self.of.get(name))}, which is not {wanted}")
 
 
 def _check_known(fields: _Fields) -> None:
     """Refuse what this library does not compute."""
     where = fields.where
     if fields.of.get("peft_type") != "LORA":
-        raise ValueError(f"{where} has peft_type {fields.of.get('peft_type')!r}: only 'LORA' is read")
+        raise ValueError(f"{where} has peft_type {quoted(fields.of.get('peft_type'))}: only 'LORA' is read")
     for name, value in fields.of.items():
         if name in _READ | _HARMLESS or not value or _NEUTRAL.get(name) == value:
             continue
         raise ValueError(
-            f"{where} has {name}={json.dumps(value)[:80]}, which this version does not compute: "
+            f"{where} has {shown(name)}={in_json(value, 40)}, which this version does not compute: "
             "merge the adapter into its base with PEFT, and load that model"
         )
     init = fields.of.get("init_lora_weights")
     init = init.lower() if isinstance(init, str) else init
     if init not in _INITS or type(init) in (int, float):
         raise ValueError(
-            f"{where} has init_lora_weights={init!r}, which changes the base's own weights: convert the adapter to a "
-            "plain one with PEFT (save_pretrained with path_initial_model_for_weight_conversion)"
+            f"{where} has init_lora_weights={quoted(init, 30)}, which changes the base's own weights: convert the "
+            "adapter to a plain one with PEFT (save_pretrained with path_initial_model_for_weight_conversion)"
         )
 
 
@@ -219,11 +218,11 @@ def _check_values(fields: _Fields, settings: PeftSettings) -> None:
     """Refuse ranks, scales and patterns that make no sense."""
     where = fields.where
     for rank in (settings.r, *settings.rank_pattern.values()):
-        if rank < 1:
-            raise ValueError(f"{where} has rank {rank}: an adapter needs a rank of 1 or more")
+        if not 1 <= rank <= _LARGEST:
+            raise ValueError(f"{where} has rank {quoted(rank)}: an adapter needs a rank of 1 or more")
     for number in (settings.alpha, *settings.alpha_pattern.values()):
-        if not 0 < number < math.inf:
-            raise ValueError(f"{where} has lora_alpha {number}: it is to be a positive number")
+        if not 0 < number <= _LARGEST:
+            raise ValueError(f"{where} has lora_alpha {quoted(number)}: it is to be a positive number")
     patterns: dict[str, Iterable[str]] = {
         "rank_pattern": settings.rank_pattern,
         "alpha_pattern": settings.alpha_pattern,

@@ -6,9 +6,9 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from rslora_jax.interop.names import shown
 from rslora_jax.interop.peft.files import CONFIG_NAME, FACTOR, PREFIX, WEIGHTS_NAME, PeftFolder, as_opened
 from rslora_jax.interop.peft.settings import read_settings
+from rslora_jax.shown import shown
 from rslora_jax.wrap import Lora
 
 # Who serves an adapter at one scale, and what their names are.
