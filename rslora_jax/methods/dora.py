@@ -1,0 +1,81 @@
+"""DoRA: the direction of W + gamma A B, and for each output a magnitude of its own (arXiv 2402.09353)."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+import jax
+import jax.numpy as jnp
+from jax import Array, lax
+
+from rslora_jax.methods.lora import LoRA
+from rslora_jax.methods.method import Axis, aligned, terms
+from rslora_jax.stored.form import dense, is_stored
+from rslora_jax.transform.views import RANK, View
+
+if TYPE_CHECKING:
+    from rslora_jax.config import LoraConfig
+    from rslora_jax.sites import Site
+
+
+@dataclasses.dataclass(frozen=True)
+class DoRA(LoRA):
+    """`m * (W + gamma A B) / ||W + gamma A B||`, with the norm over the in-axes, a number of m for each output (eq. 5).
+
+    The norm is a constant under differentiation, as in section 4.3 of the paper. It is computed without the sum:
+    ||W + gamma A B||^2 = ||W||^2 + 2 gamma <A'W, B> + gamma^2 <(A'A) B, B>, output by output.
+    """
+
+    needs_base = True
+
+    # What holds of a product of two factors does not of this.
+    low_rank = None  # type: ignore[assignment]
+    peft_head = None  # type: ignore[assignment]
+
+    def factors(self, site: Site) -> Mapping[str, tuple[Axis, ...]]:
+        """Name A, B and the magnitude m, and the axes of each."""
+        return {**super().factors(site), "m": (*site.stack_axes, *site.out_axes)}
+
+    def init(self, site: Site, key: Array, w: Any, config: LoraConfig) -> dict[str, Array]:
+        """Start A and B as LoRA, and m at the norms of W, so that nothing is changed."""
+        start = super().init(site, key, w, config)
+        return {**start, "m": jnp.sqrt(_squares(site, w, {})).astype(config.dtype)}
+
+    def view(self, site: Site, w: Any, factors: Mapping[str, Array]) -> View:
+        """Return the weight with A, B and gamma, and the gain m / ||W + gamma A B||."""
+        fixed = {name: lax.stop_gradient(factors[name]) for name in ("a", "b")}
+        squares = lax.stop_gradient(_squares(site, jax.tree.map(lax.stop_gradient, w), fixed))
+        m = factors["m"]
+        gain = m * lax.rsqrt(jnp.maximum(squares, jnp.finfo(squares.dtype).tiny)).astype(m.dtype)
+        return dataclasses.replace(super().view(site, w, factors), gain=aligned(site, {"m": gain})["m"])
+
+    def peft_names(self, site: Site) -> dict[str, str]:
+        """Return what PEFT calls A, B and m."""
+        return {**super().peft_names(site), "m": "lora_magnitude_vector"}
+
+
+def _squares(site: Site, w: Any, factors: Mapping[str, Array]) -> Array:
+    """Return the squared norms, of shape (*stack, *out), of W, or of W + gamma A B; no array of the weight's size.
+
+    A stack that is stored in a form of its own is made dense one element at a time.
+    """
+    if is_stored(w) and site.stack_axes[:1] == (0,):
+        one = site.element()
+        return lax.map(lambda of: _squares(one, *of), (w, dict(factors)))
+    of, w = terms(site), dense(w)
+    wide: Any = {"preferred_element_type": jnp.promote_types(w.dtype, jnp.float32)}
+    squares = jnp.einsum(f"{of['w']},{of['w']}->{of['m']}", w, w, **wide)
+    if not factors:
+        return squares
+    a, b = factors["a"], factors["b"].astype(squares.dtype)
+    other = {name: term.replace(RANK, "Y") for name, term in of.items()}
+    met = jnp.einsum(f"{of['a']},{of['w']}->{of['b']}", a.astype(w.dtype), w, **wide)
+    a = a.astype(squares.dtype)
+    grown = jnp.einsum(f"{of['a']},{other['a']},{other['b']}->{of['b']}", a, a, b)
+    change = 2 * site.gamma * met + site.gamma**2 * grown
+    return squares + jnp.einsum(f"{of['b']},{of['b']}->{of['m']}", change, b)
+
+
+METHOD = DoRA()
