@@ -46,6 +46,8 @@ class LoraConfig:
       on_fallback: "warn" or "error", where a weight is used in a way that has no low-rank form.
       allow_large_rank: accept a rank above a weight's full rank, min(in, out), with a warning. Without it `rank` is cut
         down to that for weights narrower than it, and a rank above it in `rank_pattern` is an error.
+      dropout: the part of what an adapter sees that is set to zero in training, where `lora.apply` is given a
+        `dropout_key`; the rest is as much larger (arXiv 1207.0580). The base sees all.
       method: what an adapter is, by the name of its file in `methods/` ("lora"), or a `Method` of your own.
 
     Raises:
@@ -68,6 +70,7 @@ class LoraConfig:
     dtype: str = "float32"
     on_fallback: str = "warn"
     allow_large_rank: bool = False
+    dropout: float = 0.0
     method: str | Method = "lora"
 
     def __post_init__(self) -> None:
@@ -110,6 +113,8 @@ class LoraConfig:
             floating = False
         if not floating:
             raise ValueError(f"dtype={quoted(self.dtype)} is not a floating dtype: use 'float32' or 'bfloat16'")
+        if isinstance(self.dropout, bool) or not isinstance(self.dropout, (int, float)) or not 0 <= self.dropout < 1:
+            raise ValueError(f"dropout={quoted(self.dropout)} is not a part of the data: give a number from 0 to below 1")
         method_of(self.method)  # refuses an unknown name
         if self.on_fallback not in ("warn", "error"):
             raise ValueError(f"on_fallback={quoted(self.on_fallback)} is not known: use 'warn' or 'error'")

@@ -1,6 +1,7 @@
 """`wrap`: make a function of (parameters, data) a function of (parameters, adapters, data)."""
 
 import dataclasses
+import functools
 import math
 import warnings
 from collections.abc import Callable, Mapping
@@ -13,12 +14,14 @@ from jax import Array
 
 from rslora_jax.adapters import Adapters, array_leaves, check_adapters, init_adapters, sites_by_weight, varied, views_of
 from rslora_jax.config import LoraConfig
+from rslora_jax.methods.random import site_key
 from rslora_jax.pytrees import Params
 from rslora_jax.selection import select
 from rslora_jax.sites import Site, from_paths, named_leaves, no_parameters
 from rslora_jax.stored.form import is_stored, like_dense
 from rslora_jax.table import not_adapted, table
 from rslora_jax.transform.discover import discover
+from rslora_jax.transform.dropout import with_mask
 from rslora_jax.transform.interpreter import Walk, as_arrays
 from rslora_jax.transform.program import Program, is_array
 from rslora_jax.transform.rules import RULES
@@ -113,11 +116,20 @@ class Lora:
         """
         return init_adapters(self.sites, key, self.config, params)
 
-    def apply(self, params: Params, adapters: Adapters, *args: Any, **kwargs: Any) -> Any:
+    def apply(
+        self, params: Params, adapters: Adapters, *args: Any, dropout_key: Array | None = None, **kwargs: Any
+    ) -> Any:
         """Evaluate the function with every adapted weight W acting as W + gamma A B.
 
         Gives what `fn(merge(params, adapters), *args, **kwargs)` gives, without forming that sum unless
         this is cheaper, and composes with jit, grad, vmap, scan and the rest.
+
+        Args:
+          params, adapters: the base, and what `init` gives.
+          *args, **kwargs: the function's own.
+          dropout_key: a PRNG key of this step, with which adapters drop a part of the data they see
+            (`LoraConfig.dropout`): every weight, use and layer its own. Without one nothing is dropped, as in
+            evaluation.
 
         Raises:
           ValueError: where the adapters or the parameters are not of the shapes wrapped; it names the
@@ -125,7 +137,14 @@ class Lora:
         """
         self.check(params, adapters)
         params, adapters = varied(params, self.sites, adapters)
-        return self.walked(self.walk, params, adapters, args, kwargs)
+        dress = functools.partial(self._masked, dropout_key) if dropout_key is not None else lambda view: view
+        return self.walked(self.walk, params, adapters, args, kwargs, dress)
+
+    def _masked(self, key: Array, view: View) -> View:
+        """Return the view of an adapted weight with what it draws its masks from."""
+        site = self.sites[view.sites[0]]
+        rate = self.config.dropout
+        return with_mask(view, site_key(key, site.path), rate, site.stack_axes) if rate else view
 
     def walked(
         self,

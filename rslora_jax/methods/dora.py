@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import jax
@@ -65,17 +65,23 @@ def _squares(site: Site, w: Any, factors: Mapping[str, Array]) -> Array:
         one = site.element()
         return lax.map(lambda of: _squares(one, *of), (w, dict(factors)))
     of, w = terms(site), dense(w)
-    wide: Any = {"preferred_element_type": jnp.promote_types(w.dtype, jnp.float32)}
-    squares = jnp.einsum(f"{of['w']},{of['w']}->{of['m']}", w, w, **wide)
+    wide = jnp.promote_types(w.dtype, jnp.float32)
+    columns = jnp.sum(jnp.square(w.astype(wide)), site.in_axes)  # of a fused sum, no wider copy is made
+    squares = _in_order(columns, [n for n in range(w.ndim) if n not in site.in_axes], site.factors["m"])
     if not factors:
         return squares
     a, b = factors["a"], factors["b"].astype(squares.dtype)
     other = {name: term.replace(RANK, "Y") for name, term in of.items()}
-    met = jnp.einsum(f"{of['a']},{of['w']}->{of['b']}", a.astype(w.dtype), w, **wide)
+    met = jnp.einsum(f"{of['a']},{of['w']}->{of['b']}", a.astype(w.dtype), w).astype(wide)
     a = a.astype(squares.dtype)
     grown = jnp.einsum(f"{of['a']},{other['a']},{other['b']}->{of['b']}", a, a, b)
     change = 2 * site.gamma * met + site.gamma**2 * grown
     return squares + jnp.einsum(f"{of['b']},{of['b']}->{of['m']}", change, b)
+
+
+def _in_order(array: Array, axes: Sequence[Axis], wanted: Sequence[Axis]) -> Array:
+    """Transpose an array of some of the weight's axes into another order of them."""
+    return jnp.transpose(array, [axes.index(axis) for axis in wanted])
 
 
 METHOD = DoRA()

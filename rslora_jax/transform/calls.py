@@ -5,12 +5,14 @@ from collections.abc import Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 from jax import Array, lax
 from jax.extend.core import primitives
 from jax.sharding import PartitionSpec as P
 
 from rslora_jax.stored.form import is_stored
 from rslora_jax.transform import compat
+from rslora_jax.transform.dropout import at_place, is_masked
 from rslora_jax.transform.interpreter import Rule, Walk
 from rslora_jax.transform.views import View, materialise
 
@@ -70,15 +72,20 @@ def _scan(walk: Walk, eqn: compat.Eqn, values: list[Any]) -> list[Any]:
         def whole(*values: Any) -> list[Any]:
             consts, carry, xs = _split(values, num_consts, num_carry)
             fixed, moving = _hold(carry)
+            # Of a weight that all turns share, each turn drops for itself; those of a stack have a key each.
+            shared = any(map(is_masked, (*consts, *fixed.values())))
 
-            def body(moving: list[Any], xs: Any) -> Any:
-                carry = [fixed.get(n, c) for n, c in enumerate(moving)]
-                outs = walk.run(eqn.params["jaxpr"], [*consts, *carry, *map(_enter, xs)])
+            def body(moving: list[Any], numbered: Any) -> Any:
+                turn, xs = numbered
+                own = [at_place(c, turn) for c in consts] if shared else consts
+                carry = [at_place(fixed[n], turn) if n in fixed else c for n, c in enumerate(moving)]
+                outs = walk.run(eqn.params["jaxpr"], [*own, *carry, *map(_enter, xs)])
                 kept = [None if n in fixed else walk.array(o, "scan carry") for n, o in enumerate(outs[:num_carry])]
                 return kept, outs[num_carry:]
 
             options = {k: eqn.params[k] for k in ("reverse", "length", "unroll")}
-            moved, ys = lax.scan(body, moving, xs, **options)
+            turns = jnp.arange(eqn.params["length"]) if shared else None
+            moved, ys = lax.scan(body, moving, (turns, xs), **options)
             return [*(fixed.get(n, c) for n, c in enumerate(moved)), *map(_leave, ys)]
 
         return jax.jit(whole, inline=True)
@@ -97,25 +104,31 @@ def _while_(walk: Walk, eqn: compat.Eqn, values: list[Any]) -> list[Any]:
         def whole(*values: Any) -> list[Any]:
             cond_consts, body_consts, carry = _split(values, *counts)
             fixed, moving = _hold(carry)
+            counted = any(map(is_masked, (*body_consts, *fixed.values())))  # then each turn drops for itself
 
             def full(moving: list[Any]) -> list[Any]:
                 return [fixed.get(n, c) for n, c in enumerate(moving)]
 
-            def going(moving: list[Any]) -> Any:
-                return walk.run(p["cond_jaxpr"], [*cond_consts, *full(moving)])[0]
+            def going(state: Any) -> Any:
+                return walk.run(p["cond_jaxpr"], [*cond_consts, *full(state[1])])[0]
 
-            def body(moving: list[Any]) -> list[Any]:
-                outs = walk.run(p["body_jaxpr"], [*body_consts, *full(moving)])
-                return [None if n in fixed else walk.array(o, "while carry") for n, o in enumerate(outs)]
+            def body(state: Any) -> Any:
+                turn, moving = state
+                values = [*body_consts, *full(moving)]
+                values = [at_place(v, turn) for v in values] if counted else values
+                outs = walk.run(p["body_jaxpr"], values)
+                kept = [None if n in fixed else walk.array(o, "while carry") for n, o in enumerate(outs)]
+                return None if turn is None else turn + 1, kept
 
-            def each(moving: list[Any]) -> list[Any]:
-                on = going(moving)
-                return [None if o is None else _where(on, o, c) for o, c in zip(body(moving), moving, strict=True)]
+            def each(state: Any) -> Any:
+                on, (turn, outs) = going(state), body(state)
+                return turn, [None if o is None else _where(on, o, c) for o, c in zip(outs, state[1], strict=True)]
 
+            start = (jnp.zeros((), jnp.int32) if counted else None, moving)
             # A loop under vmap has an end for each, where that depends on data: the last one ends it.
             if compat.opened(p["cond_jaxpr"])[0].outvars[0].aval.shape:
-                return full(lax.while_loop(lambda moving: going(moving).any(), each, moving))
-            return full(lax.while_loop(going, body, moving))
+                return full(lax.while_loop(lambda state: going(state).any(), each, start)[1])
+            return full(lax.while_loop(going, body, start)[1])
 
         return jax.jit(whole, inline=True)
 

@@ -104,13 +104,13 @@ def trace(jitted: Callable[..., Any], *args: Any) -> tuple[Jaxpr, Any]:
     return traced.jaxpr, jax.tree.structure(traced.out_info)
 
 
-def _varying(array: Any) -> frozenset[Any]:
+def varying(array: Any) -> frozenset[Any]:
     """Return the mesh axes of a shard_map along which the type of an array says that it varies."""
     return jax.typeof(array).mat.varying
 
 
 def vary_together(*arrays: Any) -> list[Any]:
     """Say of arrays that they vary along all the mesh axes along which one of them does."""
-    axes = frozenset().union(*map(_varying, arrays))
-    missing = [tuple(axis for axis in axes if axis not in _varying(array)) for array in arrays]
+    axes = frozenset().union(*map(varying, arrays))
+    missing = [tuple(axis for axis in axes if axis not in varying(array)) for array in arrays]
     return [jax.lax.pcast(a, m, to="varying") if m else a for a, m in zip(arrays, missing, strict=True)]

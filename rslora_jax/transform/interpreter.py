@@ -8,6 +8,7 @@ from typing import Any
 import jax
 
 from rslora_jax.transform import compat
+from rslora_jax.transform.dropout import at_place, is_masked, is_place
 from rslora_jax.transform.product import Product, adapted
 from rslora_jax.transform.programs import PROGRAMS
 from rslora_jax.transform.views import View, materialise
@@ -57,7 +58,10 @@ class Walk:
         keep = {v for v in jaxpr.outvars if not compat.is_literal(v)}
         for n, eqn in enumerate(jaxpr.eqns):
             with compat.provenance(eqn):
-                env.update(zip(eqn.outvars, here.evaluate(eqn, [read(v) for v in eqn.invars]), strict=True))
+                values = [read(v) for v in eqn.invars]
+                if is_place(eqn.primitive) and any(map(is_masked, values)):
+                    values = [at_place(v, n) for v in values]
+                env.update(zip(eqn.outvars, here.evaluate(eqn, values), strict=True))
             for v in eqn.invars:  # so that an op-by-op run frees what it no longer needs
                 if not compat.is_literal(v) and last_use[v] == n and v not in keep:
                     env.pop(v, None)

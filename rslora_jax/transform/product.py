@@ -22,6 +22,7 @@ from rslora_jax.stored.form import dense, is_stored
 from rslora_jax.transform import compat
 from rslora_jax.transform.contract import apart, gradient_apart, rank_first
 from rslora_jax.transform.cost import Plan, Sizes, plan
+from rslora_jax.transform.dropout import dropped
 from rslora_jax.transform.explicit import by_compiler, explicit_mesh, type_of
 from rslora_jax.transform.views import View, common, wide
 
@@ -106,10 +107,9 @@ def adapted(view: View, product: Product, x: Array, *extra: Array) -> Array:
       *extra: operands of the operation that have no derivative.
     """
     x = times(x, product.before)
-    # Indices are no data of which a part could be zero: a look-up drops nothing, as in PEFT.
-    masked = "mask" in view.along and jnp.issubdtype(x.dtype, jnp.inexact)
-    seen = (_dropped(x, view.along["mask"], view.rate),) if masked else ()
-    return times(adapted_product(product.op, x, view.w, product.factors, extra, *seen), product.after)
+    seen = dropped(view, x)
+    drawn = () if seen is None else (seen,)
+    return times(adapted_product(product.op, x, view.w, product.factors, extra, *drawn), product.after)
 
 
 def times(array: Array, gain: Array | None) -> Array:
@@ -118,19 +118,6 @@ def times(array: Array, gain: Array | None) -> Array:
         return array
     dtype = wide(array.dtype, gain.dtype)
     return (array.astype(dtype) * gain.astype(dtype)).astype(array.dtype)
-
-
-def _dropped(x: Array, key: Array, rate: float) -> Array:
-    """Return data of which a part, drawn at random, is zero, and the rest as much larger (arXiv 1207.0580).
-
-    Args:
-      x: the data.
-      key: the raw data of a key, or of several, of which one is made.
-      rate: the part.
-    """
-    data = jnp.sum(key.reshape(-1, key.shape[-1]), 0, dtype=key.dtype)
-    drawn = jax.random.wrap_key_data(data, impl="threefry2x32" if key.shape[-1] == 2 else "rbg")
-    return jnp.where(jax.random.bernoulli(drawn, 1 - rate, x.shape), x / (1 - rate), 0).astype(x.dtype)
 
 
 @functools.partial(jax.jit, static_argnums=0)
