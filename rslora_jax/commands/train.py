@@ -201,7 +201,9 @@ def _first_adapters(a: argparse.Namespace, lora: Any, variables: Any, found: Any
 
     from rslora_jax.parallel import sharding
 
-    adapters = jax.tree.map(jax.numpy.asarray, found.adapters) if found else lora.init(jax.random.key(a.seed))
+    adapters = (
+        jax.tree.map(jax.numpy.asarray, found.adapters) if found else lora.init(jax.random.key(a.seed), variables)
+    )
     if placement.mesh is None:
         return adapters
     return jax.device_put(adapters, sharding.adapter_shardings(lora.sites, variables, split_rank=a.split_rank))

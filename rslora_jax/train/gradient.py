@@ -15,8 +15,8 @@ from rslora_jax.train.carry import averaged, call_loss
 from rslora_jax.train.loss import Loss
 from rslora_jax.wrap import Adapters
 
-# The model with adapters bound: `bind(adapters) -> run`, where a loss calls `run(*args)`.
-Bind = Callable[[Adapters], Callable[..., Any]]
+# The model with adapters bound: `bind(adapters, number of the part) -> run`, where a loss calls `run(*args)`.
+Bind = Callable[[Adapters, Any], Callable[..., Any]]
 
 
 class Measured(NamedTuple):
@@ -53,7 +53,7 @@ def mean_gradient(
 
     Args:
       loss: `loss(run, batch)`; where there is a state, a key or both, it takes them too, in this order.
-      bind: gives the model that has adapters bound.
+      bind: gives the model that has adapters bound, for the part of a number.
       adapters: where to measure.
       batch: its arrays have their rows first; its scalars are given whole to each part.
       parts: in how many parts to take it, one after the other. Each draws from `fold_in(key, number)`.
@@ -66,7 +66,7 @@ def mean_gradient(
 
     def total(adapters: Adapters, state: Any, part: Any, number: Any) -> tuple[Array, tuple[Array, Any]]:
         keys = () if key is None else (jax.random.fold_in(key, number),)
-        value, count, state = call_loss(loss, bind(adapters), part, state, *keys)
+        value, count, state = call_loss(loss, bind(adapters, number), part, state, *keys)
         return value, (count, state)
 
     def sums_alone(adapters: Adapters, *given: Any) -> tuple[Any, Any]:

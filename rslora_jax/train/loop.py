@@ -85,6 +85,7 @@ def fit(
     batch_sharding: jax.sharding.Sharding | None = None,
     accumulate: int = 1,
     key: jax.Array | None = None,
+    dropout_key: jax.Array | None = None,
     on_nonfinite: Literal["stop", "skip"] = "stop",
     eval_every: int | None = None,
     patience: int | None = None,
@@ -122,6 +123,8 @@ def fit(
       accumulate: in how many parts to take each batch, one after the other, for less memory.
       key: a PRNG key, for a loss that takes one: `loss(run, batch, key)`, with None in place of it on held-out
         batches. A resumed run draws on from it.
+      dropout_key: a PRNG key for what adapters drop, where the config has `dropout`; by default `jax.random.key(0)`.
+        Evaluation drops nothing.
       on_nonfinite: what a loss or gradient that is not finite does: "stop" the run, or "skip" the batch (ten in a
         row stop it). Either way the state before it is kept.
       patience: stop after so many evaluations in a row without a new least held-out loss.
@@ -156,7 +159,9 @@ def fit(
         raise ValueError(f"override has {unknown[0]!r}, which is none of {', '.join(course.NAMES)}")
     of_course = course.describe(optimizer, accumulate, course.digest(heldout, batch_sharding))
     about = checkpoint.describe(lora.config, params, settings) | {"course": of_course}
-    state = TrainState.create(adapters, optimizer, key, model_state)
+    if lora.config.dropout and dropout_key is None:
+        dropout_key = jax.random.key(0)
+    state = TrainState.create(adapters, optimizer, key, model_state, dropout_key if lora.config.dropout else None)
     check_dtypes({"adapters": state.to_use, "training": training(state)})
     skip, feed = on_nonfinite == "skip", Feed(batches, batch_sharding)
     step = make_step(lora, loss, optimizer, accumulate=accumulate, skip=skip, shardings=_shardings(state))

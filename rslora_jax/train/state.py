@@ -39,6 +39,7 @@ class TrainState:
       skipped: int32, how many batches were passed over in a row, up to the last.
       key: a typed PRNG key, or None; step n draws from `fold_in(key, n)`.
       model_state: what the model carries from call to call, any pytree of arrays, or None. It moves as the adapters do.
+      dropout_key: a typed key, or None; the adapters' masks of step n, part m are drawn from it and the two numbers.
     """
 
     step: Array
@@ -48,6 +49,7 @@ class TrainState:
     skipped: Array
     key: Array | None = None
     model_state: PyTree = None
+    dropout_key: Array | None = None
 
     @classmethod
     def create(
@@ -56,6 +58,7 @@ class TrainState:
         optimizer: optax.GradientTransformation,
         key: Array | None = None,
         model_state: PyTree = None,
+        dropout_key: Array | None = None,
     ) -> TrainState:
         """Start at step 0 with copies of what is given: steps give their state's memory away.
 
@@ -66,14 +69,16 @@ class TrainState:
           optimizer: any optax optimiser.
           key: for a loss that draws: typed or raw, of any implementation.
           model_state: what a model with state starts with, any pytree of arrays.
+          dropout_key: for adapters with dropout (`LoraConfig.dropout`), a key as well.
 
         Raises:
-          ValueError: the optimiser cannot train adapters, or the key is none.
+          ValueError: the optimiser cannot train adapters, or a key is none.
         """
         adapters = own(adapters)
-        key = None if key is None else own(typed(key))
+        key, dropout_key = (None if one is None else own(typed(one)) for one in (key, dropout_key))
         step, skipped = jnp.zeros((), jnp.int32), jnp.zeros((), jnp.int32)  # two, since a step gives both away
-        state = cls(step, adapters, begin(optimizer, adapters), jnp.ones((), bool), skipped, key, own(model_state))
+        opt_state, finite = begin(optimizer, adapters), jnp.ones((), bool)
+        state = cls(step, adapters, opt_state, finite, skipped, key, own(model_state), dropout_key)
         lies = [getattr(leaf, "sharding", None) for leaf in jax.tree.leaves(adapters)]  # traced, an array does not say
         meshes = [sharding.mesh for sharding in lies if isinstance(sharding, NamedSharding)]
         if not meshes:
@@ -150,15 +155,33 @@ def _make_step(
 
     @functools.partial(jax.jit, donate_argnums=0, out_shardings=kept)
     def step(state: TrainState, params: Params, batch: PyTree) -> tuple[TrainState, dict[str, Array]]:
-        measured = mean_gradient(loss, bound(lora, params), state.adapters, batch, parts=accumulate, **drawn(state))
+        measured = mean_gradient(
+            loss, bound(lora, params, state), state.adapters, batch, parts=accumulate, **drawn(state)
+        )
         return advance(optimizer, state, measured, skip)
 
     return step
 
 
-def bound(lora: Lora, params: Params) -> Bind:
-    """Return what binds adapters to a model over one base."""
-    return lambda adapters: functools.partial(lora.apply, params, adapters)
+def bound(lora: Lora, params: Params, state: TrainState | None = None) -> Bind:
+    """Return what binds adapters to a model over one base; with dropout, for a step of this state.
+
+    Raises:
+      ValueError: the config asks for dropout, and the state has no key to draw from.
+    """
+    if not lora.config.dropout or state is None:
+        return lambda adapters, number: functools.partial(lora.apply, params, adapters)
+    if state.dropout_key is None:
+        raise ValueError(
+            f"the config asks for dropout={lora.config.dropout:g}, and the state has no key to draw from: "
+            "TrainState.create(..., dropout_key=jax.random.key(0))"
+        )
+    key = jax.random.fold_in(state.dropout_key, state.step)
+
+    def bind(adapters: Adapters, number: Any) -> Callable[..., Any]:
+        return functools.partial(lora.apply, params, adapters, dropout_key=jax.random.fold_in(key, number))
+
+    return bind
 
 
 def drawn(state: TrainState) -> dict[str, Any]:
@@ -173,14 +196,15 @@ def advance(
     """Return the state after a step, and its metrics, from what a batch says."""
     norm = optax.tree.norm(measured.grads)
     moves = jnp.isfinite(measured.value) & jnp.isfinite(norm) & state.finite
-    moved = update(optimizer, state.opt_state, state.adapters, measured)
-    new, old = (*moved, measured.model_state), (state.adapters, state.opt_state, state.model_state)
+    updated = update(optimizer, state.opt_state, state.adapters, measured)
+    new, old = (*updated, measured.model_state), (state.adapters, state.opt_state, state.model_state)
     adapters, opt_state, model_state = _keep(moves, new, old)
     skipped = jnp.where(moves, 0, state.skipped + 1)
     done = state.step + (1 if skip else moves.astype(jnp.int32))
     finite = state.finite if skip else moves
     metrics = {"loss": measured.value, "grad_norm": norm, "tokens": measured.tokens, "skipped": skipped}
-    return TrainState(done, adapters, opt_state, finite, skipped, state.key, model_state), metrics
+    moved = dataclasses.replace(state, step=done, adapters=adapters, opt_state=opt_state, finite=finite)
+    return dataclasses.replace(moved, skipped=skipped, model_state=model_state), metrics
 
 
 def _keep(moves: Array, new: Any, old: Any) -> Any:
@@ -206,7 +230,7 @@ def make_pmap_step(
 
     @functools.partial(jax.pmap, axis_name="devices", donate_argnums=0)
     def step(state: TrainState, params: Params, batch: PyTree) -> tuple[TrainState, dict[str, Array]]:
-        bind, given = bound(lora, params), drawn(state)
+        bind, given = bound(lora, params, state), drawn(state)
         measured = mean_gradient(loss, bind, state.adapters, batch, parts=accumulate, axis="devices", **given)
         return advance(optimizer, state, measured, skip)
 

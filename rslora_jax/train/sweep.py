@@ -24,7 +24,7 @@ from rslora_jax.train.carry import call_loss
 from rslora_jax.train.gradient import mean_gradient
 from rslora_jax.train.loss import Loss
 from rslora_jax.train.ratio import ratio
-from rslora_jax.train.state import TrainState, advance, drawn
+from rslora_jax.train.state import TrainState, advance, bound, drawn
 from rslora_jax.train.update import to_use
 from rslora_jax.wrap import Adapters, Lora
 
@@ -221,12 +221,16 @@ def starting_states(
     adapters = stack([lora.init(jax.random.key(trial.seed)) for trial in trials], jnp)
     keys = None if key is None else jnp.stack([jax.random.fold_in(typed(key), trial.seed) for trial in trials])
 
-    def create(adapters: Adapters, rate: Array, key: Array | None, model_state: PyTree) -> TrainState:
-        return TrainState.create(adapters, optimizer(rate), key, model_state)
+    drops = jnp.stack([jax.random.key(trial.seed) for trial in trials]) if lora.config.dropout else None
+
+    def create(
+        adapters: Adapters, rate: Array, key: Array | None, model_state: PyTree, drop: Array | None
+    ) -> TrainState:
+        return TrainState.create(adapters, optimizer(rate), key, model_state, drop)
 
     # The model's state, too, gets an axis of trials, though they all begin with one.
-    trials_of = jax.vmap(create, in_axes=(0, 0, 0, None))
-    return jax.jit(trials_of, donate_argnums=0)(adapters, rates, keys, model_state)
+    trials_of = jax.vmap(create, in_axes=(0, 0, 0, None, 0))
+    return jax.jit(trials_of, donate_argnums=0)(adapters, rates, keys, model_state, drops)
 
 
 def scaling_factors(lora: Lora, trials: Sequence[Trial]) -> _Factors:
@@ -253,8 +257,10 @@ def make_sweep_step(lora: Lora, loss: Loss, optimizer: Callable[[Any], optax.Gra
     """
 
     def one(state: TrainState, rate: Array, factors: _Factors, params: Params, batch: PyTree) -> Any:
-        def bind(adapters: Adapters) -> Any:
-            return functools.partial(lora.apply, params, _scaled(lora, adapters, factors))
+        plain = bound(lora, params, state)
+
+        def bind(adapters: Adapters, number: Any) -> Any:
+            return plain(_scaled(lora, adapters, factors), number)
 
         measured = mean_gradient(loss, bind, state.adapters, batch, **drawn(state))
         state, metrics = advance(optimizer(rate), state, measured, skip=False)
