@@ -23,7 +23,7 @@ _FREE = (
     *("out", "model", "cache", "steps", "patience", "on_nonfinite", "remat", "mesh", "split_rank", "distributed"),
     *("eval_every", "save_every", "keep", "tensorboard"),
 )
-_OF_THE_ADAPTERS = ("rank", "alpha", "scaling", "targets", "adapters", "param_dtype")
+_OF_THE_ADAPTERS = ("rank", "alpha", "scaling", "targets", "method", "dropout", "adapters", "param_dtype")
 # What of a run `fit` is to let differ for a flag; for all others that decide, the data and what is held out.
 _OF_FIT: Mapping[str, tuple[str, ...]] = {
     "accumulate": ("accumulate",),
@@ -237,7 +237,7 @@ def settings_to_save(arguments: argparse.Namespace, config: Any) -> dict[str, An
     Paths are absolute, so that a run can be resumed from another folder.
     """
     kept = {name: value for name, value in vars(arguments).items() if name not in (*_OF_A_CALL, "out")}
-    return _absolute(kept | {name: getattr(config, name) for name in ("rank", "alpha", "scaling")})
+    return _absolute(kept | {name: getattr(config, name) for name in ("rank", "alpha", "scaling", "dropout")})
 
 
 def _absolute(flags: Mapping[str, Any]) -> dict[str, Any]:

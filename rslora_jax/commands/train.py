@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import shlex
 import sys
 import time
@@ -130,7 +131,7 @@ def _open_start(a: argparse.Namespace) -> Any:
     start = open_adapters(a.out if a.resume else a.adapters)
     if not a.resume:
         defaults = default_arguments(COMMAND)
-        for name in ("rank", "alpha", "scaling", "targets"):
+        for name in ("rank", "alpha", "scaling", "targets", "method"):
             if (value := getattr(a, name)) != getattr(defaults, name):
                 raise ValueError(f"--{name} {value} is for new adapters, and --adapters has its own: leave it out")
     return start
@@ -169,8 +170,10 @@ def _wrap(a: argparse.Namespace, base: Any, start: Any, placement: Placement) ->
     from rslora_jax.interop.adapter_folder import attach_alone
 
     found = attach_alone(start, base) if start else None
-    config = rslora.LoraConfig(rank=a.rank, alpha=a.alpha, scaling=a.scaling, targets=a.targets)
-    config = found.lora.config if found else config
+    own = {name: getattr(a, name) for name in ("rank", "alpha", "scaling", "targets", "method", "dropout")}
+    config = rslora.LoraConfig(**own)
+    if found:  # dropout is a matter of training: their own, unless another is asked for
+        config = dataclasses.replace(found.lora.config, dropout=a.dropout or found.lora.config.dropout)
     apply, tokens = placed_apply(base, placement), jax.ShapeDtypeStruct((1, 8), "int32")
     return rslora.wrap(apply, base.variables, tokens, config=config), found
 
@@ -242,6 +245,8 @@ def _fit(
     of_examples: Mapping[str, str],
 ) -> Any:
     """Train."""
+    import jax
+
     from rslora_jax.train import fit
 
     with warnings.catch_warnings():
@@ -258,6 +263,7 @@ def _fit(
             heldout=data.heldout,
             batch_sharding=placement.batch,
             accumulate=a.accumulate,
+            dropout_key=jax.random.key(a.seed),
             on_nonfinite=a.on_nonfinite,
             eval_every=a.eval_every or None,
             patience=a.patience or None,

@@ -108,13 +108,13 @@ def run(lora, *args):
     return np.asarray(jax.jit(lora.apply)(*args, TOKENS))
 
 
-def random_adapters(lora, seed=0):
+def random_adapters(lora, seed=0, params=None):
     rng = np.random.default_rng(seed)
 
     def draw(leaf):
         return jnp.array(0.3 * rng.standard_normal(leaf.shape), leaf.dtype)
 
-    return jax.tree.map(draw, lora.init(jax.random.key(0)))
+    return jax.tree.map(draw, lora.init(jax.random.key(0), params))
 
 
 def by_day(cases, *chosen):
@@ -160,6 +160,18 @@ FROM_PEFT = {
         rank_pattern={"lm_head": 3},
         alpha_pattern={"embed_tokens": 4},
     ),
+    "dora": dict(
+        r=6,
+        lora_alpha=16,
+        use_rslora=True,
+        use_dora=True,
+        lora_dropout=0.1,
+        target_modules=["q_proj", "down_proj"],
+        rank_pattern={"q_proj": 3},
+        alpha_pattern={"down_proj": 5},
+    ),
+    "dora table": dict(r=5, lora_alpha=12, use_dora=True, target_modules=["embed_tokens", "lm_head"]),
+    "tied: dora": dict(r=5, lora_alpha=12, use_dora=True, target_modules=["lm_head", "q_proj"]),
     "tied: saved": dict(
         r=5, lora_alpha=12, target_modules=["q_proj"], modules_to_save=["embed_tokens"], ensure_weight_tying=True
     ),
@@ -170,11 +182,17 @@ FROM_PEFT = {
 }
 
 
-USES = {"tied: look-up": {"lookup"}, "tied: head": {"product"}, "tied: each": {"lookup", "product"}}
+USES = {
+    "tied: look-up": {"lookup"},
+    "tied: head": {"product"},
+    "tied: dora": {"product"},
+    "tied: each": {"lookup", "product"},
+}
+DAY = ("rslora", "patterns", "layers", "embeddings", "saved", "tied: each", "dora")
 
 
 @pytest.mark.filterwarnings("ignore::UserWarning")
-@pytest.mark.parametrize("case", by_day(FROM_PEFT, "rslora", "patterns", "layers", "embeddings", "saved", "tied: each"))
+@pytest.mark.parametrize("case", by_day(FROM_PEFT, *DAY))
 def test_an_adapter_from_peft_gives_its_logits(case, bases, tmp_path):
     base = bases[case.startswith("tied")]
     torch.manual_seed(0)  # of the fresh A, whatever ran before: some make float32's rounding 1e-4, in torch too
@@ -187,6 +205,7 @@ def test_an_adapter_from_peft_gives_its_logits(case, bases, tmp_path):
         apply, variables = ours(base, scan)
         config = read_config(tmp_path / "theirs", variables)
         lora = wrapped(apply, variables, config)
+        assert lora.config.dropout == FROM_PEFT[case].get("lora_dropout", 0)
         adapters, replaced = load_peft(tmp_path / "theirs", lora)
         assert bool(set(replaced) - {"params/embed/embedding", "params/lm_head/kernel"}) == case.startswith("saved")
         assert {site.use for site in lora.sites.values()} - {""} == USES.get(case, set())
@@ -221,6 +240,7 @@ TO_PEFT = {
     ),
     "embeddings": dict(rank=5, alpha=12, targets=["*/embedding", "*lm_head*", "*/q_proj/*"], alpha_pattern={"*/e*": 3}),
     "tied": dict(rank=5, alpha=12, targets=["*/embedding", "*/q_proj/*"]),
+    "dora": dict(rank=6, alpha=16, method="dora", dropout=0.2, rank_pattern={"*/mlp/*": 3}),
     "tied: look-up": dict(rank=5, alpha=12, targets=["*/embedding@lookup", "*/q_proj/*"]),
     "tied: head": dict(rank=5, alpha=12, targets=["*/embedding@product"]),
     "tied: each": dict(rank=5, alpha=12, targets=["*/embedding@lookup", "*/embedding@product"])
@@ -234,7 +254,7 @@ def test_an_adapter_from_here_gives_its_logits_in_peft(case, bases, tmp_path):
     for scan in layouts(case):
         apply, variables = ours(base, scan)
         lora = wrapped(apply, variables, rslora.LoraConfig(**TO_PEFT[case]))
-        adapters = random_adapters(lora)
+        adapters = random_adapters(lora, params=variables)
         want = run(lora, variables, adapters)
         assert np.abs(want - logits(base)).max() > 0.1
         save_peft(tmp_path / f"peft-{scan}", lora, adapters)
@@ -243,6 +263,10 @@ def test_an_adapter_from_here_gives_its_logits_in_peft(case, bases, tmp_path):
         plain = loaded(base, tmp_path / f"plain-{scan}")
         assert not plain.peft_config["default"].use_rslora
         np.testing.assert_allclose(logits(plain), want, rtol=0, atol=1e-4)
+        if case == "dora":
+            with pytest.raises(ValueError, match="vLLM serves no DoRA"):
+                save_peft(tmp_path / f"vllm-{scan}", lora, adapters, server="vllm")
+            continue
         if case.startswith("tied"):
             with pytest.raises(ValueError, match="is also the head"):
                 save_peft(tmp_path / f"vllm-{scan}", lora, adapters, server="vllm")

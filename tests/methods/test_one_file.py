@@ -152,5 +152,5 @@ def test_a_method_is_known_by_its_files_name():
     assert rslora.LoraConfig(method="lora") == rslora.LoraConfig()
     assert isinstance(method_of("lora").needs_base, bool) and Method is not None
     for name in ("lorra", "random", "method"):
-        with pytest.raises(ValueError, match=f"method='{name}' is not known: use 'lora', or a Method"):
+        with pytest.raises(ValueError, match=f"method='{name}' is not known: use 'dora', 'lora', or a Method"):
             rslora.LoraConfig(method=name)

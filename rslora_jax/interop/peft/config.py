@@ -107,6 +107,8 @@ def read_config(folder: str | Path | PeftFolder, params: Params, names: Names = 
         rank_pattern=[(pattern(path), rank) for path, (rank, _) in own.items() if rank != settings.r],
         alpha_pattern=[(pattern(path), alpha) for path, (_, alpha) in own.items() if alpha != settings.alpha],
         allow_large_rank=True,  # PEFT sets no bound
+        method="dora" if settings.dora else "lora",
+        dropout=settings.dropout,
     )
 
 

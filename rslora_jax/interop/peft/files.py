@@ -80,7 +80,7 @@ def write_tensors(folder: Path, tensors: Mapping[str, np.ndarray]) -> None:
 
 
 # The end of an adapter's tensor, after its module's name: of a layer, or of a token table.
-FACTOR = re.compile(r"(.+)\.(?:lora_(A|B)\.weight|lora_embedding_(A|B))")
+FACTOR = re.compile(r"(.+)\.(?:lora_(A|B)\.weight|lora_embedding_(A|B)|lora_magnitude_vector)")
 
 
 def adapted_in(peft: PeftFolder) -> set[str]:

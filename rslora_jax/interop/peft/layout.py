@@ -83,6 +83,15 @@ def peft_names(site: Site) -> dict[str, str]:
     return names
 
 
+def shared_with_head(site: Site) -> Mapping[str, str]:
+    """Return what PEFT calls the tensors of a table's head that are the table's own turned.
+
+    Raises:
+      ValueError: the method has no adapter that both share.
+    """
+    return asked(site.method, "peft_head", "be shared by a table and its head in PEFT (adapt @lookup or @product)")
+
+
 def peft_shapes(site: Site, rank: int) -> dict[str, tuple[int, ...]]:
     """Return the shapes of an adapter's arrays in PEFT, of one layer.
 
@@ -96,7 +105,8 @@ def _shape_in_peft(site: Site, axes: Sequence[int | str], rank: int) -> tuple[in
     own = [axis for axis in axes if axis not in site.stack_axes]
     sizes = tuple(site.shape[axis] for axis in own if axis != RANK)  # type: ignore[index]
     if RANK not in own:
-        return (math.prod(sizes),)
+        one = (math.prod(sizes),)
+        return (1, *one, *(1,) * (len(site.in_axes) - 1)) if site.kind == "convolution" else one
     if site.kind != "convolution":
         return (rank, math.prod(sizes)) if own[-1] == RANK else (math.prod(sizes), rank)
     *window, width = sizes

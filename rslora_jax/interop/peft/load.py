@@ -21,6 +21,7 @@ from rslora_jax.interop.peft.layout import (
     peft_names,
     peft_shapes,
     refit,
+    shared_with_head,
     site_modules,
     to_peft,
 )
@@ -102,7 +103,7 @@ def load_peft(folder: str | Path | PeftFolder, lora: Lora, names: Names = DECODE
         wanted = own[:1] if shared else own
         # First those that are there: a rank that the file does not have is told before zeros of it are made.
         read = {module: _factors(settings, site, module, left) for module in wanted if module in chosen}
-        layers = [read[module] if module in read else _zeros(site) for module in wanted]
+        layers = [read[module] if module in read else _zeros(settings, site) for module in wanted]
         adapters[path] = {
             name: np.asarray(np.stack(parts) if site.stack_axes else parts[0], jnp.dtype(lora.config.dtype))
             for name, parts in ((name, [layer[name] for layer in layers]) for name in site.factors)
@@ -126,8 +127,13 @@ def _take(settings: PeftSettings, left: dict[str, np.ndarray], name: str, shape:
     return tensor
 
 
-def _zeros(site: Site) -> dict[str, np.ndarray]:
-    """Give the factors of a layer that has no adapter."""
+def _zeros(settings: PeftSettings, site: Site) -> dict[str, np.ndarray]:
+    """Give the factors of a layer that has no adapter; a ValueError where there are none, as of DoRA."""
+    if site.method.needs_base:
+        raise ValueError(
+            f"{settings.where} adapts some layers of {site.path} alone, and a layer without an adapter has none of "
+            f"{type(site.method).__name__}: load a base whose layers are not stacked"
+        )
     stack = len(site.stack_axes)
     return {name: np.zeros(shape[stack:], np.float32) for name, shape in site.factor_shapes.items()}
 
@@ -154,7 +160,7 @@ def _check_tied_head(
 ) -> None:
     """Take the head's own factors out of the file; they must be the table's, which they are to share."""
     (table, head), names = own, peft_names(site)
-    shared: Mapping[str, str] = site.method.peft_head  # type: ignore[attr-defined]
+    shared: Mapping[str, str] = shared_with_head(site)
     found = {name: left.pop(f"{head}.{name}", None) for name in shared}
     if all(one is None for one in found.values()) and settings.tie:
         return

@@ -20,13 +20,15 @@ from rslora_jax.interop.new_folder import written_whole
 from rslora_jax.interop.peft import vllm
 from rslora_jax.interop.peft.config import places_of_modules
 from rslora_jax.interop.peft.files import CONFIG_NAME, PREFIX, write_tensors
-from rslora_jax.interop.peft.layout import peft_names, refit, site_modules, to_peft, weight_to_torch
+from rslora_jax.interop.peft.layout import peft_names, refit, shared_with_head, site_modules, to_peft, weight_to_torch
 from rslora_jax.interop.peft.patterns import exact_patterns
 from rslora_jax.interop.peft.replaced import split_layer
 from rslora_jax.interop.peft.scales import Scales, one_scale, own_scales
 from rslora_jax.interop.peft.settings import ends_with
 from rslora_jax.interop.peft.tied import Places
 from rslora_jax.interop.shards import DTYPES
+from rslora_jax.methods.dora import DoRA
+from rslora_jax.methods.method import method_of
 from rslora_jax.transform.uses import LOOKUP, PRODUCT
 from rslora_jax.wrap import Adapters, Lora
 
@@ -39,9 +41,7 @@ _FIELDS: Mapping[str, Any] = {
     "init_lora_weights": True,
     "layers_pattern": None,
     "layers_to_transform": None,
-    "lora_dropout": 0.0,
     "peft_type": "LORA",
-    "use_dora": False,
 }
 
 
@@ -138,7 +138,7 @@ def _factor_tensors(
                 tensors[f"{module}.{names[name]}"] = _rounded(f"{module}.{names[name]}", tensor, dtype)
         if shared:
             table, head = modules[path]
-            for name, of in site.method.peft_head.items():  # type: ignore[attr-defined]
+            for name, of in shared_with_head(site).items():
                 tensors[f"{head}.{name}"] = tensors[f"{table}.{of}"].T
     return tensors
 
@@ -208,6 +208,8 @@ def _described(
         "use_rslora": plan.scaling == "rslora",
         "target_modules": _target_names(adapted, everything),
         "rank_pattern": exact_patterns({m: plan.own[path][0] for m, path in adapted.items()}, plan.rank),
+        "use_dora": isinstance(method_of(lora.config.method), DoRA),
+        "lora_dropout": lora.config.dropout,
         "alpha_pattern": exact_patterns({m: _number(plan.own[p][1]) for m, p in adapted.items()}, _number(plan.alpha)),
     }
     if any(site.tied and not site.use for site in lora.sites.values()):

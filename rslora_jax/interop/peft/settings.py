@@ -29,6 +29,8 @@ _READ = {
     "fan_in_fan_out",
     "init_lora_weights",
     "ensure_weight_tying",
+    "use_dora",
+    "lora_dropout",
 }
 _HARMLESS = {
     # where it came from and how it is loaded
@@ -39,8 +41,6 @@ _HARMLESS = {
     "inference_mode",
     "peft_version",
     "runtime_config",
-    # training only
-    "lora_dropout",
     # how the factors began, where that leaves the base as it was (`_INITS`)
     "loftq_config",
     "eva_config",
@@ -75,6 +75,8 @@ class PeftSettings:
     to_save: Sequence[str]
     transposed: bool
     tie: bool
+    dora: bool
+    dropout: float
     matcher: Matcher = dataclasses.field(repr=False, compare=False)
 
     def adapts(self, module: str) -> bool:
@@ -156,6 +158,8 @@ def read_settings(peft: PeftFolder) -> PeftSettings:
         to_save=_several(fields.listed("modules_to_save", str, "a list of names")),
         transposed=fields.get("fan_in_fan_out", bool, False, "true or false"),
         tie=fields.get("ensure_weight_tying", bool, False, "true or false"),
+        dora=fields.get("use_dora", bool, False, "true or false"),
+        dropout=fields.get("lora_dropout", (int, float), 0.0, "a number"),
         matcher=Matcher(fields.where),
     )
     _check_values(fields, settings)
@@ -223,6 +227,8 @@ def _check_values(fields: _Fields, settings: PeftSettings) -> None:
     for number in (settings.alpha, *settings.alpha_pattern.values()):
         if not 0 < number <= _LARGEST:
             raise ValueError(f"{where} has lora_alpha {quoted(number)}: it is to be a positive number")
+    if not 0 <= settings.dropout < 1:
+        raise ValueError(f"{where} has lora_dropout {quoted(settings.dropout)}: it is to be from 0 to below 1")
     patterns: dict[str, Iterable[str]] = {
         "rank_pattern": settings.rank_pattern,
         "alpha_pattern": settings.alpha_pattern,

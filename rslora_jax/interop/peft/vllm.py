@@ -8,6 +8,8 @@ from typing import Any
 
 from rslora_jax.interop.peft.files import CONFIG_NAME, FACTOR, PREFIX, WEIGHTS_NAME, PeftFolder, as_opened
 from rslora_jax.interop.peft.settings import read_settings
+from rslora_jax.methods.dora import DoRA
+from rslora_jax.methods.method import method_of
 from rslora_jax.shown import shown
 from rslora_jax.wrap import Lora
 
@@ -102,6 +104,8 @@ def check_options(server: str, use_rslora: bool | None) -> None:
 def check_sites(lora: Lora, modules: Mapping[str, Iterable[str]], replaced: Any, server: str) -> None:
     """Raise a ValueError where a model's adapters cannot be written for one of `SERVERS`."""
     who = SERVERS[server]
+    if isinstance(method_of(lora.config.method), DoRA):
+        raise ValueError(f"{who} serves no DoRA: merge the adapter into its base, `rslora merge`")
     if replaced:
         raise ValueError(
             f"{who} serves no weights that were replaced ({min(replaced)}): merge the adapter into its base"

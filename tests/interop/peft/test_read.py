@@ -117,7 +117,7 @@ def test_a_layer_that_is_left_out_gets_zeros(folder, lora):
     ("fields", "said"),
     [
         (dict(peft_type="IA3"), "peft_type 'IA3'"),
-        (dict(use_dora=True), "use_dora=true"),
+        (dict(lora_dropout=1.0), "lora_dropout 1.0"),
         (dict(bias="all"), 'bias="all"'),
         (dict(lora_bias=True), "lora_bias"),
         (dict(megatron_config={"a": 1}), "megatron_config"),
