@@ -38,6 +38,14 @@ def init_adapters(sites: Mapping[str, Site], key: Array, config: LoraConfig, par
     return {path: one(site) for path, site in sites.items()}
 
 
+def adapter_shapes(sites: Mapping[str, Site], config: LoraConfig) -> Any:
+    """Return the shapes and dtypes of adapters, a pytree of `jax.ShapeDtypeStruct`."""
+    return {
+        path: {name: jax.ShapeDtypeStruct(shape, config.dtype) for name, shape in site.factor_shapes.items()}
+        for path, site in sites.items()
+    }
+
+
 def check_adapters(sites: Mapping[str, Site], adapters: Any) -> None:
     """Raise a ValueError that says what about the adapters does not fit the sites."""
     made = "they were made for another config or another base"

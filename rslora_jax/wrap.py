@@ -12,7 +12,16 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-from rslora_jax.adapters import Adapters, array_leaves, check_adapters, init_adapters, sites_by_weight, varied, views_of
+from rslora_jax.adapters import (
+    Adapters,
+    adapter_shapes,
+    array_leaves,
+    check_adapters,
+    init_adapters,
+    sites_by_weight,
+    varied,
+    views_of,
+)
 from rslora_jax.config import LoraConfig
 from rslora_jax.methods.random import site_key
 from rslora_jax.pytrees import Params
@@ -221,6 +230,11 @@ class Lora:
         check_adapters(self.sites, adapters)
 
     @property
+    def adapter_shapes(self) -> Any:
+        """The shapes and dtypes of the adapters, a pytree of `jax.ShapeDtypeStruct`."""
+        return adapter_shapes(self.sites, self.config)
+
+    @property
     def num_parameters(self) -> int:
         """Number of trainable numbers in all adapters."""
         return sum(site.num_parameters for site in self.sites.values())
@@ -280,10 +294,7 @@ def wrap(fn: Callable[..., Any], params: Params, *args: Any, config: LoraConfig 
 
     fallbacks = _Fallbacks(config, {name: set() for name in sites})
     walk = _walk_of(sites, fallbacks)
-    adapters = {
-        path: {name: jax.ShapeDtypeStruct(shape, config.dtype) for name, shape in site.factor_shapes.items()}
-        for path, site in sites.items()
-    }
+    adapters = adapter_shapes(sites, config)
 
     def rehearse(leaves: list[Array], adapters: Any) -> list[Array]:
         return as_arrays(walk, walk.run(jaxpr, views_of(leaves, list(shapes), sites, adapters)))

@@ -129,7 +129,7 @@ def make_optimizer(
         defaults["muon_weight_dimension_numbers"] = muon_axes(lora)
     try:
         optimizer = known[name](learning_rate=schedule, **{**defaults, **_DEFAULTS.get(name, {}), **options})
-        some = jax.eval_shape(lora.init, jax.random.key(0)) if lora else {"w": {"factor": jnp.zeros((2, 3))}}
+        some = lora.adapter_shapes if lora else {"w": {"factor": jnp.zeros((2, 3))}}
         rehearse(optimizer, some)
     except (TypeError, ValueError) as error:
         given = ", ".join(f"{k}={v}" for k, v in options.items()) or "no options"

@@ -150,7 +150,7 @@ def sweep(
     rates = jnp.asarray([trial.learning_rate for trial in trials], jnp.float32)
     factors = scaling_factors(lora, trials)
     step = make_sweep_step(lora, loss, optimizer)
-    state = starting_states(lora, trials, optimizer, rates, key, model_state)
+    state = starting_states(lora, trials, optimizer, rates, key, model_state, params)
     evaluate = make_sweep_evaluate(lora, heldout_loss or loss, keyed=key is not None)
     look = functools.partial(_heldout_sums, evaluate, factors, params, list(heldout))
     sources = {trial.seed: batches(trial.seed) for trial in trials}
@@ -216,9 +216,10 @@ def starting_states(
     rates: Array,
     key: Array | None = None,
     model_state: PyTree = None,
+    params: Params = None,
 ) -> TrainState:
     """Return the states of all trials as one, with a first axis of trials."""
-    adapters = stack([lora.init(jax.random.key(trial.seed)) for trial in trials], jnp)
+    adapters = stack([lora.init(jax.random.key(trial.seed), params) for trial in trials], jnp)
     keys = None if key is None else jnp.stack([jax.random.fold_in(typed(key), trial.seed) for trial in trials])
 
     drops = jnp.stack([jax.random.key(trial.seed) for trial in trials]) if lora.config.dropout else None
