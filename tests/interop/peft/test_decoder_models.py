@@ -48,6 +48,7 @@ CONFIGS = {
     "gaussian": PLAIN | dict(init_lora_weights="gaussian"),
     "two": PLAIN | dict(target_modules=["down_proj", "up_proj"]),
     "patterns": PLAIN | dict(rank_pattern={"q_proj": 3, "1.self_attn.v_proj": 5}, alpha_pattern={"v_proj": 7}),
+    "DoRA": PLAIN | dict(use_dora=True),
     "one layer": PLAIN | dict(layers_to_transform=[1]),
     "table": dict(target_modules=["lin0", "embed_tokens"], init_lora_weights=False),
     "table by pattern": dict(target_modules=r".*\.embed_tokens", init_lora_weights=False),
@@ -61,7 +62,6 @@ CONFIGS = {
 REFUSED = {
     "aLoRA": (PLAIN | dict(alora_invocation_tokens=[1]), "alora_invocation_tokens"),
     "tokens": (PLAIN | dict(trainable_token_indices=[0, 1, 3]), "trainable_token_indices"),
-    "DoRA": (PLAIN | dict(use_dora=True), "use_dora"),
     "biases": (PLAIN | dict(bias="all"), 'bias="all"'),
     "biases of its own": (PLAIN | dict(bias="lora_only"), 'bias="lora_only"'),
     "bias in B": (PLAIN | dict(lora_bias=True), "lora_bias"),
