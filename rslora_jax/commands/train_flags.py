@@ -30,7 +30,7 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
     method = "what an adapter is: W + gamma A B, or its direction with a magnitude for each output (DoRA)"
     add_flag(lora, "--method", "lora", method, choices=("lora", "dora"))
     drop = "part of what the adapters see that is set to zero in training, such as 0.05"
-    add_flag(lora, "--dropout", 0.0, drop, metavar="P")
+    add_flag(lora, "--dropout", 0.0, drop, metavar="P", least=0, below=1)
     start = "start from these, with their rank, alpha, scaling and targets: a run, or a folder that PEFT saved"
     add_flag(lora, "--adapters", None, start, metavar="FOLDER")
     _add_training_flags(parser)
