@@ -308,6 +308,7 @@ def wrap(fn: Callable[..., Any], params: Params, *args: Any, config: LoraConfig 
         notes.append(
             f"{len(loud)} of {len(sites)} adapted weights are materialised by a use that has no low-rank form, first "
             f"{loud[0].path} ({', '.join(loud[0].fallbacks)}): exact, but it costs memory; see `lora.sites`"
+            + ("; there dropout drops nothing" if config.dropout else "")
         )
     if jnp.finfo(config.dtype).bits < 32:
         notes.append(

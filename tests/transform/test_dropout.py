@@ -166,7 +166,14 @@ def test_every_program_takes_a_key_and_nothing_changes_at_step_0(name):
     apply = jax.jit(lambda a, key: lora.apply(case.params, a, *case.args, dropout_key=key))
     assert_near(apply(fresh, KEY), lora.apply(case.params, fresh, *case.args), max(2 * case.tolerance, 2e-5))
     jax.tree.map(np.testing.assert_array_equal, apply(moved, KEY), apply(moved, KEY))
+    if all(site.fallbacks or site.kind == "embedding" for site in lora.sites.values()):
+        return  # nothing that could be dropped, as is said
     others = jax.tree.leaves(apply(moved, jax.random.key(9)))
     assert any(
         not np.array_equal(one, other) for one, other in zip(jax.tree.leaves(apply(moved, KEY)), others, strict=True)
     )
+
+
+def test_where_nothing_can_be_dropped_is_said():
+    with pytest.warns(rslora.RsloraWarning, match="there dropout drops nothing"):
+        rslora.wrap(lambda p, x: x @ jnp.tanh(p["w"]), {"w": ZERO}, X, config=rslora.LoraConfig(rank=3, dropout=RATE))
