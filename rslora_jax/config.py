@@ -114,7 +114,9 @@ class LoraConfig:
         if not floating:
             raise ValueError(f"dtype={quoted(self.dtype)} is not a floating dtype: use 'float32' or 'bfloat16'")
         if isinstance(self.dropout, bool) or not isinstance(self.dropout, (int, float)) or not 0 <= self.dropout < 1:
-            raise ValueError(f"dropout={quoted(self.dropout)} is not a part of the data: give a number from 0 to below 1")
+            raise ValueError(
+                f"dropout={quoted(self.dropout)} is not a part of the data: give a number from 0 to below 1"
+            )
         method_of(self.method)  # refuses an unknown name
         if self.on_fallback not in ("warn", "error"):
             raise ValueError(f"on_fallback={quoted(self.on_fallback)} is not known: use 'warn' or 'error'")
