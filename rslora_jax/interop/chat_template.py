@@ -16,8 +16,13 @@ _MARK = "\ue000"  # of the private use area: in no template, and no white space 
 _WORDS = {"true": True, "false": False, "none": None}
 
 
-def render(source: str, variables: Mapping[str, Any]) -> str:
-    """Run a template; it comes with the file, hence from a stranger, so it runs in a sandbox that can be stopped.
+def render(source: str, variables: Mapping[str, Any], file: str = "") -> str:
+    """Run a template; it comes with a file, hence from a stranger, so it runs in a sandbox that can be stopped.
+
+    Args:
+      source: the template.
+      variables: what it is given.
+      file: where it came from, for errors.
 
     Raises:
       Exceeded: a ValueError: it takes more time or memory than a chat may, or calls itself without end.
@@ -27,7 +32,7 @@ def render(source: str, variables: Mapping[str, Any]) -> str:
     >>> render("{% generation %}{{ a }}{% endgeneration %}!", {"a": 1})
     '1!'
     """
-    return _asked(source, variables, "does not take these messages")
+    return _asked(source, variables, "does not take these messages", file)
 
 
 def parse_options(texts: Sequence[str]) -> dict[str, Any]:
@@ -106,14 +111,15 @@ def _asked_for(source: str) -> tuple[str, ...]:
     return tuple(sorted(found - set(_GIVEN) - tokens))
 
 
-def _asked(source: str, variables: Mapping[str, Any] | None, fault: str) -> Any:
+def _asked(source: str, variables: Mapping[str, Any] | None, fault: str, file: str = "") -> Any:
     """Let a template be run; say what it was that could not be."""
+    where = f" (that of {file})" if file else ""
     try:
         return ask("templates", (source, variables))
     except Exceeded as error:
-        raise Exceeded(f"the chat template {error}: use another template") from error
+        raise Exceeded(f"the chat template {error}: use another template{where}") from error
     except ValueError as error:
-        raise ValueError(f"the chat template {fault}: {error}") from error
+        raise ValueError(f"the chat template {fault}: {error}{where}") from error
     except ImportError as error:
         raise ImportError(f"chat templates need jinja2 ({error}): pip install 'rslora_jax[train]'") from error
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import importlib.util
 from collections.abc import Mapping
 from pathlib import Path
@@ -98,7 +99,7 @@ def load_gguf(
 
 def _tokenizer(path: Path, metadata: Mapping[str, Any], rows: int) -> Tokenizer:
     try:
-        found = tokenizer_from_metadata(metadata)
+        found = dataclasses.replace(tokenizer_from_metadata(metadata), source=str(path))
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from error
     tokenizer = found.padded_within(rows)

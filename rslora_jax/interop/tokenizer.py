@@ -19,7 +19,8 @@ class Tokenizer:
 
     Take the one that a loader gives, or build one with `tokenizer_from_metadata` or `read_tokenizer`. `special` holds
     further tokens by the names that chat templates call them by, `ends` those that end an answer beside `eos_id`, and
-    `options` what the template is given beside the messages, such as {"enable_thinking": False}.
+    `options` what the template is given beside the messages, such as {"enable_thinking": False}. `source` is the file
+    or folder that it came from, for errors.
 
     >>> tokenizer = tokenizer_from_metadata(EXAMPLE)
     >>> tokenizer.encode("hi hi<end>"), tokenizer.decode([3, 4, 3, 0])
@@ -38,6 +39,7 @@ class Tokenizer:
     special: Mapping[str, str] = dataclasses.field(default_factory=dict, repr=False)
     ends: tuple[int, ...] = ()
     options: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    source: str = dataclasses.field(default="", repr=False, compare=False)
 
     @property
     def stop_ids(self) -> tuple[int, ...]:
@@ -112,6 +114,7 @@ class Tokenizer:
                 "tools": None,
                 "documents": None,
             },
+            self.source,
         )
 
     def _token(self, token_id: int | None) -> str:

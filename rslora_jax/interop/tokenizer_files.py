@@ -70,6 +70,7 @@ def read_tokenizer(folder: str | Path, *, eos_id: int | None = None) -> Tokenize
         add_bos=add_bos,
         chat_template=_chat_template(folder, about),
         special=named,
+        source=str(folder),
     )
 
 
@@ -87,8 +88,9 @@ def with_words_of(folder: Path, tokenizer: Tokenizer) -> Tokenizer:
             f"{folder} ends a text with {quoted(eos)}, which is no token of the base: put its tokenizer.json there"
         )
     ends = tuple(dict.fromkeys((*tokenizer.ends, tokenizer.eos_id)))
-    template = _chat_template(folder, about) or tokenizer.chat_template
-    return dataclasses.replace(tokenizer, chat_template=template, eos_id=eos_id, ends=ends)
+    own = _chat_template(folder, about)
+    words: dict[str, Any] = {} if own is None else {"chat_template": own, "source": str(folder)}
+    return dataclasses.replace(tokenizer, eos_id=eos_id, ends=ends, **words)
 
 
 @contextlib.contextmanager

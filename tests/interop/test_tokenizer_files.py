@@ -1,6 +1,7 @@
 """The tokenizer of a Hugging Face folder, from the files that have a say in it."""
 
 import json
+import re
 
 import pytest
 from tokenizers import AddedToken, Tokenizer
@@ -25,6 +26,9 @@ def test_the_tokenizer_and_what_its_files_say_beside_it(tmp_path):
     assert tokenizer.decode([0, 5, 1], skip_special=True) == "hi"
     (tmp_path / "chat_template.jinja").write_text("{{ messages[0] | tojson }}{{ tools is none }}{{ pad_token }}")
     assert read_tokenizer(tmp_path).chat([{"role": "é<"}]) == '{"role": "é<"}True<pad>'
+    (tmp_path / "chat_template.jinja").write_text("{{ raise_exception('no') }}")
+    with pytest.raises(ValueError, match=rf"does not take these messages: no \(that of {re.escape(str(tmp_path))}\)"):
+        read_tokenizer(tmp_path).chat([{"role": "user", "content": "a"}])
     folders.tokenizer_json(tmp_path, bos=False)
     assert read_tokenizer(tmp_path).encode("hi") == [5]
 
