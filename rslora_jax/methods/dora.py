@@ -13,7 +13,7 @@ from jax import Array, lax
 from rslora_jax.methods.lora import LoRA
 from rslora_jax.methods.method import Axis, aligned, terms
 from rslora_jax.stored.form import dense, is_stored
-from rslora_jax.transform.views import RANK, View
+from rslora_jax.transform.views import RANK, View, wide
 
 if TYPE_CHECKING:
     from rslora_jax.config import LoraConfig
@@ -65,15 +65,17 @@ def _squares(site: Site, w: Any, factors: Mapping[str, Array]) -> Array:
         one = site.element()
         return lax.map(lambda of: _squares(one, *of), (w, dict(factors)))
     of, w = terms(site), dense(w)
-    wide = jnp.promote_types(w.dtype, jnp.float32)
-    columns = jnp.sum(jnp.square(w.astype(wide)), site.in_axes)  # of a fused sum, no wider copy is made
+    total = wide(w.dtype, *(factor.dtype for factor in factors.values()))
+    columns = jnp.sum(jnp.square(w.astype(total)), site.in_axes)  # of a fused sum, no wider copy is made
     squares = _in_order(columns, [n for n in range(w.ndim) if n not in site.in_axes], site.factors["m"])
     if not factors:
         return squares
-    a, b = factors["a"], factors["b"].astype(squares.dtype)
+    a, b = (factors[name].astype(total) for name in "ab")
+    # Where products of few bits are summed in many, a weight is not made a wider one for this; a CPU does so anyway.
+    narrow = jnp.finfo(w.dtype).bits == 16 and jax.default_backend() != "cpu"
+    meets = w.dtype if narrow else total
     other = {name: term.replace(RANK, "Y") for name, term in of.items()}
-    met = jnp.einsum(f"{of['a']},{of['w']}->{of['b']}", a.astype(w.dtype), w).astype(wide)
-    a = a.astype(squares.dtype)
+    met = jnp.einsum(f"{of['a']},{of['w']}->{of['b']}", a.astype(meets), w.astype(meets), preferred_element_type=total)
     grown = jnp.einsum(f"{of['a']},{other['a']},{other['b']}->{of['b']}", a, a, b)
     change = 2 * site.gamma * met + site.gamma**2 * grown
     return squares + jnp.einsum(f"{of['b']},{of['b']}->{of['m']}", change, b)

@@ -4,16 +4,19 @@ import dataclasses
 from collections.abc import Callable
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 
 import rslora_jax as rslora
+from rslora_jax.methods import method_of
 from rslora_jax.sites import from_paths, named_leaves
 from tests.methods.gained import Gained
 from tests.stored.blocks import Blocks, blocks
 from tests.stored.eight_bits import EightBits
 
 ALPHA = 5
+DORA = method_of("dora")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -24,10 +27,15 @@ class Form:
     stored: Callable[[Any], Any] | None = None
     first_alone: bool = False
 
-    def fresh(self, site: rslora.Site, r: np.random.Generator) -> dict[str, np.ndarray]:
-        """Draw the arrays of an adapter that changes nothing."""
-        start = {"a": r.normal, "b": lambda size: np.zeros(size), "m": lambda size: np.ones(size)}
-        return {name: start[name](size=shape) for name, shape in site.factor_shapes.items()}
+    def fresh(self, site: rslora.Site, r: np.random.Generator, w: Any = None) -> dict[str, np.ndarray]:
+        """Draw the arrays of an adapter that changes nothing of a weight."""
+        shapes = site.factor_shapes
+        start = {"a": r.normal(size=shapes["a"]), "b": np.zeros(shapes["b"])}
+        if self.method == "dora":
+            norms = np.sqrt(np.sum(np.square(np.asarray(w, np.float64)), site.in_axes))
+            kept = [n for n in range(len(site.shape)) if n not in site.in_axes]
+            return start | {"m": norms.transpose([kept.index(n) for n in (*site.stack_axes, *site.out_axes)])}
+        return start | ({"m": np.ones(shapes["m"])} if "m" in shapes else {})
 
     def held(self, params: Any) -> tuple[Any, Callable[[Any], Any], Callable[[Any], Any]]:
         """Return what is differentiated of some parameters, and how they are had from it: held, and as arrays.
@@ -87,12 +95,15 @@ FORMS = [
     Form(stored=eight_bits, first_alone=True),
     Form(Gained(), stored=eight_bits),
     Form(Gained(), stored=matrices, first_alone=True),
+    Form("dora"),
+    Form("dora", stored=eight_bits),
 ]
 
 
 def acting(lora: rslora.Lora, params: Any, adapters: Any, off: Any) -> Any:
     """Return m * (W + alpha / sqrt(r) A B) from the definition, with nothing of the package but the sites' axes.
 
+    Of DoRA the columns have norm one before m.
     Every number of it is then put off by `off`, relative to it, some up and some down.
     """
 
@@ -106,6 +117,9 @@ def acting(lora: rslora.Lora, params: Any, adapters: Any, off: Any) -> Any:
         a, b = of(site.stack_axes + site.in_axes) + "z", of(site.stack_axes) + "z" + of(site.out_axes)
         update = jnp.einsum(f"{a},{b}->{letters}", own["a"], own["b"])
         total = w.astype(jnp.float64) + ALPHA / np.sqrt(site.rank) * update
+        if site.method == DORA:
+            norm = jnp.sqrt(jnp.sum(jnp.square(total), site.in_axes, keepdims=True))
+            total = total / jax.lax.stop_gradient(norm)
         if "m" in own:
             total = jnp.einsum(f"{letters},{of(site.stack_axes + site.out_axes)}->{letters}", total, own["m"])
         return total * (1 + off * np.random.default_rng(2).choice([-1, 1], w.shape))

@@ -165,7 +165,8 @@ def check(program: Program, outer: str, op_by_op: bool, form: Form = PLAIN) -> N
     assert bool(loud) == any("materialised" in text for text in said)
 
     r = np.random.default_rng(1)  # not by lora.init, which compiles for every shape
-    fresh = {name: form.fresh(site, r) for name, site in lora.sites.items()}
+    leaves = named_leaves(arrays(params))
+    fresh = {name: form.fresh(site, r, leaves[name]) for name, site in lora.sites.items()}
     trained = jax.tree.map(lambda v: v + 0.2 * r.normal(size=v.shape), fresh)
     fresh, trained = jax.device_put((fresh, trained))
 
