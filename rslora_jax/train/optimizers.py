@@ -144,7 +144,7 @@ def muon_axes(lora: Lora) -> dict[str, dict[str, MuonDimensionNumbers | None]]:
     are stacks. With these, each matrix of a stack is orthogonalised by itself:
     `muon(rate, muon_weight_dimension_numbers=muon_axes(lora))`.
 
-    >>> import rslora_jax as rslora
+    >>> import jax, rslora_jax as rslora
     >>> layers = lambda w, x: jax.lax.scan(lambda x, w: (x @ w, None), x, w)[0]
     >>> lora = rslora.wrap(layers, jnp.ones((3, 8, 8)), jnp.ones((2, 8)), config=rslora.LoraConfig(rank=2, alpha=5))
     >>> muon_axes(lora)[""]["b"]

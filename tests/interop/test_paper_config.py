@@ -45,7 +45,7 @@ def test_the_papers_experiment_runs(small, compile_fast, tmp_path, capsys):
         ('rank = "3"', "bad.toml: rank = '3' is not of the kind that --rank takes"),
         ("alpha = true", "alpha = True is not of the kind"),
         ("rank = ", "bad.toml cannot be read as TOML"),
-        ("rank = 0", "rank=0 is not a positive whole number"),
+        ("rank = 0", "rank = 0: argument --rank: 0 is not a whole number of at least 1"),
     ],
 )
 def test_a_config_that_cannot_be_is_refused(text, said, tmp_path, capsys):

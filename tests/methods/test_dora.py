@@ -11,7 +11,7 @@ import pytest
 import rslora_jax as rslora
 from rslora_jax.sites import from_paths, named_leaves
 from tests.program_models import normal
-from tests.programs import CASES, each_at_night
+from tests.programs import CASES
 from tests.reference import assert_near
 from tests.stored.eight_bits import eight_bits
 
@@ -70,7 +70,10 @@ def after_training(lora, params):
     return {path: {name: one(name, array) for name, array in of.items()} for path, of in start.items()}
 
 
-@pytest.mark.parametrize("name", each_at_night())
+DAY = ("linen scanned, remat", "linen tied, every matrix", "convolution grouped", "picked ragged")
+
+
+@pytest.mark.parametrize("name", [n if n in DAY else pytest.param(n, marks=pytest.mark.nightly) for n in CASES])
 def test_values_gradients_and_merged_weights_are_those_of_the_definition(name):
     case = CASES[name]()
     with warnings.catch_warnings():

@@ -84,7 +84,7 @@ def check_ten(number: int, most_layers: int, phases: tuple[Phase, ...]) -> None:
         ten()
 
 
-@pytest.mark.parametrize("number", [pytest.param(n, marks=HALVES[n].marks) for n in range(4)])
+@pytest.mark.parametrize("number", [pytest.param(n, marks=HALVES[n].marks) for n in range(2)])
 def test_a_program_has_one_mask(number):
     check_ten(2000 + number, most_layers=1, phases=(Phase.generate,))
 

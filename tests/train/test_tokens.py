@@ -61,6 +61,7 @@ def test_workers_give_the_tokens_of_each_example_in_order_and_report(make_tokeni
     assert len(reports) > 10 and reports == sorted(set(reports)) and reports[-1] == (120, 120)
 
 
+@pytest.mark.nightly
 def test_the_first_bad_example_is_the_error_whoever_meets_it(make_tokenizer):
     examples = [
         *EXAMPLES[::3],
