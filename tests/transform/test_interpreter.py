@@ -52,6 +52,7 @@ def wrapped():
 
 
 @pytest.mark.filterwarnings("ignore::rslora_jax.wrap.RsloraWarning")
+@pytest.mark.by_day_on("oldest")
 def test_compiled_calls_are_freed_by_clear_caches_and_with_the_function():
     collect()
     jax.clear_caches()
