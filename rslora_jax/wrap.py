@@ -234,6 +234,21 @@ class Lora:
         """The shapes and dtypes of the adapters, a pytree of `jax.ShapeDtypeStruct`."""
         return adapter_shapes(self.sites, self.config)
 
+    def labels(self) -> dict[str, dict[str, str]]:
+        """Return what each of the adapters' arrays is, a pytree of `init`'s structure, for `optax.multi_transform`.
+
+        "in" is the factor with the in-axes (A), "out" that with the out-axes (B), "magnitude" DoRA's.
+
+        >>> lora = wrap(lambda p, x: x @ p["w"], {"w": jnp.ones((8, 5))}, jnp.ones((1, 8)), config=LoraConfig(rank=2))
+        >>> lora.labels()
+        {'w': {'a': 'in', 'b': 'out'}}
+
+        With A frozen (arXiv 2308.03303), `optax.multi_transform({"in": optax.set_to_zero(), "out": optax.adam(1e-3)},
+        lora.labels())` keeps no moments of it.
+        """
+        named = {path: getattr(site.method, "labels", {}) for path, site in self.sites.items()}
+        return {path: {n: named[path].get(n, n) for n in site.factors} for path, site in self.sites.items()}
+
     @property
     def num_parameters(self) -> int:
         """Number of trainable numbers in all adapters."""

@@ -108,10 +108,13 @@ def _check_out(a: argparse.Namespace) -> None:
 
 def _make_optimizer(a: argparse.Namespace, lora: Any = None) -> Any:
     """Make the optimiser that the flags describe."""
-    from rslora_jax.train import optimizers
+    import optax
 
-    options = optimizers.parse_options(a.optimizer_option)
-    return optimizers.make_optimizer(a.optimizer, schedule=_make_schedule(a), clip=a.clip, options=options, lora=lora)
+    from rslora_jax.train import lora_plus, optimizers
+
+    how: dict[str, Any] = {"schedule": _make_schedule(a), "clip": a.clip, "lora": lora}
+    made = optimizers.make_optimizer(a.optimizer, options=optimizers.parse_options(a.optimizer_option), **how)
+    return optax.chain(made, lora_plus(lora, a.lora_plus)) if lora and a.lora_plus != 1 else made
 
 
 def _make_schedule(a: argparse.Namespace) -> Callable[[Any], Any]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -29,6 +29,7 @@ class DoRA(LoRA):
     """
 
     needs_base = True
+    labels: ClassVar[Mapping[str, str]] = {**LoRA.labels, "m": "magnitude"}
 
     # What holds of a product of two factors does not of this.
     low_rank = None  # type: ignore[assignment]

@@ -25,6 +25,7 @@ class LoRA:
     """`W + gamma A B`, with A of shape (*stack, *in, r) and B of shape (*stack, r, *out)."""
 
     needs_base = False
+    labels: ClassVar[Mapping[str, str]] = {"a": "in", "b": "out"}
 
     # Of a table that is the head too, PEFT has the adapter twice: x W^T with W + gamma A B, so there A is B turned.
     peft_head: ClassVar[Mapping[str, str]] = {"lora_A.weight": "lora_embedding_B", "lora_B.weight": "lora_embedding_A"}

@@ -57,10 +57,13 @@ class LowRank(Method, Protocol):
     """What a method may have beside, as LoRA has; of one that lacks a function, what needs it says so (`asked`).
 
     Attributes:
+      labels: what each array is, for optimisers that treat them apart: "in" of the factor with the in-axes, "out" of
+        that with the out-axes. An array without a label has its name.
       peft_head: where a table is the head too, what PEFT calls the head's tensors, and those of the table's that they
         are, turned.
     """
 
+    labels: Mapping[str, str]
     peft_head: Mapping[str, str]
 
     def peft_names(self, site: Site) -> dict[str, str]:

@@ -12,6 +12,39 @@ from rslora_jax.scaling import gamma
 from rslora_jax.wrap import Lora
 
 
+def lora_plus(lora: Lora, ratio: float = 16.0) -> optax.GradientTransformation:
+    """Give B a learning rate so many times A's: LoRA+ (arXiv 2402.12354; section 5 advises 16 for LoRA's own start).
+
+    Put it behind the optimiser; it has no state. Of DoRA's magnitudes the rate stays A's.
+
+    Args:
+      lora: whose adapters are trained.
+      ratio: B's rate over A's.
+
+    Raises:
+      ValueError: the ratio is no positive number, or no array of the adapters is a B.
+
+    >>> import jax.numpy as jnp
+    >>> from rslora_jax import LoraConfig, wrap
+    >>> lora = wrap(lambda p, x: x @ p["w"], {"w": jnp.ones((8, 8))}, jnp.ones((1, 8)), config=LoraConfig(rank=2))
+    >>> optimizer = optax.chain(optax.sgd(0.5), lora_plus(lora, 4.0))
+    >>> adapters = lora.init(jax.random.key(0))
+    >>> updates, _ = optimizer.update(jax.tree.map(jnp.ones_like, adapters), optimizer.init(adapters))
+    >>> float(updates["w"]["a"][0, 0]), float(updates["w"]["b"][0, 0])
+    (-0.5, -2.0)
+    """
+    if not 0 < ratio < math.inf:
+        raise ValueError(f"ratio={ratio} is no ratio of rates: give a number above 0, such as 16")
+    labels = lora.labels()
+    if "out" not in jax.tree.leaves(labels):
+        raise ValueError("LoRA+ is for adapters with a factor B, and this method has none: leave it out")
+
+    def update(updates: Any, params: Any = None) -> Any:
+        return jax.tree.map(lambda x, label: ratio * x if label == "out" else x, updates, labels)
+
+    return optax.stateless(update)
+
+
 def scale_by_rank(lora: Lora, *, reference_rank: int = 8) -> optax.GradientTransformation:
     """Make the learning rate that is right at one rank serve adapters of every rank, for optimisers of Adam's kind.
 

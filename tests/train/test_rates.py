@@ -7,7 +7,7 @@ import optax
 import pytest
 
 import rslora_jax as rslora
-from rslora_jax.train.rates import scale_by_rank
+from rslora_jax.train.rates import lora_plus, scale_by_rank
 
 pytestmark = [pytest.mark.by_day_on("newest"), pytest.mark.usefixtures("compile_fast")]
 
@@ -23,7 +23,7 @@ def wrapped(**config):
 
 def steps(lora, optimizer):
     """Train a little; return the adapters."""
-    adapters = lora.init(jax.random.key(3))
+    adapters = lora.init(jax.random.key(3), PARAMS)
     x = jax.random.normal(jax.random.key(4), (5, 24))
 
     def loss(adapters):
@@ -65,3 +65,33 @@ def test_each_adapter_of_a_rank_pattern_has_its_own_factor():
 def test_a_reference_that_is_no_rank_is_refused():
     with pytest.raises(ValueError, match="reference_rank=0 is no rank"):
         scale_by_rank(wrapped(rank=3), reference_rank=0)
+
+
+@pytest.mark.parametrize("method", ["lora", "dora"])
+def test_lora_plus_is_another_rate_for_b_alone(method):
+    lora = wrapped(rank=3, method=method)
+    kinds = {"a": "in", "b": "out", "m": "magnitude"}
+    assert lora.labels() == {p: {n: kinds[n] for n in s.factors} for p, s in lora.sites.items()}
+    rates = {label: optax.adamw(0.02 * (5 if label == "out" else 1)) for label in ("in", "out", "magnitude")}
+    want = steps(lora, optax.multi_transform(rates, lora.labels()))
+    got = steps(lora, optax.chain(optax.adamw(0.02), lora_plus(lora, 5)))
+    jax.tree.map(lambda one, other: np.testing.assert_allclose(one, other, rtol=2e-5, atol=1e-7), got, want)
+    plain = steps(lora, optax.adamw(0.02))
+    assert not np.allclose(plain["low"]["b"], got["low"]["b"])
+
+
+def test_a_is_frozen_by_its_label():
+    lora = wrapped(rank=3)
+    optimizer = optax.multi_transform({"in": optax.set_to_zero(), "out": optax.adam(0.02)}, lora.labels())
+    start, end = lora.init(jax.random.key(3)), steps(lora, optimizer)
+    for path in lora.sites:
+        np.testing.assert_array_equal(end[path]["a"], start[path]["a"])
+        assert np.abs(end[path]["b"]).max() > 0.01
+    held = sum(leaf.size for leaf in jax.tree.leaves(optimizer.init(start)) if leaf.ndim)
+    assert held == 2 * sum(factors["b"].size for factors in start.values())
+
+
+@pytest.mark.parametrize("ratio", [0, -1.0, float("inf"), float("nan")])
+def test_no_ratio_of_rates_is_refused(ratio):
+    with pytest.raises(ValueError, match="is no ratio of rates: give a number above 0"):
+        lora_plus(wrapped(rank=3), ratio)
