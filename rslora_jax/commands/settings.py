@@ -31,7 +31,8 @@ _OF_FIT: Mapping[str, tuple[str, ...]] = {
     "seed": ("data",),
     "dtype": (),
     **dict.fromkeys(
-        ("steps", "learning_rate", "schedule", "warmup", "clip", "optimizer", "optimizer_option"), ("optimizer",)
+        ("steps", "learning_rate", "lora_plus", "schedule", "warmup", "clip", "optimizer", "optimizer_option"),
+        ("optimizer",),
     ),
 }
 
