@@ -124,7 +124,7 @@ def prepare_all(problem: Problem, data: Data, wanted: list[str], kept: dict) -> 
 
 
 def prepare(name: str, problem: Problem, data: Data) -> measure.Ready:
-    if name in ("peft", "torch"):
+    if name in ("peft", "peft-dora", "torch"):
         from benchmarks import torch_peft
 
         return torch_peft.prepare(name, problem, data)

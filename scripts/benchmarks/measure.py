@@ -106,22 +106,21 @@ def check(ready: Mapping[str, Ready], dtype: Any) -> tuple[dict[str, float], dic
     """Run every method once and see that all give the same loss and adapter gradients.
 
     Returns:
-      The disagreement of each adapted method with the first of them; and, of those that differ too much for
+      The disagreement of each adapted method with the first of those alike; and, of those that differ too much for
       their time to mean anything, what is wrong.
     """
     found: dict[str, float] = {}
     wrong: dict[str, str] = {}
     values: dict[str, float] = {}
-    want: tuple[Any, Any] | None = None
+    wanted: dict[tuple[str, ...], tuple[str, Any]] = {}
     for method in sorted(ready, key=lambda m: methods.ADAPTED.index(m) if m in methods.ADAPTED else -1):
         got = ready[method].outputs(ready[method].step())
         values[method] = float(got[0])
         if method not in methods.ADAPTED:
             continue
-        want = got if want is None else want
+        other, want = wanted.setdefault(next(of for of in methods.ALIKE if method in of), (method, got))
         found[method] = disagreement(got, want)
         if not found[method] <= TOLERANCE[str(dtype)]:
-            other = next(iter(found))
             wrong[method] = (
                 f"{method} and {other} were given the same adapters and differ by {found[method]:.1e} of a gradient's "
                 f"norm (losses {values[method]:.6g} and {values[other]:.6g}): their times cannot be compared"

@@ -12,6 +12,7 @@ from contextlib import AbstractContextManager
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 from flax import linen as nn
 from flax import traverse_util
 from jax import Array
@@ -33,13 +34,30 @@ def floor(problem: Problem) -> Step:
 
 def rslora_jax(problem: Problem) -> Step:
     """This library."""
+    lora = wrapped(problem, "lora")
+    return lambda adapters, variables, x, target: loss(lora.apply(variables, adapters, x), target)
+
+
+def dora(problem: Problem) -> Step:
+    """This library's DoRA; its magnitudes are ones and stay so, as in `torch_peft`."""
+    lora = wrapped(problem, "dora")
+
+    def fn(adapters: Adapters, variables: Any, x: Array, target: Array) -> Array:
+        shapes = {path: site.factor_shapes["m"] for path, site in lora.sites.items()}
+        whole = {path: {**own, "m": jnp.ones(shapes[path])} for path, own in adapters.items()}
+        return loss(lora.apply(variables, whole, x), target)
+
+    return fn
+
+
+def wrapped(problem: Problem, method: str) -> rslora.Lora:
+    """Return the layers with adapters."""
     # A rank above the full one of a narrow weight (keys of few heads) is as good a measurement as any.
-    config = rslora.LoraConfig(rank=problem.rank, alpha=problem.alpha, allow_large_rank=True)
+    config = rslora.LoraConfig(rank=problem.rank, alpha=problem.alpha, allow_large_rank=True, method=method)
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "rank .* is above", rslora.RsloraWarning)
         lora = rslora.wrap(Stack(problem.config).apply, problem.variables, problem.x, config=config)
-    lora = lora.on(problem.platform) if problem.platform else lora
-    return lambda adapters, variables, x, target: loss(lora.apply(variables, adapters, x), target)
+    return lora.on(problem.platform) if problem.platform else lora
 
 
 def qwix(problem: Problem) -> Step:
@@ -96,8 +114,9 @@ JAX_METHODS: dict[str, tuple[Callable[[Problem], Step], tuple[int, ...]]] = {
     "rslora": (rslora_jax, (ADAPTERS, INPUT)),
     "qwix": (qwix, (ADAPTERS, INPUT)),
     "factored": (factored, (ADAPTERS, INPUT)),
+    "dora": (dora, (ADAPTERS, INPUT)),
 }
-PACKAGES = {"qwix": ("qwix",)} | dict.fromkeys(("peft", "torch"), ("torch", "transformers", "peft"))
+PACKAGES = {"qwix": ("qwix",)} | dict.fromkeys(("peft", "peft-dora", "torch"), ("torch", "transformers", "peft"))
 METHODS = {
     "floor": "base forward and gradient to the input, no adapters",
     "full": "gradient to all weights",
@@ -105,9 +124,13 @@ METHODS = {
     "qwix": "qwix.LoraProvider on the Linen module",
     "factored": "hand-written x W + gamma (x A) B in every nn.Dense",
     "peft": "Hugging Face PEFT on torch, use_rslora=True",
+    "dora": "this library's DoRA, the magnitudes left as they are",
+    "peft-dora": "PEFT's DoRA on torch, the magnitudes left as they are",
     "torch": "the floor on torch, by the model that PEFT adapts",
 }
-ADAPTED = ("factored", "rslora", "qwix", "peft")  # the first that is measured is the one the others must agree with
+# Of each, the first that is measured is the one the others must agree with.
+ALIKE = (("factored", "rslora", "qwix", "peft"), ("dora", "peft-dora"))
+ADAPTED = tuple(name for names in ALIKE for name in names)
 
 
 def missing(method: str) -> list[str]:

@@ -12,6 +12,9 @@ from rich.table import Table
 from benchmarks.measure import Ready, Timing
 from benchmarks.problem import Problem
 
+# Whose least FLOPs are not known: torch's counter leaves some out, and DoRA has its norms beside the products.
+_UNCOUNTED = ("peft", "peft-dora", "torch", "dora")
+
 
 @dataclasses.dataclass(frozen=True)
 class Row:
@@ -59,8 +62,7 @@ def make_row(
         to_floor=statistics.median(ratios) if ratios else None,
         cpu_s=statistics.median(timing.cpu),
         flops=ready.flops,
-        # Torch counts matrix products only, and none of those in its attention: a ratio would mean nothing.
-        least_flops=floor_flops + problem.least(method) if floor_flops and method not in ("peft", "torch") else None,
+        least_flops=floor_flops + problem.least(method) if floor_flops and method not in _UNCOUNTED else None,
         planned_flops=floor_flops + problem.planned() if floor_flops and method == "rslora" else None,
         temp_bytes=ready.temp_bytes,
         trace_s=ready.trace_s,

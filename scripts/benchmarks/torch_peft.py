@@ -19,7 +19,7 @@ def to_torch(array: jax.Array, dtype: torch.dtype, device: str) -> torch.Tensor:
     return torch.tensor(np.asarray(array, np.float32), dtype=dtype, device=device)
 
 
-def make_model(problem: Problem, data: Data, dtype: torch.dtype, device: str) -> Any:
+def make_model(problem: Problem, data: Data, dtype: torch.dtype, device: str, use_dora: bool = False) -> Any:
     c = problem.config
     config = transformers.LlamaConfig(
         vocab_size=8,
@@ -37,6 +37,7 @@ def make_model(problem: Problem, data: Data, dtype: torch.dtype, device: str) ->
         r=problem.rank,
         lora_alpha=problem.alpha,
         use_rslora=True,
+        use_dora=use_dora,
         lora_dropout=0.0,
         target_modules=sorted({path.split("/")[-2] for path in problem.kernels}),
     )
@@ -53,6 +54,9 @@ def make_model(problem: Problem, data: Data, dtype: torch.dtype, device: str) ->
             pairs.append((modules[name].lora_B["default"], data.adapters[path]["b"]))
             for layer, value in pairs:
                 layer.weight.copy_(to_torch(value, dtype, device).T)
+            if use_dora:
+                magnitude = modules[name].lora_magnitude_vector["default"].weight
+                magnitude.fill_(1).requires_grad_(False)
     return model
 
 
@@ -79,12 +83,12 @@ def count_flops(step: Callable[[], Any]) -> int | None:
 
 
 def prepare(method: str, problem: Problem, data: Data) -> Ready:
-    """Make the step: the loss, the gradients of the adapters (method "peft") and that of the input."""
+    """Make the step: the loss, the gradients of the adapters (but method "torch") and that of the input."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
     dtype = getattr(torch, str(problem.config.dtype))
-    model = make_model(problem, data, dtype, device)
+    model = make_model(problem, data, dtype, device, use_dora=method == "peft-dora")
     modules = dict(model.base_model.model.named_modules())
-    if method != "peft":  # PEFT has switched off the gradients of the base
+    if method == "torch":  # PEFT has switched off the gradients of the base
         model = model.unload()
     x = to_torch(data.x, dtype, device).requires_grad_()
     target = to_torch(data.target, torch.float32, device)
@@ -102,7 +106,7 @@ def prepare(method: str, problem: Problem, data: Data) -> Ready:
             torch.cuda.synchronize()
 
     def gradients() -> dict[str, dict[str, np.ndarray]] | None:
-        if method != "peft":
+        if method == "torch":
             return None
 
         def grad(layer):
