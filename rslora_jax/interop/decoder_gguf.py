@@ -18,7 +18,7 @@ from rslora_jax.interop.names import Names, Weight
 from rslora_jax.models import rope
 from rslora_jax.models.decoder_config import LARGEST_HEAD, LARGEST_SIZE, MOST_LAYERS, DecoderConfig
 from rslora_jax.models.rope import RopeScaling
-from rslora_jax.shown import quoted
+from rslora_jax.shown import quoted, shown
 
 if TYPE_CHECKING:  # it needs the library `gguf`, which a family in itself does not
     from rslora_jax.interop.gguf_file import GgufTensor
@@ -155,7 +155,8 @@ def _check(path: Path, kind: str, metadata: Mapping[str, Any], get: _Get, head_d
     known = _KNOWN | (_OF_WINDOWS if kind in _WINDOWED else set())
     for name in metadata:
         if name.startswith(f"{kind}.") and name.removeprefix(f"{kind}.") not in known:
-            raise ValueError(f"{path} has {name}={quoted(metadata[name])}: what it asks for is not computed here")
+            entry = f"{shown(name)}={quoted(metadata[name])}"
+            raise ValueError(f"{path} has {entry}: what it asks for is not computed here")
     for name, plain in (
         ("expert_count", 0),
         ("rope.dimension_count", head_dim),
