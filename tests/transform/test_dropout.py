@@ -122,6 +122,17 @@ def test_sites_and_keys_of_every_kind_draw_for_themselves():
     np.testing.assert_array_equal(lora.apply(params, eye, X), jnp.stack([X, X]))  # evaluation needs no switch
 
 
+def test_sites_at_one_place_of_two_branches_draw_for_themselves():
+    config = rslora.LoraConfig(rank=S, alpha=1, scaling="constant", dropout=RATE)
+    params, eye = {"v": ZERO, "w": ZERO}, {path: {"a": jnp.eye(S), "b": jnp.eye(S)} for path in "vw"}
+
+    def fn(p, x, flag):
+        return lax.cond(flag, lambda: x @ p["v"], lambda: x @ p["w"])
+
+    lora = rslora.wrap(fn, params, X, jnp.bool_(True), config=config)
+    unlike([lora.apply(params, eye, X, jnp.bool_(flag), dropout_key=KEY) for flag in (True, False)])
+
+
 def test_gradients_are_those_of_the_masks_that_the_value_had_under_remat():
     w = normal(4, 3, S, S) / S
 

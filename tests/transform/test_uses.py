@@ -206,6 +206,16 @@ def test_what_hides_the_use_of_a_tied_weight_is_refused():
         rslora.wrap(changed, params, ids, config=LoraConfig(rank=2, alpha=3, targets="t@lookup"))
 
 
+def test_parts_that_are_joined_again_with_ranks_of_their_own_are_refused():
+    params, ids = {"t": jnp.ones((V, D)), "w": jnp.ones((D, D))}, jnp.asarray(IDS)
+
+    def joined(p, ids):
+        return jnp.concatenate([2 * p["t"][:9], 3 * p["t"][9:]])[ids] @ p["t"].T
+
+    with pytest.raises(ValueError, match=r"t@lookup is to adapt one use of its weight, .* \(concatenate\)"):
+        rslora.wrap(joined, params, ids, config=config(USES))
+
+
 def test_one_merged_weight_is_refused():
     params, ids = {"t": jnp.ones((V, D)), "w": jnp.ones((D, D))}, jnp.asarray(IDS)
     lora = rslora.wrap(tied(plain), params, ids, config=config(USES))
