@@ -90,10 +90,7 @@ def select(
     given = {name: role for p in weights for name, role in [(p, weights[p]), *by_use.get(p, {}).items()]}
     adapted = {p: (shapes[split_use(p)[0] if p not in shapes else p], given[p]) for p in given if p in chosen}
     sites, notes = _ranked(config, adapted)
-    sites = {
-        p: dataclasses.replace(s, uses=_uses(found, s, s.weight in by_use), groups=_groups(found, s))
-        for p, s in sites.items()
-    }
+    sites = {p: dataclasses.replace(s, uses=_uses(found, s), groups=_groups(found, s)) for p, s in sites.items()}
     notes += _warnings_of(config, left, shapes, stored, everything, found)
     notes += _guesses(config, sites, found) + _large_tables(weights, shapes)
     unused = tuple(p for p in leaves if p not in found.used)
@@ -109,11 +106,10 @@ def _groups(found: Found, site: Site) -> int:
     return max(counts, default=1)
 
 
-def _uses(found: Found, site: Site, tied: bool) -> tuple[str, ...]:
-    """Return what is done with a weight, in the program's order; what picks from a stack of matrices is no look-up."""
-    table = tied or site.kind == "embedding"
-    own = {id(use.eqn): use.kind for use in found.uses if use.site == site.weight}
-    return tuple(LOOKUP if kind == LOOKUP else PRODUCT for kind in own.values() if table or kind != LOOKUP)
+def _uses(found: Found, site: Site) -> tuple[str, ...]:
+    """Return what is done with a weight, in the program's order; to pick from a stack of matrices is no look-up."""
+    kinds = {id(use.eqn): use.kind for use in found.uses if use.site == site.weight}
+    return tuple(LOOKUP if kind == LOOKUP else PRODUCT for kind in kinds.values())
 
 
 def _left_out(leaves: Iterable[str], chosen: set[str], reasons: Mapping[str, str]) -> dict[str, str]:

@@ -196,6 +196,21 @@ def test_targets_and_exclusions_name_uses():
         sites(targets=["t", "t@lookup"])
 
 
+PICKED = {
+    "by number": lambda p, x, n: x @ p["w"][2] @ p["w"][0],
+    "by data": lambda p, x, n: x @ p["w"][n[0]] @ p["w"][n[1]],
+    "for each row": lambda p, x, n: jnp.einsum("bi,bio->bo", jnp.einsum("bi,bio->bo", x, p["w"][n]), p["w"][n]),
+}
+
+
+@pytest.mark.parametrize("how", PICKED)
+def test_what_picks_matrices_of_a_stack_is_no_look_up(how):
+    numbers = jnp.array([2, 0, 1, 2])
+    lora = rslora.wrap(PICKED[how], {"w": jnp.ones((3, D, D))}, jnp.ones((4, D)), numbers)
+    (site,) = lora.sites.values()
+    assert set(site.uses) == {"product"} and not site.tied and lora.tied == ()
+
+
 def test_what_hides_the_use_of_a_tied_weight_is_refused():
     params, ids = {"t": jnp.ones((V, D)), "w": jnp.ones((D, D))}, jnp.asarray(IDS)
 
