@@ -31,7 +31,7 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
     add_flag(lora, "--method", "lora", method, choices=("lora", "dora"))
     drop = "part of what the adapters see that is set to zero in training, such as 0.05"
     add_flag(lora, "--dropout", 0.0, drop, metavar="P", least=0, below=1)
-    plus = "LoRA+: B's learning rate, so many times A's, such as 16 (default: the same)"
+    plus = "LoRA+: B's learning rate, so many times A's, such as 16; 1 is the same"
     add_flag(lora, "--lora-plus", 1.0, plus, metavar="RATIO", above=0)
     start = "start from these, with their rank, alpha, scaling and targets: a run, or a folder that PEFT saved"
     add_flag(lora, "--adapters", None, start, metavar="FOLDER")
