@@ -8,6 +8,7 @@ import jax.numpy as jnp
 from jax import Array
 
 from rslora_jax.config import LoraConfig
+from rslora_jax.methods.method import masked
 from rslora_jax.methods.random import site_key
 from rslora_jax.pytrees import Params
 from rslora_jax.sites import Site, from_paths, named_leaves
@@ -33,7 +34,7 @@ def init_adapters(sites: Mapping[str, Site], key: Array, config: LoraConfig, par
             name = type(site.method).__name__
             raise ValueError(f"{name} starts from the values of {site.weight}: give the base, `lora.init(key, params)`")
         w = leaves[site.weight] if site.method.needs_base else None
-        return site.method.init(site, site_key(key, site.path), w, config)
+        return dict(masked(site, site.method.init(site, site_key(key, site.path), w, config)))
 
     return {path: one(site) for path, site in sites.items()}
 
@@ -120,7 +121,7 @@ def views_of(
         own = by_weight.get(path)
         if own is None:
             return _plain(w)
-        views = {site.use: dress(site.method.view(site, w, adapters[site.path])) for site in own}
+        views = {site.use: dress(site.view(w, adapters[site.path])) for site in own}
         return views[""] if "" in views else of_uses(views)
 
     own = [one(w, path) for w, path in zip(leaves, names, strict=False)]

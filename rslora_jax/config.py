@@ -5,7 +5,7 @@ import difflib
 import fnmatch
 import json
 import re
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax.numpy as jnp
@@ -162,13 +162,13 @@ def matches(path: str, pattern: str) -> bool:
 
 
 def expand_braces(pattern: str) -> list[str]:
-    """Write out the alternatives of a pattern.
+    """Write out the alternatives of a pattern; `{2..4}` is `{2,3,4}`.
 
     Raises:
       ValueError: they are more than 1000.
 
-    >>> expand_braces("{q,v}_proj/*")
-    ['q_proj/*', 'v_proj/*']
+    >>> expand_braces("{q,v}_proj/*"), expand_braces("layers_{2..4}/w")
+    (['q_proj/*', 'v_proj/*'], ['layers_2/w', 'layers_3/w', 'layers_4/w'])
     """
     whole, open_ones = list[str](), [pattern]
     while open_ones:
@@ -177,15 +177,18 @@ def expand_braces(pattern: str) -> list[str]:
             whole.append(one)
         else:
             head, tail = one[: found.start()], one[found.end() :]
-            open_ones += [head + option + tail for option in reversed(found[1].split(","))]
+            open_ones += [head + option + tail for part in reversed(found[1].split(",")) for option in _options(part)]
         if len(whole) + len(open_ones) > _MOST_ALTERNATIVES:
             raise ValueError(f"the pattern {pattern!r} has more than {_MOST_ALTERNATIVES} alternatives: write fewer")
     return whole
 
 
-def first_match(path: str, patterns: Iterable[tuple[str, Any]], default: Any) -> Any:
-    """Return the value of the first pattern that matches the path of an adapter, or of its weight."""
-    return next((value for pattern, value in patterns if matches_adapter(path, pattern)), default)
+def _options(part: str) -> list[str]:
+    """Return what a part of a brace stands for, the last first: itself, or the numbers of a run."""
+    run = re.fullmatch(r"(\d{1,9})\.\.(\d{1,9})", part)
+    if run is None or int(run[2]) - int(run[1]) > _MOST_ALTERNATIVES:
+        return [part]
+    return [str(n) for n in reversed(range(int(run[1]), int(run[2]) + 1))]
 
 
 def matches_adapter(path: str, pattern: str) -> bool:

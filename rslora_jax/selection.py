@@ -11,11 +11,12 @@ import jax.numpy as jnp
 from jax.extend.core import primitives
 
 from rslora_jax import scaling
-from rslora_jax.config import LoraConfig, first_match, matches, matches_adapter, near_misses, split_use
+from rslora_jax.config import LoraConfig, matches, near_misses, split_use
+from rslora_jax.layers import Layer, layers_named, layers_of_weights, value_of_layer, with_layers
 from rslora_jax.methods.method import method_of
 from rslora_jax.sites import Site
 from rslora_jax.table import not_adapted, shared_name
-from rslora_jax.targets import as_tuple, axes_line, roles_by_use, targeted
+from rslora_jax.targets import as_tuple, axes_line, layer_count, roles_by_use, targeted
 from rslora_jax.transform import compat
 from rslora_jax.transform.discover import Found, roles
 from rslora_jax.transform.uses import LOOKUP, PRODUCT, USES
@@ -68,6 +69,7 @@ def select(
     weights = {path: role for path, role in everything.items() if path in stored} | _stated(
         config, shapes, stored, everything
     )
+    weights = {path: {**role, "layer_axis": _layer_axis(path, role, found)} for path, role in weights.items()}
     tables = {math.prod(shapes[p][n] for n in r["in_axes"]) for p, r in weights.items() if r["kind"] == "embedding"}
     heads = {p for p in found.heads & weights.keys() if _out_size(shapes, weights, p) in tables}
     reasons = {p: _reason(p, leaves, everything, weights, heads, found) for p in leaves if p in found.used}
@@ -75,27 +77,40 @@ def select(
 
     by_use = roles_by_use(shapes, found, weights)
     chosen, excluded = targeted(config, shapes, weights, by_use, heads, reasons)
-    left = _left_out(leaves, chosen, reasons | excluded)
+    left = _left_out(leaves, set(chosen), reasons | excluded)
     if not chosen:
         nothing = "no weight is left to adapt" + ("" if reasons else ": no output depends on a parameter")
         remedies = _warnings_of(config, left, shapes, stored, everything, found)
         raise ValueError("\n".join([f"{nothing}; {not_adapted(left)}" if left else nothing, *remedies]))
-    for name in ("rank_pattern", "alpha_pattern"):
-        for pattern, _ in getattr(config, name):
-            if not any(matches_adapter(p, pattern) for p in chosen):
-                raise ValueError(
-                    f"{name} {pattern!r} matches no adapted weight: did you mean "
-                    f"{near_misses(pattern, sorted(chosen))}?"
-                )
+    _check_patterns(config, {p: layer_count(shapes, weights, p) for p in chosen})
     given = {name: role for p in weights for name, role in [(p, weights[p]), *by_use.get(p, {}).items()]}
     adapted = {p: (shapes[split_use(p)[0] if p not in shapes else p], given[p]) for p in given if p in chosen}
-    sites, notes = _ranked(config, adapted)
+    sites, notes = _ranked(config, adapted, chosen)
     sites = {p: dataclasses.replace(s, uses=_uses(found, s), groups=_groups(found, s)) for p, s in sites.items()}
     notes += _warnings_of(config, left, shapes, stored, everything, found)
     notes += _guesses(config, sites, found) + _large_tables(weights, shapes)
     unused = tuple(p for p in leaves if p not in found.used)
     kinds = {path: role["kind"] for path, role in weights.items()}
     return Selection(sites, left, unused, notes, kinds, tuple(by_use))
+
+
+def _layer_axis(path: str, role: Mapping[str, Any], found: Found) -> int | None:
+    """Return which of a weight's stacked axes is that of layers: the one that a scan takes apart, or else the first."""
+    stack = role["stack_axes"]
+    return next((n for n in stack if (path, n) in found.apart), stack[0] if stack else None)
+
+
+def _check_patterns(config: LoraConfig, counts: Mapping[str, int | None]) -> None:
+    """Refuse a pattern of ranks or alphas that names none of the adapters, given how many layers each has."""
+    for name in ("rank_pattern", "alpha_pattern"):
+        for pattern, _ in getattr(config, name):
+            whole = any(layers_named(path, pattern) is True for path in counts)
+            some = layers_of_weights(pattern, f"{name} {pattern!r}", counts, alone=not whole)
+            if not whole and not some:
+                raise ValueError(
+                    f"{name} {pattern!r} matches no adapted weight: did you mean "
+                    f"{near_misses(pattern, sorted(counts))}?"
+                )
 
 
 def _groups(found: Found, site: Site) -> int:
@@ -189,35 +204,44 @@ def _reason(
 
 
 def _ranked(
-    config: LoraConfig, weights: Mapping[str, tuple[tuple[int, ...], Mapping[str, Any]]]
+    config: LoraConfig,
+    weights: Mapping[str, tuple[tuple[int, ...], Mapping[str, Any]]],
+    chosen: Mapping[str, frozenset[int] | None],
 ) -> tuple[dict[str, Site], list[str]]:
     """Return the sites with their ranks, and what is to be said of these."""
     sites: dict[str, Site] = {}
-    capped: list[tuple[Site, int]] = []
-    large: list[str] = []
+    capped: dict[str, int] = {}
+    large: dict[str, str] = {}
     notes = []
     for path, (shape, role) in weights.items():
-        rank: int = first_match(path, config.rank_pattern, None)  # type: ignore[arg-type]
-        own, rank = rank is not None, config.rank if rank is None else rank
-        alpha = first_match(path, config.alpha_pattern, config.alpha)  # type: ignore[arg-type]
-        site = Site(path, shape, rank=rank, alpha=alpha, gamma=0.0, method=method_of(config.method), **role)
+        site = Site(path, shape, rank=1, alpha=config.alpha, gamma=0.0, method=method_of(config.method), **role)
         full = min(site.in_size, site.out_size)
-        text = f"rank {rank} is above {full}, the full rank of {path} ({site.in_size} x {site.out_size})"
-        if rank > full and config.allow_large_rank:
-            large.append(text)
-        elif rank > full and own:
-            raise ValueError(f"{text}: lower it in rank_pattern, or set allow_large_rank=True")
-        elif rank > full:
-            rank = full
-            capped.append((site, full))
-        sites[path] = dataclasses.replace(site, rank=rank, gamma=scaling.gamma(rank, alpha, config.scaling))
+
+        def own(layer: int | None, site: Site = site, full: int = full) -> Layer:
+            """Return what a layer has, or, without a number, all of them."""
+            given = value_of_layer(site.path, layer, config.rank_pattern, None)
+            alpha = value_of_layer(site.path, layer, config.alpha_pattern, config.alpha)
+            rank: int = config.rank if given is None else given
+            where = site.path if layer is None else f"layer {layer} of {site.path}"
+            text = f"rank {rank} is above {full}, the full rank of {where} ({site.in_size} x {site.out_size})"
+            if rank > full and config.allow_large_rank:
+                large.setdefault(site.path, text)
+            elif rank > full and given is not None:
+                raise ValueError(f"{text}: lower it in rank_pattern, or set allow_large_rank=True")
+            elif rank > full:
+                capped[site.path] = rank = full
+            return Layer(rank, alpha, scaling.gamma(rank, alpha, config.scaling))
+
+        some = chosen[path]
+        sites[path] = with_layers(site, lambda n, own=own, some=some: None if some and n not in some else own(n))  # type: ignore[misc]
     if large:
-        notes.append(large[0] + (f", and so of {len(large) - 1} more" if large[1:] else ""))
-    if capped:
-        site, full = capped[0]
+        first, *more = large.values()
+        notes.append(first + (f", and so of {len(more)} more" if more else ""))
+    for path, full in list(capped.items())[:1]:
         notes.append(
             f"rank {config.rank} is above the full rank of {len(capped)} of {len(sites)} adapted weights, which get "
-            f"their full rank, and its gamma: first {site.path} ({site.in_size} x {site.out_size}), rank {full}"
+            f"their full rank, and its gamma: first {path} ({sites[path].in_size} x {sites[path].out_size}), "
+            f"rank {full}"
         )
     return sites, notes
 

@@ -2,16 +2,19 @@
 
 import dataclasses
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
+import numpy as np
 from flax import nnx
 from flax.core.meta import AxisMetadata
 
-from rslora_jax.methods.method import RANK, Method
+from rslora_jax.layers import Layer
+from rslora_jax.methods.method import RANK, Method, own_arrays
 from rslora_jax.pytrees import PyTree
 from rslora_jax.stored.form import is_stored
+from rslora_jax.transform.views import View
 
 
 @dataclasses.dataclass(frozen=True)
@@ -24,12 +27,15 @@ class Site:
       shape: its shape.
       in_axes, out_axes, stack_axes: its axes that are summed over (or indexed), free, and stacked.
       kind: "linear", "expert" (a stack used in one batched product), "convolution" or "embedding".
-      rank, alpha, gamma: this adapter's own; gamma is the whole factor on A B.
+      rank, alpha, gamma: this adapter's own; gamma is the whole factor on A B. Where layers differ, those of the layer
+        with the largest rank, which is that of the arrays.
       method: what its adapter is (`methods/`).
       fallbacks: the uses that have no low-rank form, by primitive; there the weight is materialised.
       use: "lookup" or "product" where the adapter is that of one use, "" where it is that of all.
       uses: what the program does with the weight, in its order: "lookup" or "product" each time.
       groups: of a convolution, into how many its channels are parted.
+      layer_axis: of the stacked axes the one of the layers, which patterns number: that which a scan takes apart.
+      layers: what each layer has, where they differ.
     """
 
     path: str
@@ -46,6 +52,8 @@ class Site:
     use: str = ""
     uses: tuple[str, ...] = ()
     groups: int = 1
+    layer_axis: int | None = None
+    layers: tuple[Layer, ...] = ()
 
     @property
     def tied(self) -> bool:
@@ -88,8 +96,35 @@ class Site:
 
     @property
     def num_parameters(self) -> int:
-        """How many numbers the adapter has."""
-        return sum(map(math.prod, self.factor_shapes.values()))
+        """How many numbers the adapter has, without those beyond a layer's own rank, which are zero."""
+        if not self.layers:
+            return sum(map(math.prod, self.factor_shapes.values()))
+        return sum(self.of_layer(n).num_parameters for n, layer in enumerate(self.layers) if layer.rank)
+
+    def of_layer(self, n: int) -> "Site":
+        """Return the site of one layer, with its own rank, alpha and gamma.
+
+        Raises:
+          ValueError: the weight holds no layers.
+        """
+        if self.layer_axis is None:
+            raise ValueError(f"{self.path} holds no layers")
+        one = self._without(self.layer_axis)
+        return dataclasses.replace(one, **(self.layers[n]._asdict() if self.layers else {}))
+
+    def by_layer(self, of: Callable[[Layer], float]) -> Any:
+        """Return a number that rank, alpha and gamma give; where layers differ, one for each along the stack's axes.
+
+        It is 1 for a layer without an adapter.
+        """
+        if not self.layers:
+            return of(Layer(self.rank, self.alpha, self.gamma))
+        numbers = np.asarray([of(layer) if layer.rank else 1.0 for layer in self.layers], np.float32)
+        return numbers.reshape([-1 if axis == self.layer_axis else 1 for axis in self.stack_axes])
+
+    def view(self, w: Any, factors: Mapping[str, Any]) -> View:
+        """Return what acts in place of the weight `w`, an array or `Stored`, with an adapter's arrays."""
+        return self.method.view(self, w, own_arrays(self, factors))
 
     def sizes(self, axes: Sequence[int]) -> tuple[int, ...]:
         """Return the weight's sizes along some axes."""
@@ -103,10 +138,22 @@ class Site:
         """
         if self.stack_axes[:1] != (0,):
             raise ValueError(f"{self.path} holds layers on its first axis, but its adapter is one for all of them")
-        axes: dict[str, Any] = {
-            name: tuple(n - 1 for n in getattr(self, name) if n) for name in ("in_axes", "out_axes", "stack_axes")
+        return self._without(0)
+
+    def _without(self, axis: int) -> "Site":
+        """Return the site of one element along a stacked axis."""
+
+        def renumbered(axes: Sequence[int]) -> tuple[int, ...]:
+            return tuple(n - (n > axis) for n in axes if n != axis)
+
+        changed: dict[str, Any] = {
+            name: renumbered(getattr(self, name)) for name in ("in_axes", "out_axes", "stack_axes")
         }
-        return dataclasses.replace(self, shape=self.shape[1:], **axes)
+        if self.layer_axis in (None, axis):
+            changed |= {"layer_axis": None, "layers": ()}
+        else:
+            changed |= {"layer_axis": self.layer_axis - (self.layer_axis > axis)}
+        return dataclasses.replace(self, shape=self.shape[:axis] + self.shape[axis + 1 :], **changed)
 
 
 def path_name(path: Sequence[Any]) -> str:

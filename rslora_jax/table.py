@@ -5,7 +5,9 @@ import re
 import shutil
 import textwrap
 from collections.abc import Mapping, Sequence
+from typing import Any
 
+from rslora_jax.layers import Layer
 from rslora_jax.sites import Site
 
 _HEADER = ("weight", "in x out", "stack", "rank", "gamma", "parameters")
@@ -37,7 +39,7 @@ def table(sites: Mapping[str, Site], num_base: int) -> str:
     rows: dict[tuple, list[Site]] = {}
     for site in sites.values():
         name = re.sub(r"\d+", "*", site.path)
-        rows.setdefault((name, site.shape, site.rank, site.gamma, site.fallbacks), []).append(site)
+        rows.setdefault((name, site.shape, site.rank, site.gamma, site.layers, site.fallbacks), []).append(site)
     lines = [_HEADER]
     for group in rows.values():
         site = group[0]
@@ -46,8 +48,8 @@ def table(sites: Mapping[str, Site], num_base: int) -> str:
                 shared_name([s.path for s in group]),
                 f"{site.in_size} x {site.out_size}",
                 " x ".join(map(str, site.sizes(site.stack_axes))) or "-",
-                str(site.rank) + (" = full" if site.rank == min(site.in_size, site.out_size) else ""),
-                f"{site.gamma:.4g}",
+                _ranks(site),
+                _span([f"{layer.gamma:.4g}" for layer in _adapted(site)], key=float),
                 f"{sum(s.num_parameters for s in group):,}" + (" materialised" if site.fallbacks else ""),
             )
         )
@@ -57,11 +59,35 @@ def table(sites: Mapping[str, Site], num_base: int) -> str:
         for line in lines
     )
     total = sum(site.num_parameters for site in sites.values())
-    weights = sum(math.prod(s.sizes(s.stack_axes)) for s in sites.values())
+    weights = sum(math.prod(s.sizes(s.stack_axes)) * len(_adapted(s)) // max(len(s.layers), 1) for s in sites.values())
     share = 100 * total / max(num_base, 1)
     return (
         f"{text}\n{total:,} parameters to train on {weights} matrices; the base keeps its {num_base:,} ({share:.2f}%)"
     )
+
+
+def _adapted(site: Site) -> list[Layer]:
+    """Return what the layers of a weight have that have an adapter; where all are alike, what they have."""
+    return [layer for layer in site.layers if layer.rank] or [Layer(site.rank, site.alpha, site.gamma)]
+
+
+def _ranks(site: Site) -> str:
+    """Write the rank of an adapter, or the ranks of its layers, and how many these are if not all."""
+    adapted = _adapted(site)
+    text = _span([str(layer.rank) for layer in adapted], key=int)
+    if not site.layers:
+        return text + (" = full" if site.rank == min(site.in_size, site.out_size) else "")
+    return text + (f" ({len(adapted)} of {len(site.layers)})" if len(adapted) < len(site.layers) else "")
+
+
+def _span(texts: Sequence[str], key: Any) -> str:
+    """Write the least and the largest of some numbers.
+
+    >>> _span(["8", "16", "8"], int)
+    '8..16'
+    """
+    ends = sorted(set(texts), key=key)
+    return ends[0] if len(ends) == 1 else f"{ends[0]}..{ends[-1]}"
 
 
 _NOUNS = {

@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from rslora_jax.config import LoraConfig, expand_braces, matches, near_misses, split_use
+from rslora_jax.layers import layers_of_weights
 from rslora_jax.transform.discover import Found, roles
 from rslora_jax.transform.uses import LOOKUP, PRODUCT
 
@@ -41,21 +42,35 @@ def targeted(
     by_use: Mapping[str, _Roles],
     heads: set[str],
     reasons: Mapping[str, str],
-) -> tuple[set[str], dict[str, str]]:
-    """Return the paths of the adapters that a config asks for, and why those that it excludes have none."""
+) -> tuple[dict[str, frozenset[int] | None], dict[str, str]]:
+    """Return the adapters that a config asks for, and why those that it excludes have none.
+
+    The adapters are given by path, with the numbers of their layers where it asks for some of these alone.
+    """
+    counts = {path: layer_count(shapes, weights, path) for path in weights}
     chosen: set[str] = set()
+    some: dict[str, frozenset[int]] = {}
     for pattern in as_tuple(config.targets):
         if pattern == "all-linear":
             chosen |= {p for p, r in weights.items() if r["kind"] in ("linear", "expert")} - heads
             continue
         hit = _named(pattern, weights, by_use)
-        if not hit:
+        single = layers_of_weights(pattern, f"target {pattern!r}", counts, alone=not hit)
+        if not hit and not single:
             raise ValueError(_no_target(pattern, shapes, weights, by_use, reasons))
         chosen |= hit
+        some |= {path: layers | some.get(path, frozenset()) for path, layers in single.items()}
+    some = {path: layers for path, layers in some.items() if path not in chosen}
+    chosen |= some.keys()
     left: dict[str, str] = {}
     for pattern in as_tuple(config.exclude):
         gone = _named(pattern, weights, by_use)
-        if not gone and not any(matches(p, pattern) for p in shapes):
+        single = layers_of_weights(pattern, f"exclude {pattern!r}", counts, alone=not gone)
+        for path in single.keys() & chosen:
+            some[path] = some.get(path, frozenset(range(counts[path] or 0))) - single[path]
+            if not some[path]:
+                gone |= {path}
+        if not gone and not single and not any(matches(p, pattern) for p in shapes):
             known = [*weights, *(one for own in by_use.values() for one in own)]
             raise ValueError(f"exclude {pattern!r} matches no weight: did you mean {near_misses(pattern, known)}?")
         for one in gone:  # of a weight that is adapted whole, the other use is left
@@ -70,7 +85,14 @@ def targeted(
             raise ValueError(
                 f"targets name {path} whole, and {min(twice)} too, which is one use of it: name one of them"
             )
-    return chosen, left
+    return {path: some.get(path) for path in chosen}, left
+
+
+def layer_count(shapes: Mapping[str, tuple[int, ...]], weights: _Roles, path: str) -> int | None:
+    """Return how many layers an adapter's weight holds; None where it is no stack."""
+    whole = path if path in shapes else split_use(path)[0]
+    axis = weights[whole]["layer_axis"]
+    return None if axis is None else shapes[whole][axis]
 
 
 def _named(pattern: str, weights: _Roles, by_use: Mapping[str, _Roles]) -> set[str]:

@@ -203,7 +203,7 @@ class Lora:
 
         def one(leaf: Any, site: Site) -> Array:
             whole = leaf if is_stored(leaf) else jnp.asarray(leaf)
-            merged = materialise(site.method.view(site, whole, adapters[site.path]))
+            merged = materialise(site.view(whole, adapters[site.path]))
             concrete = isinstance(leaf, jax.Array) and not isinstance(leaf, jax.core.Tracer)
             return jax.device_put(merged, leaf.sharding) if concrete else merged
 

@@ -10,7 +10,8 @@ from typing import Any
 
 import numpy as np
 
-from rslora_jax.config import LoraConfig, first_match
+from rslora_jax.config import LoraConfig
+from rslora_jax.layers import Layer, as_configured
 from rslora_jax.methods.method import asked, method_of
 from rslora_jax.sites import Site
 from rslora_jax.stored.form import dense
@@ -94,7 +95,7 @@ def measure(
     """
     if sites is None:
         sites = {path: _site_of(config, path, factors, (shapes or {}).get(path)) for path, factors in adapters.items()}
-    total = sum(math.prod(sites[path].sizes(sites[path].stack_axes)) for path in adapters)
+    total = sum(sum(1 for _ in _elements(sites[path])) for path in adapters)
     found: list[Matrix] = []
     for path, site in sites.items():  # they come in the order in which the model uses them
         weight = None
@@ -110,16 +111,26 @@ def measure(
 
 def _site_of(config: LoraConfig, path: str, factors: Mapping[str, Any], shape: Sequence[int] | None) -> Site:
     """Return the site of a weight of which only the adapter is known, and perhaps the shape."""
-    alpha = first_match(path, config.alpha_pattern, config.alpha)  # type: ignore[arg-type]
     infer = asked(method_of(config.method), "site_of", "be measured without its base")
-    return infer(path, factors, shape, alpha=alpha, scaling=config.scaling)
+    site = infer(path, factors, shape, alpha=config.alpha, scaling=config.scaling)
+    return as_configured(dataclasses.replace(site, layer_axis=site.stack_axes[0] if site.stack_axes else None), config)
+
+
+def _elements(site: Site) -> Iterator[tuple[tuple[int, ...], Layer]]:
+    """Yield the places on a stack that have an adapter, and the rank, alpha and gamma of each."""
+    axis = site.stack_axes.index(site.layer_axis) if site.layers else 0  # type: ignore[arg-type]
+    for index in np.ndindex(site.sizes(site.stack_axes)):
+        own = site.layers[index[axis]] if site.layers else Layer(site.rank, site.alpha, site.gamma)
+        if own.rank:
+            yield index, own
 
 
 def _measure(site: Site, factors: Mapping[str, Any], weight: np.ndarray | None) -> Iterator[Matrix]:
     low_rank = asked(site.method, "low_rank", "be measured by its factors")
     first, second = low_rank(site, {name: np.asarray(factor) for name, factor in factors.items()})
-    for index in np.ndindex(site.sizes(site.stack_axes)):
-        a_IxR, b_RxO = first[index].astype(np.float64), second[index].astype(np.float64)
+    for index, own in _elements(site):
+        a_IxR, b_RxO = (of[index].astype(np.float64) for of in (first, second))
+        a_IxR, b_RxO = a_IxR[:, : own.rank], b_RxO[: own.rank]
         values = singular_values(a_IxR, b_RxO)
         module, layer = _place(site.path, index)
         w_IxO = None if weight is None else weight[index].reshape(len(a_IxR), -1)
@@ -131,9 +142,9 @@ def _measure(site: Site, factors: Mapping[str, Any], weight: np.ndarray | None) 
             in_size=a_IxR.shape[0],
             out_size=b_RxO.shape[1],
             rank=a_IxR.shape[1],
-            gamma=site.gamma,
-            update_frobenius=site.gamma * float(np.linalg.norm(values)),
-            update_spectral=site.gamma * float(values[0]),
+            gamma=own.gamma,
+            update_frobenius=own.gamma * float(np.linalg.norm(values)),
+            update_spectral=own.gamma * float(values[0]),
             weight_frobenius=None if w_IxO is None else float(np.linalg.norm(w_IxO.astype(np.float64))),
             weight_spectral=None if w_IxO is None else spectral_norm(w_IxO),
             effective_rank=effective_rank(values),

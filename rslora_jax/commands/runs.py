@@ -153,7 +153,8 @@ def _same_shapes(one: Lora, other: Lora) -> bool:
     """Say whether two have the same adapters, but for what their factors are."""
 
     def unscaled(lora: Lora) -> list[Any]:
-        return [dataclasses.replace(site, alpha=1.0, gamma=1.0) for site in lora.sites.values()]
+        layers = {path: tuple(layer.rank for layer in site.layers) for path, site in lora.sites.items()}
+        return [layers, *(dataclasses.replace(s, alpha=1.0, gamma=1.0, layers=()) for s in lora.sites.values())]
 
     return unscaled(one) == unscaled(other) and one.config.dtype == other.config.dtype
 
@@ -163,8 +164,9 @@ def _rescaled(adapters: Mapping[str, Any], lora: Lora, other: Lora) -> Adapters:
 
     The same numbers where the gammas are the same.
     """
-    ratio = {path: site.gamma / other.sites[path].gamma for path, site in lora.sites.items()}
+    gammas = {path: [of.sites[path].by_layer(lambda layer: layer.gamma) for of in (lora, other)] for path in lora.sites}
+    ratio = {path: np.asarray(one / another, np.float32) for path, (one, another) in gammas.items()}
     return {
-        path: dict(own) if ratio[path] == 1 else with_update_times(lora.sites[path], own, np.float32(ratio[path]))
+        path: dict(own) if (ratio[path] == 1).all() else with_update_times(lora.sites[path], own, ratio[path])
         for path, own in adapters.items()
     }

@@ -88,7 +88,8 @@ def write_merged(
         place = found[name]
         leaf = leaves[place.path]
         weight = np.asarray(leaf if place.layer is None else leaf[place.layer])
-        if (site := lora.sites.get(place.path)) is not None:
+        site = lora.sites.get(place.path)
+        if site is not None and not (site.layers and site.layer_axis == 0 and not site.layers[place.layer or 0].rank):
             factors = adapters[place.path]
             merged, rounding = streamed.merge_one(name, weight, site, factors, place.layer, dtype)
             roundings.append(rounding)

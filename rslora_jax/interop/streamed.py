@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from rslora_jax.interop.rounding import Rounding
+from rslora_jax.methods.method import of_layer
 from rslora_jax.sites import Site
 from rslora_jax.transform.views import materialise
 
@@ -34,18 +35,25 @@ def merge_one(
     (1.0, 1.0)
     """
     if layer is not None:
-        site, factors = site.element(), {name: factor[layer] for name, factor in factors.items()}
+        site, factors = element_of(site, factors, layer)
     exact, base = _acting(site, weight, factors), weight.astype(np.float64)
     merged = rounded(name, exact, dtype)
     norms = [float(np.linalg.norm(array)) for array in (exact - merged.astype(np.float64), exact - base, base)]
     return merged, Rounding(name, 1, *norms)
 
 
+def element_of(site: Site, factors: Mapping[str, Any], n: int) -> tuple[Site, Mapping[str, Any]]:
+    """Return an adapter on one element of its weight's first axis, which is stacked; of rank 0 where there is none."""
+    if site.layer_axis == 0:
+        return site.of_layer(n), of_layer(site, factors, n)
+    return site.element(), {name: factor[n] for name, factor in factors.items()}
+
+
 def _acting(site: Site, weight: np.ndarray, factors: Mapping[str, Any]) -> np.ndarray:
     """Return what acts in place of a weight, in float64, as `Lora.merge` forms it in float32."""
     with jax.enable_x64(True), jax.default_device(jax.devices("cpu")[0]):
         wide = {name: jnp.asarray(np.asarray(factor).astype(np.float64)) for name, factor in factors.items()}
-        view = site.method.view(site, jnp.asarray(weight.astype(np.float64)), wide)
+        view = site.view(jnp.asarray(weight.astype(np.float64)), wide)
         return np.asarray(materialise(view))
 
 

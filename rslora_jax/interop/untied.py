@@ -11,6 +11,7 @@ from typing import Any
 import jax
 
 from rslora_jax.interop.model import Model
+from rslora_jax.layers import patterns_of
 from rslora_jax.transform.uses import LOOKUP, PRODUCT
 from rslora_jax.wrap import Adapters, Lora, wrap
 
@@ -46,13 +47,7 @@ def untie_adapters(model: Model, lora: Lora, adapters: Adapters) -> tuple[Model,
     said = model.family.untie(model.config, model.variables)  # type: ignore[misc]
     of_use = {"": None, LOOKUP: said.table, PRODUCT: said.head}
     names = {path: of_use[site.use] or path for path, site in lora.sites.items()}
-    config = dataclasses.replace(
-        lora.config,
-        targets=tuple(names.values()),
-        exclude=(),
-        rank_pattern={names[path]: site.rank for path, site in lora.sites.items()},
-        alpha_pattern={names[path]: site.alpha for path, site in lora.sites.items()},
-    )
+    config = dataclasses.replace(lora.config, **patterns_of({names[p]: site for p, site in lora.sites.items()}))
     tokens: Any = jax.ShapeDtypeStruct((1, 8), "int32")
     return own, wrap(own.apply, own.variables, tokens, config=config), {names[p]: adapters[p] for p in lora.sites}
 

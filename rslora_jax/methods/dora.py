@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import Array, lax
 
 from rslora_jax.methods.lora import LoRA
@@ -50,6 +51,9 @@ class DoRA(LoRA):
         squares = lax.stop_gradient(_squares(site, jax.tree.map(lax.stop_gradient, w), fixed))
         m = factors["m"]
         gain = m * lax.rsqrt(jnp.maximum(squares, jnp.finfo(squares.dtype).tiny)).astype(m.dtype)
+        if site.layers:  # one without an adapter is as it is
+            axes = [-1 if axis == site.layer_axis else 1 for axis in site.factors["m"]]
+            gain = jnp.where(np.reshape([layer.rank > 0 for layer in site.layers], axes), gain, 1)
         return dataclasses.replace(super().view(site, w, factors), gain=aligned(site, {"m": gain})["m"])
 
     def peft_names(self, site: Site) -> dict[str, str]:

@@ -51,10 +51,13 @@ class LoRA:
         return lay(view, w)
 
     def scaled(self, factors: Mapping[str, Array], by: Any) -> dict[str, Array]:
-        """Return A, and B times a factor."""
+        """Return A, and B times a number, or times one for each element of the stack."""
         # Once, in float32 at least, and rounded to the dtype of B.
         b = factors["b"]
-        return {**factors, "b": (b.astype(wide(b.dtype)) * by).astype(b.dtype)}
+        dtype = wide(b.dtype)
+        if getattr(by, "ndim", 0):
+            by = by.reshape(by.shape + (1,) * (b.ndim - by.ndim)).astype(dtype)
+        return {**factors, "b": (b.astype(dtype) * by).astype(b.dtype)}
 
     def low_rank(self, site: Site, factors: Mapping[str, Any]) -> tuple[Any, Any]:
         """Return A and B as matrices, or stacks of them."""

@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 import jax
 import jax.numpy as jnp
-from jax import Array
+import numpy as np
+from jax import Array, lax
 
 from rslora_jax.stored.form import Stored
 from rslora_jax.transform.views import LETTERS, View
@@ -70,7 +71,10 @@ class LowRank(Method, Protocol):
         """Return what PEFT calls each array, behind the module's name."""
 
     def scaled(self, factors: Mapping[str, Array], by: Any) -> dict[str, Array]:
-        """Return the adapter whose update is `by` times as large, as another scale would make it."""
+        """Return the adapter whose update is `by` times as large, as another scale would make it.
+
+        `by` is a number, or an array of the stack's axes.
+        """
 
     def low_rank(self, site: Site, factors: Mapping[str, Any]) -> tuple[Any, Any]:
         """Return the update but for gamma as two factors, (*stack, in, r) and (*stack, r, out)."""
@@ -117,6 +121,48 @@ def asked(method: Method, name: str, what: str) -> Any:
 def rescaled(site: Site, factors: Mapping[str, Any], by: Any) -> dict[str, Any]:
     """Return the adapter of a site whose update is `by` times as large, as another gamma would make it."""
     return asked(site.method, "scaled", "have its scale changed")(factors, by)
+
+
+def masked(site: Site, factors: Mapping[str, Array]) -> Mapping[str, Array]:
+    """Return an adapter's arrays with zeros beyond each layer's own rank, where layers differ.
+
+    An array without the rank is as it is; of a layer without an adapter it gets no gradient.
+    """
+    if not site.layers:
+        return factors
+    ranks = np.asarray([layer.rank for layer in site.layers])
+
+    def one(name: str, axes: Sequence[Axis]) -> Array:
+        array, own = jnp.asarray(factors[name]), _along(ranks, site.layer_axis, axes)
+        if RANK not in axes:
+            return jnp.where(own > 0, array, lax.stop_gradient(array))
+        return jnp.where(_along(np.arange(site.rank), RANK, axes) < own, array, 0)
+
+    return {name: one(name, axes) for name, axes in site.factors.items() if name in factors}
+
+
+def own_arrays(site: Site, factors: Mapping[str, Array]) -> Mapping[str, Array]:
+    """Return an adapter's arrays as they count at the site's gamma: masked, and with each layer's own gamma."""
+    ratios = np.asarray([layer.gamma / site.gamma if layer.rank else 1.0 for layer in site.layers])
+    if (ratios == 1).all():
+        return masked(site, factors)
+    return rescaled(site, masked(site, factors), _along(ratios, site.layer_axis, site.stack_axes))
+
+
+def of_layer(site: Site, factors: Mapping[str, Any], n: int) -> dict[str, Any]:
+    """Return the arrays of one layer's adapter, of its own rank: those of the site `site.of_layer(n)`."""
+    rank = site.layers[n].rank if site.layers else site.rank
+
+    def one(name: str, axes: Sequence[Axis]) -> Any:
+        places = {site.layer_axis: n, RANK: slice(rank)}
+        return factors[name][tuple(places.get(axis, slice(None)) for axis in axes)]
+
+    return {name: one(name, axes) for name, axes in site.factors.items() if name in factors}
+
+
+def _along(values: np.ndarray, axis: Axis | None, axes: Sequence[Axis]) -> np.ndarray:
+    """Return numbers along one of some axes, of size 1 on the others."""
+    return values.reshape([-1 if one == axis else 1 for one in axes])
 
 
 def terms(site: Site) -> dict[str, str]:

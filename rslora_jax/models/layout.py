@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 
 from rslora_jax.config import LoraConfig
+from rslora_jax.methods.method import of_layer
 from rslora_jax.wrap import Adapters, Lora
 
 _PREFIX = "layers_"
@@ -69,8 +70,11 @@ def unstack_adapters(lora: Lora, adapters: Adapters) -> tuple[LoraConfig, Adapte
         layers = range(site.shape[0]) if key and site.stack_axes[:1] == (0,) else [None]
         for i in layers:
             one = path if i is None else f"{whole}/{_PREFIX}{i}/{rest}"
-            found[one] = {name: factor if i is None else factor[i] for name, factor in adapters[path].items()}
-            ranks[one], alphas[one] = site.rank, site.alpha
+            own = site if i is None else site.of_layer(i)
+            if not own.rank:
+                continue
+            found[one] = adapters[path] if i is None else of_layer(site, adapters[path], i)
+            ranks[one], alphas[one] = own.rank, own.alpha
     config = dataclasses.replace(
         lora.config, targets=tuple(found), exclude=(), rank_pattern=ranks, alpha_pattern=alphas
     )

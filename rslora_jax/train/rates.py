@@ -8,6 +8,7 @@ from typing import Any
 import jax
 import optax
 
+from rslora_jax.layers import Layer
 from rslora_jax.scaling import gamma
 from rslora_jax.wrap import Lora
 
@@ -80,9 +81,18 @@ def scale_by_rank(lora: Lora, *, reference_rank: int = 8) -> optax.GradientTrans
     def strength(rank: int) -> float:
         return rank * gamma(rank, 1.0, lora.config.scaling)
 
-    factors = {path: math.sqrt(strength(reference_rank) / strength(site.rank)) for path, site in lora.sites.items()}
+    def factor(layer: Layer) -> float:
+        return math.sqrt(strength(reference_rank) / strength(layer.rank))
+
+    factors = {path: site.by_layer(factor) for path, site in lora.sites.items()}
 
     def update(updates: Any, params: Any = None) -> Any:
-        return {path: jax.tree.map(lambda x, by=factors[path]: by * x, two) for path, two in updates.items()}
+        return {path: jax.tree.map(lambda x, by=factors[path]: _times(by, x), two) for path, two in updates.items()}
 
     return optax.stateless(update)
+
+
+def _times(by: Any, x: Any) -> Any:
+    """Multiply by a number, or by one for each element of the axes that are in front."""
+    shape = getattr(by, "shape", ())
+    return by * x if not shape else by.reshape(shape + (1,) * (x.ndim - len(shape))).astype(x.dtype) * x

@@ -18,6 +18,7 @@ from rslora_jax.kept import kept_with_lora
 from rslora_jax.methods.method import rescaled
 from rslora_jax.pytrees import Params, PyTree
 from rslora_jax.scaling import gamma
+from rslora_jax.sites import Site
 from rslora_jax.store.keys import typed
 from rslora_jax.train.batch_stream import Numbered
 from rslora_jax.train.carry import call_loss
@@ -242,8 +243,9 @@ def scaling_factors(lora: Lora, trials: Sequence[Trial]) -> _Factors:
     if all(trial.scaling in (None, lora.config.scaling) for trial in trials):
         return None
 
-    def ratio(site: Any, trial: Trial) -> float:
-        return 1.0 if trial.scaling is None else gamma(site.rank, site.alpha, trial.scaling) / site.gamma
+    def ratio(site: Site, trial: Trial) -> Any:
+        scaling = lora.config.scaling if trial.scaling is None else trial.scaling
+        return site.by_layer(lambda layer: gamma(layer.rank, layer.alpha, scaling) / layer.gamma)
 
     return {
         path: jnp.asarray([ratio(site, trial) for trial in trials], jnp.float32) for path, site in lora.sites.items()

@@ -1,7 +1,7 @@
 """What adapters and base of a random program are made of, and what then acts in place of each weight, by hand."""
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -21,11 +21,23 @@ DORA = method_of("dora")
 
 @dataclasses.dataclass(frozen=True)
 class Form:
-    """A method, how weights of two axes or more are stored, and whether the first weight alone is adapted."""
+    """A method, how weights of two axes or more are stored, whether the first alone is adapted, and layers apart."""
 
     method: Any = "lora"
     stored: Callable[[Any], Any] | None = None
     first_alone: bool = False
+    apart: bool = False
+
+    def of_layers(self, sites: Mapping[str, rslora.Site]) -> dict[str, Any]:
+        """Return options that give layers ranks and alphas of their own, and one of three or more none."""
+        own = {
+            f"{path}/{{{n}}}".lstrip("/"): layer
+            for path, site in sites.items()
+            for n, layer in enumerate(of_layers(site))
+        }
+        ranks, alphas = ({path: layer[k] for path, layer in own.items() if layer[0]} for k in (0, 1))
+        gone = [path for path, layer in own.items() if not layer[0]]
+        return {"rank_pattern": ranks, "alpha_pattern": alphas, "exclude": gone}
 
     def fresh(self, site: rslora.Site, r: np.random.Generator, w: Any = None) -> dict[str, np.ndarray]:
         """Draw the arrays of an adapter that changes nothing of a weight."""
@@ -63,6 +75,12 @@ class Form:
         return loose, held, arrays
 
 
+def of_layers(site: rslora.Site) -> list[tuple[int, float]]:
+    """Return the rank and the alpha that layers are to have, by hand."""
+    count = 0 if site.layer_axis is None else site.shape[site.layer_axis]
+    return [(0 if n == 1 and count > 2 else 1 + n % 3, 3.0 + n) for n in range(count)]
+
+
 def eligible(w: Any) -> bool:
     return w.ndim >= 2 and jnp.issubdtype(w.dtype, jnp.floating)
 
@@ -97,6 +115,9 @@ FORMS = [
     Form(Gained(), stored=matrices, first_alone=True),
     Form("dora"),
     Form("dora", stored=eight_bits),
+    Form(apart=True),
+    Form("dora", apart=True),
+    Form(stored=eight_bits, apart=True),
 ]
 
 
@@ -115,13 +136,21 @@ def acting(lora: rslora.Lora, params: Any, adapters: Any, off: Any) -> Any:
             return "".join(letters[n] for n in axes)
 
         a, b = of(site.stack_axes + site.in_axes) + "z", of(site.stack_axes) + "z" + of(site.out_axes)
+        scale, layers = ALPHA / np.sqrt(site.rank), of_layers(site) if lora.config.rank_pattern else []
+        if layers:
+            sizes = [-1 if n == site.layer_axis else 1 for n in range(w.ndim)]
+            scale = np.reshape([alpha / np.sqrt(rank) if rank else 0.0 for rank, alpha in layers], sizes)
+            counts = np.reshape([np.arange(site.rank) < rank for rank, _ in layers], [len(layers), site.rank])
+            own = {**own, "a": jnp.einsum(f"{a},{letters[site.layer_axis]}z->{a}", own["a"], counts)}
         update = jnp.einsum(f"{a},{b}->{letters}", own["a"], own["b"])
-        total = w.astype(jnp.float64) + ALPHA / np.sqrt(site.rank) * update
+        total = w.astype(jnp.float64) + scale * update
         if site.method == DORA:
             norm = jnp.sqrt(jnp.sum(jnp.square(total), site.in_axes, keepdims=True))
             total = total / jax.lax.stop_gradient(norm)
         if "m" in own:
             total = jnp.einsum(f"{letters},{of(site.stack_axes + site.out_axes)}->{letters}", total, own["m"])
+        if layers:
+            total = jnp.where(np.reshape([rank > 0 for rank, _ in layers], sizes), total, w)
         return total * (1 + off * np.random.default_rng(2).choice([-1, 1], w.shape))
 
     leaves = named_leaves(params)

@@ -8,7 +8,8 @@ import collections
 import dataclasses
 import itertools
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from types import MappingProxyType
 from typing import Any
 
 import jax
@@ -210,10 +211,17 @@ def build(program: Program, seed: int = 0) -> tuple[Callable[[Any, Any], Any], A
 
 
 def adapt(
-    program: Program, fn: Callable, params: Any, x: Any, form: Form = PLAIN, exclude: Sequence[str] = ()
+    program: Program,
+    fn: Callable,
+    params: Any,
+    x: Any,
+    form: Form = PLAIN,
+    exclude: Sequence[str] = (),
+    of_layers: Mapping[str, Any] = MappingProxyType({}),
 ) -> tuple[rslora.Lora | None, list[str]]:
     """Wrap a program, every weight of it; return what was said, and None where no weight was found."""
     options: dict[str, Any] = {"targets": ["*"], "exclude": exclude, "dtype": "float64", "allow_large_rank": True}
+    options |= of_layers
     config = rslora.LoraConfig(rank=program.rank, alpha=ALPHA, method=form.method, **options)
     with warnings.catch_warnings(record=True) as said:
         warnings.simplefilter("always")
@@ -229,6 +237,8 @@ def adapt(
             raise
     if form.first_alone and len(lora.sites) > 1 and not exclude:
         return adapt(program, fn, params, x, form, list(lora.sites)[1:])
+    if form.apart and not of_layers and any(site.stack_axes for site in lora.sites.values()):
+        return adapt(program, fn, params, x, form, of_layers=form.of_layers(lora.sites))
     return lora, [str(w.message) for w in said if w.category is rslora.RsloraWarning]
 
 

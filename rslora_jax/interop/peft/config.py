@@ -13,6 +13,7 @@ from rslora_jax.interop.names import Names, Place
 from rslora_jax.interop.peft.files import WEIGHTS_NAME, PeftFolder, adapted_in, as_opened, tables_in
 from rslora_jax.interop.peft.settings import PeftSettings, read_settings
 from rslora_jax.interop.peft.tied import Places, places_of_uses, ties
+from rslora_jax.layers import pattern_of_layer
 from rslora_jax.pytrees import Params
 from rslora_jax.shown import quoted
 from rslora_jax.transform.uses import LOOKUP
@@ -71,9 +72,8 @@ def adapted_modules(peft: PeftFolder, settings: PeftSettings, places: Places) ->
 def read_config(folder: str | Path | PeftFolder, params: Params, names: Names = DECODER.names) -> LoraConfig:
     """Read a PEFT adapter's configuration as the `LoraConfig` that gives these parameters its adapters.
 
-    Every adapted weight is named by its path, with its own rank and alpha where PEFT's patterns give it one. A weight
-    that holds all layers has one rank and one scale here: those of the layer with the largest rank. `load_peft` fills
-    smaller ranks up with zeros and takes the difference of the scales into B; a layer without an adapter gets zeros.
+    Every adapted weight is named by its path, with its own rank and alpha where PEFT's patterns give it one; so are the
+    layers of a weight that holds several ("params/layers/up/kernel/{3}"), where these differ or have no adapter.
     An adapter of a table that is the head too is that of its look-up alone, "*@lookup", and one of the head that of its
     product alone, as PEFT has them, but with ensure_weight_tying.
 
@@ -88,24 +88,28 @@ def read_config(folder: str | Path | PeftFolder, params: Params, names: Names = 
     peft = as_opened(folder)
     settings = read_settings(peft)
     places = places_of_uses(names, {path: tuple(leaf.shape) for path, leaf in array_leaves(params).items()})
-    own: dict[str, tuple[int, float]] = {}
+    modules = places_of_modules(places.found, places.shapes)
+    own: dict[str, dict[int | None, tuple[int, float]]] = {}
     for module, path in adapted_modules(peft, settings, places).items():
-        pair = settings.rank_and_alpha(module)
-        own[path] = pair if path not in own or pair[0] > own[path][0] else own[path]
+        own.setdefault(path, {})[modules[module].layer] = settings.rank_and_alpha(module)
+    named = dict[tuple[str, int | None], tuple[int, float]]()
+    for path, layers in own.items():
+        alike = None in layers or (len(layers) == places.shapes[path][0] and len({*layers.values()}) == 1)
+        named |= {(path, None if alike else n): pair for n, pair in layers.items()}
 
-    def pattern(path: str) -> str:
+    def pattern(path: str, layer: int | None) -> str:
         """Return what matches an adapter's path, whether or not the program has another use of its weight."""
         whole, _ = split_use(path)
         both = [other for other in own if split_use(other)[0] == whole]
-        return _literal(path if len(both) > 1 else whole)
+        return pattern_of_layer(_literal(path if len(both) > 1 else whole), layer)
 
     return LoraConfig(
         rank=settings.r,
         alpha=settings.alpha,
         scaling=settings.scaling,
-        targets=[_literal(path) for path in own],
-        rank_pattern=[(pattern(path), rank) for path, (rank, _) in own.items() if rank != settings.r],
-        alpha_pattern=[(pattern(path), alpha) for path, (_, alpha) in own.items() if alpha != settings.alpha],
+        targets=[pattern_of_layer(_literal(path), layer) for path, layer in named],
+        rank_pattern=[(pattern(*key), rank) for key, (rank, _) in named.items() if rank != settings.r],
+        alpha_pattern=[(pattern(*key), alpha) for key, (_, alpha) in named.items() if alpha != settings.alpha],
         allow_large_rank=True,  # PEFT sets no bound
         method="dora" if settings.dora else "lora",
         dropout=settings.dropout,

@@ -22,7 +22,8 @@ class Modules(NamedTuple):
 
     Attributes:
       places: where the weights of modules are.
-      of: by the path of an adapter, its modules and their layers; of a tied table's, its own first and then its head.
+      of: by the path of an adapter, its modules and their layers, without those that have none; of a tied table's, its
+        own first and then its head.
     """
 
     places: Places
@@ -49,6 +50,8 @@ def site_modules(lora: Lora, names: Names) -> Modules:
             modules[site.path] |= dict.fromkeys(own, place.layer)
     for path, site in lora.sites.items():
         _check_axes(site, stacked=None not in modules[path].values())
+        if site.layers:  # those with an adapter; PEFT has layers on the first axis alone
+            modules[path] = {name: n for name, n in modules[path].items() if n is None or site.layers[n].rank}
     return Modules(places, modules)
 
 

@@ -54,9 +54,9 @@ def open_peft(folder: str | Path) -> PeftFolder:
 def load_peft(folder: str | Path | PeftFolder, lora: Lora, names: Names = DECODER.names) -> Loaded:
     """Read (adapters, replaced) from a PEFT adapter's folder.
 
-    Where the rank and scale of a weight's site are the file's, as with the config from `read_config`, the numbers are
-    the file's own. A smaller rank is filled up with zeros, exactly; where the scales differ, B is multiplied by their
-    ratio, in float64, and rounded once. A layer of a scanned weight that the adapter leaves out gets zeros.
+    Where the rank and scale of a weight's site, or of its layer, are the file's, as with the config from `read_config`,
+    the numbers are the file's own. A smaller rank is filled up with zeros, exactly; where the scales differ, B is
+    multiplied by their ratio, in float64, and rounded once. A layer that the adapter leaves out gets zeros.
 
     Args:
       folder: as PEFT saves it, with adapter_model.safetensors; or what `open_peft` read of it.
@@ -101,13 +101,12 @@ def load_peft(folder: str | Path | PeftFolder, lora: Lora, names: Names = DECODE
         if not chosen & {*own} or (shared and not chosen >= {*own}):
             raise ValueError(f"{settings.where} does not adapt {path}, as this config does: wrap with `read_config`'s")
         wanted = own[:1] if shared else own
-        # First those that are there: a rank that the file does not have is told before zeros of it are made.
-        read = {module: _factors(settings, site, module, left) for module in wanted if module in chosen}
-        layers = [read[module] if module in read else _zeros(settings, site) for module in wanted]
-        adapters[path] = {
-            name: np.asarray(np.stack(parts) if site.stack_axes else parts[0], jnp.dtype(lora.config.dtype))
-            for name, parts in ((name, [layer[name] for layer in layers]) for name in site.factors)
+        read = {
+            modules[path][name]: _factors(settings, site, name, modules[path][name], left)
+            for name in wanted
+            if name in chosen
         }
+        adapters[path] = _stacked(settings, site, read, jnp.dtype(lora.config.dtype))
         if shared:
             _check_tied_head(settings, left, own, site, adapters[path], where)
     return Loaded(adapters, replaced_weights(settings, left, places, lora.tied, where))
@@ -127,27 +126,35 @@ def _take(settings: PeftSettings, left: dict[str, np.ndarray], name: str, shape:
     return tensor
 
 
-def _zeros(settings: PeftSettings, site: Site) -> dict[str, np.ndarray]:
-    """Give the factors of a layer that has no adapter; a ValueError where there are none, as of DoRA."""
-    if site.method.needs_base:
+def _stacked(
+    settings: PeftSettings, site: Site, read: Mapping[int | None, Mapping[str, np.ndarray]], dtype: Any
+) -> dict[str, np.ndarray]:
+    """Put the arrays of layers together, with zeros for one that has no adapter; a ValueError where that is no zero."""
+    if not site.stack_axes:
+        return {name: np.asarray(array, dtype) for name, array in read[None].items()}
+    count = site.shape[0]
+    if len(read) < count and not site.layers and site.method.needs_base:
         raise ValueError(
             f"{settings.where} adapts some layers of {site.path} alone, and a layer without an adapter has none of "
-            f"{type(site.method).__name__}: load a base whose layers are not stacked"
+            f"{type(site.method).__name__}: wrap with `read_config`'s"
         )
-    stack = len(site.stack_axes)
-    return {name: np.zeros(shape[stack:], np.float32) for name, shape in site.factor_shapes.items()}
+    empty = {name: np.zeros(shape[len(site.stack_axes) :], dtype) for name, shape in site.factor_shapes.items()}
+    return {name: np.stack([read.get(n, empty)[name] for n in range(count)]).astype(dtype) for name in site.factors}
 
 
-def _factors(settings: PeftSettings, site: Site, module: str, left: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
-    """Read one module's factors, with the site's rank and scale."""
+def _factors(
+    settings: PeftSettings, site: Site, module: str, layer: int | None, left: dict[str, np.ndarray]
+) -> dict[str, np.ndarray]:
+    """Read one module's factors, with the rank of the site's arrays, and the site's scale or its layer's."""
     rank, _ = settings.rank_and_alpha(module)
-    if rank > site.rank:
-        raise ValueError(f"{settings.where} has rank {rank} for {module}, and this config {site.rank}")
+    own = site if layer is None else site.of_layer(layer)
+    if rank > own.rank:
+        raise ValueError(f"{settings.where} has rank {rank} for {module}, and this config {own.rank}")
     names = peft_names(site)
     tensors = {
         name: _take(settings, left, f"{module}.{names[name]}", shape) for name, shape in peft_shapes(site, rank).items()
     }
-    return refit(site, from_peft(site, tensors), site.rank, settings.gamma(module) / site.gamma)
+    return refit(site, from_peft(site, tensors), site.rank, settings.gamma(module) / own.gamma)
 
 
 def _check_tied_head(

@@ -28,7 +28,7 @@ from rslora_jax.interop.peft.settings import ends_with
 from rslora_jax.interop.peft.tied import Places
 from rslora_jax.interop.shards import DTYPES
 from rslora_jax.methods.dora import DoRA
-from rslora_jax.methods.method import method_of
+from rslora_jax.methods.method import method_of, of_layer
 from rslora_jax.transform.uses import LOOKUP, PRODUCT
 from rslora_jax.wrap import Adapters, Lora
 
@@ -127,13 +127,12 @@ def _factor_tensors(
     """Give the factors of every module as PEFT names and lays them; a table that is the head too has them twice."""
     tensors: dict[str, np.ndarray] = {}
     for path, site in lora.sites.items():
-        rank, _, factor = plan.own[path]
         names = peft_names(site)
         own = {name: np.asarray(jax.device_get(array)) for name, array in adapters[path].items()}
-        own = refit(site, own, rank, factor)
         shared = site.tied and not site.use  # of a table and its head, which has the same turned
         for module, layer in [*modules[path].items()][: 1 if shared else None]:
-            one = own if layer is None else {name: array[layer] for name, array in own.items()}
+            rank, _, factor = plan.of(path, layer)
+            one = refit(site, own if layer is None else of_layer(site, own, layer), rank, factor)
             for name, tensor in to_peft(site, one).items():
                 tensors[f"{module}.{names[name]}"] = _rounded(f"{module}.{names[name]}", tensor, dtype)
         if shared:
@@ -201,16 +200,18 @@ def _described(
     everything: Mapping[str, Place],
 ) -> dict[str, Any]:
     """Give the fields of the config that say what is adapted, of which rank and at which scale."""
-    adapted = {module: path for path, of in modules.items() for module in of}
+    adapted = {module: plan.of(path, layer) for path, of in modules.items() for module, layer in of.items()}
     config: dict[str, Any] = {
         "r": plan.rank,
         "lora_alpha": _number(plan.alpha),
         "use_rslora": plan.scaling == "rslora",
         "target_modules": _target_names(adapted, everything),
-        "rank_pattern": exact_patterns({m: plan.own[path][0] for m, path in adapted.items()}, plan.rank),
+        "rank_pattern": exact_patterns({m: rank for m, (rank, _, _) in adapted.items()}, plan.rank),
         "use_dora": isinstance(method_of(lora.config.method), DoRA),
         "lora_dropout": lora.config.dropout,
-        "alpha_pattern": exact_patterns({m: _number(plan.own[p][1]) for m, p in adapted.items()}, _number(plan.alpha)),
+        "alpha_pattern": exact_patterns(
+            {m: _number(alpha) for m, (_, alpha, _) in adapted.items()}, _number(plan.alpha)
+        ),
     }
     if any(site.tied and not site.use for site in lora.sites.values()):
         config["ensure_weight_tying"] = True  # a version of PEFT without this field reads both adapters
@@ -230,7 +231,7 @@ def _rounded(name: str, tensor: np.ndarray, dtype: str) -> np.ndarray:
     return out
 
 
-def _target_names(adapted: Mapping[str, str], everything: Mapping[str, Place]) -> list[str]:
+def _target_names(adapted: Collection[str], everything: Mapping[str, Place]) -> list[str]:
     """Return PEFT's target_modules: last parts of names where they say it all, else whole names."""
     last = sorted({module.rpartition(".")[2] for module in adapted})
     alike = {module for module in everything if ends_with(module, last)}

@@ -4,20 +4,31 @@ from __future__ import annotations
 
 import collections
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 
 from rslora_jax import scaling
+from rslora_jax.layers import Layer
 from rslora_jax.wrap import Lora
 
 
 @dataclasses.dataclass(frozen=True)
 class Scales:
-    """How ranks and scales are written: those of most modules, and each weight's own (rank, alpha, factor on B)."""
+    """How ranks and scales are written.
+
+    Attributes:
+      rank, alpha: those of most modules.
+      scaling: "rslora" or "lora".
+      own: the rank, the alpha and the factor on B of every adapter, by path; where layers differ, by path and layer.
+    """
 
     rank: int
     alpha: float
     scaling: str
-    own: Mapping[str, tuple[int, float, float]]
+    own: Mapping[tuple[str, int | None], tuple[int, float, float]]
+
+    def of(self, path: str, layer: int | None) -> tuple[int, float, float]:
+        """Return the rank, the alpha and the factor on B of an adapter, or of a layer of one."""
+        return self.own[path, layer if (path, layer) in self.own else None]
 
 
 def own_scales(lora: Lora, *, use_rslora: bool | None = None) -> Scales:
@@ -34,11 +45,19 @@ def own_scales(lora: Lora, *, use_rslora: bool | None = None) -> Scales:
         formula = "rslora" if use_rslora else "lora"
     same = formula == lora.config.scaling
     own = {
-        path: (site.rank, site.alpha if same else site.gamma / scaling.gamma(site.rank, 1.0, formula), 1.0)
-        for path, site in lora.sites.items()
+        key: (one.rank, one.alpha if same else one.gamma / scaling.gamma(one.rank, 1.0, formula), 1.0)
+        for key, one in _each(lora)
     }
     (rank, alpha, _), _ = collections.Counter(own.values()).most_common(1)[0]
     return Scales(rank, alpha, formula, own)
+
+
+def _each(lora: Lora) -> Iterator[tuple[tuple[str, int | None], Layer]]:
+    """Yield what every adapter has, by path, and by layer where these differ."""
+    for path, site in lora.sites.items():
+        if not site.layers:
+            yield (path, None), Layer(site.rank, site.alpha, site.gamma)
+        yield from (((path, n), layer) for n, layer in enumerate(site.layers) if layer.rank)
 
 
 def one_scale(lora: Lora, *, use_rslora: bool | None = None) -> Scales:
@@ -47,10 +66,10 @@ def one_scale(lora: Lora, *, use_rslora: bool | None = None) -> Scales:
     The scale is that of most of the modules of the largest rank, which so keep their numbers.
     """
     plan = own_scales(lora, use_rslora=use_rslora)
-    rank = max(site.rank for site in lora.sites.values())
+    rank = max(of for of, _, _ in plan.own.values())
     alphas = collections.Counter(alpha for of, alpha, _ in plan.own.values() if of == rank)
     alpha = alphas.most_common(1)[0][0]
     gamma = scaling.gamma(rank, alpha, plan.scaling)
     # By the same formula for the same rank and alpha, so that nothing changes where nothing needs to.
-    of = {path: scaling.gamma(own[0], own[1], plan.scaling) for path, own in plan.own.items()}
-    return Scales(rank, alpha, plan.scaling, {path: (rank, alpha, value / gamma) for path, value in of.items()})
+    of = {key: scaling.gamma(own[0], own[1], plan.scaling) for key, own in plan.own.items()}
+    return Scales(rank, alpha, plan.scaling, {key: (rank, alpha, value / gamma) for key, value in of.items()})

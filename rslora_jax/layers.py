@@ -1,0 +1,170 @@
+"""Single layers of a weight that holds several, as a scanned model's do: how patterns name them, and what each has."""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from rslora_jax.config import LoraConfig, matches_adapter
+from rslora_jax.scaling import gamma
+
+if TYPE_CHECKING:
+    from rslora_jax.sites import Site
+
+# A part of a path that is numbers in braces: {3}, {0,2}, {4..7}.
+_NUMBERS = re.compile(r"(?:^|/)\{(\d+(?:\.\.\d+)?(?:,\d+(?:\.\.\d+)?)*)\}(?=/|@|$)")
+
+_MOST = 100_000  # layers in a run: a pattern may come from a stranger's file
+
+
+class Layer(NamedTuple):
+    """What one layer has of the adapter of a weight that holds several.
+
+    Attributes:
+      rank: its own; 0 where it has no adapter.
+      alpha, gamma: its own.
+    """
+
+    rank: int
+    alpha: float
+    gamma: float
+
+
+def layers_named(path: str, pattern: str) -> frozenset[int] | bool:
+    """Return which layers of an adapter's weight a pattern names: True for all of them, False for none.
+
+    Numbers in braces that are a part of the pattern are those of layers where the weight's own path lacks that part:
+    one pattern serves a model with a weight for each layer and one that has them stacked, as for a scan.
+
+    >>> layers_named("params/layers/3/mlp/up", "*/layers/{3,5}/mlp/*")
+    True
+    >>> sorted(layers_named("params/layers/mlp/up", "*/layers/{3,5}/mlp/*"))
+    [3, 5]
+    >>> sorted(layers_named("params/layers/mlp/up", "*/mlp/up/{0..2}")), layers_named("params/head", "*/{3}/mlp/*")
+    ([0, 1, 2], False)
+    """
+    if matches_adapter(path, pattern):
+        return True
+    for found in _NUMBERS.finditer(pattern):
+        rest = pattern[: found.start()] + pattern[found.end() :]
+        if matches_adapter(path, rest.removeprefix("/") if not found.start() else rest):
+            return frozenset(number for part in found[1].split(",") for number in _run(part))
+    return False
+
+
+def _run(text: str) -> range:
+    first, _, last = text.partition("..")
+    return range(int(first), min(int(last or first), int(first) + _MOST) + 1)
+
+
+def value_of_layer(path: str, layer: int | None, patterns: Any, default: Any) -> Any:
+    """Return the value of the first pattern that names an adapter, or, where a number is given, that layer of it.
+
+    >>> patterns = [("*/layers/{1}/up", 8), ("*/up", 4)]
+    >>> [value_of_layer("params/layers/up", n, patterns, 2) for n in range(3)]
+    [4, 8, 4]
+    """
+    for pattern, value in patterns:
+        named = layers_named(path, pattern)
+        if named is True or (named and layer in named):
+            return value
+    return default
+
+
+def layers_of_weights(
+    pattern: str, what: str, counts: Mapping[str, int | None], *, alone: bool = True
+) -> dict[str, frozenset[int]]:
+    """Return the layers, by path, of the weights of which a pattern names some.
+
+    Args:
+      pattern: the pattern.
+      what: what an error calls it.
+      counts: how many layers each weight holds, by path; None where it holds no stack of them.
+      alone: whether the pattern names no weight as a whole, as in a model that has one for each layer.
+
+    Raises:
+      ValueError: a weight has not as many; or, with `alone`, none of those named has layers.
+    """
+    named = {path: layers for path in counts if not isinstance(layers := layers_named(path, pattern), bool)}
+    found = {path: layers for path, layers in named.items() if counts[path] is not None}
+    if named and not found and alone:
+        raise ValueError(f"{what} names layers of {min(named)}, which holds no stack of them: leave the number out")
+    for path, layers in found.items():
+        if max(layers) >= (counts[path] or 0):
+            raise ValueError(f"{what} names layer {max(layers)} of {path}, whose layers are 0 to {counts[path] - 1}")  # type: ignore[operator]
+    return found
+
+
+def with_layers(site: Site, own: Callable[[int | None], Layer | None]) -> Site:
+    """Return a site with rank, alpha and gamma, and with those of each layer where they differ.
+
+    Args:
+      site: of which these are not known yet.
+      own: gives what a layer has, by its number, or None where it has no adapter; without a number, what all have.
+    """
+    if site.layer_axis is None:
+        one = own(None)
+        return site if one is None else dataclasses.replace(site, **one._asdict())
+    layers = [own(n) for n in range(site.shape[site.layer_axis])]
+    largest = max((layer for layer in layers if layer), key=lambda layer: layer.rank)
+    each = tuple(Layer(0, largest.alpha, 0.0) if layer is None else layer for layer in layers)
+    return dataclasses.replace(site, **largest._asdict(), layers=each if set(each) != {largest} else ())
+
+
+def as_configured(site: Site, config: LoraConfig) -> Site:
+    """Return a site that is known by the arrays of its adapter, with the ranks and scales of a config.
+
+    The arrays have the largest rank; a config may ask for one that its weight was too narrow for.
+    """
+
+    def targeted(layer: int) -> bool:
+        named, gone = (
+            [layers_named(site.path, pattern) for pattern in ((of,) if isinstance(of, str) else of)]
+            for of in (config.targets, config.exclude)
+        )
+        single = [one for one in named if not isinstance(one, bool)]
+        whole = True in named or not single  # as by "all-linear"
+        return (whole or any(layer in one for one in single)) and not any(
+            one is not True and one and layer in one for one in gone
+        )
+
+    def own(layer: int | None) -> Layer | None:
+        if layer is not None and not targeted(layer):
+            return None
+        rank = min(value_of_layer(site.path, layer, config.rank_pattern, config.rank), site.rank)
+        alpha = value_of_layer(site.path, layer, config.alpha_pattern, config.alpha)
+        return Layer(rank, alpha, gamma(rank, alpha, config.scaling))
+
+    return with_layers(site, own)
+
+
+def patterns_of(sites: Mapping[str, Site]) -> dict[str, Any]:
+    """Return the targets, ranks and alphas of a config with these sites, given by the paths that they are to have.
+
+    A path is written as it is, for those that hold no character of a pattern.
+    """
+    layers = {
+        (path, n): layer
+        for path, site in sites.items()
+        for n, layer in (enumerate(site.layers) if site.layers else [(None, Layer(site.rank, site.alpha, site.gamma))])
+        if layer.rank
+    }
+    whole = {path for path, site in sites.items() if all(layer.rank for layer in site.layers)}
+    targets = [path for path in sites if path in whole]
+    return {
+        "targets": (*targets, *(pattern_of_layer(path, n) for path, n in layers if path not in whole)),
+        "exclude": (),
+        "rank_pattern": tuple((pattern_of_layer(*key), layer.rank) for key, layer in layers.items()),
+        "alpha_pattern": tuple((pattern_of_layer(*key), layer.alpha) for key, layer in layers.items()),
+    }
+
+
+def pattern_of_layer(path: str, layer: int | None) -> str:
+    """Return a pattern for one layer of the weight of this path.
+
+    >>> pattern_of_layer("params/layers/up", 3), pattern_of_layer("params/up", None)
+    ('params/layers/up/{3}', 'params/up')
+    """
+    return path if layer is None else f"{path}/{{{layer}}}".removeprefix("/")
