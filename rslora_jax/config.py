@@ -34,7 +34,9 @@ class LoraConfig:
         two adapters of PEFT do; without either, one adapter is that of both.
       exclude: globs over paths to leave out of `targets`.
       rank_pattern, alpha_pattern: globs over paths with the rank or alpha of the weights that match;
-        the first match wins. A mapping, or a sequence of pairs.
+        the first match wins. A mapping, or a sequence of pairs. Numbers in braces name single layers, also of weights
+        that are stacked, as for a scan, and have no number in their path: `{"*/layers/{3}/mlp/*": 64}`, `{0,2}`,
+        `{4..7}`; so they do in `targets` and `exclude`.
       axes: globs over paths with a name for each axis of the weights that match, "in", "out" or "stack", where the use
         of a weight does not tell them: `{"*/experts": ("stack", "in", "out")}`. Such a weight is adapted whatever it is
         used in; where that has no low-rank form, the sum is formed.

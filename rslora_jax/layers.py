@@ -13,8 +13,8 @@ from rslora_jax.scaling import gamma
 if TYPE_CHECKING:
     from rslora_jax.sites import Site
 
-# A part of a path that is numbers in braces: {3}, {0,2}, {4..7}.
-_NUMBERS = re.compile(r"(?:^|/)\{(\d+(?:\.\.\d+)?(?:,\d+(?:\.\.\d+)?)*)\}(?=/|@|$)")
+# Numbers in braces at the end of a part of a path, or that are one: layers_{3}, {0,2}, {4..7}.
+_NUMBERS = re.compile(r"(?:^|[/_])\{(\d+(?:\.\.\d+)?(?:,\d+(?:\.\.\d+)?)*)\}(?=/|@|$)")
 
 _MOST = 100_000  # layers in a run: a pattern may come from a stranger's file
 
@@ -35,14 +35,14 @@ class Layer(NamedTuple):
 def layers_named(path: str, pattern: str) -> frozenset[int] | bool:
     """Return which layers of an adapter's weight a pattern names: True for all of them, False for none.
 
-    Numbers in braces that are a part of the pattern are those of layers where the weight's own path lacks that part:
+    Numbers in braces at the end of a part of the pattern are those of layers where the weight's own path lacks them:
     one pattern serves a model with a weight for each layer and one that has them stacked, as for a scan.
 
     >>> layers_named("params/layers/3/mlp/up", "*/layers/{3,5}/mlp/*")
     True
     >>> sorted(layers_named("params/layers/mlp/up", "*/layers/{3,5}/mlp/*"))
     [3, 5]
-    >>> sorted(layers_named("params/layers/mlp/up", "*/mlp/up/{0..2}")), layers_named("params/head", "*/{3}/mlp/*")
+    >>> sorted(layers_named("params/layers/mlp/up", "*/layers_{0..2}/*")), layers_named("params/head", "*/{3}/mlp/*")
     ([0, 1, 2], False)
     """
     if matches_adapter(path, pattern):

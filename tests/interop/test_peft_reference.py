@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import safetensors.numpy as safetensors
 
 import rslora_jax as rslora
 from rslora_jax.interop.decoder import DECODER
@@ -100,7 +101,7 @@ def wrapped(apply, variables, config):
 
 def layouts(case):
     """Stacked layers are where it is hard; where names are resolved one by one, looped ones too."""
-    return (True, False) if case in ("patterns", "saved", "saved layer", "tied") else (True,)
+    return (True, False) if case in ("patterns", "layers", "saved", "saved layer", "tied") else (True,)
 
 
 def run(lora, *args):
@@ -143,6 +144,15 @@ FROM_PEFT = {
     "regex": dict(r=5, lora_alpha=12, use_rslora=True, target_modules=REGEX),
     "layers": dict(
         r=5, lora_alpha=12, target_modules=["q_proj", "gate_proj"], layers_to_transform=[1], layers_pattern="layers"
+    ),
+    "dora layers": dict(
+        r=5,
+        lora_alpha=12,
+        use_rslora=True,
+        use_dora=True,
+        target_modules=["q_proj", "gate_proj"],
+        layers_to_transform=[0, 2],
+        rank_pattern={"layers.2.self_attn.q_proj": 3},
     ),
     "exclude": dict(
         r=5, lora_alpha=12, target_modules=["q_proj", "gate_proj"], exclude_modules=["layers.0.mlp.gate_proj"]
@@ -187,7 +197,7 @@ USES = {
     "tied: dora": {"product"},
     "tied: each": {"lookup", "product"},
 }
-DAY = ("rslora", "patterns", "layers", "embeddings", "saved", "tied: each", "dora")
+DAY = ("rslora", "patterns", "dora layers", "embeddings", "saved", "tied: each", "dora")
 
 
 @pytest.mark.filterwarnings("ignore::UserWarning")
@@ -212,11 +222,21 @@ def test_an_adapter_from_peft_gives_its_logits(case, bases, tmp_path):
         np.testing.assert_allclose(run(lora, changed, adapters), want, rtol=0, atol=1e-4)
 
         save_peft(tmp_path / f"again-{scan}", lora, adapters, replaced=replaced)
+        same_factors(tmp_path / "theirs", tmp_path / f"again-{scan}")
         config_2 = read_config(tmp_path / f"again-{scan}", variables)
         lora_2 = wrapped(apply, variables, config_2)
         back, replaced_2 = load_peft(tmp_path / f"again-{scan}", lora_2)
         assert lora.sites == lora_2.sites
         jax.tree.map(np.testing.assert_array_equal, (back, replaced_2), (adapters, replaced))
+
+
+def same_factors(theirs, ours):
+    """Compare two folders: the numbers of a layer are its own whatever others have, and so bit for bit the same."""
+    one, other = (safetensors.load_file(folder / "adapter_model.safetensors") for folder in (theirs, ours))
+    factors = {name for name in one if ".lora_" in name}
+    assert factors <= {*other}
+    for name in factors:
+        np.testing.assert_array_equal(one[name], other[name], name)
 
 
 def loaded(base, folder):
@@ -240,6 +260,10 @@ TO_PEFT = {
     "embeddings": dict(rank=5, alpha=12, targets=["*/embedding", "*lm_head*", "*/q_proj/*"], alpha_pattern={"*/e*": 3}),
     "tied": dict(rank=5, alpha=12, targets=["*/embedding", "*/q_proj/*"]),
     "dora": dict(rank=6, alpha=16, method="dora", dropout=0.2, rank_pattern={"*/mlp/*": 3}),
+    "layers": dict(
+        rank=6, alpha=16, targets=["*/layers_{0,2}/*/{q,k}_proj/*", "*/v_proj/*"], exclude="*/layers_{0}/*/k_proj/*"
+    )
+    | dict(rank_pattern={"*/layers_{2}/*": 11, "*/v_proj/*": 4}, alpha_pattern={"*/layers_{1..2}/*": 5.5}),
     "tied: look-up": dict(rank=5, alpha=12, targets=["*/embedding@lookup", "*/q_proj/*"]),
     "tied: head": dict(rank=5, alpha=12, targets=["*/embedding@product"]),
     "tied: each": dict(rank=5, alpha=12, targets=["*/embedding@lookup", "*/embedding@product"])
@@ -247,7 +271,7 @@ TO_PEFT = {
 }
 
 
-@pytest.mark.parametrize("case", by_day(TO_PEFT, "constant", "patterns", "tied"))
+@pytest.mark.parametrize("case", by_day(TO_PEFT, "constant", "layers", "tied"))
 def test_an_adapter_from_here_gives_its_logits_in_peft(case, bases, tmp_path):
     base = bases[case.startswith("tied")]
     for scan in layouts(case):
@@ -271,7 +295,7 @@ def test_an_adapter_from_here_gives_its_logits_in_peft(case, bases, tmp_path):
                 save_peft(tmp_path / f"vllm-{scan}", lora, adapters, server="vllm")
             continue
         save_peft(tmp_path / f"vllm-{scan}", lora, adapters, server="vllm")
-        assert check_vllm(tmp_path / f"vllm-{scan}") == (16 if case == "patterns" else 8)
+        assert check_vllm(tmp_path / f"vllm-{scan}") == (16 if case in ("patterns", "layers") else 8)
         np.testing.assert_allclose(logits(loaded(base, tmp_path / f"vllm-{scan}")), want, rtol=0, atol=1e-4)
 
 
