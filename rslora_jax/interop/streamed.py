@@ -35,14 +35,14 @@ def merge_one(
     (1.0, 1.0)
     """
     if layer is not None:
-        site, factors = element_of(site, factors, layer)
+        site, factors = _element_of(site, factors, layer)
     exact, base = _acting(site, weight, factors), weight.astype(np.float64)
     merged = rounded(name, exact, dtype)
     norms = [float(np.linalg.norm(array)) for array in (exact - merged.astype(np.float64), exact - base, base)]
     return merged, Rounding(name, 1, *norms)
 
 
-def element_of(site: Site, factors: Mapping[str, Any], n: int) -> tuple[Site, Mapping[str, Any]]:
+def _element_of(site: Site, factors: Mapping[str, Any], n: int) -> tuple[Site, Mapping[str, Any]]:
     """Return an adapter on one element of its weight's first axis, which is stacked; of rank 0 where there is none."""
     if site.layer_axis == 0:
         return site.of_layer(n), of_layer(site, factors, n)

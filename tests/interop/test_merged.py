@@ -122,7 +122,14 @@ def test_an_update_below_the_dtypes_steps_is_said_to_be_lost(tiny_path, tmp_path
 
 
 @pytest.mark.parametrize("scan", [True, False])
-@pytest.mark.parametrize("changes", [{}, {"targets": ["*/embedding", "*/lm_head/kernel", "*/q_proj/kernel"]}])
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        {"targets": ["*/embedding", "*/lm_head/kernel", "*/q_proj/kernel"]},
+        {"targets": ["*/layers_{1}/*/kernel"], "rank_pattern": {"*/q_proj/*": 2}},
+    ],
+)
 def test_looped_layers_tables_and_heads_give_what_stacked_ones_do(scan, changes, tiny_path, tmp_path):
     lora, (config, variables, tokenizer), adapters = make_run(tmp_path / "run", tiny_path, scan=scan, **changes)
     merged.write_merged(
