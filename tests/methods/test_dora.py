@@ -121,13 +121,30 @@ def looped(p, x):
     return jnp.tanh(jnp.tanh(x @ p["w"][0]) @ p["w"][1])
 
 
+@pytest.mark.parametrize(("sizes", "rank"), [((3, 64, 40), 24), ((3, 99, 40), 30), ((80, 40), 33), ((65, 7), 3)])
+def test_norms_of_a_large_rank_are_those_of_the_sum(sizes, rank):
+    """From the sum, some rows at a time, where its expansion would take more."""
+    params, x = {"w": normal(0, *sizes)}, normal(1, 2, sizes[-2])
+    fn = (lambda p, x: x @ p["w"]) if len(sizes) == 2 else (lambda p, x: jax.lax.map(lambda w: x @ w, p["w"]))
+    lora = rslora.wrap(fn, params, x, config=rslora.LoraConfig(method="dora", rank=rank, alpha=10.0))
+    adapters = after_training(lora, params)
+    site = lora.sites["w"]
+    acting = by_hand(site, params["w"], adapters["w"])
+    assert_near(lora.merge(params, adapters)["w"], acting, 1e-6)
+    _, pull = jax.vjp(lambda a: lora.apply(params, a, x), adapters)
+    dy = normal(2, *jax.eval_shape(fn, params, x).shape)
+    dw = jax.vjp(fn, params, x)[1](dy)[0]["w"]
+    assert_near(pull(dy)[0]["w"], gradients_by_hand(site, params["w"], adapters["w"], dw), 1e-5)
+
+
+@pytest.mark.parametrize("rank", [6, 200])
 @pytest.mark.parametrize(("fn", "form"), [(looped, "array"), (scanned, "array"), (scanned, "stored")])
-def test_no_array_of_the_weights_size_is_made(fn, form):
+def test_no_array_of_the_weights_size_is_made(fn, form, rank):
     size, layers, taken = 512, 2 if fn is looped else 6, {}
     params, x = {"w": normal(0, layers, size, size)}, normal(2, 8, size)
     params = jax.tree.map(eight_bits, params) if form == "stored" else params
     for method in ("lora", "dora"):
-        lora = rslora.wrap(fn, params, x, config=rslora.LoraConfig(rank=6, alpha=10, method=method))
+        lora = rslora.wrap(fn, params, x, config=rslora.LoraConfig(rank=rank, alpha=10, method=method))
         adapters = jax.eval_shape(lambda p, lora=lora: lora.init(jax.random.key(0), p), params)
         step = jax.jit(jax.grad(lambda a, p, x, lora=lora: jnp.sum(lora.apply(p, a, x) ** 2)))
         taken[method] = step.lower(adapters, params, x).compile().memory_analysis().temp_size_in_bytes / (4 * size**2)
