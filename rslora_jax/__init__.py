@@ -10,9 +10,23 @@ from rslora_jax.config import LoraConfig
 from rslora_jax.methods import Method
 from rslora_jax.nnx import from_nnx
 from rslora_jax.scaling import gamma
+from rslora_jax.several import per_example, stack
 from rslora_jax.sites import Site
 from rslora_jax.stored import Stored
 from rslora_jax.wrap import Lora, RsloraWarning, wrap
 
-__all__ = ["Adapters", "Lora", "LoraConfig", "Method", "RsloraWarning", "Site", "Stored", "from_nnx", "gamma", "wrap"]
+__all__ = [
+    "Adapters",
+    "Lora",
+    "LoraConfig",
+    "Method",
+    "RsloraWarning",
+    "Site",
+    "Stored",
+    "from_nnx",
+    "gamma",
+    "per_example",
+    "stack",
+    "wrap",
+]
 __version__ = "0.1.0"

@@ -174,7 +174,11 @@ class Lora:
 
         What products are made of differs by platform, and none of the results do.
         """
-        return restored(self._known() | {"platform": platform})
+        return self.having(platform=platform)
+
+    def having(self, **fields: Any) -> "Lora":
+        """Return the same with other fields, such as `sites`; it traces and compiles for itself."""
+        return restored(self._known() | fields)
 
     def merge(self, params: Params, adapters: Adapters, *, copy: bool = False) -> Params:
         """Return the parameters with every adapter added in: of LoRA, W + gamma A B.

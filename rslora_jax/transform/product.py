@@ -112,6 +112,14 @@ def adapted(view: View, product: Product, x: Array, *extra: Array) -> Array:
     return times(adapted_product(product.op, x, view.w, product.factors, extra, *drawn), product.after)
 
 
+def factored(view: View, product: Product, x: Array, *extra: Array) -> Array:
+    """Return what `adapted` does with its arguments, without a sum of the weight and its update whatever that costs."""
+    x = times(x, product.before)
+    seen = dropped(view, x)
+    apart = x if seen is None else seen
+    return times(adapted_product(product.op, x, view.w, product.factors, extra, apart), product.after)
+
+
 def times(array: Array, gain: Array | None) -> Array:
     """Multiply by a gain, in the gain's dtype at least; the result has the array's."""
     if gain is None:
