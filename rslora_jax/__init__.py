@@ -10,7 +10,7 @@ from rslora_jax.config import LoraConfig
 from rslora_jax.methods import Method
 from rslora_jax.nnx import from_nnx
 from rslora_jax.scaling import gamma
-from rslora_jax.several import per_example, stack
+from rslora_jax.several import combine, per_example, stack
 from rslora_jax.sites import Site
 from rslora_jax.stored import Stored
 from rslora_jax.wrap import Lora, RsloraWarning, wrap
@@ -23,6 +23,7 @@ __all__ = [
     "RsloraWarning",
     "Site",
     "Stored",
+    "combine",
     "from_nnx",
     "gamma",
     "per_example",

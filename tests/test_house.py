@@ -30,7 +30,11 @@ CORE_FILES = [
 CORE_IMPORTS = {"jax", "flax", "optax", "orbax", "numpy", *sys.stdlib_module_names}
 
 # Where an update's size in numbers is what is asked for, and where a scale is written in another's terms.
-MEASURE_GAMMA = ("rslora_jax/analysis/spectrum.py", "rslora_jax/interop/peft/scales.py")
+MEASURE_GAMMA = (
+    "rslora_jax/analysis/spectrum.py",
+    "rslora_jax/interop/peft/scales.py",
+    "rslora_jax/several/combine.py",
+)
 # Of named tuples, which are public, and of `jax.jit` and the system, which have no public ones.
 UNDERSCORED = {"_replace", "_asdict", "_fields", "_make", "_cache_size", "_exit"}
 

@@ -34,6 +34,7 @@ class DoRA(LoRA):
 
     # What holds of a product of two factors does not of this.
     low_rank = None  # type: ignore[assignment]
+    of_low_rank = None  # type: ignore[assignment]
     peft_head = None  # type: ignore[assignment]
 
     def factors(self, site: Site) -> Mapping[str, tuple[Axis, ...]]:

@@ -64,6 +64,11 @@ class LoRA:
         stack = site.sizes(site.stack_axes)
         return factors["a"].reshape(*stack, -1, site.rank), factors["b"].reshape(*stack, site.rank, -1)
 
+    def of_low_rank(self, site: Site, first: Any, second: Any) -> dict[str, Any]:
+        """Return A and B from two factors as `low_rank` gives them."""
+        shapes = site.factor_shapes
+        return {"a": first.reshape(shapes["a"]), "b": second.reshape(shapes["b"])}
+
     def peft_names(self, site: Site) -> dict[str, str]:
         """Return what PEFT calls A and B."""
         if site.kind == "embedding":

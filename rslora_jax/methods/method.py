@@ -79,6 +79,9 @@ class LowRank(Method, Protocol):
     def low_rank(self, site: Site, factors: Mapping[str, Any]) -> tuple[Any, Any]:
         """Return the update but for gamma as two factors, (*stack, in, r) and (*stack, r, out)."""
 
+    def of_low_rank(self, site: Site, first: Any, second: Any) -> dict[str, Any]:
+        """Return the adapter of two factors as `low_rank` gives them, of the site's rank."""
+
     def site_of(
         self, path: str, factors: Mapping[str, Any], shape: Sequence[int] | None, *, alpha: float, scaling: Any
     ) -> Site:
