@@ -12,6 +12,7 @@ import numpy as np
 from jax import Array
 
 from rslora_jax.adapters import check_adapters
+from rslora_jax.layers import Layer
 from rslora_jax.methods.method import asked
 from rslora_jax.methods.random import site_key
 from rslora_jax.several.join import joined
@@ -67,7 +68,7 @@ def combine(
     """Combine several adapters of one base into one: (its `Lora`, of gamma 1, its adapters).
 
     The update w gamma A B of an adapter has that weight's own gamma, whatever the scaling, ranks and alphas of each.
-    A weight that an adapter lacks counts as zeros. In float64, on the host, rounded once.
+    A weight, or a layer of one, that an adapter lacks counts as zeros. In float64, on the host, rounded once.
 
     ==================  =========================================================  ===========================
     method              the combined update                                        rank
@@ -120,7 +121,8 @@ def combine(
 
     def one(site: Site) -> dict[str, Any]:
         stack = site.sizes(site.stack_axes)
-        elements = [_one(way, site, n, sources) for n, sources in enumerate(_by_element(site, pairs, weights))]
+        each = enumerate(_by_element(site, pairs, weights))
+        elements = [_of_rank(site, *_one(way, site, n, sources)) if sources else _zeros(site) for n, sources in each]
         first, second = (np.stack(parts).reshape(*stack, *parts[0].shape) for parts in zip(*elements, strict=True))
         factors = asked(site.method, "of_low_rank", "be combined")(site, first, second)
         return {name: np.asarray(factor, dtype) for name, factor in factors.items()}
@@ -165,12 +167,21 @@ def _check(way: _Way, pairs: Sequence[tuple[Lora, Adapters]], weights: Sequence[
 def _rank(path: str, pairs: Sequence[tuple[Lora, Adapters]], way: _Way, rank: int | None) -> int:
     """Return the rank that the combined adapter has at a site."""
     sites = [own.sites[path] for own, _ in pairs if path in own.sites]
-    ranks = [site.rank for site in sites]
     if way.method == "cat":
-        return sum(ranks)
+        elements = range(math.prod(sites[0].sizes(sites[0].stack_axes)))
+        return max(sum(_layer(site, n).rank for site in sites) for n in elements)
+    largest = max(site.rank for site in sites)
     if way.method.endswith("svd"):
-        return min(rank or max(ranks), sites[0].in_size, sites[0].out_size)
-    return max(ranks)
+        return min(rank or largest, sites[0].in_size, sites[0].out_size)
+    return largest
+
+
+def _layer(site: Site, element: int) -> Layer:
+    """Return the rank, alpha and gamma that an element of a site's stack has."""
+    if not site.layers:
+        return Layer(site.rank, site.alpha, site.gamma)
+    place = np.unravel_index(element, site.sizes(site.stack_axes))
+    return site.layers[place[site.stack_axes.index(site.layer_axis)]]  # type: ignore[arg-type]
 
 
 def _by_element(
@@ -178,16 +189,16 @@ def _by_element(
 ) -> Iterator[list[_Source]]:
     """Yield, for each element of a site's stack, the adapters that there are of it."""
     there = [
-        (n, own.sites[site.path], its[site.path], weight)
+        (n, weight, own.sites[site.path], _matrices(own.sites[site.path], its[site.path]))
         for n, ((own, its), weight) in enumerate(zip(pairs, weights, strict=True))
         if site.path in own.sites
     ]
-    factors = [_matrices(its, arrays) for _, its, arrays, _ in there]
     for element in range(math.prod(site.sizes(site.stack_axes))):
-        yield [
-            _Source(n, weight, its.gamma, first[element], second[element])
-            for (n, its, _, weight), (first, second) in zip(there, factors, strict=True)
-        ]
+        sources = []
+        for n, weight, its, (first, second) in there:
+            rank, _, gamma = _layer(its, element)
+            sources.append(_Source(n, weight, gamma, first[element, :, :rank], second[element, :rank]))
+        yield [source for source in sources if source.first.size]
 
 
 def _matrices(site: Site, arrays: Mapping[str, Any]) -> _Pair:
@@ -235,8 +246,16 @@ def _nearest_of_product(first: np.ndarray, second: np.ndarray, rank: int) -> _Pa
 
 
 def _nearest(update: np.ndarray, rank: int) -> _Pair:
-    """Return the factors (in, r) and (r, out) of the matrix of a rank that is nearest to one (Eckart and Young)."""
+    """Return the factors (in, r) and (r, out) of the matrix of at most a rank that is nearest to one."""
     left, values, right = np.linalg.svd(update, full_matrices=False)
-    first, second = left[:, :rank], values[:rank, None] * right[:rank]
-    missing = rank - first.shape[1]
+    return left[:, :rank], values[:rank, None] * right[:rank]
+
+
+def _of_rank(site: Site, first: np.ndarray, second: np.ndarray) -> _Pair:
+    """Fill up factors with zeros to the site's rank."""
+    missing = site.rank - first.shape[1]
     return np.pad(first, [(0, 0), (0, missing)]), np.pad(second, [(0, missing), (0, 0)])
+
+
+def _zeros(site: Site) -> _Pair:
+    return np.zeros((site.in_size, site.rank)), np.zeros((site.rank, site.out_size))

@@ -18,6 +18,7 @@ _COMMON = {
     "in_axes": "the in-axes",
     "out_axes": "the out-axes",
     "stack_axes": "the stacked axes",
+    "layer_axis": "the axis of layers",
     "groups": "the number of groups",
     "method": "the method",
 }
@@ -26,7 +27,8 @@ _COMMON = {
 def joined(loras: Sequence[Lora], ranks: Mapping[str, int] | None = None) -> Lora:
     """Return a `Lora` with the sites of all, of gamma 1: their scales are to be in the adapters.
 
-    Its config says the same in words, so that `wrap` with it gives the same sites. Nothing is traced.
+    Its config says the same in words, so that `wrap` with it gives the same sites. All layers of a stacked weight are
+    alike, whatever they have in each. Nothing is traced.
 
     Args:
       loras: of one base.
@@ -43,7 +45,7 @@ def joined(loras: Sequence[Lora], ranks: Mapping[str, int] | None = None) -> Lor
         for path, site in lora.sites.items():
             _check_joins(first, lora, sites, site)
             rank = ranks[path] if ranks else max(site.rank, sites[path].rank if path in sites else 0)
-            sites[path] = dataclasses.replace(site, rank=rank, alpha=1.0, gamma=1.0)
+            sites[path] = dataclasses.replace(site, rank=rank, alpha=1.0, gamma=1.0, layers=())
     adapted = {name for site in sites.values() for name in (site.path, site.weight)}
     left_out = {path: why for path, why in first.left_out.items() if path not in adapted}
     return first.having(config=_config(loras, sites), sites=sites, left_out=left_out)
@@ -93,6 +95,7 @@ def _config(loras: Sequence[Lora], sites: Mapping[str, Site]) -> LoraConfig:
     each = [site.rank for site in sites.values()]
     rank = max(each, key=each.count, default=1)
     alike = all((c.targets, c.exclude) == (configs[0].targets, configs[0].exclude) for c in configs)
+    alike = alike and not any(site.layers for lora in loras for site in lora.sites.values())
     own: dict[str, Any] = {} if alike else {"targets": tuple(map(_exactly, sites)), "exclude": ()}
     return dataclasses.replace(
         configs[0],

@@ -5,10 +5,11 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import Array
 
 from rslora_jax.adapters import check_adapters
-from rslora_jax.methods.method import RANK, rescaled
+from rslora_jax.methods.method import RANK, own_arrays, rescaled
 from rslora_jax.pytrees import Params
 from rslora_jax.several.join import joined
 from rslora_jax.sites import Site, named_leaves
@@ -19,8 +20,8 @@ def stack(adapters: Iterable[tuple[Lora, Adapters]], params: Params = None) -> t
     """Bring several adapters of one base into one shape: (their `Lora`, adapters with an axis of adapters in front).
 
     The sites are those of all, each with the largest rank that one of them has there. Smaller ranks are filled up with
-    zeros, a weight that an adapter lacks has one of zeros, and each adapter's gamma is multiplied into it, in float32
-    at least, so that the gamma of all is 1. No dropout is in use.
+    zeros, a weight or a layer that an adapter lacks has zeros, and each adapter's gamma is multiplied into it, in
+    float32 at least, so that the gamma of all is 1. No dropout is in use.
 
     Args:
       adapters: pairs of what `wrap` returns and its adapters.
@@ -92,8 +93,10 @@ def _fitted(lora: Lora, own: Lora, adapters: Adapters, params: Params) -> Adapte
             return neutral(site, dtype, leaves.get(site.weight))
         its = own.sites[site.path]
         arrays: Mapping[str, Any] = {name: jnp.asarray(array, dtype) for name, array in adapters[site.path].items()}
+        arrays = own_arrays(its, arrays)
         arrays = arrays if its.gamma == site.gamma else rescaled(its, arrays, its.gamma / site.gamma)
-        return {name: _widened(arrays[name], axes, site.rank) for name, axes in site.factors.items()}
+        wide = {name: _widened(arrays[name], axes, site.rank) for name, axes in site.factors.items()}
+        return _with_all_layers(site, its, wide, leaves.get(site.weight))
 
     return {path: one(site) for path, site in lora.sites.items()}
 
@@ -102,3 +105,18 @@ def _widened(array: Array, axes: tuple[Any, ...], rank: int) -> Array:
     """Fill up the axis of the rank, if there is one, with zeros."""
     more = [(0, rank - size if axis == RANK else 0) for axis, size in zip(axes, array.shape, strict=True)]
     return jnp.pad(array, more)
+
+
+def _with_all_layers(site: Site, its: Site, arrays: dict[str, Array], w: Any) -> dict[str, Array]:
+    """Return an adapter that changes nothing in the layers where it is none: what is no factor is not zero there."""
+    there = np.asarray([layer.rank > 0 for layer in its.layers])
+    if there.all() or all(RANK in axes for axes in site.factors.values()):
+        return arrays
+    none = neutral(site, str(next(iter(arrays.values())).dtype), w)
+
+    def one(name: str, axes: tuple[Any, ...]) -> Array:
+        return jnp.where(
+            there.reshape([-1 if axis == site.layer_axis else 1 for axis in axes]), arrays[name], none[name]
+        )
+
+    return {name: one(name, axes) for name, axes in site.factors.items()}
