@@ -45,7 +45,7 @@ def export_peft(a: argparse.Namespace) -> int:
     print(f"reading {model_name(model)}", flush=True)
     base = load_base(opened, a.model, text=False)
     lora, _, adapters, base, replaced = attach(opened, base)
-    name = a.base_model or _name_for_peft(model)
+    name = a.base_model or name_for_peft(model)
     options = {"base_model": name, "server": server, "use_rslora": formula, "dtype": a.dtype, "replaced": replaced}
     options["tokenizer"] = opened.tokenizer
     with writing(a.out):
@@ -73,10 +73,10 @@ def _how_to_serve(server: str, out: Path, name: str | None) -> str:
     return f"python convert_lora_to_gguf.py {where} {base} {at}"
 
 
-def _name_for_peft(model: str | None) -> str | None:
+def name_for_peft(model: str | None) -> str | None:
     """Say what PEFT calls a model; a GGUF file is nothing that it loads.
 
-    >>> _name_for_peft("smollm2"), _name_for_peft("my.gguf")
+    >>> name_for_peft("smollm2"), name_for_peft("my.gguf")
     ('HuggingFaceTB/SmolLM2-135M-Instruct', None)
     """
     from rslora_jax.interop.adapter_folder import SMOLLM2

@@ -7,7 +7,8 @@ from pathlib import Path
 
 from rslora_jax.commands.command import FOR_MODELS, Command
 from rslora_jax.commands.flags import shared
-from rslora_jax.commands.output import model_name, whether_written, writing
+from rslora_jax.commands.new_run import settings_of, write_run
+from rslora_jax.commands.output import model_name, whether_written
 
 
 def _add_flags(parser: argparse.ArgumentParser) -> None:
@@ -20,15 +21,10 @@ def _add_flags(parser: argparse.ArgumentParser) -> None:
 
 def import_peft(a: argparse.Namespace) -> int:
     """Run `rslora import`."""
-    import numpy as np
-
     from rslora_jax.interop.adapter_folder import attach_alone, open_peft_adapters, place_of_trained
-    from rslora_jax.interop.kept_tokenizer import keep_tokenizer
     from rslora_jax.interop.load import load_model
-    from rslora_jax.interop.new_folder import check_free, written_whole
+    from rslora_jax.interop.new_folder import check_free
     from rslora_jax.interop.own_tokenizer import with_own_tokenizer
-    from rslora_jax.shown import reason_of
-    from rslora_jax.store import checkpoint
 
     check_free(a.out)
     opened = open_peft_adapters(a.folder)  # before the base is read, which takes longer
@@ -37,26 +33,9 @@ def import_peft(a: argparse.Namespace) -> int:
     base = load_model(where, param_dtype=a.param_dtype, text=False)
     with_own_tokenizer(base, opened.tokenizer)  # refused here, and not by what reads the run
     lora, variables, adapters, *_ = attach_alone(opened, base)
-    config = lora.config
     print(lora, flush=True)
-    model = str(Path(where).absolute()) if where and Path(where).exists() else where
-    settings = {
-        "imported": str(Path(a.folder).absolute()),
-        "model": model,
-        "param_dtype": a.param_dtype,
-        "dtype": "float32",
-        "rank": config.rank,
-        "alpha": config.alpha,
-        "scaling": config.scaling,
-    }
-    with writing(a.out), written_whole(a.out) as folder, checkpoint.open_checkpoints(folder) as saved:
-        nothing = {"step": np.int32(0)}  # no optimiser's state: there is none to go on with
-        try:
-            checkpoint.save(saved, 0, adapters, nothing, checkpoint.describe(config, variables, settings))
-            saved.manager.wait_until_finished()
-        except Exception as error:  # what orbax, tensorstore or the system raise
-            raise ValueError(f"{a.out} cannot be written: {reason_of(error)}") from error
-        keep_tokenizer(opened.tokenizer, folder)
+    settings = settings_of(lora.config, where, a.param_dtype, imported=str(Path(a.folder).absolute()))
+    write_run(a.out, lora.config, variables, adapters, settings, opened.tokenizer)
     print(f"wrote {a.out}/checkpoints: {lora.num_parameters:,} numbers in {len(lora.sites)} adapters")
     return 0
 

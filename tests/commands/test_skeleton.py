@@ -29,6 +29,7 @@ NEEDED = {
     "export": ["in", "--out", "o"],
     "merge": ["in", "--out", "o"],
     "inspect": ["in"],
+    "combine": ["in", "in", "--out", "o"],
 }
 # The flags that scripts and notebooks of users may have: a command may get more, and keeps these.
 FLAGS = {
@@ -42,6 +43,7 @@ FLAGS = {
     "merge": "out dtype step model max-shard-size",
     "export": "out for use-rslora step dtype model base-model",
     "import": "model param-dtype out",
+    "combine": "out to weights method rank density majority-sign seed model step base-model",
 }
 
 
@@ -190,7 +192,7 @@ def test_a_bug_is_no_sentence(monkeypatch):
         main(["eval"])
 
 
-@pytest.mark.parametrize("command", ["import", "export", "merge"])
+@pytest.mark.parametrize("command", ["import", "export", "merge", "combine"])
 def test_what_an_interrupted_writer_has_left_is_what_is_there(command, tmp_path):
     left = COMMANDS[command].left
     arguments = parser().parse_args([command, "in", "--out", str(tmp_path / "out")])

@@ -15,7 +15,6 @@ from tests.program_models import normal
 from tests.reference import assert_near
 from tests.several.programs import ALL, PARAMS, TOKENS, configs, drawn, kinds, update, updates_of, wrapped
 
-
 pytestmark = pytest.mark.by_day_on("newest")
 
 
