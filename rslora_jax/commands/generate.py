@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+from rslora_jax.commands.choice import Asked, Choice, program_of
 from rslora_jax.commands.command import FOR_MODELS, Command
 from rslora_jax.commands.flags import add_flag, check_new_file, shared
 from rslora_jax.commands.output import tell, write_text_whole
@@ -42,6 +43,11 @@ def _add_flags(parser: argparse.ArgumentParser) -> None:
     shared(what, "--step")
     merged = "add the adapters into the weights first: faster, at other rounding"
     what.add_argument("--merged", action="store_true", help=merged)
+    several = "several folders in place of one, among which each prompt of a .jsonl file names its own, "
+    several += '"adapter": "NAME", or null for none'
+    add_flag(what, "--adapters", None, several, metavar="[NAME=]FOLDER,...")
+    one = "of --adapters, that of prompts that name none; base for no adapter (default: the first)"
+    add_flag(what, "--adapter", None, one, metavar="NAME")
     shared(what, "--dtype")
     prompts = parser.add_argument_group("prompts")
     add_flag(prompts, "--prompt", [], "a prompt, as often as you like", metavar="TEXT", action="append")
@@ -63,36 +69,49 @@ def generate(a: argparse.Namespace) -> int:
     from rslora_jax.commands import runs
     from rslora_jax.commands.prompts import prompt_ids, read_prompts
 
-    _check_flags(a)
-    prompts = [*a.prompt, *(read_prompts(a.prompts) if a.prompts else [])]
+    choice = _check_flags(a)
+    asked = [*map(Asked, a.prompt), *(read_prompts(a.prompts) if a.prompts else [])]
+    if choice:
+        _ = [choice.number(one) for one in asked]  # a name that is none shows before the model is read
+    elif any(one.adapter for one in asked):
+        tell("the prompts name adapters, which are not looked at without --adapters")
     tell("reading the model")
     loaded = runs.load_runs(
-        [a.folder] if a.folder else [],
+        [*choice.folders.values()] if choice else [a.folder] if a.folder else [],
         model=a.model,
         step=a.step,
         dtype=a.dtype,
         to_write=True,
         template_options=a.template_option,
+        together=choice is not None,
     )
     options = _options(a, loaded.folder)
     ids = functools.partial(prompt_ids, loaded.tokenizer, plain=a.plain)
-    writer = _Writer.of(loaded, a, options)
+    writer = _Writer.of(loaded, a, options, choice)
     # All are encoded first: a mistake in the last shows before the first is answered.
-    answers = writer.many(prompts, [ids(p) for p in prompts]) if prompts else writer.lines(_typed(), ids)
+    answers = writer.many(asked, [ids(one.prompt) for one in asked]) if asked else writer.lines(_typed(), ids)
     records = []
-    for prompt, answer in answers:
-        records.append({"prompt": prompt, "completion": answer})
+    for one, answer in answers:
+        named = {"adapter": choice.name(one)} if choice else {}
+        records.append({"prompt": one.prompt, "completion": answer, **named})
     if a.out:
         write_text_whole(a.out, "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records))
         tell(f"wrote {a.out}")
     return 0
 
 
-def _check_flags(a: argparse.Namespace) -> None:
-    """Raise a ValueError for flags that cannot be, before the model is read."""
+def _check_flags(a: argparse.Namespace) -> Choice | None:
+    """Return the adapters to choose among; raise a ValueError for flags that cannot be, before the model is read."""
+    if a.adapters and a.folder:
+        raise ValueError(f"--adapters is in place of a folder: leave out {a.folder}, or put it into --adapters")
+    if a.adapters and a.merged:
+        raise ValueError("--merged makes one model, and with --adapters each prompt has its own: leave one of them out")
+    if a.adapter is not None and not a.adapters:
+        raise ValueError("--adapter names one of --adapters: give these too, or the folder alone")
     if a.merged and not a.folder:
         raise ValueError("--merged needs a run whose adapters are to be merged: name its folder")
     check_new_file("--out", a.out)
+    return Choice.of(a.adapters, a.adapter) if a.adapters else None
 
 
 def _options(a: argparse.Namespace, folder: Path | None) -> dict[str, Any]:
@@ -116,22 +135,29 @@ class _Writer:
     """Answer prompts, and show the answers."""
 
     apply: Callable[..., Any]
-    variables: Any
+    variables: Callable[[Sequence[int]], Any]  # those of a batch, by the numbers of its rows' adapters
     loaded: Any
     options: dict[str, Any]
     batch_size: int
     seed: int
+    choice: Choice | None = None
     count: int = 0
 
     @classmethod
-    def of(cls, loaded: Any, a: argparse.Namespace, options: dict[str, Any]) -> _Writer:
-        """Make one for a model, the flags of the command, and how tokens are chosen."""
+    def of(cls, loaded: Any, a: argparse.Namespace, options: dict[str, Any], choice: Choice | None) -> _Writer:
+        """Make one for a model, the flags of the command, how tokens are chosen, and adapters to choose among."""
         from rslora_jax.commands.runs import program
 
+        if choice:
+            return cls(*program_of(loaded), loaded, options, a.batch_size, a.seed, choice)
         apply, variables = program(loaded, loaded.runs[0] if loaded.runs else None, merged=a.merged)
-        return cls(apply, variables, loaded, options, a.batch_size, a.seed)
+        return cls(apply, lambda numbers: variables, loaded, options, a.batch_size, a.seed)
 
-    def start(self, prompts: Sequence[list[int]], bucket: int = 64) -> Any:
+    def number(self, asked: Asked) -> int:
+        """Return the number of the adapter that a prompt has; 0 where there are none to choose among."""
+        return self.choice.number(asked) if self.choice else 0
+
+    def start(self, prompts: Sequence[list[int]], numbers: Sequence[int], bucket: int = 64) -> Any:
         """Lay out a batch and compile its programs; each batch draws for itself."""
         import jax
 
@@ -141,7 +167,7 @@ class _Writer:
         self.count += 1
         going = generation.start(
             self.apply,
-            self.variables,
+            self.variables(numbers),
             prompts,
             self.loaded.config,
             eos_id=self.loaded.tokenizer.stop_ids,
@@ -152,21 +178,24 @@ class _Writer:
         going.compile()
         return going
 
-    def many(self, prompts: Sequence[Any], ids: Sequence[list[int]]) -> Iterator[tuple[Any, str]]:
+    def many(self, prompts: Sequence[Asked], ids: Sequence[list[int]]) -> Iterator[tuple[Asked, str]]:
         """Answer prompts in batches; one alone is shown as it comes."""
         from rslora_jax.commands.progress import progress_line
         from rslora_jax.commands.prompts import batches
 
         if len(prompts) == 1:
-            yield prompts[0], self.shown_as_it_comes(ids[0])
+            yield prompts[0], self.shown_as_it_comes(prompts[0], ids[0])
             return
+        numbers = [self.number(one) for one in prompts]
         speed, done = _Speed(), 0
         progress = progress_line("answering")
         # One length for all batches, so that they share what is compiled.
         bucket = -(-max(map(len, ids)) // 64) * 64
-        for batch, real in batches(ids, self.batch_size):
+        for (batch, real), (its, _) in zip(
+            batches(ids, self.batch_size), batches(numbers, self.batch_size), strict=True
+        ):
             begun = time.perf_counter()
-            going = self.start(batch, bucket)
+            going = self.start(batch, its, bucket)
             speed.compiling += time.perf_counter() - begun
             rows: list[list[int]] = [[] for _ in batch]
             for piece in speed.of(going, batch[:real], self.options["max_new"]):
@@ -175,20 +204,21 @@ class _Writer:
             progress(done, len(prompts))
             for prompt, row in zip(prompts[done - real : done], rows, strict=False):
                 answer = self.loaded.tokenizer.decode(row, skip_special=True).strip()
-                print(f"> {_text_of(prompt)}\n{answer}\n", flush=True)
+                by = f"[{self.choice.name(prompt)}] " if self.choice else ""
+                print(f"> {by}{_text_of(prompt.prompt)}\n{answer}\n", flush=True)
                 yield prompt, answer
         tell(str(speed))
 
-    def lines(self, lines: Iterator[str], ids: Callable[[str], list[int]]) -> Iterator[tuple[str, str]]:
+    def lines(self, lines: Iterator[str], ids: Callable[[str], list[int]]) -> Iterator[tuple[Asked, str]]:
         """Answer each line as it comes."""
         for line in lines:
-            yield line, self.shown_as_it_comes(ids(line))
+            yield Asked(line), self.shown_as_it_comes(Asked(line), ids(line))
 
-    def shown_as_it_comes(self, ids: list[int]) -> str:
+    def shown_as_it_comes(self, asked: Asked, ids: list[int]) -> str:
         """Answer one prompt, and print each piece as soon as later tokens cannot change it."""
         speed = _Speed()
         begun = time.perf_counter()
-        going = self.start([ids])
+        going = self.start([ids], [self.number(asked)])
         speed.compiling = time.perf_counter() - begun
         decode = functools.partial(self.loaded.tokenizer.decode, skip_special=True)
         text = ""
@@ -312,6 +342,11 @@ COMMAND = Command(
             "rslora generate my-run --prompts questions.txt --temperature 0",
             "The likeliest answers, also of a model whose generation_config.json asks for drawing. What that says of "
             "temperature, top-k, top-p, min-p, repetition penalty and length is obeyed where no flag says otherwise.",
+        ),
+        (
+            "rslora generate --adapters sql=run-1,python=run-2,peft-adapter --prompts questions.jsonl",
+            'Each prompt by its own adapter, {"prompt": "...", "adapter": "sql"}, in one program, also within a batch. '
+            "Without a name a folder has its own.",
         ),
         (
             "rslora generate my-run < questions.txt",

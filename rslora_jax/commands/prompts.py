@@ -4,27 +4,30 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
+from rslora_jax.commands.choice import BASE, Asked
 from rslora_jax.train.examples import ROLES, decode_line
 
+_T = TypeVar("_T")
 Prompt = str | tuple[Mapping[str, str], ...]  # text, or the turns of a chat
 
 
-def read_prompts(path: str) -> list[Prompt]:
+def read_prompts(path: str) -> list[Asked]:
     """Read prompts from a file: of JSON objects (.jsonl, .json), one a line, or of lines of text.
 
-    An object has "prompt", "question" or "messages"; its other keys are not read. A chat that ends with the
-    assistant is asked again: that last turn is not part of the prompt. So a file to train on is one of prompts too.
+    An object has "prompt", "question" or "messages", and may have "adapter", a name, or null for the base alone; its
+    other keys are not read. A chat that ends with the assistant is asked again: that last turn is not part of the
+    prompt. So a file to train on is one of prompts too.
 
     Raises:
       ValueError: the file cannot be read, has no prompt, or a line that is none.
 
     >>> import tempfile
     >>> file = Path(tempfile.mkdtemp(), "two.jsonl")
-    >>> _ = file.write_text('{"prompt": "2 + 2 ="}\\n{"messages": [{"role": "user", "content": "Hi"}]}\\n')
-    >>> read_prompts(str(file))
-    ['2 + 2 =', ({'role': 'user', 'content': 'Hi'},)]
+    >>> _ = file.write_text('{"prompt": "2 + 2 ="}\\n{"prompt": "Hi", "adapter": "polite"}\\n')
+    >>> [(asked.prompt, asked.adapter) for asked in read_prompts(str(file))]
+    [('2 + 2 =', None), ('Hi', 'polite')]
     """
     try:
         lines = Path(path).read_bytes().removeprefix(b"\xef\xbb\xbf").decode("utf-8").split("\n")
@@ -36,16 +39,25 @@ def read_prompts(path: str) -> list[Prompt]:
     if not filled:
         raise ValueError(f"{path} holds no prompt: write one a line")
     if Path(path).suffix.lower() not in (".jsonl", ".json"):
-        return [line for _, line in filled]
+        return [Asked(line) for _, line in filled]
     return [_parse(line, f"{path}:{n}") for n, line in filled]
 
 
-def _parse(line: str, where: str) -> Prompt:
+def _parse(line: str, where: str) -> Asked:
     """Read one line of JSON."""
     try:
         record = decode_line(line.encode())
     except ValueError as error:
         raise ValueError(f"{where} {error}") from error
+    named = record.get("adapter")
+    named = BASE if named is None and "adapter" in record else named
+    if named is not None and not _is_text(named):
+        raise ValueError(f'{where} has "adapter" that is no text: write the name of one, or null for the base')
+    return Asked(_prompt_of(record, where), named, where)
+
+
+def _prompt_of(record: Mapping[str, Any], where: str) -> Prompt:
+    """Return the prompt that an object has."""
     found = [key for key in ("prompt", "question", "messages") if key in record]
     if len(found) != 1:
         raise ValueError(f'{where} is not {{"prompt": ...}}, {{"question": ...}} or {{"messages": [...]}}: write one')
@@ -104,7 +116,7 @@ def prompt_ids(tokenizer: Any, prompt: Prompt, *, plain: bool) -> list[int]:
     return tokenizer.encode(prompt[0]["content"] + "\n")
 
 
-def batches(prompts: Sequence[list[int]], size: int) -> Iterator[tuple[list[list[int]], int]]:
+def batches(prompts: Sequence[_T], size: int) -> Iterator[tuple[list[_T], int]]:
     """Give batches of `size` prompts and how many are real: the last is filled up, so that all are of one shape.
 
     >>> list(batches([[1], [2], [3]], 2))

@@ -18,6 +18,7 @@ from rslora_jax.interop.family import Family
 from rslora_jax.interop.load import folder_of, load_model
 from rslora_jax.interop.model import Model
 from rslora_jax.interop.own_tokenizer import same_tokenizer
+from rslora_jax.interop.same_base import check_same_base
 from rslora_jax.interop.untied import merge_model
 from rslora_jax.methods.method import rescaled as with_update_times
 from rslora_jax.models.layout import unstack_adapters, unstack_layers
@@ -57,6 +58,7 @@ def load_runs(
     dtype: str | None = None,
     to_write: bool = False,
     template_options: Sequence[str] = (),
+    together: bool = False,
 ) -> LoadedRuns:
     """Load the base of some runs, and their adapters.
 
@@ -67,12 +69,15 @@ def load_runs(
       dtype: what to compute in; by default what the first run was trained in.
       to_write: the model is to write text, for which a looped one is faster on a CPU.
       template_options: of the chat template, NAME=VALUE, after those that the first run was trained with.
+      together: the adapters are to go into one program, and their folders may not name different bases.
 
     Raises:
       ValueError: a folder has no such checkpoint, it is damaged or another base's, or there is no such model.
     """
     looped = to_write and jax.default_backend() == "cpu"
     opened = [open_adapters(folder, step=parse_step(step)) for folder in runs]
+    if together:
+        check_same_base(opened)
     first = opened[0].settings if opened else {}
     others = [one.source for one in opened if model is None and one.settings.get("model") != first.get("model")]
     if others:

@@ -194,7 +194,7 @@ def attach(opened: Opened, model: Model) -> Attached:
         adapters, replaced = load_peft(opened.peft, lora, names)
         if any(split_use(path)[1] for path in replaced):  # the table or the head alone, which were one
             return attach(opened, untie(model))
-        return Attached(lora, replace(variables, replaced), adapters, model, replaced)
+        return Attached(lora, replace(variables, replaced) if replaced else variables, adapters, model, replaced)
     assert opened.config is not None  # a run has one
     if opened.base:
         checkpoint.check_same(opened.source, {"base": opened.base}, {"base": checksums(variables)})

@@ -28,8 +28,8 @@ def check_same_base(opened: Sequence[Opened]) -> None:
         first, known = named[0]
         if not _same(name, known):
             raise ValueError(
-                f"{one.source} is of another base than {first.source} ({name}, and {known}): take adapters of one base, "
-                "or let their files call it by one name"
+                f"{one.source} is of another base than {first.source} ({name}, and {known}): take adapters of one, or "
+                "let their files call it by one name"
             )
 
 

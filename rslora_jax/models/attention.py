@@ -19,6 +19,9 @@ if TYPE_CHECKING:
 Array = jax.Array
 Cache = dict[str, Array]
 
+# Where the rows lie in a cache, as `rslora_jax.per_example` and `jax.vmap` ask.
+CACHE_ROWS = {"k": 1, "v": 1, "positions": 0, "index": None}
+
 
 def attend(
     q_BxTxNxH: Array, blocks: list[tuple[Array, Array, Array]], size: float | None = None, cap: float | None = None

@@ -119,5 +119,5 @@ def test_adapters_of_other_bases_are_refused(place, tmp_path, capsys):
     for n, name in enumerate(("me/it", "me/it@1", "you/it")):
         assert main(["export", one, "--base-model", name, "--out", str(tmp_path / str(n))]) == 0
     assert main(["combine", *(str(tmp_path / n) for n in "02"), "--model", model, *out]) == 2
-    assert "(you/it, and me/it): take adapters of one base" in capsys.readouterr().err
+    assert "(you/it, and me/it): take adapters of one" in capsys.readouterr().err
     assert main(["combine", *(str(tmp_path / n) for n in "01"), "--model", model, *out]) == 0

@@ -158,4 +158,4 @@ def test_prompts_without_a_template_are_as_in_training(tmp_path):
     with pytest.raises(ValueError, match="needs a chat template"):
         prompt_ids(ByteTokenizer(), ({"role": "system", "content": "a"}, {"role": "user", "content": "b"}), plain=False)
     (tmp_path / "p.txt").write_text("\ufeff one \r\n\n two")
-    assert read_prompts(str(tmp_path / "p.txt")) == [" one ", " two"]
+    assert [asked.prompt for asked in read_prompts(str(tmp_path / "p.txt"))] == [" one ", " two"]

@@ -389,7 +389,7 @@ def _check_prompts(folder: Path, found: Any) -> None:
         record = json.loads(line, object_pairs_hook=_once)
         value = next(record[key] for key in ("prompt", "question", "messages") if key in record)
         asked = value[:-1] if isinstance(value, list) and value[-1]["role"] == "assistant" else value
-        assert prompt == (asked if isinstance(asked, str) else tuple(asked))
+        assert prompt.prompt == (asked if isinstance(asked, str) else tuple(asked))
 
 
 _TOML = b"""# settings
