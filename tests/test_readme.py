@@ -73,3 +73,10 @@ def test_a_method_and_a_stored_form_of_ones_own_run_as_their_guide_says():
     names: dict = {"__name__": "guide"}
     for source in snippets:
         exec(source, names)
+
+
+@pytest.mark.by_day_on("newest")
+def test_several_adapters_go_side_by_side_as_the_guide_says():
+    guide = (Path(__file__).parent.parent / "docs" / "adapters" / "README.md").read_text()
+    (source,) = re.findall(r"```python\n(.*?)```", guide.split("## Several adapters")[1].split("\n## ")[0], re.DOTALL)
+    exec(source, {})
