@@ -14,7 +14,7 @@ from rslora_jax.commands.flags import add_flag, shared
 from rslora_jax.commands.new_run import settings_of, write_run
 from rslora_jax.commands.output import model_name, whether_written, writing
 from rslora_jax.commands.tables import print_table
-from rslora_jax.several.combine import METHODS
+from rslora_jax.several.combine import METHODS, norm_of_sum
 
 
 def _add_flags(parser: argparse.ArgumentParser) -> None:
@@ -123,8 +123,6 @@ def _print_sizes(folders: Sequence[str], pairs: Sequence[tuple[Any, Any]], weigh
     """Print how large each update is, and the combined one, the last of the pairs."""
     from rich.table import Table
 
-    from rslora_jax.several import combine
-
     table = Table(box=None, pad_edge=False, header_style="", show_footer=False)
     table.add_column("adapter", no_wrap=True)
     for title in ("weight", "weights adapted", "rank", "‖γAB‖"):
@@ -133,20 +131,12 @@ def _print_sizes(folders: Sequence[str], pairs: Sequence[tuple[Any, Any]], weigh
         ranks = sorted({site.rank for site in lora.sites.values()})
         rank = f"{ranks[0]}" if len(ranks) == 1 else f"{ranks[0]} to {ranks[-1]}"
         shown = "" if weight is None else f"{weight:g}"
-        table.add_row(name, shown, str(len(lora.sites)), rank, f"{_size(lora, adapters):.3g}")
+        table.add_row(name, shown, str(len(lora.sites)), rank, f"{norm_of_sum([(lora, adapters)], [1.0]):.3g}")
     print_table(table)
-    of_all = _size(*combine(pairs[:-1], weights, "cat"))
-    off = _size(*combine(pairs, [*(-weight for weight in weights), 1.0], "cat"))
+    of_all = norm_of_sum(pairs[:-1], weights)
+    off = norm_of_sum(pairs, [*(-weight for weight in weights), 1.0])
     said = f", from which the combined one differs by {off / of_all:.2g} of that" if of_all else ""
     print(f"the weighted sum of the updates has ‖ΣwγAB‖ {of_all:.3g}{said}")
-
-
-def _size(lora: Any, adapters: Any) -> float:
-    """Return the norm of all updates together."""
-    from rslora_jax.analysis import spectrum
-
-    found = spectrum.measure(lora.config, adapters, sites=lora.sites)
-    return math.hypot(*(one.update_frobenius for one in found))
 
 
 def _write_peft(a: argparse.Namespace, lora: Any, adapters: Any, names: Any, base: str | None, tokenizer: Any) -> None:

@@ -130,6 +130,35 @@ def combine(
     return lora, {path: one(site) for path, site in lora.sites.items()}
 
 
+def norm_of_sum(adapters: Iterable[tuple[Lora, Adapters]], weights: Sequence[float]) -> float:
+    """Return the Frobenius norm of the sum of all updates w gamma A B, of all weights together.
+
+    Args:
+      adapters: pairs of what `wrap` returns and its adapters, of one base.
+      weights: a number for each.
+
+    Raises:
+      ValueError: an adapter is none of low rank, or not finite.
+
+    >>> import rslora_jax as rslora
+    >>> lora = rslora.wrap(lambda p, x: x @ p["w"], {"w": jnp.ones((6, 4))}, jnp.ones((2, 6)),
+    ...                    config=rslora.LoraConfig(rank=1, alpha=3))
+    >>> ones = jax.tree.map(jnp.ones_like, lora.init(jax.random.key(0)))
+    >>> round(norm_of_sum([(lora, ones), (lora, ones)], [1, -0.5]), 4)  # 0.5 * 3 * sqrt(24)
+    7.3485
+    """
+    pairs = list(adapters)
+    sites = {path: site for own, _ in pairs for path, site in own.sites.items()}
+    found = [
+        np.linalg.norm(np.linalg.qr(first, mode="r") @ np.linalg.qr(second.T, mode="r").T)
+        for site in sites.values()
+        for sources in _by_element(site, pairs, weights)
+        if sources
+        for first, second in [_sum(sources)]
+    ]
+    return math.hypot(*found)
+
+
 def _kind_of(method: str) -> Kind:
     """Return how arrays are merged in a method."""
     if method not in METHODS:
@@ -212,11 +241,8 @@ def _matrices(site: Site, arrays: Mapping[str, Any]) -> _Pair:
 
 def _one(way: _Way, site: Site, element: int, sources: Sequence[_Source]) -> _Pair:
     """Return the combined factors of one element of a site's stack."""
-    scales = [source.weight * source.gamma for source in sources]
     if way.method in ("cat", "svd"):
-        first = np.concatenate([source.first for source in sources], 1)
-        second = np.concatenate([scale * source.second for scale, source in zip(scales, sources, strict=True)])
-        return (first, second) if way.method == "cat" else _nearest_of_product(first, second, site.rank)
+        return _sum(sources) if way.method == "cat" else _nearest_of_product(*_sum(sources), site.rank)
 
     def together(arrays: Sequence[np.ndarray], weights: Sequence[float], which: int) -> np.ndarray:
         keys = [_key(way, site, source.number, element, which) for source in sources]
@@ -225,10 +251,17 @@ def _one(way: _Way, site: Site, element: int, sources: Sequence[_Source]) -> _Pa
     if way.method.endswith("_svd"):
         updates = [source.gamma * source.first @ source.second for source in sources]
         return _nearest(together(updates, [source.weight for source in sources], 0), site.rank)
+    scales = [source.weight * source.gamma for source in sources]
     sizes = [math.sqrt(abs(scale)) for scale in scales]
     signed = [math.copysign(size, scale) for size, scale in zip(sizes, scales, strict=True)]
     first = together([source.first for source in sources], signed, 0)
     return first, together([source.second for source in sources], sizes, 1)
+
+
+def _sum(sources: Sequence[_Source]) -> _Pair:
+    """Return the factors, side by side, of the sum of w gamma A B."""
+    first = np.concatenate([source.first for source in sources], 1)
+    return first, np.concatenate([source.weight * source.gamma * source.second for source in sources])
 
 
 def _key(way: _Way, site: Site, *place: int) -> Array | None:
