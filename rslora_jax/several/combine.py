@@ -150,7 +150,7 @@ def norm_of_sum(adapters: Iterable[tuple[Lora, Adapters]], weights: Sequence[flo
     pairs = list(adapters)
     sites = {path: site for own, _ in pairs for path, site in own.sites.items()}
     found = [
-        np.linalg.norm(np.linalg.qr(first, mode="r") @ np.linalg.qr(second.T, mode="r").T)
+        np.linalg.norm(np.linalg.qr(first).R @ np.linalg.qr(second.T).R.T)
         for site in sites.values()
         for sources in _by_element(site, pairs, weights)
         if sources

@@ -10,9 +10,8 @@ import numpy as np
 from jax import Array
 
 from rslora_jax.adapters import check_adapters
-from rslora_jax.methods.method import RANK
 from rslora_jax.pytrees import Params
-from rslora_jax.several.stack import neutral
+from rslora_jax.several.stack import neutral, vanishes
 from rslora_jax.sites import named_leaves
 from rslora_jax.transform.product import factored
 from rslora_jax.transform.program import is_array
@@ -111,10 +110,10 @@ def _none(lora: Lora, params: Params) -> Adapters:
     found: Adapters = {}
     leaves: Mapping[str, Any] = {}
     for path, site in lora.sites.items():
-        if any(RANK not in axes for axes in site.factors.values()):
+        if others := [name for name in site.factors if not vanishes(site, name)]:
             leaves = leaves or named_leaves(params)
             own = neutral(site, lora.config.dtype, leaves[site.weight])
-            found[path] = {name: own[name] for name, axes in site.factors.items() if RANK not in axes}
+            found[path] = {name: own[name] for name in others}
     return found
 
 

@@ -9,6 +9,7 @@ import numpy as np
 from jax import Array
 
 from rslora_jax.adapters import check_adapters
+from rslora_jax.config import LoraConfig
 from rslora_jax.methods.method import RANK, own_arrays, rescaled
 from rslora_jax.pytrees import Params
 from rslora_jax.several.join import joined
@@ -59,8 +60,13 @@ def stack(adapters: Iterable[tuple[Lora, Adapters]], params: Params = None) -> t
     }
 
 
+def vanishes(site: Site, name: str) -> bool:
+    """Say whether an array of a site's adapter is a factor of an update, which is none where it is zero."""
+    return RANK in site.factors[name] and getattr(site.method, "scaled", None) is not None
+
+
 def neutral(site: Site, dtype: str, w: Any = None) -> dict[str, Array]:
-    """Return an adapter that changes nothing: zeros, and where an array is no factor, what the method starts with.
+    """Return an adapter that changes nothing: factors of zeros, and what else there is as the method starts with it.
 
     Args:
       site: the site.
@@ -70,7 +76,7 @@ def neutral(site: Site, dtype: str, w: Any = None) -> dict[str, Array]:
     Raises:
       ValueError: it does, and `w` is None.
     """
-    zeros = {n: jnp.zeros(site.factor_shapes[n], dtype) for n, axes in site.factors.items() if RANK in axes}
+    zeros = {name: jnp.zeros(shape, dtype) for name, shape in site.factor_shapes.items() if vanishes(site, name)}
     if len(zeros) == len(site.factors):
         return zeros
     if site.method.needs_base and w is None:
@@ -78,8 +84,6 @@ def neutral(site: Site, dtype: str, w: Any = None) -> dict[str, Array]:
             f"one adapter lacks {site.path}, and {type(site.method).__name__} that changes nothing there needs the "
             "base's values: give `params`"
         )
-    from rslora_jax.config import LoraConfig
-
     return {**site.method.init(site, jax.random.key(0), w, LoraConfig(dtype=dtype)), **zeros}
 
 
@@ -110,7 +114,7 @@ def _widened(array: Array, axes: tuple[Any, ...], rank: int) -> Array:
 def _with_all_layers(site: Site, its: Site, arrays: dict[str, Array], w: Any) -> dict[str, Array]:
     """Return an adapter that changes nothing in the layers where it is none: what is no factor is not zero there."""
     there = np.asarray([layer.rank > 0 for layer in its.layers])
-    if there.all() or all(RANK in axes for axes in site.factors.values()):
+    if there.all() or all(vanishes(site, name) for name in site.factors):
         return arrays
     none = neutral(site, str(next(iter(arrays.values())).dtype), w)
 
