@@ -121,8 +121,9 @@ def views_of(
         own = by_weight.get(path)
         if own is None:
             return _plain(w)
-        views = {site.use: dress(site.view(w, adapters[site.path])) for site in own}
-        return views[""] if "" in views else of_uses(views)
+        acting = {site.use: site.view(w, adapters[site.path]) for site in own}
+        views = {use: dress(view) for use, view in acting.items() if isinstance(view, View)}
+        return views.get("", acting[""]) if "" in acting else of_uses(views)
 
     own = [one(w, path) for w, path in zip(leaves, names, strict=False)]
     return [*own, *map(_plain, leaves[len(names) :])]

@@ -33,6 +33,8 @@ class LoraConfig:
         looked up and is the head too, "*/embedding@lookup" adapts the one use and "*/embedding@product" the other, as
         two adapters of PEFT do; without either, one adapter is that of both.
       exclude: globs over paths to leave out of `targets`.
+      trained: globs over paths of parameters that are trained whole, of any shape, such as "*/classifier/*" or
+        "*/norm*/scale": the value itself is in the adapters (PEFT's modules_to_save). They go before `targets`.
       rank_pattern, alpha_pattern: globs over paths with the rank or alpha of the weights that match;
         the first match wins. A mapping, or a sequence of pairs. Numbers in braces name single layers, also of weights
         that are stacked, as for a scan, and have no number in their path: `{"*/layers/{3}/mlp/*": 64}`, `{0,2}`,
@@ -65,6 +67,7 @@ class LoraConfig:
     scaling: str | Callable[[int], float] = "rslora"
     targets: str | Sequence[str] = "all-linear"
     exclude: str | Sequence[str] = ()
+    trained: str | Sequence[str] = ()
     rank_pattern: Mapping[str, int] | Sequence[tuple[str, int]] = ()
     alpha_pattern: Mapping[str, float] | Sequence[tuple[str, float]] = ()
     axes: Mapping[str, Sequence[str]] | Sequence[tuple[str, Sequence[str]]] = ()
@@ -76,7 +79,9 @@ class LoraConfig:
     method: str | Method = "lora"
 
     def __post_init__(self) -> None:
-        for name in ("targets", "exclude"):
+        if isinstance(self.trained, str):
+            object.__setattr__(self, "trained", (self.trained,))
+        for name in ("targets", "exclude", "trained"):
             value = getattr(self, name)
             if not isinstance(value, str):
                 object.__setattr__(self, name, tuple(value))

@@ -145,6 +145,8 @@ def patterns_of(sites: Mapping[str, Site]) -> dict[str, Any]:
 
     A path is written as it is, for those that hold no character of a pattern.
     """
+    trained = tuple(path for path, site in sites.items() if not site.scaled)
+    sites = {path: site for path, site in sites.items() if site.scaled}
     layers = {
         (path, n): layer
         for path, site in sites.items()
@@ -156,6 +158,7 @@ def patterns_of(sites: Mapping[str, Site]) -> dict[str, Any]:
     return {
         "targets": (*targets, *(pattern_of_layer(path, n) for path, n in layers if path not in whole)),
         "exclude": (),
+        "trained": trained,
         "rank_pattern": tuple((pattern_of_layer(*key), layer.rank) for key, layer in layers.items()),
         "alpha_pattern": tuple((pattern_of_layer(*key), layer.alpha) for key, layer in layers.items()),
     }

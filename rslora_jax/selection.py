@@ -3,7 +3,7 @@
 import dataclasses
 import math
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from types import MappingProxyType
 from typing import Any
 
@@ -17,6 +17,7 @@ from rslora_jax.methods.method import method_of
 from rslora_jax.sites import Site
 from rslora_jax.table import not_adapted, shared_name
 from rslora_jax.targets import as_tuple, axes_line, layer_count, roles_by_use, targeted
+from rslora_jax.trained import trained_sites
 from rslora_jax.transform import compat
 from rslora_jax.transform.discover import Found, roles
 from rslora_jax.transform.uses import LOOKUP, PRODUCT, USES
@@ -60,8 +61,8 @@ def select(
       others: those that are no parameters (`no_parameters`), by path, with their kind.
 
     Raises:
-      ValueError: where a pattern matches nothing, a target is no weight of a matrix product, a rank that a pattern
-        gives is above the weight's own, or nothing is left to adapt.
+      ValueError: where a pattern matches nothing, a target is no weight of a matrix product, what is to be trained
+        whole cannot be, a rank that a pattern gives is above the weight's own, or nothing is left to adapt.
     """
     shapes = {path: tuple(leaf.shape) for path, leaf in leaves.items()}
     stored = {p for p, leaf in leaves.items() if jnp.issubdtype(leaf.dtype, jnp.floating) and p not in others}
@@ -76,9 +77,11 @@ def select(
     reasons |= {p: f"no parameter: {kind}" for p, kind in others.items() if p in reasons}
 
     by_use = roles_by_use(shapes, found, weights)
+    whole = trained_sites(config, leaves, found, everything, others)
     chosen, excluded = targeted(config, shapes, weights, by_use, heads, reasons)
-    left = _left_out(leaves, set(chosen), reasons | excluded)
-    if not chosen:
+    chosen = {one: layers for one, layers in chosen.items() if split_use(one)[0] not in whole and one not in whole}
+    left = _left_out(leaves, {*chosen, *whole}, reasons | excluded)
+    if not chosen and not whole:
         nothing = "no weight is left to adapt" + ("" if reasons else ": no output depends on a parameter")
         remedies = _warnings_of(config, left, shapes, stored, everything, found)
         raise ValueError("\n".join([f"{nothing}; {not_adapted(left)}" if left else nothing, *remedies]))
@@ -86,9 +89,10 @@ def select(
     given = {name: role for p in weights for name, role in [(p, weights[p]), *by_use.get(p, {}).items()]}
     adapted = {p: (shapes[split_use(p)[0] if p not in shapes else p], given[p]) for p in given if p in chosen}
     sites, notes = _ranked(config, adapted, chosen)
+    sites |= whole
     sites = {p: dataclasses.replace(s, uses=_uses(found, s), groups=_groups(found, s)) for p, s in sites.items()}
     notes += _warnings_of(config, left, shapes, stored, everything, found)
-    notes += _guesses(config, sites, found) + _large_tables(weights, shapes)
+    notes += _guesses(config, sites, found) + _large_tables(weights.keys() - whole.keys(), weights, shapes)
     unused = tuple(p for p in leaves if p not in found.used)
     kinds = {path: role["kind"] for path, role in weights.items()}
     return Selection(sites, left, unused, notes, kinds, tuple(by_use))
@@ -283,7 +287,8 @@ def _grouped(paths: Iterable[str]) -> list[list[str]]:
 def _guesses(config: LoraConfig, sites: Mapping[str, Site], found: Found) -> list[str]:
     """Return what to say of the axes that only convention tells."""
     named: Any = config.axes
-    told = [p for p, site in sites.items() if not site.use and not any(matches(p, pattern) for pattern, _ in named)]
+    of_use = [p for p, site in sites.items() if not site.use and site.kind != "trained"]
+    told = [p for p in of_use if not any(matches(p, pattern) for pattern, _ in named)]
     by = {path: [use for use in found.uses if use.site == path] for path in told}
     notes = []
     for paths in _grouped(p for p, uses in by.items() if uses[0].kind == "guessed"):
@@ -297,10 +302,13 @@ def _guesses(config: LoraConfig, sites: Mapping[str, Site], found: Found) -> lis
     return notes
 
 
-def _large_tables(weights: Mapping[str, Mapping[str, Any]], shapes: Mapping[str, tuple[int, ...]]) -> list[str]:
+def _large_tables(
+    paths: Collection[str], weights: Mapping[str, Mapping[str, Any]], shapes: Mapping[str, tuple[int, ...]]
+) -> list[str]:
     """Return what to say of tables that may be stacks of matrices."""
     notes = []
-    for paths in _grouped(p for p, r in weights.items() if r["kind"] == "embedding" and len(shapes[p]) > 2):
+    tables = (p for p, r in weights.items() if p in paths and r["kind"] == "embedding" and len(shapes[p]) > 2)
+    for paths in _grouped(tables):
         shape, rows = shapes[paths[0]], weights[paths[0]]["in_axes"]
         notes.append(
             f"{shared_name(paths)} of shape {shape} is looked up along its axes {rows} and so taken for a table; if it "

@@ -9,6 +9,7 @@ import jax
 import numpy as np
 from flax import nnx
 from flax.core.meta import AxisMetadata
+from jax import Array
 
 from rslora_jax.layers import Layer
 from rslora_jax.methods.method import RANK, Method, own_arrays
@@ -26,7 +27,8 @@ class Site:
         this use alone is adapted.
       shape: its shape.
       in_axes, out_axes, stack_axes: its axes that are summed over (or indexed), free, and stacked.
-      kind: "linear", "expert" (a stack used in one batched product), "convolution" or "embedding".
+      kind: "linear", "expert" (a stack used in one batched product), "convolution" or "embedding"; or "trained", of any
+        use, where the value itself is trained (`LoraConfig.trained`), of which all axes but the stack's are out-axes.
       rank, alpha, gamma: this adapter's own; gamma is the whole factor on A B. Where layers differ, those of the layer
         with the largest rank, which is that of the arrays.
       method: what its adapter is (`methods/`).
@@ -59,6 +61,11 @@ class Site:
     def tied(self) -> bool:
         """Whether the weight is both looked up and multiplied."""
         return len(set(self.uses)) > 1
+
+    @property
+    def scaled(self) -> bool:
+        """Whether it has a rank and a scale; not where its arrays are values of the weight's own."""
+        return not getattr(self.method, "valued", False)
 
     @property
     def weight(self) -> str:
@@ -122,7 +129,7 @@ class Site:
         numbers = np.asarray([of(layer) if layer.rank else 1.0 for layer in self.layers], np.float32)
         return numbers.reshape([-1 if axis == self.layer_axis else 1 for axis in self.stack_axes])
 
-    def view(self, w: Any, factors: Mapping[str, Any]) -> View:
+    def view(self, w: Any, factors: Mapping[str, Any]) -> View | Array:
         """Return what acts in place of the weight `w`, an array or `Stored`, with an adapter's arrays."""
         return self.method.view(self, w, own_arrays(self, factors))
 
@@ -136,7 +143,7 @@ class Site:
         Raises:
           ValueError: the first axis is none of the stack.
         """
-        if self.stack_axes[:1] != (0,):
+        if self.stack_axes[:1] != (0,) and self.kind != "trained":
             raise ValueError(f"{self.path} holds layers on its first axis, but its adapter is one for all of them")
         return self._without(0)
 

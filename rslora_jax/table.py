@@ -40,29 +40,39 @@ def table(sites: Mapping[str, Site], num_base: int) -> str:
     for site in sites.values():
         name = re.sub(r"\d+", "*", site.path)
         rows.setdefault((name, site.shape, site.rank, site.gamma, site.layers, site.fallbacks), []).append(site)
-    lines = [_HEADER]
-    for group in rows.values():
-        site = group[0]
-        lines.append(
-            (
-                shared_name([s.path for s in group]),
-                f"{site.in_size} x {site.out_size}",
-                " x ".join(map(str, site.sizes(site.stack_axes))) or "-",
-                _ranks(site),
-                _span([f"{layer.gamma:.4g}" for layer in _adapted(site)], key=float),
-                f"{sum(s.num_parameters for s in group):,}" + (" materialised" if site.fallbacks else ""),
-            )
-        )
+    lines: list[tuple[str, ...]] = [_HEADER]
+    lines += [_line(group) for group in rows.values()]
     widths = [max(len(line[n]) for line in lines) for n in range(len(_HEADER))]
     text = "\n".join(
         "  ".join(c.rjust(w) if n else c.ljust(w) for n, (c, w) in enumerate(zip(line, widths, strict=True)))
         for line in lines
     )
     total = sum(site.num_parameters for site in sites.values())
-    weights = sum(math.prod(s.sizes(s.stack_axes)) * len(_adapted(s)) // max(len(s.layers), 1) for s in sites.values())
+    scaled = [site for site in sites.values() if site.scaled]
+    weights = sum(math.prod(s.sizes(s.stack_axes)) * len(_adapted(s)) // max(len(s.layers), 1) for s in scaled)
+    whole = len(sites) - len(scaled)
+    counted = [f"{weights} matrices"] * (weights > 0 or not whole) + [f"{whole} trained whole"] * (whole > 0)
     share = 100 * total / max(num_base, 1)
     return (
-        f"{text}\n{total:,} parameters to train on {weights} matrices; the base keeps its {num_base:,} ({share:.2f}%)"
+        f"{text}\n{total:,} parameters to train on {' and '.join(counted)}; the base keeps its {num_base:,} "
+        f"({share:.2f}%)"
+    )
+
+
+def _line(group: Sequence[Site]) -> tuple[str, ...]:
+    """Return the cells of weights that differ in their paths alone."""
+    site = group[0]
+    size, rank = f"{site.in_size} x {site.out_size}", _ranks(site)
+    gamma = _span([f"{layer.gamma:.4g}" for layer in _adapted(site)], key=float)
+    if not site.scaled:
+        size, rank, gamma = " x ".join(map(str, site.sizes(site.out_axes))) or "1", "whole", "-"
+    return (
+        shared_name([s.path for s in group]),
+        size,
+        " x ".join(map(str, site.sizes(site.stack_axes))) or "-",
+        rank,
+        gamma,
+        f"{sum(s.num_parameters for s in group):,}" + (" materialised" if site.fallbacks else ""),
     )
 
 

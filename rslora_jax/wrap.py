@@ -241,7 +241,8 @@ class Lora:
     def labels(self) -> dict[str, dict[str, str]]:
         """Return what each of the adapters' arrays is, a pytree of `init`'s structure, for `optax.multi_transform`.
 
-        "in" is the factor with the in-axes (A), "out" that with the out-axes (B), "magnitude" DoRA's.
+        "in" is the factor with the in-axes (A), "out" that with the out-axes (B), "magnitude" DoRA's, "trained" a value
+        that is trained whole.
 
         >>> lora = wrap(lambda p, x: x @ p["w"], {"w": jnp.ones((8, 5))}, jnp.ones((1, 8)), config=LoraConfig(rank=2))
         >>> lora.labels()

@@ -42,7 +42,7 @@ def gradients_by_hand(lora: Any, adapters: dict, dw: Any) -> dict:
             "b": (gamma * np.swapaxes(a, -1, -2) @ g).reshape(*stack, rank, *size(site.out_axes)),
         }
 
-    return {name: one(name, site) for name, site in lora.sites.items()}
+    return {name: one(name, lora.sites[name]) for name in adapters}
 
 
 def trained(lora: rslora.Lora, seed: int = 7, scale: float = 0.15) -> dict:

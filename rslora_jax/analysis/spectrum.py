@@ -5,12 +5,12 @@ from __future__ import annotations
 import dataclasses
 import math
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
-from rslora_jax.config import LoraConfig
+from rslora_jax.config import LoraConfig, matches
 from rslora_jax.layers import Layer, as_configured
 from rslora_jax.methods.method import asked, method_of
 from rslora_jax.sites import Site
@@ -74,7 +74,7 @@ def measure(
     shapes: Mapping[str, tuple[int, ...]] | None = None,
     progress: Callable[[int, int], Any] = lambda done, total: None,
 ) -> list[Matrix]:
-    """Measure every adapted matrix, with stacks taken apart.
+    """Measure every adapted matrix, with stacks taken apart; what is trained whole has no spectrum, and is left out.
 
     Args:
       config: the adapters' config.
@@ -94,8 +94,11 @@ def measure(
     (4.0, 20.0, 16.0, None)
     """
     if sites is None:
-        sites = {path: _site_of(config, path, factors, (shapes or {}).get(path)) for path, factors in adapters.items()}
-    total = sum(sum(1 for _ in _elements(sites[path])) for path in adapters)
+        left = trained_whole(config, adapters)
+        factors = {path: own for path, own in adapters.items() if path not in left}
+        sites = {path: _site_of(config, path, own, (shapes or {}).get(path)) for path, own in factors.items()}
+    sites = {path: site for path, site in sites.items() if site.scaled}
+    total = sum(sum(1 for _ in _elements(site)) for site in sites.values())
     found: list[Matrix] = []
     for path, site in sites.items():  # they come in the order in which the model uses them
         weight = None
@@ -107,6 +110,15 @@ def measure(
             found.append(one)
             progress(len(found), total)
     return found
+
+
+def trained_whole(config: LoraConfig, paths: Iterable[str]) -> list[str]:
+    """Return those of the adapters' paths that hold values which are trained whole.
+
+    >>> trained_whole(LoraConfig(trained="*/norm/scale"), ["up/kernel", "up/norm/scale"])
+    ['up/norm/scale']
+    """
+    return [path for path in paths if any(matches(path, pattern) for pattern in config.trained)]
 
 
 def _site_of(config: LoraConfig, path: str, factors: Mapping[str, Any], shape: Sequence[int] | None) -> Site:

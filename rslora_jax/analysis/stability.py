@@ -53,7 +53,8 @@ def measure(
     """Measure every adapter's output and gradients at one point of training (arXiv 2312.03732, definition 3.1).
 
     The entries of all uses of a weight count alike. Powers are summed in JAX's widest float: in float32 a fourth
-    power is lost below 1e-9, so enable float64 for small updates. Works inside `jit`, `vmap` and `scan`.
+    power is lost below 1e-9, so enable float64 for small updates. What is trained whole has no adapter to measure, and
+    is left out. Works inside `jit`, `vmap` and `scan`.
 
     Args:
       lora: from `wrap`.
@@ -79,7 +80,8 @@ def measure(
     """
     lora.check(params, adapters)
     walk = Walk(_MEASURED, on_fallback=_refuse, product=_measured_product, tables=tables_of(lora.sites))
-    meters = {path: jnp.ones((*site.sizes(site.stack_axes), 2 * _READING), float) for path, site in lora.sites.items()}
+    sites = {path: site for path, site in lora.sites.items() if site.scaled}
+    meters = {path: jnp.ones((*site.sizes(site.stack_axes), 2 * _READING), float) for path, site in sites.items()}
 
     def value(adapters: Adapters, meters: Mapping[str, Array]) -> Array:
         def run(*args: Any, **kwargs: Any) -> Any:
@@ -88,7 +90,7 @@ def measure(
         return loss(run, *args)
 
     grads, readings = jax.grad(value, (0, 1))(_widened(adapters), meters)
-    return {path: _stability(site, grads[path], readings[path]) for path, site in lora.sites.items()}
+    return {path: _stability(site, grads[path], readings[path]) for path, site in sites.items()}
 
 
 # How a reading gets out of a scan, a remat or a call of the program: as a gradient, which JAX carries to its weight,

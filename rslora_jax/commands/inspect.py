@@ -42,9 +42,13 @@ def inspect(a: argparse.Namespace) -> int:
     with_base = told and not a.no_base
     base = f" and {model_name(place_of_base(opened, a.model))}" if with_base else ""
     print(f"reading {opened.source}{base}", flush=True)
-    config, matrices = _measure(opened, a.model, with_base)
+    config, matrices, left = _measure(opened, a.model, with_base)
     about = _about(config)
     print(about)
+    if left:
+        print(f"trained whole, and so without a spectrum: {', '.join(left)}")
+    if not matrices:
+        return 0
     _print_matrices(*heatmap.summarise(matrices, every=a.all))
     print(_total(matrices))
     if not with_base:
@@ -63,8 +67,10 @@ def inspect(a: argparse.Namespace) -> int:
     return 0
 
 
-def _measure(opened: Any, model: str | None, with_base: bool) -> tuple[Any, Sequence[Any]]:
-    """Return the adapters' config, and the sizes and spectrum of each matrix, beside the base's where it is read."""
+def _measure(opened: Any, model: str | None, with_base: bool) -> tuple[Any, Sequence[Any], Sequence[str]]:
+    """Return the adapters' config, the sizes and spectrum of each matrix, beside the base's where it is read, and what
+    has none.
+    """
     from rslora_jax.analysis import spectrum
     from rslora_jax.commands.progress import progress_line
     from rslora_jax.interop.adapter_folder import attach, load_base
@@ -77,7 +83,8 @@ def _measure(opened: Any, model: str | None, with_base: bool) -> tuple[Any, Sequ
         config, found = lora.config, {"sites": lora.sites, "weights": named_leaves(variables)}
     if config is None:
         raise ValueError(f"{opened.source} is of PEFT, and is read beside its base: say with --model where that is")
-    return config, spectrum.measure(config, adapters, progress=progress_line("measuring"), **found)
+    matrices = spectrum.measure(config, adapters, progress=progress_line("measuring"), **found)
+    return config, matrices, spectrum.trained_whole(config, adapters)
 
 
 def _home(source: Path) -> Path:

@@ -129,7 +129,7 @@ def program(loaded: LoadedRuns, run: Run | None, *, merged: bool = False) -> tup
     """Give (apply, variables) of a run, or of the base: `apply(variables, tokens, ...)` is the model.
 
     With adapters the variables are (base, adapters). The base beside runs goes by the first one's program, with
-    adapters of zeros: it is the base to the bit, and nothing more is compiled.
+    adapters as they start, which change nothing: nothing more is compiled.
     """
     if merged and run:
         model = merge_model(
@@ -140,7 +140,7 @@ def program(loaded: LoadedRuns, run: Run | None, *, merged: bool = False) -> tup
         return _adapted(run.lora), (run.variables, run.adapters)
     if loaded.runs:
         first = loaded.runs[0]
-        return _adapted(first.lora), (loaded.variables, jax.tree.map(np.zeros_like, first.adapters))
+        return _adapted(first.lora), (loaded.variables, first.lora.init(jax.random.key(0), loaded.variables))
     return loaded.family.build(loaded.config).apply, loaded.variables
 
 

@@ -33,6 +33,9 @@ class Method(Protocol):
 
     Attributes:
       needs_base: whether `init` needs the weight's values.
+
+    One whose arrays are values of the weight itself (`trained`) says so by `valued = True`: neither rank nor
+    scale is theirs.
     """
 
     needs_base: bool
@@ -50,8 +53,11 @@ class Method(Protocol):
         None unless `needs_base`.
         """
 
-    def view(self, site: Site, w: Array | Stored, factors: Mapping[str, Array]) -> View:
-        """Return what acts in place of the weight `w`, an array or `Stored` (`stored.dense` makes either an array)."""
+    def view(self, site: Site, w: Array | Stored, factors: Mapping[str, Array]) -> View | Array:
+        """Return what acts in place of the weight `w`, an array or `Stored` (`stored.dense` makes either an array).
+
+        An array of the weight's shape and dtype takes its place in the program.
+        """
 
 
 class LowRank(Method, Protocol):

@@ -64,21 +64,22 @@ def unstack_adapters(lora: Lora, adapters: Adapters) -> tuple[LoraConfig, Adapte
     (('params/layers_0/w', 'params/layers_1/w'), (4, 3))
     """
     found: Adapters = {}
-    ranks, alphas = dict[str, int](), dict[str, float]()
+    whole, ranks, alphas = list[str](), dict[str, int](), dict[str, float]()
     for path, site in lora.sites.items():
-        whole, key, rest = path.partition("/layers/")
+        holder, key, rest = path.partition("/layers/")
         layers = range(site.shape[0]) if key and site.stack_axes[:1] == (0,) else [None]
         for i in layers:
-            one = path if i is None else f"{whole}/{_PREFIX}{i}/{rest}"
+            one = path if i is None else f"{holder}/{_PREFIX}{i}/{rest}"
             own = site if i is None else site.of_layer(i)
-            if not own.rank:
+            if site.scaled and not own.rank:
                 continue
             found[one] = adapters[path] if i is None else of_layer(site, adapters[path], i)
-            ranks[one], alphas[one] = own.rank, own.alpha
-    config = dataclasses.replace(
-        lora.config, targets=tuple(found), exclude=(), rank_pattern=ranks, alpha_pattern=alphas
-    )
-    return config, found
+            if site.scaled:
+                ranks[one], alphas[one] = own.rank, own.alpha
+            else:
+                whole.append(one)
+    options: dict[str, Any] = {"targets": tuple(ranks), "trained": tuple(whole), "exclude": ()}
+    return dataclasses.replace(lora.config, **options, rank_pattern=ranks, alpha_pattern=alphas), found
 
 
 def _stack(name: str, collection: Mapping[str, Any]) -> dict[str, Any]:

@@ -16,7 +16,7 @@ from rslora_jax.wrap import Lora
 def lora_plus(lora: Lora, ratio: float = 16.0) -> optax.GradientTransformation:
     """Give B a learning rate so many times A's: LoRA+ (arXiv 2402.12354; section 5 advises 16 for LoRA's own start).
 
-    Put it behind the optimiser; it has no state. Of DoRA's magnitudes the rate stays A's.
+    Put it behind the optimiser; it has no state. The rate of all else, such as DoRA's magnitudes, stays A's.
 
     Args:
       lora: whose adapters are trained.
@@ -53,7 +53,7 @@ def scale_by_rank(lora: Lora, *, reference_rank: int = 8) -> optax.GradientTrans
     like (gamma r)^-1/2 (arXiv 2602.06204): with rsLoRA like r^-1/4, with LoRA it is the same for all ranks. So each
     adapter's update is multiplied by that, over its value at the reference. `docs/paper` has what was measured. Put it
     behind the optimiser; it has no state. It is not for SGD, where with rsLoRA the change of the weight in a step is
-    of one size at all ranks (arXiv 2312.03732, theorem 3.2).
+    of one size at all ranks (arXiv 2312.03732, theorem 3.2). What is trained whole has no rank, and keeps its rate.
 
     Args:
       lora: gives each adapter's rank, which patterns may have made several, and the scaling. Alpha has no part in it.
@@ -84,10 +84,13 @@ def scale_by_rank(lora: Lora, *, reference_rank: int = 8) -> optax.GradientTrans
     def factor(layer: Layer) -> float:
         return math.sqrt(strength(reference_rank) / strength(layer.rank))
 
-    factors = {path: site.by_layer(factor) for path, site in lora.sites.items()}
+    factors = {path: site.by_layer(factor) for path, site in lora.sites.items() if site.scaled}
+
+    def one(path: str, own: Any) -> Any:
+        return jax.tree.map(lambda x: _times(factors[path], x), own) if path in factors else own
 
     def update(updates: Any, params: Any = None) -> Any:
-        return {path: jax.tree.map(lambda x, by=factors[path]: _times(by, x), two) for path, two in updates.items()}
+        return {path: one(path, own) for path, own in updates.items()}
 
     return optax.stateless(update)
 

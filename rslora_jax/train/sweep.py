@@ -248,7 +248,9 @@ def scaling_factors(lora: Lora, trials: Sequence[Trial]) -> _Factors:
         return site.by_layer(lambda layer: gamma(layer.rank, layer.alpha, scaling) / layer.gamma)
 
     return {
-        path: jnp.asarray([ratio(site, trial) for trial in trials], jnp.float32) for path, site in lora.sites.items()
+        path: jnp.asarray([ratio(site, trial) for trial in trials], jnp.float32)
+        for path, site in lora.sites.items()
+        if site.scaled
     }
 
 
@@ -297,7 +299,8 @@ def _scaled(lora: Lora, adapters: Adapters, factors: _Factors) -> Adapters:
     """Return adapters that do what they would with their path's gamma so many times as large."""
     if factors is None:
         return adapters
-    return {path: rescaled(lora.sites[path], own, factors[path]) for path, own in adapters.items()}
+    scaled = {path: rescaled(lora.sites[path], adapters[path], factor) for path, factor in factors.items()}
+    return {**adapters, **scaled}
 
 
 def _factor_norm(lora: Lora, grads: Adapters) -> Array:
@@ -312,9 +315,10 @@ def _factor_norm(lora: Lora, grads: Adapters) -> Array:
     norms = [
         jnp.sqrt(jnp.sum(jnp.square(leaf.astype(jnp.float32)), axis=range(len(site.stack_axes), leaf.ndim))).ravel()
         for path, site in lora.sites.items()
+        if site.scaled  # a value that is trained whole is no factor
         for leaf in grads[path].values()
     ]
-    return jnp.mean(jnp.concatenate(norms))
+    return jnp.mean(jnp.concatenate(norms)) if norms else jnp.zeros(())
 
 
 def mean_loss(sums_Kx2: np.ndarray) -> Heldout:

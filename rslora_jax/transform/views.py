@@ -155,8 +155,10 @@ def _update(view: View) -> Array:
     return form(a_array, b_array)
 
 
-def materialise(view: View) -> Array:
+def materialise(view: View | Array) -> Array:
     """Return what a view stands for as one array: summed in at least float32, then cast as the program casts."""
+    if not isinstance(view, View):  # a value that takes the weight's place
+        return view
     if not view.factors and view.gain is None:
         return view.base
     w = dense(view.w)

@@ -21,11 +21,15 @@ DORA = method_of("dora")
 
 @dataclasses.dataclass(frozen=True)
 class Form:
-    """A method, how weights of two axes or more are stored, whether the first alone is adapted, and layers apart."""
+    """A method, how weights of two axes or more are stored, and what the first of them, or single layers, are apart in.
+
+    The first alone may be adapted (`first_alone`), or trained whole; layers may have ranks and scales of their own.
+    """
 
     method: Any = "lora"
     stored: Callable[[Any], Any] | None = None
     first_alone: bool = False
+    first_whole: bool = False
     apart: bool = False
 
     def of_layers(self, sites: Mapping[str, rslora.Site]) -> dict[str, Any]:
@@ -42,6 +46,8 @@ class Form:
     def fresh(self, site: rslora.Site, r: np.random.Generator, w: Any = None) -> dict[str, np.ndarray]:
         """Draw the arrays of an adapter that changes nothing of a weight."""
         shapes = site.factor_shapes
+        if site.kind == "trained":
+            return {"value": np.asarray(w, np.float64)}
         start = {"a": r.normal(size=shapes["a"]), "b": np.zeros(shapes["b"])}
         if self.method == "dora":
             norms = np.sqrt(np.sum(np.square(np.asarray(w, np.float64)), site.in_axes))
@@ -118,6 +124,8 @@ FORMS = [
     Form(apart=True),
     Form("dora", apart=True),
     Form(stored=eight_bits, apart=True),
+    Form(first_whole=True),
+    Form("dora", stored=eight_bits, first_whole=True),
 ]
 
 
@@ -130,6 +138,8 @@ def acting(lora: rslora.Lora, params: Any, adapters: Any, off: Any) -> Any:
 
     def one(site: rslora.Site, w: Any) -> Any:
         own = adapters[site.path]
+        if site.kind == "trained":
+            return (own["value"] * (1 + off * np.random.default_rng(2).choice([-1, 1], w.shape))).astype(w.dtype)
         letters = "abcdefghij"[: w.ndim]
 
         def of(axes):

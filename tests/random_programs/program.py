@@ -217,11 +217,12 @@ def adapt(
     x: Any,
     form: Form = PLAIN,
     exclude: Sequence[str] = (),
+    trained: Sequence[str] = (),
     of_layers: Mapping[str, Any] = MappingProxyType({}),
 ) -> tuple[rslora.Lora | None, list[str]]:
     """Wrap a program, every weight of it; return what was said, and None where no weight was found."""
-    options: dict[str, Any] = {"targets": ["*"], "exclude": exclude, "dtype": "float64", "allow_large_rank": True}
-    options |= of_layers
+    options: dict[str, Any] = {"targets": ["*"], "exclude": exclude, "trained": trained, "dtype": "float64"}
+    options |= {"allow_large_rank": True, **of_layers}
     config = rslora.LoraConfig(rank=program.rank, alpha=ALPHA, method=form.method, **options)
     with warnings.catch_warnings(record=True) as said:
         warnings.simplefilter("always")
@@ -239,6 +240,8 @@ def adapt(
         return adapt(program, fn, params, x, form, list(lora.sites)[1:])
     if form.apart and not of_layers and any(site.stack_axes for site in lora.sites.values()):
         return adapt(program, fn, params, x, form, of_layers=form.of_layers(lora.sites))
+    if form.first_whole and not trained:
+        return adapt(program, fn, params, x, form, trained=list(lora.sites)[:1])
     return lora, [str(w.message) for w in said if w.category is rslora.RsloraWarning]
 
 
