@@ -20,6 +20,10 @@ from rslora_jax.commands.train_flags import add_flags
 from rslora_jax.terminal import one_line
 
 
+# What is said of new adapters, by flags of the names that `LoraConfig` has.
+_OF_NEW = ("rank", "alpha", "scaling", "targets", "trained", "method")
+
+
 def train(a: argparse.Namespace) -> int:
     """Run `rslora train`."""
     begun = time.monotonic()
@@ -134,7 +138,7 @@ def _open_start(a: argparse.Namespace) -> Any:
     start = open_adapters(a.out if a.resume else a.adapters)
     if not a.resume:
         defaults = default_arguments(COMMAND)
-        for name in ("rank", "alpha", "scaling", "targets", "method"):
+        for name in _OF_NEW:
             if (value := getattr(a, name)) != getattr(defaults, name):
                 raise ValueError(f"--{name} {value} is for new adapters, and --adapters has its own: leave it out")
     return start
@@ -173,7 +177,7 @@ def _wrap(a: argparse.Namespace, base: Any, start: Any, placement: Placement) ->
     from rslora_jax.interop.adapter_folder import attach_alone
 
     found = attach_alone(start, base) if start else None
-    own = {name: getattr(a, name) for name in ("rank", "alpha", "scaling", "targets", "method", "dropout")}
+    own = {name: getattr(a, name) for name in (*_OF_NEW, "dropout")}
     config = rslora.LoraConfig(**own)
     if found:  # dropout is a matter of training: their own, unless another is asked for
         config = dataclasses.replace(found.lora.config, dropout=a.dropout or found.lora.config.dropout)
@@ -366,6 +370,10 @@ COMMAND = Command(
             'rslora train --model Qwen/Qwen2.5-0.5B --targets "*/{q,v}_proj/kernel"',
             "A model of the Hugging Face hub (a folder or a .gguf file will do), and adapters on two of each layer's "
             "weights.",
+        ),
+        (
+            'rslora train --model my-llama --trained "*/norm*/scale" --trained "*/bias"',
+            "Norms and biases trained whole, beside the adapters.",
         ),
         (
             "rslora train --batch-size 32 --accumulate 8 --dtype bfloat16 --remat full",

@@ -27,6 +27,8 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
     add_flag(
         lora, "--targets", "all-linear", 'weights to adapt: "all-linear" or a glob over their paths', metavar="GLOB"
     )
+    whole = "parameters to train whole, a glob over their paths such as */norm/scale; as often as you like"
+    add_flag(lora, "--trained", [], whole, metavar="GLOB", action="append")
     method = "what an adapter is: W + gamma A B, or its direction with a magnitude for each output (DoRA)"
     add_flag(lora, "--method", "lora", method, choices=("lora", "dora"))
     drop = "part of what the adapters see that is set to zero in training, such as 0.05"
