@@ -217,6 +217,15 @@ def split_use(path: str) -> tuple[str, str]:
     return (whole, use) if use in USES else (path, "")
 
 
+def literal(path: str) -> str:
+    """Write a path as a glob that matches it.
+
+    >>> literal("params/w[0]")
+    'params/w[[]0]'
+    """
+    return re.sub(r"[{}]", "?", re.sub(r"[*?\[]", r"[\g<0>]", path))
+
+
 def near_misses(pattern: str, paths: Sequence[str]) -> str:
     """Name up to three paths that resemble a pattern that matches none."""
     close = difflib.get_close_matches(pattern, paths, n=3, cutoff=0.3)

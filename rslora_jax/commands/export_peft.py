@@ -44,10 +44,10 @@ def export_peft(a: argparse.Namespace) -> int:
     model = place_of_base(opened, a.model)
     print(f"reading {model_name(model)}", flush=True)
     base = load_base(opened, a.model, text=False)
-    lora, _, adapters, base, replaced = attach(opened, base)
+    lora, variables, adapters, base, replaced = attach(opened, base)
     name = a.base_model or name_for_peft(model)
     options = {"base_model": name, "server": server, "use_rslora": formula, "dtype": a.dtype, "replaced": replaced}
-    options["tokenizer"] = opened.tokenizer
+    options |= {"tokenizer": opened.tokenizer, "params": variables}
     with writing(a.out):
         peft.save_peft(a.out, lora, adapters, base.family.names, **options)
     print(f"wrote {a.out}: {lora.num_parameters:,} numbers in {len(lora.sites)} adapters, for {name or 'its base'}")

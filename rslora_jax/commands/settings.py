@@ -23,8 +23,10 @@ _FREE = (
     *("out", "model", "cache", "steps", "patience", "on_nonfinite", "remat", "mesh", "split_rank", "distributed"),
     *("eval_every", "save_every", "keep", "tensorboard"),
 )
-_OF_THE_ADAPTERS = ("rank", "alpha", "scaling", "targets", "trained", "method", "dropout", "adapters")
-_OF_THE_ADAPTERS += ("param_dtype",)
+_OF_THE_ADAPTERS = (
+    *("rank", "alpha", "scaling", "targets", "trained", "method", "dropout"),
+    *("adapters", "param_dtype"),
+)
 # What of a run `fit` is to let differ for a flag; for all others that decide, the data and what is held out.
 _OF_FIT: Mapping[str, tuple[str, ...]] = {
     "accumulate": ("accumulate",),

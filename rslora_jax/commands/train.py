@@ -19,7 +19,6 @@ from rslora_jax.commands.output import model_name
 from rslora_jax.commands.train_flags import add_flags
 from rslora_jax.terminal import one_line
 
-
 # What is said of new adapters, by flags of the names that `LoraConfig` has.
 _OF_NEW = ("rank", "alpha", "scaling", "targets", "trained", "method")
 

@@ -22,6 +22,7 @@ from rslora_jax.interop.names import is_looped
 from rslora_jax.interop.own_tokenizer import with_own_tokenizer
 from rslora_jax.interop.peft import PeftFolder, base_of, load_peft, open_peft, read_config, replace
 from rslora_jax.interop.peft.files import CONFIG_NAME
+from rslora_jax.interop.peft.load import check_way_round
 from rslora_jax.interop.peft.replaced import split_layer
 from rslora_jax.interop.untied import untie
 from rslora_jax.pytrees import Params
@@ -70,7 +71,7 @@ class Attached(NamedTuple):
     """Adapters on their base: `lora.apply(variables, adapters, tokens)` is the model.
 
     `model` is the base, with a head of its own where a PEFT folder replaces its table or its head alone. `replaced` is
-    what such a folder has in place of weights of the base (`modules_to_save`), by path; the variables have it already.
+    what such a folder has in place of weights of the base, and does not train, by path; the variables have it already.
     """
 
     lora: Lora
@@ -192,6 +193,9 @@ def attach(opened: Opened, model: Model) -> Attached:
         names = model.family.names
         lora = wrap(apply, variables, tokens, config=read_config(opened.peft, variables, names))
         adapters, replaced = load_peft(opened.peft, lora, names)
+        base = named_leaves(variables)
+        for path in (path for path, site in lora.sites.items() if site.kind == "trained"):
+            check_way_round(path, np.asarray(adapters[path]["value"]), base[path])
         if any(split_use(path)[1] for path in replaced):  # the table or the head alone, which were one
             return attach(opened, untie(model))
         return Attached(lora, replace(variables, replaced) if replaced else variables, adapters, model, replaced)

@@ -97,10 +97,13 @@ def test_it_goes_to_peft_and_back(made, tmp_path):
     np.testing.assert_allclose(product.T, factors["a"] @ factors["b"], atol=1e-6)
     config = read_config(tmp_path / "out", model.variables, TOY.names)
     again = rslora.wrap(model.apply, model.variables, TOKENS, config=config)
-    assert again.sites == lora.sites
+    assert {path: site for path, site in again.sites.items() if site.scaled} == lora.sites
     back = load_peft(tmp_path / "out", again, TOY.names)
-    jax.tree.map(np.testing.assert_array_equal, back.adapters, adapters)
-    assert back.replaced.keys() == replaced.keys() and (back.replaced["params/h_1/gain"] == 1).all()
+    value = {"params/h_1/gain": {"value": np.ones(6)}}  # which is now trained
+    jax.tree.map(np.testing.assert_array_equal, back.adapters, adapters | value)
+    assert not back.replaced
+    alone = load_peft(tmp_path / "out", lora, TOY.names)  # and put into the base where the config does not train it
+    assert alone.replaced.keys() == replaced.keys() and (alone.replaced["params/h_1/gain"] == 1).all()
 
 
 @pytest.mark.parametrize(("last", "transposed"), [("mix", True), ("kernel", False), ("readout", True), ("wte", False)])

@@ -216,7 +216,10 @@ def test_an_adapter_from_peft_gives_its_logits(case, bases, tmp_path):
         lora = wrapped(apply, variables, config)
         assert lora.config.dropout == FROM_PEFT[case].get("lora_dropout", 0)
         adapters, replaced = load_peft(tmp_path / "theirs", lora)
-        assert bool(set(replaced) - {"params/embed/embedding", "params/lm_head/kernel"}) == case.startswith("saved")
+        part = case == "saved layer" and scan  # of a stack: that is put into the base, and what is whole is trained
+        assert bool(set(replaced) - {"params/embed/embedding", "params/lm_head/kernel"}) == part
+        whole = {path for path, site in lora.sites.items() if site.kind == "trained"}
+        assert bool(whole) == (case in ("tied: saved", "saved") or (case == "saved layer" and not scan))
         assert {site.use for site in lora.sites.values()} - {""} == USES.get(case, set())
         changed = replace(variables, replaced)
         np.testing.assert_allclose(run(lora, changed, adapters), want, rtol=0, atol=1e-4)
@@ -259,6 +262,8 @@ TO_PEFT = {
     ),
     "embeddings": dict(rank=5, alpha=12, targets=["*/embedding", "*lm_head*", "*/q_proj/*"], alpha_pattern={"*/e*": 3}),
     "tied": dict(rank=5, alpha=12, targets=["*/embedding", "*/q_proj/*"]),
+    "trained": dict(rank=5, alpha=12, targets="*/q_proj/*", trained=["*/attn_norm/scale", "*/embedding", "*lm_head*"]),
+    "tied: trained": dict(rank=5, alpha=12, targets="*/q_proj/*", trained=["*/embedding", "params/norm/scale"]),
     "dora": dict(rank=6, alpha=16, method="dora", dropout=0.2, rank_pattern={"*/mlp/*": 3}),
     "layers": dict(
         rank=6, alpha=16, targets=["*/layers_{0,2}/*/{q,k}_proj/*", "*/v_proj/*"], exclude="*/layers_{0}/*/k_proj/*"
@@ -286,6 +291,14 @@ def test_an_adapter_from_here_gives_its_logits_in_peft(case, bases, tmp_path):
         plain = loaded(base, tmp_path / f"plain-{scan}")
         assert not plain.peft_config["default"].use_rslora
         np.testing.assert_allclose(logits(plain), want, rtol=0, atol=1e-4)
+        back = wrapped(apply, variables, read_config(tmp_path / f"peft-{scan}", variables))
+        if not callable(lora.config.scaling) and lora.config.scaling != "constant":
+            got = load_peft(tmp_path / f"peft-{scan}", back)
+            jax.tree.map(np.testing.assert_array_equal, tuple(got), (dict(adapters), {}))
+        if "trained" in case:
+            with pytest.raises(ValueError, match="vLLM serves no weight that is trained whole"):
+                save_peft(tmp_path / f"vllm-{scan}", lora, adapters, server="vllm")
+            continue
         if case == "dora":
             with pytest.raises(ValueError, match="vLLM serves no DoRA"):
                 save_peft(tmp_path / f"vllm-{scan}", lora, adapters, server="vllm")

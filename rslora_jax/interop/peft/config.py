@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping
 from pathlib import Path
 
-from rslora_jax.config import LoraConfig, split_use
+from rslora_jax.config import LoraConfig, literal, split_use
 from rslora_jax.interop.decoder import DECODER
 from rslora_jax.interop.hub import with_revision
 from rslora_jax.interop.names import Names, Place
 from rslora_jax.interop.peft.files import WEIGHTS_NAME, PeftFolder, adapted_in, as_opened, tables_in
+from rslora_jax.interop.peft.replaced import trained_paths
 from rslora_jax.interop.peft.settings import PeftSettings, read_settings
 from rslora_jax.interop.peft.tied import Places, places_of_uses, ties
 from rslora_jax.layers import pattern_of_layer
@@ -75,7 +75,8 @@ def read_config(folder: str | Path | PeftFolder, params: Params, names: Names = 
     Every adapted weight is named by its path, with its own rank and alpha where PEFT's patterns give it one; so are the
     layers of a weight that holds several ("params/layers/up/kernel/{3}"), where these differ or have no adapter.
     An adapter of a table that is the head too is that of its look-up alone, "*@lookup", and one of the head that of its
-    product alone, as PEFT has them, but with ensure_weight_tying.
+    product alone, as PEFT has them, but with ensure_weight_tying. What PEFT trains whole (modules_to_save, and biases
+    by `bias`) is named by `trained`, but for single layers of a stack, and one use of such a table.
 
     Args:
       folder: with adapter_config.json, as PEFT saves it; or what `open_peft` read of it.
@@ -89,8 +90,9 @@ def read_config(folder: str | Path | PeftFolder, params: Params, names: Names = 
     settings = read_settings(peft)
     places = places_of_uses(names, {path: tuple(leaf.shape) for path, leaf in array_leaves(params).items()})
     modules = places_of_modules(places.found, places.shapes)
+    adapted = adapted_modules(peft, settings, places)
     own: dict[str, dict[int | None, tuple[int, float]]] = {}
-    for module, path in adapted_modules(peft, settings, places).items():
+    for module, path in adapted.items():
         own.setdefault(path, {})[modules[module].layer] = settings.rank_and_alpha(module)
     named = dict[tuple[str, int | None], tuple[int, float]]()
     for path, layers in own.items():
@@ -101,25 +103,17 @@ def read_config(folder: str | Path | PeftFolder, params: Params, names: Names = 
         """Return what matches an adapter's path, whether or not the program has another use of its weight."""
         whole, _ = split_use(path)
         both = [other for other in own if split_use(other)[0] == whole]
-        return pattern_of_layer(_literal(path if len(both) > 1 else whole), layer)
+        return pattern_of_layer(literal(path if len(both) > 1 else whole), layer)
 
     return LoraConfig(
         rank=settings.r,
         alpha=settings.alpha,
         scaling=settings.scaling,
-        targets=[pattern_of_layer(_literal(path), layer) for path, layer in named],
+        targets=[pattern_of_layer(literal(path), layer) for path, layer in named],
+        trained=[literal(path) for path in trained_paths(settings, places, adapted)],
         rank_pattern=[(pattern(*key), rank) for key, (rank, _) in named.items() if rank != settings.r],
         alpha_pattern=[(pattern(*key), alpha) for key, (_, alpha) in named.items() if alpha != settings.alpha],
         allow_large_rank=True,  # PEFT sets no bound
         method="dora" if settings.dora else "lora",
         dropout=settings.dropout,
     )
-
-
-def _literal(path: str) -> str:
-    """Write a path as a glob that matches it.
-
-    >>> _literal("params/w[0]")
-    'params/w[[]0]'
-    """
-    return re.sub(r"[{}]", "?", re.sub(r"[*?\[]", r"[\g<0>]", path))

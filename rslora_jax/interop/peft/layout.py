@@ -23,7 +23,7 @@ class Modules(NamedTuple):
     Attributes:
       places: where the weights of modules are.
       of: by the path of an adapter, its modules and their layers, without those that have none; of a tied table's, its
-        own first and then its head.
+        own first and then its head. What is trained whole is not among them.
     """
 
     places: Places
@@ -38,9 +38,10 @@ def site_modules(lora: Lora, names: Names) -> Modules:
     """
     places = places_of_uses(names, lora.shapes)
     of_weight: dict[str, list[Site]] = {}
-    for site in lora.sites.values():
+    adapted = {path: site for path, site in lora.sites.items() if site.scaled}
+    for site in adapted.values():
         of_weight.setdefault(site.weight, []).append(site)
-    modules: dict[str, dict[str, int | None]] = {path: {} for path in lora.sites}
+    modules: dict[str, dict[str, int | None]] = {path: {} for path in adapted}
     for name, place in places.found.items():
         for site in of_weight.get(place.path, ()):
             if not name.endswith(".weight"):
@@ -48,7 +49,7 @@ def site_modules(lora: Lora, names: Names) -> Modules:
             module = name.removesuffix(".weight")
             own = modules_of(site, module, places.heads, names) if LOOKUP in site.uses else [module]
             modules[site.path] |= dict.fromkeys(own, place.layer)
-    for path, site in lora.sites.items():
+    for path, site in adapted.items():
         _check_axes(site, stacked=None not in modules[path].values())
         if site.layers:  # those with an adapter; PEFT has layers on the first axis alone
             modules[path] = {name: n for name, n in modules[path].items() if n is None or site.layers[n].rank}

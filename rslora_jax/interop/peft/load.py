@@ -37,7 +37,10 @@ _TRAINING = ".lora_velora_embed"
 
 
 class Loaded(NamedTuple):
-    """What `load_peft` reads: the adapters, and the weights that are to take the place of the base's, by path."""
+    """What `load_peft` reads: the adapters, and the weights that are to take the place of the base's, by path.
+
+    What PEFT trains whole is among the adapters where the config has it (`LoraConfig.trained`), as `read_config`'s has.
+    """
 
     adapters: Adapters
     replaced: dict[str, np.ndarray]
@@ -65,9 +68,10 @@ def load_peft(folder: str | Path | PeftFolder, lora: Lora, names: Names = DECODE
 
     Returns:
       adapters: numpy arrays of the config's dtype, for `lora.apply` and `lora.merge`.
-      replaced: whole weights that the adapter brings (`modules_to_save`, and the token table or the head where PEFT
-        saved them along), in the base's layout; `replace` puts them into the parameters. Mostly empty. What replaces
-        one use of a table that is the head too is at "path@lookup" or "path@product".
+      replaced: other whole weights that the adapter brings, in the base's layout: the token table or the head where
+        PEFT saved them along, and of `modules_to_save` what is a part of a parameter here. `replace` puts them into the
+        parameters. Mostly empty. What replaces one use of a table that is the head too is at "path@lookup" or
+        "path@product", and what replaces one layer of a stack at "path@2".
 
     Raises:
       ValueError: a file is damaged, or a tensor is unknown, missing or of the wrong shape; it is named.
@@ -95,8 +99,8 @@ def load_peft(folder: str | Path | PeftFolder, lora: Lora, names: Names = DECODE
     if extra := chosen - known:
         raise ValueError(f"{settings.where} adapts {min(extra)}, which this config does not: wrap with `read_config`'s")
     adapters: dict[str, Any] = {}
-    for path, site in lora.sites.items():
-        own = by_layer(modules[path])
+    for path in modules:
+        site, own = lora.sites[path], by_layer(modules[path])
         shared = site.tied and not site.use  # one adapter for a table and its head
         if not chosen & {*own} or (shared and not chosen >= {*own}):
             raise ValueError(f"{settings.where} does not adapt {path}, as this config does: wrap with `read_config`'s")
@@ -109,7 +113,22 @@ def load_peft(folder: str | Path | PeftFolder, lora: Lora, names: Names = DECODE
         adapters[path] = _stacked(settings, site, read, jnp.dtype(lora.config.dtype))
         if shared:
             _check_tied_head(settings, left, own, site, adapters[path], where)
-    return Loaded(adapters, replaced_weights(settings, left, places, lora.tied, where))
+    replaced = replaced_weights(settings, left, places, chosen, lora.tied, where)
+    for path in (path for path, site in lora.sites.items() if site.kind == "trained"):
+        if path not in replaced:
+            raise ValueError(_not_trained(settings, path, replaced))
+        adapters[path] = {"value": np.asarray(replaced.pop(path), jnp.dtype(lora.config.dtype))}
+    return Loaded({path: adapters[path] for path in lora.sites}, replaced)
+
+
+def _not_trained(settings: PeftSettings, path: str, replaced: Mapping[str, Any]) -> str:
+    """Say why an adapter does not train what a config trains whole."""
+    if use := next((split_use(one)[1] for one in replaced if split_use(one)[0] == path), ""):
+        return (
+            f"{settings.where} brings another weight for the {use} of {path} alone: give the model a head of its own, "
+            "with weights of its own"
+        )
+    return f"{settings.where} does not train {path}, as this config does: wrap with `read_config`'s"
 
 
 def _take(settings: PeftSettings, left: dict[str, np.ndarray], name: str, shape: tuple[int, ...]) -> np.ndarray:
@@ -198,7 +217,7 @@ def replace(params: Params, replaced: Mapping[str, Any]) -> Params:
         if whole not in leaves:
             raise ValueError(_no_parameter(path, leaves))
         was = leaves[whole]
-        _check_way_round(path, np.asarray(weight), was if layer is None else was[layer])
+        check_way_round(path, np.asarray(weight), was if layer is None else was[layer])
         now = jnp.asarray(weight, was.dtype)
         leaves[whole] = now if layer is None else jnp.asarray(was).at[layer].set(now)
     return jax.tree.unflatten(jax.tree.structure(params), list(leaves.values()))
@@ -215,7 +234,7 @@ def _no_parameter(path: str, leaves: Mapping[str, Any]) -> str:
     return f"the parameters have no {path}"
 
 
-def _check_way_round(path: str, weight: np.ndarray, base: Any) -> None:
+def check_way_round(path: str, weight: np.ndarray, base: Any) -> None:
     """Refuse a square matrix of which only its transpose is a change of the base's: shapes cannot tell."""
     if weight.ndim < 2 or weight.shape[-1] != weight.shape[-2] or not isinstance(base, (jax.Array, np.ndarray)):
         return

@@ -1,4 +1,9 @@
-"""The whole weights that a PEFT adapter brings: its modules_to_save, and the table and head that PEFT saves along."""
+"""The whole parameters that a PEFT adapter brings: its modules_to_save, the biases that its `bias` names, and the table
+and head that PEFT saves along.
+
+Those of which a whole parameter here is trained are adapters (`trained_paths`); what replaces a part of one, such as a
+layer of a stack, or one use of a table that is the head too, or what PEFT saves without training it, replaces the base.
+"""
 
 from __future__ import annotations
 
@@ -17,8 +22,43 @@ from rslora_jax.shown import shown
 from rslora_jax.transform.uses import LOOKUP
 
 
+def trained_names(settings: PeftSettings, places: Places, adapted: Collection[str]) -> set[str]:
+    """Return the names of the parameters that PEFT trains whole: of modules_to_save, and biases.
+
+    Args:
+      settings: what the adapter's configuration says.
+      places: where a model's parameters are.
+      adapted: the modules that it adapts.
+    """
+
+    def trains(name: str) -> bool:
+        module, _, leaf = name.rpartition(".")
+        of_bias = leaf == "bias" and (settings.bias == "all" or (settings.bias == "lora_only" and module in adapted))
+        return of_bias or (settings.saves(module) and module not in adapted)
+
+    return set(filter(trains, places.found))
+
+
+def trained_paths(settings: PeftSettings, places: Places, adapted: Collection[str]) -> list[str]:
+    """Return the paths of the parameters that PEFT trains whole, of stacked ones in all layers; of a table that is the
+    head too in both uses. Arguments as of `trained_names`.
+    """
+    names = trained_names(settings, places, adapted)
+    heads = {f"{table}.weight" for table in places.heads} if not ties_copies(settings) else set()
+    layers: dict[str, list[int | None]] = {}
+    for name, place in places.found.items():
+        if name in names and not split_use(place.path)[1] and name not in heads:
+            layers.setdefault(place.path, []).append(place.layer)
+    return [path for path, of in layers.items() if None in of or len(of) == places.shapes[path][0]]
+
+
 def replaced_weights(
-    settings: PeftSettings, left: Mapping[str, np.ndarray], places: Places, tied: Collection[str], where: Path
+    settings: PeftSettings,
+    left: Mapping[str, np.ndarray],
+    places: Places,
+    adapted: Collection[str],
+    tied: Collection[str],
+    where: Path,
 ) -> dict[str, np.ndarray]:
     """Read the whole weights among the tensors that are left in a file.
 
@@ -26,6 +66,7 @@ def replaced_weights(
       settings: what the adapter's configuration says.
       left: the tensors by name, without PEFT's prefix.
       places: where a model's weights are.
+      adapted: the modules that have adapters.
       tied: the paths of those that are both looked up and multiplied.
       where: the file, for errors.
 
@@ -33,7 +74,7 @@ def replaced_weights(
       The weights by path; at "path@lookup" or "path@product" what PEFT has in place of one use alone, and at "path@2"
       what it has in place of the layer 2 of a stacked weight, where not all are replaced.
     """
-    weights = _named_weights(settings, left, places, where)
+    weights = _named_weights(settings, left, places, trained_names(settings, places, adapted), where)
     found = dict(places.found)
     for table, head in places.heads.items():
         one, other = f"{table}.weight", f"{head}.weight"
@@ -64,7 +105,7 @@ def replaced_weights(
 
 
 def _named_weights(
-    settings: PeftSettings, left: Mapping[str, np.ndarray], places: Places, where: Path
+    settings: PeftSettings, left: Mapping[str, np.ndarray], places: Places, trained: Collection[str], where: Path
 ) -> dict[str, np.ndarray]:
     """Return the tensors by the names of their weights; a ValueError for one that has no place, or that is missing."""
     weights: dict[str, np.ndarray] = {}
@@ -78,6 +119,7 @@ def _named_weights(
         module = plain.rpartition(".")[0]
         known = plain in places.found and (
             plain != name
+            or plain in trained
             or settings.saves(module)
             or plain in heads
             or module.rpartition(".")[2] == "lm_head"
@@ -88,9 +130,10 @@ def _named_weights(
         if plain in weights and not np.array_equal(weights[plain], tensor):
             raise ValueError(f"{where} holds {shown(PREFIX + name)} twice, with other numbers: save the adapter again")
         weights[plain] = tensor
-    for name in places.found:
-        if settings.saves(name.rpartition(".")[0]) and name not in weights and not (settings.tie and name in heads):
-            raise ValueError(f"{where} lacks {PREFIX}{name}, which modules_to_save names: save the adapter again")
+    for name in trained:
+        if name not in weights and not (settings.tie and name in heads):
+            what = "modules_to_save" if settings.saves(name.rpartition(".")[0]) else "bias"
+            raise ValueError(f"{where} lacks {PREFIX}{name}, which {what} names: save the adapter again")
     return weights
 
 

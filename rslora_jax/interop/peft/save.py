@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +11,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from rslora_jax.config import split_use
 from rslora_jax.interop.decoder import DECODER
 from rslora_jax.interop.hub import split_revision
 from rslora_jax.interop.kept_tokenizer import copy_tokenizer
@@ -20,22 +19,20 @@ from rslora_jax.interop.new_folder import written_whole
 from rslora_jax.interop.peft import vllm
 from rslora_jax.interop.peft.config import places_of_modules
 from rslora_jax.interop.peft.files import CONFIG_NAME, PREFIX, write_tensors
-from rslora_jax.interop.peft.layout import peft_names, refit, shared_with_head, site_modules, to_peft, weight_to_torch
+from rslora_jax.interop.peft.layout import peft_names, refit, shared_with_head, site_modules, to_peft
 from rslora_jax.interop.peft.patterns import exact_patterns
-from rslora_jax.interop.peft.replaced import split_layer
 from rslora_jax.interop.peft.scales import Scales, one_scale, own_scales
 from rslora_jax.interop.peft.settings import ends_with
-from rslora_jax.interop.peft.tied import Places
+from rslora_jax.interop.peft.whole import whole_tensors
 from rslora_jax.interop.shards import DTYPES
 from rslora_jax.methods.dora import DoRA
 from rslora_jax.methods.method import method_of, of_layer
-from rslora_jax.transform.uses import LOOKUP, PRODUCT
+from rslora_jax.pytrees import Params
 from rslora_jax.wrap import Adapters, Lora
 
 # Fields that every version of PEFT has known for long.
 _FIELDS: Mapping[str, Any] = {
     "auto_mapping": None,
-    "bias": "none",
     "fan_in_fan_out": False,
     "inference_mode": True,
     "init_lora_weights": True,
@@ -58,13 +55,15 @@ def save_peft(
     use_rslora: bool | None = None,
     dtype: str = "float32",
     replaced: Mapping[str, Any] | None = None,
+    params: Params = None,
 ) -> None:
     """Write adapters as a folder that PEFT loads, whole or not at all.
 
-    The factors are written as they are. Where `scaling` is "constant" or a function, the same scale is written as
-    LoRA's alpha / r, with an alpha to suit; so it is where `use_rslora` is False: many readers take alpha / r whatever
-    the file says. Those who serve adapters know one rank and one scale: for them smaller ranks are filled up with zeros
-    and what differs in scale is taken into B (multiplied in float64, rounded once to `dtype`).
+    The factors are written as they are, and what is trained whole as modules_to_save or by `bias`. Where `scaling` is
+    "constant" or a function, the same scale is written as LoRA's alpha / r, with an alpha to suit; so it is where
+    `use_rslora` is False: many readers take alpha / r whatever the file says. Those who serve adapters know one rank
+    and one scale: for them smaller ranks are filled up with zeros and what differs in scale is taken into B (multiplied
+    in float64, rounded once to `dtype`).
 
     Args:
       folder: to be made; it must not hold anything.
@@ -81,6 +80,7 @@ def save_peft(
         alpha / r for a server.
       dtype: "float32", "bfloat16" or "float16".
       replaced: weights by path that were replaced in the base, as from `load_peft`.
+      params: the base, where of a module a part alone is trained whole, such as its bias: PEFT saves all of it.
 
     Raises:
       ValueError: an adapter has no form in PEFT, or none in the server, or is not finite in `dtype`; it is named.
@@ -96,7 +96,8 @@ def save_peft(
         vllm.check_sites(lora, modules, replaced, server)
     plan = one_scale(lora, use_rslora=bool(use_rslora)) if server else own_scales(lora, use_rslora=use_rslora)
     tensors = _factor_tensors(lora, adapters, modules, plan, dtype)
-    whole, saved = _replaced_tensors(replaced, modules, places, lora)
+    whole = whole_tensors(lora, adapters, replaced, modules, places, params)
+    tensors |= {n: _rounded(n, array, dtype) if n in whole.trained else array for n, array in whole.tensors.items()}
     name, revision = (None, None) if base_model is None else split_revision(base_model)
     config = {
         **_FIELDS,
@@ -104,10 +105,13 @@ def save_peft(
         "revision": revision,
         "task_type": task_type,
         **_described(lora, modules, plan, places_of_modules(places.found, places.shapes)),
-        "modules_to_save": saved or None,
+        "modules_to_save": whole.modules or None,
+        "bias": whole.bias,
     }
+    if whole.tie or any(lora.sites[path].tied and not lora.sites[path].use for path in modules):
+        config["ensure_weight_tying"] = True  # a version of PEFT without this field reads both
     with written_whole(Path(folder)) as out:
-        write_tensors(out, {f"{PREFIX}{name}": tensor for name, tensor in (tensors | whole).items()})
+        write_tensors(out, {f"{PREFIX}{name}": tensor for name, tensor in tensors.items()})
         (out / CONFIG_NAME).write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
         if tokenizer is not None:
             copy_tokenizer(Path(tokenizer), out)
@@ -126,7 +130,8 @@ def _factor_tensors(
 ) -> dict[str, np.ndarray]:
     """Give the factors of every module as PEFT names and lays them; a table that is the head too has them twice."""
     tensors: dict[str, np.ndarray] = {}
-    for path, site in lora.sites.items():
+    for path in modules:
+        site = lora.sites[path]
         names = peft_names(site)
         own = {name: np.asarray(jax.device_get(array)) for name, array in adapters[path].items()}
         shared = site.tied and not site.use  # of a table and its head, which has the same turned
@@ -142,57 +147,6 @@ def _factor_tensors(
     return tensors
 
 
-def _replaced_tensors(
-    replaced: Mapping[str, Any], modules: Mapping[str, Iterable[str]], places: Places, lora: Lora
-) -> tuple[dict[str, np.ndarray], list[str]]:
-    """Give the whole weights as PEFT names and lays them, and its modules_to_save."""
-    found, adapted = places.found, {module for of in modules.values() for module in of}
-    tensors: dict[str, np.ndarray] = {}
-    saved: dict[str, set[str]] = {}
-    for path, whole in replaced.items():
-        weight = np.asarray(jax.device_get(whole))
-        names = _names_of(path, places, lora.tied)
-        # The base layer of an adapted module is the one weight of both, in PEFT too.
-        own = [name for name in names if name.rpartition(".")[0] in adapted]
-        for name in own or names:
-            module, _, leaf = name.rpartition(".")
-            written = f"{module}.base_layer.{leaf}" if module in adapted else name
-            if module not in adapted:
-                saved.setdefault(module, set()).add(leaf)
-            one = split_layer(path)[1] is not None or found[name].layer is None
-            part = weight if one else weight[found[name].layer]
-            tensors[written] = weight_to_torch(found[name], part, lora.kinds.get(split_layer(path)[0]))
-    for name in found:
-        module, _, leaf = name.rpartition(".")
-        if any(module.endswith(one) for one in saved) and leaf not in saved.get(module, ()):
-            raise ValueError(f"PEFT's modules_to_save would take {name} too: replace it as well")
-    return tensors, sorted(saved)
-
-
-def _names_of(path: str, places: Places, tied: Collection[str]) -> list[str]:
-    """Return the names of the weights in PEFT that a replaced one is: of a table that is the head too, both modules'.
-
-    Raises:
-      ValueError: the base has no such weight, or no module for one use of it.
-    """
-    weight, layer = split_layer(path)
-    if layer is not None:
-        return [name for name, place in places.found.items() if (place.path, place.layer) == (weight, layer)]
-    whole, use = split_use(path)
-    names = [name for name, place in places.found.items() if place.path == path]
-    if use == LOOKUP and not names:
-        names = [name for name, place in places.found.items() if place.path == whole]
-    heads = [name for name, place in places.found.items() if place.path == f"{path}@{PRODUCT}"]
-    if not names:
-        raise ValueError(f"the base has no {path}, which is to be replaced")
-    if path in tied and not heads:
-        raise ValueError(
-            f"{path} is multiplied as well as looked up, and PEFT has a copy for each: give the table of names the "
-            f'head\'s, "{path}@{PRODUCT}": "lm_head.weight"'
-        )
-    return names + heads
-
-
 def _described(
     lora: Lora,
     modules: Mapping[str, Mapping[str, int | None]],
@@ -201,7 +155,7 @@ def _described(
 ) -> dict[str, Any]:
     """Give the fields of the config that say what is adapted, of which rank and at which scale."""
     adapted = {module: plan.of(path, layer) for path, of in modules.items() for module, layer in of.items()}
-    config: dict[str, Any] = {
+    return {
         "r": plan.rank,
         "lora_alpha": _number(plan.alpha),
         "use_rslora": plan.scaling == "rslora",
@@ -213,9 +167,6 @@ def _described(
             {m: _number(alpha) for m, (_, alpha, _) in adapted.items()}, _number(plan.alpha)
         ),
     }
-    if any(site.tied and not site.use for site in lora.sites.values()):
-        config["ensure_weight_tying"] = True  # a version of PEFT without this field reads both adapters
-    return config
 
 
 def _number(value: float) -> float | int:

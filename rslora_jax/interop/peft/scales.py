@@ -48,13 +48,15 @@ def own_scales(lora: Lora, *, use_rslora: bool | None = None) -> Scales:
         key: (one.rank, one.alpha if same else one.gamma / scaling.gamma(one.rank, 1.0, formula), 1.0)
         for key, one in _each(lora)
     }
+    if not own:
+        raise ValueError("no weight has an adapter of a rank, and PEFT's LoRA is of those: merge what is trained whole")
     (rank, alpha, _), _ = collections.Counter(own.values()).most_common(1)[0]
     return Scales(rank, alpha, formula, own)
 
 
 def _each(lora: Lora) -> Iterator[tuple[tuple[str, int | None], Layer]]:
     """Yield what every adapter has, by path, and by layer where these differ."""
-    for path, site in lora.sites.items():
+    for path, site in ((path, site) for path, site in lora.sites.items() if site.scaled):
         if not site.layers:
             yield (path, None), Layer(site.rank, site.alpha, site.gamma)
         yield from (((path, n), layer) for n, layer in enumerate(site.layers) if layer.rank)

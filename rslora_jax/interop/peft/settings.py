@@ -31,6 +31,7 @@ _READ = {
     "ensure_weight_tying",
     "use_dora",
     "lora_dropout",
+    "bias",
 }
 _HARMLESS = {
     # where it came from and how it is loaded
@@ -52,9 +53,8 @@ _HARMLESS = {
     # how it is trained: the forward pass is LoRA's
     "velora_config",
 }
-# What a field may hold beside null, false and empty; others are refused, whether this version knows them or not.
-_NEUTRAL = {"bias": "none"}
 _LARGEST = 2**31 - 1  # of ranks and alphas, beyond which nothing could be computed
+_BIASES = ("none", "all", "lora_only")
 _INITS = (True, False, None, "gaussian", "eva", "orthogonal", "mica")
 
 
@@ -77,6 +77,7 @@ class PeftSettings:
     tie: bool
     dora: bool
     dropout: float
+    bias: str
     matcher: Matcher = dataclasses.field(repr=False, compare=False)
 
     def adapts(self, module: str) -> bool:
@@ -160,6 +161,7 @@ def read_settings(peft: PeftFolder) -> PeftSettings:
         tie=fields.get("ensure_weight_tying", bool, False, "true or false"),
         dora=fields.get("use_dora", bool, False, "true or false"),
         dropout=fields.get("lora_dropout", (int, float), 0.0, "a number"),
+        bias=fields.get("bias", str, "none", "a word"),
         matcher=Matcher(fields.where),
     )
     _check_values(fields, settings)
@@ -203,7 +205,7 @@ def _check_known(fields: _Fields) -> None:
     if fields.of.get("peft_type") != "LORA":
         raise ValueError(f"{where} has peft_type {quoted(fields.of.get('peft_type'))}: only 'LORA' is read")
     for name, value in fields.of.items():
-        if name in _READ | _HARMLESS or not value or _NEUTRAL.get(name) == value:
+        if name in _READ | _HARMLESS or not value:  # whether this version knows it or not
             continue
         raise ValueError(
             f"{where} has {shown(name)}={in_json(value, 40)}, which this version does not compute: "
@@ -229,6 +231,8 @@ def _check_values(fields: _Fields, settings: PeftSettings) -> None:
             raise ValueError(f"{where} has lora_alpha {quoted(number)}: it is to be a positive number")
     if not 0 <= settings.dropout < 1:
         raise ValueError(f"{where} has lora_dropout {quoted(settings.dropout)}: it is to be from 0 to below 1")
+    if settings.bias not in _BIASES:
+        raise ValueError(f"{where} has bias {quoted(settings.bias)}: it is to be one of {', '.join(_BIASES)}")
     patterns: dict[str, Iterable[str]] = {
         "rank_pattern": settings.rank_pattern,
         "alpha_pattern": settings.alpha_pattern,

@@ -25,11 +25,13 @@ class Places(NamedTuple):
       found: the place of every parameter by its name, and of the heads that a table serves as ("path@product").
       shapes: the shapes at these places' paths.
       heads: the head's module by that of the table that serves as it.
+      names: the table of names.
     """
 
     found: dict[str, Place]
     shapes: dict[str, tuple[int, ...]]
     heads: dict[str, str]
+    names: Names
 
 
 def places_of_uses(names: Names, shapes: Mapping[str, tuple[int, ...]]) -> Places:
@@ -46,7 +48,7 @@ def places_of_uses(names: Names, shapes: Mapping[str, tuple[int, ...]]) -> Place
             found[row] = Place(f"{place.path}@{PRODUCT}", None, False)
             all_shapes[f"{place.path}@{PRODUCT}"] = shapes[place.path]
             heads[name.removesuffix(".weight")] = row.removesuffix(".weight")
-    return Places(found, all_shapes, heads)
+    return Places(found, all_shapes, heads, names)
 
 
 def ties(settings: PeftSettings, table: str, head: str, in_file: Collection[str]) -> bool:

@@ -44,8 +44,8 @@ def check_server(folder: str | Path | PeftFolder, server: str) -> None:
     """
     peft, who = as_opened(folder), SERVERS[server]
     where, fields, settings = peft.folder / CONFIG_NAME, peft.fields, read_settings(peft)
-    for name in ("modules_to_save", "use_dora", "rank_pattern", "alpha_pattern", "lora_bias"):
-        if fields.get(name):
+    for name in ("modules_to_save", "use_dora", "rank_pattern", "alpha_pattern", "lora_bias", "bias"):
+        if fields.get(name) not in (None, False, [], {}, "none"):
             raise ValueError(f"{where} has {name}, which {who} does not serve: export it with --for {server}")
     if not isinstance(fields.get("use_rslora"), bool):
         raise ValueError(f"{where} does not say use_rslora, and readers differ on what that means: export it again")
@@ -106,6 +106,8 @@ def check_sites(lora: Lora, modules: Mapping[str, Iterable[str]], replaced: Any,
     who = SERVERS[server]
     if isinstance(method_of(lora.config.method), DoRA):
         raise ValueError(f"{who} serves no DoRA: merge the adapter into its base, `rslora merge`")
+    if whole := [path for path, site in lora.sites.items() if not site.scaled]:
+        raise ValueError(f"{who} serves no weight that is trained whole ({whole[0]}): merge the adapter into its base")
     if replaced:
         raise ValueError(
             f"{who} serves no weights that were replaced ({min(replaced)}): merge the adapter into its base"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import json
 import os
 
 import jax
@@ -188,6 +189,15 @@ CASES = {
     "EmbConv1D 2 DoRA": ("EmbConv1D", dict(target_modules=["emb"], use_dora=True)),
     "EmbConv1D 3 DoRA": ("EmbConv1D", dict(target_modules=["emb", "conv1d"], use_dora=True)),
     "EmbConv1D tokens": ("EmbConv1D", dict(target_modules=["conv1d"], trainable_token_indices={"emb": [0, 10]})),
+    "MLP biases": ("MLP", LIN0 | dict(bias="all", use_rslora=True, lora_alpha=5)),
+    "MLP biases of its own": ("MLP", LIN0 | dict(bias="lora_only")),
+    "MLP biases and saved": ("MLP", LIN0 | dict(bias="all", modules_to_save=["lin1"])),
+    "MLP one bias and saved": ("MLP", LIN0 | dict(bias="lora_only", modules_to_save=["lin1"])),
+    "Conv2d biases": ("Conv2d", dict(target_modules=["conv2d"], bias="all", use_dora=True)),
+    "EmbConv1D saved": (
+        "EmbConv1D",
+        dict(target_modules=["conv1d"], modules_to_save=["emb", "lin0"], bias="lora_only"),
+    ),
     "Conv1d": ("Conv1d", dict(target_modules=["conv1d"])),
     "Conv1d DoRA": ("Conv1d", dict(target_modules=["conv1d"], use_dora=True)),
     "Conv2d 1": ("Conv2d", dict(target_modules=["conv2d"])),
@@ -219,7 +229,7 @@ SHAPED = {
     "Conv2dGroups2": "in [28] groups, of which PEFT's adapter has another form",
     "MHA": "adapts no module of this model|holds .*mha",
 }
-DAY = ("MLP 5", "EmbConv1D 3", "Conv2d 2", "Conv3d 1 DoRA")
+DAY = ("MLP biases and saved", "MLP 5", "EmbConv1D 3", "Conv2d 2", "Conv3d 1 DoRA")
 
 
 def twin(model):
@@ -276,5 +286,54 @@ def test_a_case_of_pefts_gives_its_outputs_here_and_again_in_peft(case, tmp_path
     lora = rslora.wrap(fn, params, x, config=read_config(tmp_path / "theirs", params, names))
     adapters, replaced = load_peft(tmp_path / "theirs", lora, names)
     close(lora.apply(replace(params, replaced), adapters, x), want)
-    save_peft(tmp_path / "again", lora, adapters, names, task_type=None, replaced=replaced)
+    save_peft(tmp_path / "again", lora, adapters, names, task_type=None, replaced=replaced, params=params)
+    back = rslora.wrap(fn, params, x, config=read_config(tmp_path / "again", params, names))
+    assert back.sites == lora.sites
+    jax.tree.map(np.testing.assert_array_equal, tuple(load_peft(tmp_path / "again", back, names)), (adapters, replaced))
     close(outputs(peft.PeftModel.from_pretrained(copy.deepcopy(base), tmp_path / "again").eval(), x), want)
+
+
+TRAINED = {
+    "modules": ("MLP", "lin0/kernel", ["lin1/*"], ("none", ["lin1"])),
+    "all biases": ("MLP", "lin0/kernel", ["*/bias"], ("all", None)),
+    "biases of adapted ones": ("MLP", "lin0/kernel", ["lin0/bias"], ("lora_only", None)),
+    "both": ("MLP", "lin0/kernel", ["lin0/bias", "lin1/*"], ("lora_only", ["lin1"])),
+    "a bias alone": ("MLP", "lin0/kernel", ["lin1/bias"], ("none", ["lin1"])),
+    "a kernel alone": ("Conv2d", "lin0/kernel", ["conv2d/kernel"], ("none", ["conv2d"])),
+    "a table": ("EmbConv1D", "conv1d/kernel", ["emb/*"], ("none", ["emb"])),
+    "nothing adapted": ("MLP", (), ["lin1/*"], "no weight has an adapter of a rank"),
+    "some of the adapted ones": ("MLP", "*/kernel", ["lin0/bias"], "lin0.bias is trained and lin1.bias is not"),
+}
+
+
+@pytest.mark.parametrize("case", [c if c == "both" else pytest.param(c, marks=pytest.mark.nightly) for c in TRAINED])
+def test_what_is_trained_whole_here_gives_its_outputs_in_peft(case, tmp_path):
+    kind, targets, trained, wanted = TRAINED[case]
+    make, fn, x = MODELS[kind]
+    torch.manual_seed(0)
+    base = make().eval()
+    params, names = twin(base)
+    config = rslora.LoraConfig(rank=3, alpha=7, targets=targets, trained=trained, allow_large_rank=True)
+    lora = rslora.wrap(fn, params, x, config=config)
+    rng = np.random.default_rng(0)
+    fresh = lora.init(jax.random.key(0), params)
+    adapters = jax.tree.map(lambda leaf: (leaf + 0.2 * rng.standard_normal(leaf.shape)).astype("float32"), fresh)
+    if isinstance(wanted, str):
+        with pytest.raises(ValueError, match=wanted):
+            save_peft(tmp_path / "out", lora, adapters, names, task_type=None, params=params)
+        return
+    if case.endswith("alone"):
+        with pytest.raises(ValueError, match="PEFT saves whole modules, and of (lin1|conv2d) its"):
+            save_peft(tmp_path / "out", lora, adapters, names, task_type=None)
+    save_peft(tmp_path / "out", lora, adapters, names, task_type=None, params=params)
+    said = json.loads((tmp_path / "out" / "adapter_config.json").read_text())
+    assert (said["bias"], said["modules_to_save"]) == wanted
+    want = np.asarray(lora.apply(params, adapters, x))
+    close(outputs(peft.PeftModel.from_pretrained(copy.deepcopy(base), tmp_path / "out").eval(), x), want)
+    back = rslora.wrap(fn, params, x, config=read_config(tmp_path / "out", params, names))
+    again = load_peft(tmp_path / "out", back, names)
+    assert set(lora.sites) <= set(back.sites) and not again.replaced
+    jax.tree.map(np.testing.assert_array_equal, {path: again.adapters[path] for path in lora.sites}, adapters)
+    close(back.apply(params, again.adapters, x), want)
+    with pytest.raises(ValueError, match=r"vLLM serves no weight that is trained whole"):
+        save_peft(tmp_path / "vllm", lora, adapters, names, params=params, server="vllm")

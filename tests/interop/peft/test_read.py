@@ -118,7 +118,7 @@ def test_a_layer_that_is_left_out_gets_zeros(folder, lora):
     [
         (dict(peft_type="IA3"), "peft_type 'IA3'"),
         (dict(lora_dropout=1.0), "lora_dropout 1.0"),
-        (dict(bias="all"), 'bias="all"'),
+        (dict(bias="vera_only"), "bias 'vera_only'"),
         (dict(lora_bias=True), "lora_bias"),
         (dict(megatron_config={"a": 1}), "megatron_config"),
         (dict(layer_replication=[[0, 2]]), "layer_replication"),
