@@ -49,7 +49,7 @@ def test_every_command_takes_it(place, exported, capsys, tmp_path):
     assert again.keys() == before.keys() and all((again[name] == before[name]).all() for name in before)
 
 
-def test_weights_that_it_replaces_are_used_and_exported(place, exported, tmp_path):
+def test_weights_that_it_trains_whole_are_used_and_exported(place, exported, tmp_path):
     folder, model = tmp_path / "saved", str(place.folder / "model.gguf")
     folder.mkdir()
     config = json.loads((exported / "adapter_config.json").read_text()) | {"modules_to_save": ["model.norm"]}
@@ -59,7 +59,8 @@ def test_weights_that_it_replaces_are_used_and_exported(place, exported, tmp_pat
     save_file(tensors | {"base_model.model.model.norm.weight": norm}, folder / "adapter_model.safetensors")
     opened = open_adapters(folder)
     found = attach(opened, load_base(opened, model))
-    assert (found.variables["params"]["norm"]["scale"] == norm).all()
+    assert found.lora.config.trained == ("params/norm/scale",) and not found.replaced
+    assert (found.adapters["params/norm/scale"]["value"] == norm).all()
     assert main(["export", str(folder), "--model", model, "--out", str(tmp_path / "again")]) == 0
     assert (
         load_file(tmp_path / "again" / "adapter_model.safetensors")["base_model.model.model.norm.weight"] == norm

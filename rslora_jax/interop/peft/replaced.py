@@ -22,14 +22,8 @@ from rslora_jax.shown import shown
 from rslora_jax.transform.uses import LOOKUP
 
 
-def trained_names(settings: PeftSettings, places: Places, adapted: Collection[str]) -> set[str]:
-    """Return the names of the parameters that PEFT trains whole: of modules_to_save, and biases.
-
-    Args:
-      settings: what the adapter's configuration says.
-      places: where a model's parameters are.
-      adapted: the modules that it adapts.
-    """
+def _trained_names(settings: PeftSettings, places: Places, adapted: Collection[str]) -> set[str]:
+    """Return the names of the parameters that PEFT trains whole: of modules_to_save, and biases."""
 
     def trains(name: str) -> bool:
         module, _, leaf = name.rpartition(".")
@@ -40,10 +34,14 @@ def trained_names(settings: PeftSettings, places: Places, adapted: Collection[st
 
 
 def trained_paths(settings: PeftSettings, places: Places, adapted: Collection[str]) -> list[str]:
-    """Return the paths of the parameters that PEFT trains whole, of stacked ones in all layers; of a table that is the
-    head too in both uses. Arguments as of `trained_names`.
+    """Return the paths of the parameters that PEFT trains whole: in all layers, and in both uses of a tied table.
+
+    Args:
+      settings: what the adapter's configuration says.
+      places: where a model's parameters are.
+      adapted: the modules that it adapts.
     """
-    names = trained_names(settings, places, adapted)
+    names = _trained_names(settings, places, adapted)
     heads = {f"{table}.weight" for table in places.heads} if not ties_copies(settings) else set()
     layers: dict[str, list[int | None]] = {}
     for name, place in places.found.items():
@@ -74,7 +72,7 @@ def replaced_weights(
       The weights by path; at "path@lookup" or "path@product" what PEFT has in place of one use alone, and at "path@2"
       what it has in place of the layer 2 of a stacked weight, where not all are replaced.
     """
-    weights = _named_weights(settings, left, places, trained_names(settings, places, adapted), where)
+    weights = _named_weights(settings, left, places, _trained_names(settings, places, adapted), where)
     found = dict(places.found)
     for table, head in places.heads.items():
         one, other = f"{table}.weight", f"{head}.weight"

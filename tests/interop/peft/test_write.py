@@ -204,8 +204,14 @@ def test_a_run_goes_to_peft_and_back(tiny, tmp_path, capsys):
     whole = shutil.copytree(tmp_path / "out2", tmp_path / "whole")
     edit(whole, modules_to_save=["lm_head"])
     edit_tensors(whole, lambda t: t | {"base_model.model.lm_head.weight": np.ones((10, 32), np.float32)})
+    assert main(["import", str(whole), "--model", str(model), "--out", str(tmp_path / "head")]) == 0
+    config_3, back = checkpoint.load_adapters(tmp_path / "head", params=variables)
+    assert config_3.trained == ("params/lm_head/kernel",)
+    same(back["params/lm_head/kernel"]["value"], np.ones((32, 10)))
+    # A table that was resized is saved along, and is no adapter.
+    edit_tensors(whole, lambda t: t | {"base_model.model.model.embed_tokens.weight": np.ones((10, 32), np.float32)})
     assert main(["import", str(whole), "--model", str(model), "--out", str(tmp_path / "no")]) == 2
-    assert "replaces the base's params/lm_head/kernel" in capsys.readouterr().err
+    assert "replaces the base's params/embed/embedding" in capsys.readouterr().err
     assert not (tmp_path / "no").exists()
     one, two = (load_file(tmp_path / name / "adapter_model.safetensors") for name in ("out", "out2"))
     same(one, two)
