@@ -323,7 +323,7 @@ def test_what_is_trained_whole_here_gives_its_outputs_in_peft(case, tmp_path):
             save_peft(tmp_path / "out", lora, adapters, names, task_type=None, params=params)
         return
     if case.endswith("alone"):
-        with pytest.raises(ValueError, match="PEFT saves whole modules, and of (lin1|conv2d) its"):
+        with pytest.raises(ValueError, match=r"PEFT saves whole modules, and of (lin1|conv2d) its"):
             save_peft(tmp_path / "out", lora, adapters, names, task_type=None)
     save_peft(tmp_path / "out", lora, adapters, names, task_type=None, params=params)
     said = json.loads((tmp_path / "out" / "adapter_config.json").read_text())
