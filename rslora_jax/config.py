@@ -35,6 +35,9 @@ class LoraConfig:
       exclude: globs over paths to leave out of `targets`.
       trained: globs over paths of parameters that are trained whole, of any shape, such as "*/classifier/*" or
         "*/norm*/scale": the value itself is in the adapters (PEFT's modules_to_save). They go before `targets`.
+      trained_rows: globs over paths of tables, each with the numbers of the rows that are trained, such as those of new
+        tokens: `{"*/embedding": [49152, 49153]}` (PEFT's trainable_token_indices). A table that is the head too has
+        them in both uses; of a head of its own they are its outputs. A mapping, or a sequence of pairs.
       rank_pattern, alpha_pattern: globs over paths with the rank or alpha of the weights that match;
         the first match wins. A mapping, or a sequence of pairs. Numbers in braces name single layers, also of weights
         that are stacked, as for a scan, and have no number in their path: `{"*/layers/{3}/mlp/*": 64}`, `{0,2}`,
@@ -68,6 +71,7 @@ class LoraConfig:
     targets: str | Sequence[str] = "all-linear"
     exclude: str | Sequence[str] = ()
     trained: str | Sequence[str] = ()
+    trained_rows: Mapping[str, Sequence[int]] | Sequence[tuple[str, Sequence[int]]] = ()
     rank_pattern: Mapping[str, int] | Sequence[tuple[str, int]] = ()
     alpha_pattern: Mapping[str, float] | Sequence[tuple[str, float]] = ()
     axes: Mapping[str, Sequence[str]] | Sequence[tuple[str, Sequence[str]]] = ()
@@ -91,6 +95,7 @@ class LoraConfig:
             value = getattr(self, name)
             pairs = value.items() if isinstance(value, Mapping) else value
             object.__setattr__(self, name, tuple((str(p), v) for p, v in pairs))
+        object.__setattr__(self, "trained_rows", _rows(self.trained_rows))
         stated = self.axes.items() if isinstance(self.axes, Mapping) else self.axes
         object.__setattr__(self, "axes", tuple((str(p), tuple(names)) for p, names in stated))
         named: Any = self.axes
@@ -157,6 +162,21 @@ class LoraConfig:
     def from_json(cls, text: str) -> "LoraConfig":
         """Read what `to_json` wrote."""
         return cls.from_dict(json.loads(text))
+
+
+def _rows(given: Any) -> tuple[tuple[str, tuple[int, ...]], ...]:
+    """Return the rows to train by pattern; a ValueError for what are no numbers of rows."""
+    pairs = given.items() if isinstance(given, Mapping) else given
+    named = tuple((str(pattern), tuple(ids)) for pattern, ids in pairs)
+    for pattern, ids in named:
+        for n in ids:
+            if not hasattr(n, "__index__") or isinstance(n, bool) or not 0 <= n < _LARGEST_RANK:
+                raise ValueError(f"trained_rows {pattern!r}: {quoted(n)} is not the number of a row, from 0 on")
+        if not ids or len(set(ids)) < len(ids):
+            twice = next((n for n in ids if ids.count(n) > 1), None)
+            what = "names no row" if twice is None else f"names row {twice} twice"
+            raise ValueError(f"trained_rows {pattern!r} {what}: give each row that is to be trained once")
+    return tuple((pattern, tuple(int(n) for n in ids)) for pattern, ids in named)
 
 
 def matches(path: str, pattern: str) -> bool:

@@ -8,6 +8,7 @@ from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from rslora_jax.config import LoraConfig, matches_adapter
+from rslora_jax.methods.rows import Rows
 from rslora_jax.scaling import gamma
 
 if TYPE_CHECKING:
@@ -145,7 +146,8 @@ def patterns_of(sites: Mapping[str, Site]) -> dict[str, Any]:
 
     A path is written as it is, for those that hold no character of a pattern.
     """
-    trained = tuple(path for path, site in sites.items() if not site.scaled)
+    trained = tuple(path for path, site in sites.items() if site.kind == "trained")
+    rows = {path: site.method.ids for path, site in sites.items() if isinstance(site.method, Rows)}
     sites = {path: site for path, site in sites.items() if site.scaled}
     layers = {
         (path, n): layer
@@ -159,6 +161,7 @@ def patterns_of(sites: Mapping[str, Site]) -> dict[str, Any]:
         "targets": (*targets, *(pattern_of_layer(path, n) for path, n in layers if path not in whole)),
         "exclude": (),
         "trained": trained,
+        "trained_rows": rows,
         "rank_pattern": tuple((pattern_of_layer(*key), layer.rank) for key, layer in layers.items()),
         "alpha_pattern": tuple((pattern_of_layer(*key), layer.alpha) for key, layer in layers.items()),
     }

@@ -17,7 +17,7 @@ from rslora_jax.methods.method import method_of
 from rslora_jax.sites import Site
 from rslora_jax.table import not_adapted, shared_name
 from rslora_jax.targets import as_tuple, axes_line, layer_count, roles_by_use, targeted
-from rslora_jax.trained import trained_sites
+from rslora_jax.trained import row_sites, trained_sites
 from rslora_jax.transform import compat
 from rslora_jax.transform.discover import Found, roles
 from rslora_jax.transform.uses import LOOKUP, PRODUCT, USES
@@ -79,6 +79,7 @@ def select(
     by_use = roles_by_use(shapes, found, weights)
     whole = trained_sites(config, leaves, found, everything, others)
     chosen, excluded = targeted(config, shapes, weights, by_use, heads, reasons)
+    whole |= row_sites(config, shapes, weights, [*whole, *chosen])
     chosen = {one: layers for one, layers in chosen.items() if split_use(one)[0] not in whole and one not in whole}
     left = _left_out(leaves, {*chosen, *whole}, reasons | excluded)
     if not chosen and not whole:

@@ -50,13 +50,24 @@ def table(sites: Mapping[str, Site], num_base: int) -> str:
     total = sum(site.num_parameters for site in sites.values())
     scaled = [site for site in sites.values() if site.scaled]
     weights = sum(math.prod(s.sizes(s.stack_axes)) * len(_adapted(s)) // max(len(s.layers), 1) for s in scaled)
-    whole = len(sites) - len(scaled)
-    counted = [f"{weights} matrices"] * (weights > 0 or not whole) + [f"{whole} trained whole"] * (whole > 0)
+    whole = sum(site.kind == "trained" for site in sites.values())
+    of_tables = sum(site.rank for site in sites.values() if not site.scaled)
+    counted = [f"{weights} matrices"] * (weights > 0 or not whole + of_tables)
+    counted += [f"{whole} trained whole"] * (whole > 0) + [f"{of_tables} row{'s' * (of_tables > 1)}"] * (of_tables > 0)
     share = 100 * total / max(num_base, 1)
     return (
-        f"{text}\n{total:,} parameters to train on {' and '.join(counted)}; the base keeps its {num_base:,} "
-        f"({share:.2f}%)"
+        f"{text}\n{total:,} parameters to train on {_listed(counted)}; the base keeps its {num_base:,} ({share:.2f}%)"
     )
+
+
+def _listed(parts: Sequence[str]) -> str:
+    """Write a list in words.
+
+    >>> _listed(["3 matrices"]), _listed(["3 matrices", "2 trained whole", "4 rows"])
+    ('3 matrices', '3 matrices, 2 trained whole and 4 rows')
+    """
+    *first, last = parts
+    return f"{', '.join(first)} and {last}" if first else last
 
 
 def _line(group: Sequence[Site]) -> tuple[str, ...]:
@@ -65,7 +76,8 @@ def _line(group: Sequence[Site]) -> tuple[str, ...]:
     size, rank = f"{site.in_size} x {site.out_size}", _ranks(site)
     gamma = _span([f"{layer.gamma:.4g}" for layer in _adapted(site)], key=float)
     if not site.scaled:
-        size, rank, gamma = " x ".join(map(str, site.sizes(site.out_axes))) or "1", "whole", "-"
+        rank, gamma = f"{site.rank} row{'s' * (site.rank > 1)}" if site.rank else "whole", "-"
+        size = size if site.rank else " x ".join(map(str, site.sizes(site.out_axes))) or "1"
     return (
         shared_name([s.path for s in group]),
         size,

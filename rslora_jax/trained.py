@@ -1,11 +1,12 @@
-"""Which parameters a config trains whole, beside the weights that it adapts."""
+"""Which parameters a config trains whole, and of which it trains rows, beside the weights that it adapts."""
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any
 
 import jax.numpy as jnp
 
 from rslora_jax.config import LoraConfig, matches, near_misses, split_use
+from rslora_jax.methods.rows import Rows, row_axis
 from rslora_jax.methods.trained import Trained
 from rslora_jax.sites import Site
 from rslora_jax.transform.discover import Found
@@ -39,6 +40,55 @@ def trained_sites(
             _check(pattern, path, leaves[path], found, others)
         chosen |= set(hit)
     return {path: _site(path, tuple(leaf.shape), found, roles) for path, leaf in leaves.items() if path in chosen}
+
+
+def row_sites(
+    config: LoraConfig,
+    shapes: Mapping[str, tuple[int, ...]],
+    weights: Mapping[str, Mapping[str, Any]],
+    taken: Collection[str],
+) -> dict[str, Site]:
+    """Return the sites of the tables of which rows are trained.
+
+    Args:
+      config: its `trained_rows` names them.
+      shapes: the shapes of the parameters by path.
+      weights: the roles of the axes of those that are weights.
+      taken: the paths of what is adapted, or trained whole.
+
+    Raises:
+      ValueError: a pattern matches nothing, what is no table, or what is adapted too; or a table lacks a row.
+    """
+    sites: dict[str, Site] = {}
+    named: Any = config.trained_rows
+    for pattern, ids in named:
+        hit = [path for path in shapes if matches(path, pattern)]
+        if not hit:
+            raise ValueError(
+                f"trained_rows {pattern!r} matches no parameter: did you mean {near_misses(pattern, list(weights))}?"
+            )
+        for path in hit:
+            what = f"trained_rows {pattern!r} matches {path}"
+            if path in sites:
+                raise ValueError(f"{what}, and so does another pattern: name its rows in one")
+            if other := next((one for one in taken if split_use(one)[0] == path), None):
+                raise ValueError(
+                    f"{what}, which is adapted or trained whole too ({other}): leave it out of one of them"
+                )
+            sites[path] = _table(what, path, shapes[path], weights.get(path), ids)
+    return sites
+
+
+def _table(what: str, path: str, shape: tuple[int, ...], role: Mapping[str, Any] | None, ids: tuple[int, ...]) -> Site:
+    """Return the site of a table of which rows are trained."""
+    axes = () if role is None else role["in_axes"] if role["kind"] == "embedding" else role["out_axes"]
+    if role is None or role["stack_axes"] or len(axes) != 1 or role["kind"] not in ("embedding", "linear"):
+        raise ValueError(f"{what}, which is neither a table that is looked up by one axis nor a head: train it whole")
+    site = Site(path, shape, **role, rank=len(ids), alpha=1.0, gamma=1.0, method=Rows(ids))
+    size = shape[row_axis(site)]
+    if max(ids) >= size:
+        raise ValueError(f"{what} of {size} rows, and names row {max(ids)}: they are numbered from 0 to {size - 1}")
+    return site
 
 
 def _site(path: str, shape: tuple[int, ...], found: Found, roles: Mapping[str, Mapping[str, Any]]) -> Site:

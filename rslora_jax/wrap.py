@@ -152,7 +152,7 @@ class Lora:
     def _masked(self, key: Array, view: View) -> View:
         """Return the view of an adapted weight with what it draws its masks from."""
         site = self.sites[view.sites[0]]
-        rate = self.config.dropout
+        rate = self.config.dropout if site.scaled else 0
         return with_mask(view, site_key(key, site.path), rate, site.stack_axes) if rate else view
 
     def walked(
@@ -242,7 +242,7 @@ class Lora:
         """Return what each of the adapters' arrays is, a pytree of `init`'s structure, for `optax.multi_transform`.
 
         "in" is the factor with the in-axes (A), "out" that with the out-axes (B), "magnitude" DoRA's, "trained" a value
-        that is trained whole.
+        that is trained whole, or rows.
 
         >>> lora = wrap(lambda p, x: x @ p["w"], {"w": jnp.ones((8, 5))}, jnp.ones((1, 8)), config=LoraConfig(rank=2))
         >>> lora.labels()

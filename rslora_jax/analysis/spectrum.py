@@ -113,12 +113,14 @@ def measure(
 
 
 def trained_whole(config: LoraConfig, paths: Iterable[str]) -> list[str]:
-    """Return those of the adapters' paths that hold values which are trained whole.
+    """Return those of the adapters' paths that hold values, of a whole parameter or of rows.
 
     >>> trained_whole(LoraConfig(trained="*/norm/scale"), ["up/kernel", "up/norm/scale"])
     ['up/norm/scale']
     """
-    return [path for path in paths if any(matches(path, pattern) for pattern in config.trained)]
+    rows: Any = config.trained_rows
+    patterns = [*config.trained, *(pattern for pattern, _ in rows)]
+    return [path for path in paths if any(matches(path, pattern) for pattern in patterns)]
 
 
 def _site_of(config: LoraConfig, path: str, factors: Mapping[str, Any], shape: Sequence[int] | None) -> Site:

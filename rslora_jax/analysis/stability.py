@@ -102,6 +102,8 @@ def measure(
 def _with_meter(lora: Lora, meters: Mapping[str, Array], view: View) -> View:
     """Return a view with its weight's meter along."""
     site = lora.sites[view.sites[0]]
+    if not site.scaled:  # trained rows
+        return view
     sizes = [n if axis in site.stack_axes else 1 for axis, n in enumerate(site.shape)]
     # The stack's axes may lie anywhere in the weight; the meter's are in their order.
     order = [sorted(site.stack_axes).index(axis) for axis in site.stack_axes]

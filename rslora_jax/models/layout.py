@@ -76,7 +76,7 @@ def unstack_adapters(lora: Lora, adapters: Adapters) -> tuple[LoraConfig, Adapte
             found[one] = adapters[path] if i is None else of_layer(site, adapters[path], i)
             if site.scaled:
                 ranks[one], alphas[one] = own.rank, own.alpha
-            else:
+            elif site.kind == "trained":
                 whole.append(one)
     options: dict[str, Any] = {"targets": tuple(ranks), "trained": tuple(whole), "exclude": ()}
     return dataclasses.replace(lora.config, **options, rank_pattern=ranks, alpha_pattern=alphas), found
