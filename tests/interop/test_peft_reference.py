@@ -346,3 +346,28 @@ def test_a_table_that_was_resized_is_read_by_its_three_names(tied, saved, bases,
     else:
         got = run(lora, replace(variables, replaced), adapters)
         np.testing.assert_allclose(got, logits(theirs.eval()), rtol=0, atol=1e-4)
+
+
+@pytest.mark.nightly
+@pytest.mark.filterwarnings("ignore::UserWarning")
+@pytest.mark.parametrize("tied", [True, False])
+def test_rows_of_new_tokens_are_read_beside_the_table_that_was_resized(tied, bases, tmp_path):
+    base = copy.deepcopy(bases[tied])
+    base.save_pretrained(tmp_path / "base")
+    base = transformers.LlamaForCausalLM.from_pretrained(tmp_path / "base", attn_implementation="eager")
+    base.resize_token_embeddings(VOCABULARY + 3)
+    new = [VOCABULARY, VOCABULARY + 2]
+    rows = {"embed_tokens": new} | ({} if tied else {"lm_head": new})
+    config = peft.LoraConfig(
+        r=5, lora_alpha=12, use_rslora=True, target_modules=["q_proj"], trainable_token_indices=rows
+    )
+    theirs = peft.get_peft_model(copy.deepcopy(base), config)
+    shake(theirs)
+    theirs.save_pretrained(tmp_path / "theirs")
+    apply, variables = ours(base, True)
+    lora = wrapped(apply, variables, read_config(tmp_path / "theirs", variables))
+    adapters, replaced = load_peft(tmp_path / "theirs", lora)
+    assert adapters["params/embed/embedding"]["rows"].shape == (2, 24)
+    tokens = np.concatenate([TOKENS, [[5, *new, 3, 1]]])
+    got = np.asarray(lora.apply(replace(variables, replaced), adapters, tokens))
+    np.testing.assert_allclose(got, logits(theirs.eval(), tokens), rtol=0, atol=1e-4)

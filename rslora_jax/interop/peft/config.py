@@ -11,6 +11,7 @@ from rslora_jax.interop.hub import with_revision
 from rslora_jax.interop.names import Names, Place
 from rslora_jax.interop.peft.files import WEIGHTS_NAME, PeftFolder, adapted_in, as_opened, tables_in
 from rslora_jax.interop.peft.replaced import trained_paths
+from rslora_jax.interop.peft.rows import trained_rows
 from rslora_jax.interop.peft.settings import PeftSettings, read_settings
 from rslora_jax.interop.peft.tied import Places, places_of_uses, ties
 from rslora_jax.layers import pattern_of_layer
@@ -76,7 +77,8 @@ def read_config(folder: str | Path | PeftFolder, params: Params, names: Names = 
     layers of a weight that holds several ("params/layers/up/kernel/{3}"), where these differ or have no adapter.
     An adapter of a table that is the head too is that of its look-up alone, "*@lookup", and one of the head that of its
     product alone, as PEFT has them, but with ensure_weight_tying. What PEFT trains whole (modules_to_save, and biases
-    by `bias`) is named by `trained`, but for single layers of a stack, and one use of such a table.
+    by `bias`) is named by `trained`, but for single layers of a stack, and one use of such a table; the rows of
+    `trainable_token_indices` by `trained_rows`.
 
     Args:
       folder: with adapter_config.json, as PEFT saves it; or what `open_peft` read of it.
@@ -111,6 +113,7 @@ def read_config(folder: str | Path | PeftFolder, params: Params, names: Names = 
         scaling=settings.scaling,
         targets=[pattern_of_layer(literal(path), layer) for path, layer in named],
         trained=[literal(path) for path in trained_paths(settings, places, adapted)],
+        trained_rows={literal(path): ids for path, ids in trained_rows(settings, places).items()},
         rank_pattern=[(pattern(*key), rank) for key, (rank, _) in named.items() if rank != settings.r],
         alpha_pattern=[(pattern(*key), alpha) for key, (_, alpha) in named.items() if alpha != settings.alpha],
         allow_large_rank=True,  # PEFT sets no bound

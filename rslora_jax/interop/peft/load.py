@@ -26,6 +26,7 @@ from rslora_jax.interop.peft.layout import (
     to_peft,
 )
 from rslora_jax.interop.peft.replaced import replaced_weights, split_layer
+from rslora_jax.interop.peft.rows import take_rows
 from rslora_jax.interop.peft.settings import PeftSettings, read_settings
 from rslora_jax.pytrees import Params
 from rslora_jax.shown import quoted, shown
@@ -113,11 +114,14 @@ def load_peft(folder: str | Path | PeftFolder, lora: Lora, names: Names = DECODE
         adapters[path] = _stacked(settings, site, read, jnp.dtype(lora.config.dtype))
         if shared:
             _check_tied_head(settings, left, own, site, adapters[path], where)
+    dtype = jnp.dtype(lora.config.dtype)
+    rows = take_rows(lora, left, places, settings)
+    adapters |= {path: {name: np.asarray(array, dtype) for name, array in own.items()} for path, own in rows.items()}
     replaced = replaced_weights(settings, left, places, chosen, lora.tied, where)
     for path in (path for path, site in lora.sites.items() if site.kind == "trained"):
         if path not in replaced:
             raise ValueError(_not_trained(settings, path, replaced))
-        adapters[path] = {"value": np.asarray(replaced.pop(path), jnp.dtype(lora.config.dtype))}
+        adapters[path] = {"value": np.asarray(replaced.pop(path), dtype)}
     return Loaded({path: adapters[path] for path in lora.sites}, replaced)
 
 

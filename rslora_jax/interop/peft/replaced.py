@@ -33,6 +33,9 @@ def _trained_names(settings: PeftSettings, places: Places, adapted: Collection[s
     return set(filter(trains, places.found))
 
 
+_ORIGINAL = ".original_module."  # in the name of a weight as it was before training
+
+
 def trained_paths(settings: PeftSettings, places: Places, adapted: Collection[str]) -> list[str]:
     """Return the paths of the parameters that PEFT trains whole: in all layers, and in both uses of a tied table.
 
@@ -111,9 +114,11 @@ def _named_weights(
     for name, tensor in left.items():
         # PEFT calls the weight of an adapted table base_layer, and saves a table that was resized under its own name. A
         # copy of such a table it saves three times: twice as it was trained, and once as it was, without use.
-        if name.replace(".original_module.", ".") != name and name.replace(".original_module.", ".") in left:
+        # One of which rows are trained it saves whole too, as it was; and these rows as they were, again without use.
+        originals = [name.replace(_ORIGINAL, of) for of in (".", ".token_adapter.base_layer.") if _ORIGINAL in name]
+        if name.endswith(".trainable_tokens_original") or any(one in left for one in originals):
             continue
-        plain = name.replace(".base_layer.", ".").replace(".modules_to_save.", ".")
+        plain = name.replace(".token_adapter.", ".").replace(".base_layer.", ".").replace(".modules_to_save.", ".")
         module = plain.rpartition(".")[0]
         known = plain in places.found and (
             plain != name

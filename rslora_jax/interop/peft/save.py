@@ -21,6 +21,7 @@ from rslora_jax.interop.peft.config import places_of_modules
 from rslora_jax.interop.peft.files import CONFIG_NAME, PREFIX, write_tensors
 from rslora_jax.interop.peft.layout import peft_names, refit, shared_with_head, site_modules, to_peft
 from rslora_jax.interop.peft.patterns import exact_patterns
+from rslora_jax.interop.peft.rows import row_tensors
 from rslora_jax.interop.peft.scales import Scales, one_scale, own_scales
 from rslora_jax.interop.peft.settings import ends_with
 from rslora_jax.interop.peft.whole import whole_tensors
@@ -98,6 +99,8 @@ def save_peft(
     tensors = _factor_tensors(lora, adapters, modules, plan, dtype)
     whole = whole_tensors(lora, adapters, replaced, modules, places, params)
     tensors |= {n: _rounded(n, array, dtype) if n in whole.trained else array for n, array in whole.tensors.items()}
+    rows, indices = row_tensors(lora, adapters, places)
+    tensors |= {n: _rounded(n, array, dtype) for n, array in rows.items()}
     name, revision = (None, None) if base_model is None else split_revision(base_model)
     config = {
         **_FIELDS,
@@ -108,6 +111,8 @@ def save_peft(
         "modules_to_save": whole.modules or None,
         "bias": whole.bias,
     }
+    if indices:
+        config["trainable_token_indices"] = indices
     if whole.tie or any(lora.sites[path].tied and not lora.sites[path].use for path in modules):
         config["ensure_weight_tying"] = True  # a version of PEFT without this field reads both
     with written_whole(Path(folder)) as out:

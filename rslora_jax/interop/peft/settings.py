@@ -32,6 +32,7 @@ _READ = {
     "use_dora",
     "lora_dropout",
     "bias",
+    "trainable_token_indices",
 }
 _HARMLESS = {
     # where it came from and how it is loaded
@@ -78,6 +79,7 @@ class PeftSettings:
     dora: bool
     dropout: float
     bias: str
+    rows: Sequence[int] | Mapping[str, Sequence[int]]
     matcher: Matcher = dataclasses.field(repr=False, compare=False)
 
     def adapts(self, module: str) -> bool:
@@ -162,6 +164,7 @@ def read_settings(peft: PeftFolder) -> PeftSettings:
         dora=fields.get("use_dora", bool, False, "true or false"),
         dropout=fields.get("lora_dropout", (int, float), 0.0, "a number"),
         bias=fields.get("bias", str, "none", "a word"),
+        rows=fields.rows("trainable_token_indices"),
         matcher=Matcher(fields.where),
     )
     _check_values(fields, settings)
@@ -193,6 +196,15 @@ class _Fields:
         value = self.get(name, dict, {}, "an object of patterns")
         if not all(isinstance(v, kinds) and not isinstance(v, bool) for v in value.values()):
             raise self.wrong(name, "an object of patterns and numbers")
+        return value
+
+    def rows(self, name: str) -> Any:
+        value = self.get(name, (list, dict), [], "a list of numbers, or an object of such")
+        for ids in value.values() if isinstance(value, dict) else [value]:
+            if not isinstance(ids, list) or not all(type(n) is int and 0 <= n <= _LARGEST for n in ids):
+                raise self.wrong(name, "a list of numbers, or an object of such")
+            if len(set(ids)) < len(ids) or (isinstance(value, dict) and not ids):
+                raise self.wrong(name, "of different numbers")
         return value
 
     def wrong(self, name: str, wanted: str) -> ValueError:

@@ -18,6 +18,9 @@ SERVERS: Mapping[str, str] = {"vllm": "vLLM", "sglang": "SGLang", "gguf": "llama
 
 # What --max-lora-rank takes.
 _RANKS = (8, 16, 32, 64, 128, 256, 320, 512)
+# Fields of adapter_config.json that say of more than the factors of matrices, all of one rank.
+_NOT_SERVED = ("modules_to_save", "use_dora", "rank_pattern", "alpha_pattern", "lora_bias")
+_ALSO_NOT = ("bias", "trainable_token_indices")
 # Modules of Llama-family models.
 _MODULES = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj", "embed_tokens", "lm_head")
 
@@ -44,7 +47,7 @@ def check_server(folder: str | Path | PeftFolder, server: str) -> None:
     """
     peft, who = as_opened(folder), SERVERS[server]
     where, fields, settings = peft.folder / CONFIG_NAME, peft.fields, read_settings(peft)
-    for name in ("modules_to_save", "use_dora", "rank_pattern", "alpha_pattern", "lora_bias", "bias"):
+    for name in (*_NOT_SERVED, *_ALSO_NOT):
         if fields.get(name) not in (None, False, [], {}, "none"):
             raise ValueError(f"{where} has {name}, which {who} does not serve: export it with --for {server}")
     if not isinstance(fields.get("use_rslora"), bool):
@@ -107,7 +110,8 @@ def check_sites(lora: Lora, modules: Mapping[str, Iterable[str]], replaced: Any,
     if isinstance(method_of(lora.config.method), DoRA):
         raise ValueError(f"{who} serves no DoRA: merge the adapter into its base, `rslora merge`")
     if whole := [path for path, site in lora.sites.items() if not site.scaled]:
-        raise ValueError(f"{who} serves no weight that is trained whole ({whole[0]}): merge the adapter into its base")
+        what = "that is trained whole" if lora.sites[whole[0]].kind == "trained" else "of which rows are trained"
+        raise ValueError(f"{who} serves no weight {what} ({whole[0]}): merge the adapter into its base")
     if replaced:
         raise ValueError(
             f"{who} serves no weights that were replaced ({min(replaced)}): merge the adapter into its base"

@@ -62,7 +62,7 @@ def whole_tensors(
     """
     adapted = {module for of in modules.values() for module in of}
     values = {path: adapters[path]["value"] for path, site in lora.sites.items() if site.kind == "trained"}
-    names = {path: _trained_names(lora, path, places) for path in values}
+    names = {path: names_of_trained(lora, path, places) for path in values}
     arrays = {name: path for path in replaced for name in _replaced_names(path, places, adapted, lora.tied)}
     arrays |= {name: path for path in values for name in names[path]}
     trained = {name for own in names.values() for name in own}
@@ -148,7 +148,7 @@ def _check_no_more(saved: Mapping[str, Collection[str]], places: Places) -> None
             raise ValueError(f"PEFT's modules_to_save would take {name} too: replace it as well")
 
 
-def _trained_names(lora: Lora, path: str, places: Places) -> list[str]:
+def names_of_trained(lora: Lora, path: str, places: Places) -> list[str]:
     """Return PEFT's names of a parameter that is trained whole: of a table that is the head too, both modules'."""
     site = lora.sites[path]
     names = [name for name, place in places.found.items() if place.path == path]

@@ -222,7 +222,7 @@ CASES = {
     "MonteCLoRA": ("MLP", lambda: LIN0 | dict(monteclora_config=peft.MontecloraConfig(num_samples=2))),
 }
 # What is not computed here, by the field that asks for it; the message names it.
-REFUSED = ("lora_bias", "kasa_config", "monteclora_config", "trainable_token_indices", "target_parameters")
+REFUSED = ("lora_bias", "kasa_config", "monteclora_config", "target_parameters")
 # Adapters that are no change of the one weight: of all channels beside a kernel of groups, of a fused projection.
 SHAPED = {
     "Conv2dGroups": "in [28] groups, of which PEFT's adapter has another form",

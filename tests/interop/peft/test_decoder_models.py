@@ -58,6 +58,8 @@ CONFIGS = {
     "saved table": PLAIN | dict(modules_to_save=["embed_tokens"]),
     "saved norms": PLAIN | dict(modules_to_save=["input_layernorm"]),
     "biases": PLAIN | dict(bias="all", use_rslora=True),
+    "tokens": PLAIN | dict(trainable_token_indices=[7, 1, 3], use_rslora=True),
+    "tokens of both": PLAIN | dict(trainable_token_indices={"embed_tokens": [80, 4], "lm_head": [80, 4]}),
     "biases of its own": PLAIN | dict(bias="lora_only", target_modules=["q_proj", "k_proj"]),
     "biases of a layer": PLAIN | dict(bias="lora_only", layers_to_transform=[1]),
     "biases and modules": PLAIN | dict(bias="all", modules_to_save=["k_proj", "norm"]),
@@ -65,7 +67,6 @@ CONFIGS = {
 # What PEFT has beside LoRA is refused, each in one sentence that names it.
 REFUSED = {
     "aLoRA": (PLAIN | dict(alora_invocation_tokens=[1]), "alora_invocation_tokens"),
-    "tokens": (PLAIN | dict(trainable_token_indices=[0, 1, 3]), "trainable_token_indices"),
     "bias in B": (PLAIN | dict(lora_bias=True), "lora_bias"),
     "replicated": (PLAIN | dict(layer_replication=[[0, 1], [0, 2]]), "layer_replication"),
     "PiSSA": (PLAIN | dict(init_lora_weights="pissa"), "init_lora_weights='pissa'"),
@@ -74,7 +75,7 @@ REFUSED = {
         "target_parameters",
     ),
 }
-DAY = {("llama", "patterns"), ("llama", "saved head"), ("qwen2", "biases"), ("gemma3", "two")}
+DAY = {("llama", "patterns"), ("llama", "saved head"), ("qwen2", "biases"), ("llama tied", "tokens"), ("gemma3", "two")}
 CASES = [
     pytest.param(*case, marks=() if case in DAY else pytest.mark.nightly) for case in itertools.product(MODELS, CONFIGS)
 ]
