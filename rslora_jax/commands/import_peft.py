@@ -22,6 +22,7 @@ def _add_flags(parser: argparse.ArgumentParser) -> None:
 def import_peft(a: argparse.Namespace) -> int:
     """Run `rslora import`."""
     from rslora_jax.interop.adapter_folder import attach_alone, open_peft_adapters, place_of_trained
+    from rslora_jax.interop.enlarged import of_file, with_rows_of
     from rslora_jax.interop.load import load_model
     from rslora_jax.interop.new_folder import check_free
     from rslora_jax.interop.own_tokenizer import with_own_tokenizer
@@ -30,12 +31,12 @@ def import_peft(a: argparse.Namespace) -> int:
     opened = open_peft_adapters(a.folder)  # before the base is read, which takes longer
     where = place_of_trained(opened, a.model)
     print(f"reading {model_name(where)}", flush=True)
-    base = load_model(where, param_dtype=a.param_dtype, text=False)
+    base = with_rows_of(load_model(where, param_dtype=a.param_dtype, text=False), None, opened.rows)
     with_own_tokenizer(base, opened.tokenizer)  # refused here, and not by what reads the run
-    lora, variables, adapters, *_ = attach_alone(opened, base)
+    lora, _, adapters, *_ = attach_alone(opened, base)
     print(lora, flush=True)
     settings = settings_of(lora.config, where, a.param_dtype, imported=str(Path(a.folder).absolute()))
-    write_run(a.out, lora.config, variables, adapters, settings, opened.tokenizer)
+    write_run(a.out, lora.config, of_file(base), adapters, settings, opened.tokenizer)
     print(f"wrote {a.out}/checkpoints: {lora.num_parameters:,} numbers in {len(lora.sites)} adapters")
     return 0
 

@@ -45,21 +45,23 @@ def train(a: argparse.Namespace) -> int:
     of_examples = settings.examples_to_save(training, heldout)
     if a.resume:
         settings.check_examples(a, of_examples)
-    base = _read_base(a, start, placement)
-    lora, found = _wrap(a, base, start, placement)
+    base, rows = _with_new_tokens(a, _read_base(a, start, placement), placement)
+    lora, found = _wrap(a, base, start, placement, rows)
     optimizer = _make_optimizer(a, lora)
     print(lora, flush=True)
     data = _prepare(a, base, training, heldout, placement)
-    adapters = _first_adapters(a, lora, base.variables, found, placement)
+    adapters = _first_adapters(a, lora, base, found, placement, rows)
     if not a.resume:
         processes.first_decides(lambda: keep_tokenizer(start.tokenizer if start else None, Path(a.out)))
+    if rows and not a.resume:
+        processes.first_decides(lambda: _keep_new_tokens(a, base))
     # Of several processes none holds the whole of what the model writes.
     asked = heldout[:2] if jax.process_count() == 1 else []
     answers = _answerer(a, base, asked)
     before = answers(base)
     _show_answers(asked, {"base model": before})
     try:
-        result = _fit(a, lora, base.variables, adapters, data, optimizer, placement, of_examples)
+        result = _fit(a, lora, base, adapters, data, optimizer, placement, of_examples)
     except NonFiniteLoss as error:
         print(f"rslora: error: {one_line(str(error))}", file=sys.stderr)
         return 1
@@ -137,9 +139,11 @@ def _open_start(a: argparse.Namespace) -> Any:
     start = open_adapters(a.out if a.resume else a.adapters)
     if not a.resume:
         defaults = default_arguments(COMMAND)
-        for name in _OF_NEW:
+        for name in (*_OF_NEW, "new_tokens"):
             if (value := getattr(a, name)) != getattr(defaults, name):
-                raise ValueError(f"--{name} {value} is for new adapters, and --adapters has its own: leave it out")
+                raise ValueError(
+                    f"--{name.replace('_', '-')} {value} is for new adapters, and --adapters has its own: leave it out"
+                )
     return start
 
 
@@ -148,6 +152,7 @@ def _read_base(a: argparse.Namespace, start: Any, placement: Placement) -> Any:
     from rslora_jax.commands.progress import progress_line
     from rslora_jax.interop.adapter_folder import place_of_trained
     from rslora_jax.interop.chat_template import parse_options
+    from rslora_jax.interop.enlarged import with_rows_of
     from rslora_jax.interop.kept_tokenizer import is_whole
     from rslora_jax.interop.load import find_family, load_model
     from rslora_jax.interop.own_tokenizer import with_own_tokenizer
@@ -165,10 +170,42 @@ def _read_base(a: argparse.Namespace, start: Any, placement: Placement) -> Any:
         progress=progress_line("reading"),
         text=own is None or not is_whole(own),
     )
+    base = _placed(with_rows_of(base, start.config, start.rows), placement) if start else base
     return with_own_tokenizer(base, own).with_template_options(options)
 
 
-def _wrap(a: argparse.Namespace, base: Any, start: Any, placement: Placement) -> tuple[Any, Any]:
+def _with_new_tokens(a: argparse.Namespace, base: Any, placement: Placement) -> tuple[Any, dict[str, Any]]:
+    """Return the base with the new tokens of --new-tokens, and the rows that are theirs; none without."""
+    from rslora_jax.interop.enlarged import with_tokens
+
+    if not a.new_tokens:
+        return base, {}
+    base, rows = with_tokens(base, [text.strip() for text in a.new_tokens.split(",")])
+    return _placed(base, placement), rows
+
+
+def _placed(base: Any, placement: Placement) -> Any:
+    """Return a base with more rows than were read with its arrays where the rules have those of their shapes."""
+    import jax
+
+    if placement.mesh is None or base.rows is None:
+        return base
+    shapes = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), base.variables)
+    where = base_shardings(placement, base.family)(shapes)
+    return dataclasses.replace(base, variables=jax.device_put(base.variables, where))
+
+
+def _keep_new_tokens(a: argparse.Namespace, base: Any) -> None:
+    """Keep the tokenizer with new tokens with a run."""
+    from rslora_jax.interop.enlarged import write_tokenizer
+    from rslora_jax.interop.load import folder_of
+
+    write_tokenizer(base.tokenizer, folder_of(a.model), base.config.max_len, Path(a.out) / "tokenizer")
+
+
+def _wrap(
+    a: argparse.Namespace, base: Any, start: Any, placement: Placement, rows: Mapping[str, Any]
+) -> tuple[Any, Any]:
     """Wrap the base by the flags; or by the adapters to start from, which are given back on their base."""
     import jax
 
@@ -177,7 +214,7 @@ def _wrap(a: argparse.Namespace, base: Any, start: Any, placement: Placement) ->
 
     found = attach_alone(start, base) if start else None
     own = {name: getattr(a, name) for name in (*_OF_NEW, "dropout")}
-    config = rslora.LoraConfig(**own)
+    config = rslora.LoraConfig(**own, trained_rows=rows)
     if found:  # dropout is a matter of training: their own, unless another is asked for
         config = dataclasses.replace(found.lora.config, dropout=a.dropout or found.lora.config.dropout)
     apply, tokens = placed_apply(base, placement), jax.ShapeDtypeStruct((1, 8), "int32")
@@ -204,15 +241,20 @@ def _prepare(
     return _Data(of_training, of_heldout, loss.token_loss(places), len(rows.rows) / a.batch_size)
 
 
-def _first_adapters(a: argparse.Namespace, lora: Any, variables: Any, found: Any, placement: Placement) -> Any:
+def _first_adapters(
+    a: argparse.Namespace, lora: Any, base: Any, found: Any, placement: Placement, rows: Mapping[str, Any]
+) -> Any:
     """Give the adapters that training starts with, where they are to lie."""
     import jax
 
+    from rslora_jax.interop.enlarged import first_rows
     from rslora_jax.parallel import sharding
 
+    variables = base.variables
     adapters = (
         jax.tree.map(jax.numpy.asarray, found.adapters) if found else lora.init(jax.random.key(a.seed), variables)
     )
+    adapters = first_rows(base, rows, adapters) if rows else adapters
     if placement.mesh is None:
         return adapters
     return jax.device_put(adapters, sharding.adapter_shardings(lora.sites, variables, split_rank=a.split_rank))
@@ -243,7 +285,7 @@ def _show_answers(asked: Sequence[Any], answers: dict[str, list[str]]) -> None:
 def _fit(
     a: argparse.Namespace,
     lora: Any,
-    variables: Any,
+    base: Any,
     adapters: Any,
     data: _Data,
     optimizer: Any,
@@ -253,14 +295,16 @@ def _fit(
     """Train."""
     import jax
 
+    from rslora_jax.interop.enlarged import of_file
     from rslora_jax.train import fit
 
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="step .* could not be saved")  # said at the end, in our own words
         return fit(
             lora,
-            variables,
+            base.variables,
             adapters,
+            base=of_file(base),
             batches=data.batches,
             loss=data.loss,
             optimizer=optimizer,
@@ -373,6 +417,10 @@ COMMAND = Command(
         (
             'rslora train --model my-llama --trained "*/norm*/scale" --trained "*/bias"',
             "Norms and biases trained whole, beside the adapters.",
+        ),
+        (
+            'rslora train --data calls.jsonl --new-tokens "<tool>,</tool>"',
+            "Two tokens that the model does not have yet.",
         ),
         (
             "rslora train --batch-size 32 --accumulate 8 --dtype bfloat16 --remat full",

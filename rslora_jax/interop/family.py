@@ -47,6 +47,8 @@ class Family:
         None where it may not.
       untie: gives, from (a configuration, its variables) of a model whose token table is its head too, the same with a
         head of its own; None where no model of the family is tied.
+      vocabulary: gives the paths of the weights that have a row for each token, and along which axis, from a
+        configuration: the token table, and the head where it is another weight; None where no tokens can be added.
       suited: gives, from (the configuration of config.json; the tensors of its folder by name, as
         `weights.load_weights` takes them), (the configuration that these are of, the fields of config.json that say
         so), or a ValueError; None where config.json says it all.
@@ -64,6 +66,7 @@ class Family:
     names: Names
     ignored: Callable[[Any, str], bool] | None = None
     untie: Callable[[Any, Any], Untied] | None = None
+    vocabulary: Callable[[Any], Mapping[str, int]] | None = None
     suited: Callable[[Any, Mapping[str, Any]], tuple[Any, dict[str, Any]]] | None = None
     sharding_rules: Sequence[Any] = ()
     blocks: tuple[type, ...] = ()

@@ -31,6 +31,7 @@ class Model:
       tokenizer: the tokenizer, a `Tokenizer`; None where the model was loaded without text.
       family: what the library knows of models of this kind.
       changed: the fields of config.json that are others than in the file that it was read from.
+      rows: how many tokens the file has rows for, where the variables have more (`enlarged`).
     """
 
     config: Any
@@ -38,6 +39,7 @@ class Model:
     tokenizer: Any
     family: Family
     changed: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    rows: int | None = None
 
     def __iter__(self) -> Iterator[Any]:
         return iter((self.config, self.variables, self.tokenizer))

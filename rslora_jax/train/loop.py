@@ -98,6 +98,7 @@ def fit(
     steps_an_epoch: float | None = None,
     resume: bool = False,
     override: Collection[str] = (),
+    base: Params = None,
     show: bool = True,
 ) -> Result:
     """Train adapters, and leave checkpoints, `metrics.jsonl` and `loss.png` in a folder.
@@ -142,6 +143,7 @@ def fit(
         base, the first batch ("data"), the held-out batches ("heldout"), `accumulate` ("accumulate"), and the numbers
         that the optimiser was made with, those of its schedule among them, and the dtypes of its state ("optimizer").
       override: which of these names may differ; it is recorded. Another held-out set has a "best" of its own.
+      base: what checkpoints call the base, where `params` are made of it: as it was, without the rows of new tokens.
       show: print progress.
 
     Raises:
@@ -158,7 +160,7 @@ def fit(
     if unknown := [name for name in override if name not in course.NAMES]:
         raise ValueError(f"override has {unknown[0]!r}, which is none of {', '.join(course.NAMES)}")
     of_course = course.describe(optimizer, accumulate, course.digest(heldout, batch_sharding))
-    about = checkpoint.describe(lora.config, params, settings) | {"course": of_course}
+    about = checkpoint.describe(lora.config, params if base is None else base, settings) | {"course": of_course}
     if lora.config.dropout and dropout_key is None:
         dropout_key = jax.random.key(0)
     state = TrainState.create(adapters, optimizer, key, model_state, dropout_key if lora.config.dropout else None)
