@@ -59,6 +59,13 @@ def run(request, tmp_path_factory):
     """A run of a few steps on calls of a tool, and the model that it is on."""
     folder = tmp_path_factory.mktemp("new")
     base = folders.write(folder / "base", BASES[request.param])
+    named = {
+        "bos_token": "<s>",
+        "eos_token": "</s>",
+        "pad_token": "<pad>",
+        "tokenizer_class": "PreTrainedTokenizerFast",
+    }
+    (base / "tokenizer_config.json").write_text(json.dumps(named))
     rows = [{"text": f"hi<tool>{'1' * (n % 3 + 1)}</tool>"} for n in range(20)]
     (folder / "calls.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     out = ["--out", str(folder / "run"), "--learning-rate", "0.05"]
@@ -100,7 +107,7 @@ def test_a_run_keeps_tokens_rows_and_the_name_of_its_base(run, capsys):
 def test_transformers_and_peft_have_them_too(run, capsys):
     torch, transformers = pytest.importorskip("torch"), pytest.importorskip("transformers")
     peft = pytest.importorskip("peft")
-    text, plain = "hi<tool>1</tool>hi", {"skip_special_tokens": False}
+    text, plain, few = "hi<tool>1</tool>hi", {"skip_special_tokens": False}, ["--max-new", "3"]
     loaded = runs.load_runs([str(run / "run")])
     (one,) = loaded.runs
     ids = loaded.tokenizer.encode(text)
@@ -114,7 +121,7 @@ def test_transformers_and_peft_have_them_too(run, capsys):
     theirs = transformers.AutoModelForCausalLM.from_pretrained(run / "merged").eval()
     tokenizer = transformers.AutoTokenizer.from_pretrained(run / "merged")
     assert theirs.config.vocab_size == loaded.config.vocab_size == len(theirs.get_input_embeddings().weight)
-    assert tokenizer(text, add_special_tokens=False).input_ids == ids and tokenizer.decode(ids, **plain) == text
+    assert tokenizer(text).input_ids == ids and tokenizer.decode(ids[1:], **plain) == text
     np.testing.assert_allclose(logits(theirs), want, atol=1e-4)
     assert load_model(run / "merged").tokenizer.encode(text) == ids
 
@@ -125,7 +132,7 @@ def test_transformers_and_peft_have_them_too(run, capsys):
     adapted = peft.PeftModel.from_pretrained(copy.deepcopy(base), run / "peft").eval()
     np.testing.assert_allclose(logits(adapted), want, atol=1e-4)
     adapted.save_pretrained(run / "again")  # with the table, where it was resized
-    assert main(["generate", str(run / "peft"), "--model", str(run / "base"), "--prompt", "hi", "--plain"]) == 0
+    assert main(["generate", str(run / "peft"), "--model", str(run / "base"), "--prompt", "hi", "--plain", *few]) == 0
     back = open_adapters(run / "again")
     found = attach(back, load_base(back, run / "base", text=False))
     got = np.asarray(found.lora.apply(found.variables, found.adapters, jnp.asarray([ids])))
