@@ -27,6 +27,7 @@ _LATER = {
     "load_gguf": "gguf",
     "load_huggingface": "huggingface",
     "read_tokenizer": "tokenizer_files",
+    "with_tokens": "enlarged",
     "write_merged": "merged",
 }
 
@@ -50,6 +51,7 @@ __all__ = [
     "read_tokenizer",
     "replace",
     "save_peft",
+    "with_tokens",
     "write_merged",
 ]
 

@@ -53,7 +53,7 @@ class Rows:
     def view(self, site: Site, w: Any, factors: Mapping[str, Array]) -> View:
         """Return the weight with S and what the rows differ by."""
         row, rows = row_axis(site), factors["rows"]
-        change = rows - lax.stop_gradient(self._own(site, w)).astype(rows.dtype)
+        change = rows - self._own(site, w).astype(rows.dtype)
         change = jnp.expand_dims(jnp.moveaxis(change, 0, -1), row)
         places = lax.broadcasted_iota(jnp.int32, (site.shape[row], len(self.ids)), 0)
         chosen = (places == jnp.asarray(self.ids, jnp.int32)).astype(rows.dtype)

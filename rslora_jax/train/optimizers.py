@@ -154,8 +154,8 @@ def muon_axes(lora: Lora) -> dict[str, dict[str, MuonDimensionNumbers | None]]:
     def matrix(site: Site, axes: Sequence[int | str]) -> MuonDimensionNumbers | None:
         own = range(len(site.stack_axes), len(axes))
         rank = [n for n in own if axes[n] == RANK]
-        if not rank or len(own) < 2:
-            return None  # no matrix: Adam's
+        if not rank or len(own) < 2 or not site.scaled:
+            return None  # no matrix, or rows of one: Adam's
         others = tuple(n for n in own if n not in rank)
         return MuonDimensionNumbers(*((tuple(rank), others) if rank[0] == own[0] else (others, tuple(rank))))
 

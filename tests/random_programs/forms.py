@@ -23,13 +23,15 @@ DORA = method_of("dora")
 class Form:
     """A method, how weights of two axes or more are stored, and what the first of them, or single layers, are apart in.
 
-    The first alone may be adapted (`first_alone`), or trained whole; layers may have ranks and scales of their own.
+    The first alone may be adapted (`first_alone`), or trained whole, and the first table have trained rows; layers may
+    have ranks and scales of their own.
     """
 
     method: Any = "lora"
     stored: Callable[[Any], Any] | None = None
     first_alone: bool = False
     first_whole: bool = False
+    first_rows: bool = False
     apart: bool = False
 
     def of_layers(self, sites: Mapping[str, rslora.Site]) -> dict[str, Any]:
@@ -48,6 +50,8 @@ class Form:
         shapes = site.factor_shapes
         if site.kind == "trained":
             return {"value": np.asarray(w, np.float64)}
+        if "rows" in shapes:
+            return {"rows": np.moveaxis(np.asarray(w, np.float64), row_axis(site), 0)[list(site.method.ids)]}
         start = {"a": r.normal(size=shapes["a"]), "b": np.zeros(shapes["b"])}
         if self.method == "dora":
             norms = np.sqrt(np.sum(np.square(np.asarray(w, np.float64)), site.in_axes))
@@ -126,7 +130,18 @@ FORMS = [
     Form(stored=eight_bits, apart=True),
     Form(first_whole=True),
     Form("dora", stored=eight_bits, first_whole=True),
+    Form(first_rows=True),
 ]
+
+
+def row_axis(site: rslora.Site) -> int:
+    return (site.in_axes if site.kind == "embedding" else site.out_axes)[0]
+
+
+def has_rows(site: rslora.Site) -> bool:
+    """Say whether a weight is a table or a head, of which rows can be trained."""
+    axes = site.in_axes if site.kind == "embedding" else site.out_axes
+    return site.kind in ("embedding", "linear") and not site.stack_axes and len(axes) == 1
 
 
 def acting(lora: rslora.Lora, params: Any, adapters: Any, off: Any) -> Any:
@@ -140,6 +155,10 @@ def acting(lora: rslora.Lora, params: Any, adapters: Any, off: Any) -> Any:
         own = adapters[site.path]
         if site.kind == "trained":
             return (own["value"] * (1 + off * np.random.default_rng(2).choice([-1, 1], w.shape))).astype(w.dtype)
+        if "rows" in own:
+            rows = jnp.moveaxis(w.astype(jnp.float64), row_axis(site), 0).at[jnp.asarray(site.method.ids)]
+            total = jnp.moveaxis(rows.set(own["rows"]), 0, row_axis(site))
+            return total * (1 + off * np.random.default_rng(2).choice([-1, 1], w.shape))
         letters = "abcdefghij"[: w.ndim]
 
         def of(axes):

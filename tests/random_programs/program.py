@@ -21,7 +21,7 @@ from hypothesis import strategies as st
 import rslora_jax as rslora
 from tests.random_programs.around import AROUND, PLACES, STACKS
 from tests.random_programs.changes import CHANGES
-from tests.random_programs.forms import ALPHA, PLAIN, Form
+from tests.random_programs.forms import ALPHA, PLAIN, Form, has_rows, row_axis
 from tests.random_programs.scope import STACK, WIDEST, Scope, as_is, flat, widths
 from tests.random_programs.uses import USES
 
@@ -218,11 +218,12 @@ def adapt(
     form: Form = PLAIN,
     exclude: Sequence[str] = (),
     trained: Sequence[str] = (),
+    rows: Mapping[str, Sequence[int]] = MappingProxyType({}),
     of_layers: Mapping[str, Any] = MappingProxyType({}),
 ) -> tuple[rslora.Lora | None, list[str]]:
     """Wrap a program, every weight of it; return what was said, and None where no weight was found."""
     options: dict[str, Any] = {"targets": ["*"], "exclude": exclude, "trained": trained, "dtype": "float64"}
-    options |= {"allow_large_rank": True, **of_layers}
+    options |= {"allow_large_rank": True, "trained_rows": rows, **of_layers}
     config = rslora.LoraConfig(rank=program.rank, alpha=ALPHA, method=form.method, **options)
     with warnings.catch_warnings(record=True) as said:
         warnings.simplefilter("always")
@@ -240,6 +241,10 @@ def adapt(
         return adapt(program, fn, params, x, form, list(lora.sites)[1:])
     if form.apart and not of_layers and any(site.stack_axes for site in lora.sites.values()):
         return adapt(program, fn, params, x, form, of_layers=form.of_layers(lora.sites))
+    tables = [site for site in lora.sites.values() if has_rows(site)] if form.first_rows and not rows else []
+    if tables:
+        first, n = tables[0], tables[0].shape[row_axis(tables[0])]
+        return adapt(program, fn, params, x, form, exclude=[first.path], rows={first.path: {n - 1, 0}})
     if form.first_whole and not trained:
         return adapt(program, fn, params, x, form, trained=list(lora.sites)[:1])
     return lora, [str(w.message) for w in said if w.category is rslora.RsloraWarning]

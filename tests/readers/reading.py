@@ -247,7 +247,8 @@ def _check_peft(folder: Path, found: Any) -> None:
     lora, loaded = found
     said = _json(folder / "adapter_config.json")
     tensors = {n.removeprefix("base_model.model."): t for n, t in _by_library(folder / files_of("adapter")).items()}
-    for path, site in lora.sites.items():
+    whole = [path for path, site in lora.sites.items() if not site.scaled]
+    for path, site in ((path, site) for path, site in lora.sites.items() if site.scaled):
         delta = site.gamma * np.einsum("lir,lro->loi", *(loaded.adapters[path][n].astype("f8") for n in "ab"))
         for layer in range(2):
             own = path.replace("/kernel", "").rpartition("layers/")[2].replace("attn/", "self_attn.").replace("/", ".")
@@ -262,7 +263,7 @@ def _check_peft(folder: Path, found: Any) -> None:
             gamma = alpha / (math.sqrt(rank) if said.get("use_rslora") else rank)
             np.testing.assert_allclose(delta[layer], gamma * b @ a, rtol=1e-5, atol=1e-6, err_msg=module)
     left = {n for n in tensors if n.removesuffix(".weight") not in ("lm_head", "model.embed_tokens")}
-    assert len(left) == len(loaded.replaced) == 0 or loaded.replaced, left
+    assert len(left) == len(loaded.replaced) == 0 or loaded.replaced or whole, left
     assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(tuple(loaded)))
 
 
