@@ -15,7 +15,9 @@ from typing import Any, NamedTuple
 from rslora_jax.commands import settings
 from rslora_jax.commands.command import FOR_MODELS, Command, check_installed, default_arguments
 from rslora_jax.commands.devices import Placement, base_shardings, join_processes, place, placed_apply
+from rslora_jax.commands.new_tokens import keep_new_tokens, placed, with_new_tokens
 from rslora_jax.commands.output import model_name
+from rslora_jax.commands.train_end import outcome, peak_memory, sizes
 from rslora_jax.commands.train_flags import add_flags
 from rslora_jax.terminal import one_line
 
@@ -45,7 +47,7 @@ def train(a: argparse.Namespace) -> int:
     of_examples = settings.examples_to_save(training, heldout)
     if a.resume:
         settings.check_examples(a, of_examples)
-    base, rows = _with_new_tokens(a, _read_base(a, start, placement), placement)
+    base, rows = with_new_tokens(a, _read_base(a, start, placement), placement)
     lora, found = _wrap(a, base, start, placement, rows)
     optimizer = _make_optimizer(a, lora)
     print(lora, flush=True)
@@ -54,7 +56,7 @@ def train(a: argparse.Namespace) -> int:
     if not a.resume:
         processes.first_decides(lambda: keep_tokenizer(start.tokenizer if start else None, Path(a.out)))
     if rows and not a.resume:
-        processes.first_decides(lambda: _keep_new_tokens(a, base))
+        processes.first_decides(lambda: keep_new_tokens(a, base))
     # Of several processes none holds the whole of what the model writes.
     asked = heldout[:2] if jax.process_count() == 1 else []
     answers = _answerer(a, base, asked)
@@ -67,7 +69,7 @@ def train(a: argparse.Namespace) -> int:
         return 1
     print(f"wrote {a.out}/checkpoints, {a.out}/metrics.jsonl and {a.out}/loss.png")
     if result.saved:
-        print(_sizes(Path(a.out), result.adapters, base.variables))
+        print(sizes(Path(a.out), result.adapters, base.variables))
     if result.signal:
         print(f"stopped before step {a.steps}; {_what_is_left(a)}")
         return 128 + result.signal
@@ -170,37 +172,8 @@ def _read_base(a: argparse.Namespace, start: Any, placement: Placement) -> Any:
         progress=progress_line("reading"),
         text=own is None or not is_whole(own),
     )
-    base = _placed(with_rows_of(base, start.config, start.rows), placement) if start else base
+    base = placed(with_rows_of(base, start.config, start.rows), placement) if start else base
     return with_own_tokenizer(base, own).with_template_options(options)
-
-
-def _with_new_tokens(a: argparse.Namespace, base: Any, placement: Placement) -> tuple[Any, dict[str, Any]]:
-    """Return the base with the new tokens of --new-tokens, and the rows that are theirs; none without."""
-    from rslora_jax.interop.enlarged import with_tokens
-
-    if not a.new_tokens:
-        return base, {}
-    base, rows = with_tokens(base, [text.strip() for text in a.new_tokens.split(",")])
-    return _placed(base, placement), rows
-
-
-def _placed(base: Any, placement: Placement) -> Any:
-    """Return a base with more rows than were read with its arrays where the rules have those of their shapes."""
-    import jax
-
-    if placement.mesh is None or base.rows is None:
-        return base
-    shapes = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), base.variables)
-    where = base_shardings(placement, base.family)(shapes)
-    return dataclasses.replace(base, variables=jax.device_put(base.variables, where))
-
-
-def _keep_new_tokens(a: argparse.Namespace, base: Any) -> None:
-    """Keep the tokenizer with new tokens with a run."""
-    from rslora_jax.interop.enlarged import write_tokenizer
-    from rslora_jax.interop.load import folder_of
-
-    write_tokenizer(base.tokenizer, folder_of(a.model), base.config.max_len, Path(a.out) / "tokenizer")
 
 
 def _wrap(
@@ -333,8 +306,8 @@ def _conclude(a: argparse.Namespace, result: Any, seconds: float) -> int:
     from rslora_jax.train.report import clock
 
     if len(result.heldout) > 1:
-        print(_outcome(result))
-    print(f"took {clock(seconds)}{_peak_memory()}")
+        print(outcome(result))
+    print(f"took {clock(seconds)}{peak_memory()}")
     if result.saved != result.step:
         said = one_line(f"step {result.step} could not be saved; {_what_is_left(a)}")
         print(f"rslora: error: {said}", file=sys.stderr)
@@ -350,38 +323,6 @@ def _what_is_left(a: argparse.Namespace) -> str:
     if not steps:
         return "nothing was saved yet"
     return f"step {steps[-1]} is saved; to go on: rslora train --resume --out {shlex.quote(a.out)}"
-
-
-def _outcome(result: Any) -> str:
-    """Say what became of the held-out perplexity, and which checkpoint has the least."""
-    (_, first), *_, (step, final) = result.heldout.items()
-    text = f"held-out perplexity {first:.2f} before, {final:.2f} after {step} steps"
-    if result.early:
-        text += ", where it had stopped falling"
-    best = min(result.heldout, key=result.heldout.__getitem__)
-    return text if best == step else f"{text}; the least was {result.heldout[best]:.2f}, at step {best}, which is kept"
-
-
-def _sizes(out: Path, adapters: Any, variables: Any) -> str:
-    """Say how large the last checkpoint is beside the base."""
-    import jax
-
-    from rslora_jax.store import checkpoint
-
-    last = out / "checkpoints" / str(checkpoint.steps_in(out)[-1])
-    whole, alone = (checkpoint.size_of(path) / 1e6 for path in (last, last / "adapters"))
-    base = sum(leaf.nbytes for leaf in jax.tree.leaves(variables)) / 1e6
-    return f"a checkpoint takes {whole:.1f} MB (adapters {alone:.1f} MB); the base model, not in it, {base:.1f} MB"
-
-
-def _peak_memory() -> str:
-    """Say how much memory the process held at most, where the system tells."""
-    try:
-        import resource
-    except ImportError:
-        return ""
-    unit = 1 if sys.platform == "darwin" else 1024
-    return f", at most {resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e9:.1f} GB of memory"
 
 
 COMMAND = Command(

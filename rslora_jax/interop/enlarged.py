@@ -25,7 +25,7 @@ from rslora_jax.shown import quoted
 from rslora_jax.sites import from_paths, named_leaves
 
 
-def with_rows(model: Model, rows: int) -> Model:
+def _with_rows(model: Model, rows: int) -> Model:
     """Return a model with at least so many rows in its token table, and in its head; new ones are the mean of the old.
 
     Raises:
@@ -37,7 +37,7 @@ def with_rows(model: Model, rows: int) -> Model:
     for path, axis in _vocabulary(model).items():
         table = leaves[path]
         shape = [rows - n if at == axis else n for at, n in enumerate(table.shape)]
-        new = jnp.broadcast_to(jnp.expand_dims(mean_row(table, axis), axis), shape).astype(table.dtype)
+        new = jnp.broadcast_to(jnp.expand_dims(_mean_row(table, axis), axis), shape).astype(table.dtype)
         leaves[path] = jnp.concatenate([table, new], axis)
     return dataclasses.replace(
         model,
@@ -48,7 +48,7 @@ def with_rows(model: Model, rows: int) -> Model:
     )
 
 
-def mean_row(table: Array, axis: int) -> Array:
+def _mean_row(table: Array, axis: int) -> Array:
     """Return the mean of a table's rows, which lie along an axis, in float32 at least."""
     return jnp.mean(table, axis, dtype=jnp.promote_types(table.dtype, jnp.float32))
 
@@ -68,7 +68,7 @@ def with_rows_of(model: Model, config: LoraConfig | None, more: int = 0) -> Mode
     named: Any = () if config is None else config.trained_rows
     paths = _vocabulary(model) if named else {}
     ids = [n for pattern, ids in named if any(matches(path, pattern) for path in paths) for n in ids]
-    return with_rows(model, max([more, *(n + 1 for n in ids)]))
+    return _with_rows(model, max([more, *(n + 1 for n in ids)]))
 
 
 def with_tokens(model: Model, texts: Sequence[str]) -> tuple[Model, dict[str, tuple[int, ...]]]:
@@ -91,7 +91,7 @@ def with_tokens(model: Model, texts: Sequence[str]) -> tuple[Model, dict[str, tu
     backend.add_tokens([AddedToken(text, normalized=False) for text in texts])
     ids = tuple(backend.token_to_id(text) for text in texts)
     own = dataclasses.replace(tokenizer, backend=backend, vocab_size=backend.get_vocab_size())
-    found = dataclasses.replace(with_rows(model, max(ids) + 1), tokenizer=own)
+    found = dataclasses.replace(_with_rows(model, max(ids) + 1), tokenizer=own)
     return found, {literal(path): ids for path in _vocabulary(found)}
 
 
@@ -102,7 +102,7 @@ def first_rows(model: Model, rows: Mapping[str, Sequence[int]], adapters: Any) -
     """
     leaves, axes = named_leaves(of_file(model)), _vocabulary(model)
     started = {
-        path: {"rows": jnp.zeros_like(adapters[path]["rows"]) + mean_row(leaves[path], axes[path])}
+        path: {"rows": jnp.zeros_like(adapters[path]["rows"]) + _mean_row(leaves[path], axes[path])}
         for path in axes
         if path in rows
     }
