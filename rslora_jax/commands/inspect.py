@@ -46,7 +46,7 @@ def inspect(a: argparse.Namespace) -> int:
     about = _about(config)
     print(about)
     if left:
-        print(f"trained whole, and so without a spectrum: {', '.join(left)}")
+        print(f"trained whole or by rows, and so without a spectrum: {', '.join(left)}")
     if not matrices:
         return 0
     _print_matrices(*heatmap.summarise(matrices, every=a.all))

@@ -24,6 +24,7 @@ NEW = ("<tool>", "</tool>")
 BASES = {"padded": {}, "whole": {"vocab_size": 16}, "tied": {"vocab_size": 16, "tie_word_embeddings": True}}
 
 
+@pytest.mark.by_day_on("newest")
 @pytest.mark.parametrize("name", BASES)
 def test_rows_are_the_mean_and_the_base_is_still_the_base(name, tmp_path):
     model = load_huggingface(folders.write(tmp_path / "base", BASES[name]), scan_layers=True)

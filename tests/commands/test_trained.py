@@ -78,4 +78,4 @@ def test_every_command_goes_by_them(run, place, capsys, tmp_path):
     capsys.readouterr()
     for flags in ([], ["--no-base"]):
         assert main(["inspect", str(run), "--out", str(tmp_path / "seen"), *flags]) == 0
-        assert f"trained whole, and so without a spectrum: {', '.join(NORMS)}" in capsys.readouterr().out
+        assert f"trained whole or by rows, and so without a spectrum: {', '.join(NORMS)}" in capsys.readouterr().out

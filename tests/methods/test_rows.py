@@ -105,6 +105,7 @@ def wrapped(params, ids, **config):
     return rslora.wrap(tied, params, ids, config=config)
 
 
+@pytest.mark.by_day_on("oldest")
 def test_beside_adapters_with_dropout_and_all_that_goes_over_sites():
     params, ids = parts()
     lora = wrapped(params, ids, dropout=0.5)
@@ -148,6 +149,7 @@ def test_the_table_is_neither_copied_nor_differentiated():
     assert taken - base < (logits + 0.2) * 4 * size * width, (taken - base) / (4 * size * width)
 
 
+@pytest.mark.by_day_on("newest")
 def test_rows_of_a_stored_table_and_on_a_mesh():
     params, ids = parts(width=16)
     stored = {**params, "table": eight_bits(params["table"])}

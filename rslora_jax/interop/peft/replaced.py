@@ -33,7 +33,9 @@ def _trained_names(settings: PeftSettings, places: Places, adapted: Collection[s
     return set(filter(trains, places.found))
 
 
-_ORIGINAL = ".original_module."  # in the name of a weight as it was before training
+# In the name of a weight as it was before training; and what stands there in that of the one that is used.
+_ORIGINAL = ".original_module."
+_AFTER = (".", ".modules_to_save.", ".token_adapter.base_layer.")
 
 
 def trained_paths(settings: PeftSettings, places: Places, adapted: Collection[str]) -> list[str]:
@@ -115,7 +117,7 @@ def _named_weights(
         # PEFT calls the weight of an adapted table base_layer, and saves a table that was resized under its own name. A
         # copy of such a table it saves three times: twice as it was trained, and once as it was, without use.
         # One of which rows are trained it saves whole too, as it was; and these rows as they were, again without use.
-        originals = [name.replace(_ORIGINAL, of) for of in (".", ".token_adapter.base_layer.") if _ORIGINAL in name]
+        originals = [name.replace(_ORIGINAL, of) for of in _AFTER if _ORIGINAL in name]
         if name.endswith(".trainable_tokens_original") or any(one in left for one in originals):
             continue
         plain = name.replace(".token_adapter.", ".").replace(".base_layer.", ".").replace(".modules_to_save.", ".")

@@ -257,3 +257,18 @@ def test_spoilt_files_are_one_sentence_and_leave_nothing(how, folder, tmp_path, 
     said = capsys.readouterr().err
     assert said.startswith("rslora: error: ") and said.count("\n") == 1 and SPOILT[how] in said
     assert sorted(path.name for path in tmp_path.iterdir()) == ["adapter"]
+
+
+@pytest.mark.parametrize("form", ["lm_head.weight", "lm_head.modules_to_save.weight"])
+@pytest.mark.parametrize("beside", [False, True])
+def test_a_saved_module_is_trained_by_each_of_its_names(form, beside, folder):
+    value, was = np.random.default_rng(0).normal(size=(2, 19, 12)).astype("f4")
+    prefix = "base_model.model."
+    more = {f"{prefix}{form}": value} | ({f"{prefix}lm_head.original_module.weight": was} if beside else {})
+    edit(folder, modules_to_save=["lm_head"])
+    edit_tensors(folder, lambda tensors: tensors | more)
+    config = read_config(folder, shapes_of(llama()))
+    assert config.trained == ("params/lm_head/kernel",)
+    adapters, replaced = load_peft(folder, wrapped(llama(), config))
+    same(adapters["params/lm_head/kernel"]["value"], value.T)
+    assert not replaced
