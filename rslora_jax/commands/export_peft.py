@@ -51,6 +51,9 @@ def export_peft(a: argparse.Namespace) -> int:
     with writing(a.out):
         peft.save_peft(a.out, lora, adapters, base.family.names, **options)
     print(f"wrote {a.out}: {lora.num_parameters:,} numbers in {len(lora.sites)} adapters, for {name or 'its base'}")
+    if base.rows is not None:
+        rows = base.config.vocab_size
+        print(f"it has rows for new tokens: before PEFT loads it, base.resize_token_embeddings({rows})")
     if server:
         print(_how_to_serve(server, Path(a.out), name))
     return 0

@@ -126,7 +126,10 @@ def test_transformers_and_peft_have_them_too(run, capsys):
     np.testing.assert_allclose(logits(theirs), want, atol=1e-4)
     assert load_model(run / "merged").tokenizer.encode(text) == ids
 
+    capsys.readouterr()
     assert main(["export", str(run / "run"), "--out", str(run / "peft")]) == 0
+    said = f"base.resize_token_embeddings({loaded.config.vocab_size})" in capsys.readouterr().out
+    assert said == (loaded.config.vocab_size == 18)
     base = transformers.AutoModelForCausalLM.from_pretrained(run / "base").eval()
     if loaded.config.vocab_size > base.config.vocab_size:
         base.resize_token_embeddings(loaded.config.vocab_size)
