@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 
 from rslora_jax.config import LoraConfig
+from rslora_jax.methods.rows import Rows
 from rslora_jax.sites import Site
 from rslora_jax.wrap import Lora
 
@@ -92,22 +93,31 @@ def _config(loras: Sequence[Lora], sites: Mapping[str, Site]) -> LoraConfig:
     """Return the config with which `wrap` finds these sites."""
     configs = [lora.config for lora in loras]
     axes: Any = [pair for c in configs for pair in c.axes]
-    each = [site.rank for site in sites.values()]
+    scaled = {path: site for path, site in sites.items() if site.scaled}
+    each = [site.rank for site in scaled.values()]
     rank = max(each, key=each.count, default=1)
-    alike = all((c.targets, c.exclude) == (configs[0].targets, configs[0].exclude) for c in configs)
+    named = [(c.targets, c.exclude, c.trained, c.trained_rows) for c in configs]
+    alike = all(one == named[0] for one in named)
     alike = alike and not any(site.layers for lora in loras for site in lora.sites.values())
-    own: dict[str, Any] = {} if alike else {"targets": tuple(map(_exactly, sites)), "exclude": ()}
+    values = [path for path, site in sites.items() if site.kind == "trained"]
+    rows = {path: site.method.ids for path, site in sites.items() if isinstance(site.method, Rows)}
+    own: dict[str, Any] = {
+        "targets": tuple(map(_exactly, scaled)),
+        "exclude": (),
+        "trained": tuple(map(_exactly, values)),
+    }
+    own |= {"trained_rows": {_exactly(path): ids for path, ids in rows.items()}}
     return dataclasses.replace(
         configs[0],
-        **own,
+        **({} if alike else own),
         rank=rank,
         alpha=1.0,
         scaling="constant",
-        rank_pattern={_exactly(path): site.rank for path, site in sites.items() if site.rank != rank},
+        rank_pattern={_exactly(path): site.rank for path, site in scaled.items() if site.rank != rank},
         alpha_pattern=(),
         axes=tuple(dict.fromkeys(axes)),
         dtype=str(functools.reduce(np.promote_types, [np.dtype(c.dtype) for c in configs])),
-        allow_large_rank=any(site.rank > min(site.in_size, site.out_size) for site in sites.values()),
+        allow_large_rank=any(site.rank > min(site.in_size, site.out_size) for site in scaled.values()),
         dropout=0.0,
     )
 

@@ -108,7 +108,7 @@ def _fitted(lora: Lora, own: Lora, adapters: Adapters, params: Params) -> Adapte
 def _widened(array: Array, axes: tuple[Any, ...], rank: int) -> Array:
     """Fill up the axis of the rank, if there is one, with zeros."""
     more = [(0, rank - size if axis == RANK else 0) for axis, size in zip(axes, array.shape, strict=True)]
-    return jnp.pad(array, more)
+    return jnp.pad(array, more) if more else array
 
 
 def _with_all_layers(site: Site, its: Site, arrays: dict[str, Array], w: Any) -> dict[str, Array]:

@@ -252,6 +252,22 @@ def test_what_cannot_be_trained_is_said(pattern, said):
         rslora.LoraConfig(trained=[3])
 
 
+@pytest.mark.by_day_on("oldest")
+def test_several_of_which_one_trains_a_parameter_lie_in_one_shape():
+    one, params, ids = wrapped(trained=WHOLE)
+    other, third = wrapped()[0], wrapped(trained_rows={"*/embedding": [3, 1]})[0]
+    pairs = [(lora, moved(lora.init(jax.random.key(n), params), n)) for n, lora in enumerate((one, other))]
+    lora, stacked = rslora.stack(pairs, params)
+    assert rslora.wrap(tied, params, ids, config=lora.config).sites == lora.sites
+    got = jax.vmap(lora.apply, (None, 0, None))(params, stacked, ids)
+    want = jnp.stack([own.apply(params, its, ids) for own, its in pairs])
+    assert_near(got, want, 1e-5)
+    with pytest.raises(ValueError, match=r"embed/embedding cannot be joined: the .* of one adapter is"):
+        rslora.stack([pairs[0], (third, third.init(jax.random.key(0), params))], params)
+    with pytest.raises(ValueError, match="Trained cannot"):
+        rslora.combine(pairs, [1.0, 0.5], "cat")
+
+
 @pytest.mark.nightly
 def test_a_run_saves_resumes_and_gives_them_back(tmp_path):
     lora, params, ids = wrapped(trained=WHOLE)
