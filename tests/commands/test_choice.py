@@ -141,9 +141,12 @@ def test_adapters_that_bring_weights_or_name_other_bases_are_refused(place, caps
     (tmp_path / "a" / "adapter_config.json").write_text(json.dumps(config))
     tensors = load_file(tmp_path / "a" / "adapter_model.safetensors")
     norm = 1 + place.base.variables["params"]["norm"]["scale"]
-    save_file(
-        tensors | {"base_model.model.model.norm.weight": jax.device_get(norm)},
-        tmp_path / "a" / "adapter_model.safetensors",
-    )
+    tensors |= {"base_model.model.model.norm.weight": jax.device_get(norm)}
+    save_file(tensors, tmp_path / "a" / "adapter_model.safetensors")
+    # What it trains whole is its own; what it puts into the base would be that of all.
+    assert main(["generate", "--adapters", f"{one},{tmp_path / 'a'}", *model, "--max-new", "3"]) == 0
+    table = 1 + place.base.variables["params"]["embed"]["embedding"]
+    tensors |= {"base_model.model.model.embed_tokens.weight": jax.device_get(table)}
+    save_file(tensors, tmp_path / "a" / "adapter_model.safetensors")
     assert main(["generate", "--adapters", f"{one},{tmp_path / 'a'}", *model]) == 2
     assert "a replaces weights of the base" in capsys.readouterr().err
