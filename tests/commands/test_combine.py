@@ -13,7 +13,7 @@ from tests.several.programs import update
 
 from .conftest import save_run
 
-pytestmark = [pytest.mark.usefixtures("compile_fast"), pytest.mark.by_day_on("newest")]
+pytestmark = [pytest.mark.usefixtures("compile_fast"), pytest.mark.by_day_on("oldest")]
 
 GAMMAS = {"one": 7 / np.sqrt(3), "two": 5 / 3, "wide": 7 / np.sqrt(5)}
 

@@ -14,7 +14,7 @@ from tests.program_models import normal
 from tests.programs import CASES
 from tests.reference import assert_near, merged_by_hand, trained
 
-pytestmark = [pytest.mark.usefixtures("compile_fast"), pytest.mark.by_day_on("oldest")]
+pytestmark = [pytest.mark.usefixtures("compile_fast"), pytest.mark.by_day_on("newest")]
 
 BY_DAY = ("linen scanned, remat", "lookup tied", "convolution grouped", "picked by_row", "control while_each")
 AT_NIGHT = [pytest.param(name, marks=[] if name in BY_DAY else [pytest.mark.nightly]) for name in CASES]
