@@ -127,6 +127,28 @@ def test_of_dora_none_is_the_base():
     assert_near(got[::2], deep(own.merge(params, adapters), x)[::2], 1e-5)
 
 
+def test_of_values_and_rows_that_are_trained_none_is_the_base():
+    params, x = {"table": normal(0, 9, 6), "w": normal(1, 6, 9), "bias": normal(2, 9)}, jnp.arange(12).reshape(4, 3) % 9
+
+    def fn(p, x):
+        return p["table"][x] @ p["w"] + p["bias"]
+
+    own = rslora.wrap(
+        fn,
+        params,
+        x,
+        config=rslora.LoraConfig(rank=2, alpha=3, targets="w", trained="bias", trained_rows={"table": [1]}),
+    )
+    pairs = [
+        (own, jax.tree.map(lambda array, n=n: array + 0.3 * n, own.init(jax.random.key(n), params))) for n in (1, 2)
+    ]
+    lora, stacked = rslora.stack(pairs, params)
+    got = rslora.per_example(lora)(params, stacked, [1, -1, 0, -1], x)
+    assert_near(got[1::2], fn(params, x)[1::2], 1e-5)
+    for n, (_, adapters) in zip((2, 0), pairs, strict=True):
+        assert_near(got[n], fn(own.merge(params, adapters), x)[n], 1e-5)
+
+
 def with_everything(params, x, *, cache, scale=1.0, name="none"):
     assert x.shape[1] == 1 and cache["k"].shape[1] == 1 and name == "given"
     y = jnp.tanh(x @ params[0]) * scale
