@@ -234,7 +234,7 @@ def _matrices(site: Site, arrays: Mapping[str, Any]) -> _Pair:
     wide = {name: np.asarray(array).astype(np.float64) for name, array in arrays.items()}
     if wrong := [name for name, array in wide.items() if not np.isfinite(array).all()]:
         raise ValueError(f"adapter {site.path}/{wrong[0]} is not finite in all entries: it cannot be combined")
-    first, second = asked(site.method, "low_rank", "be combined")(site, wide)
+    first, second = asked(site.method, "low_rank", "be combined, as only updates of two factors can")(site, wide)
     return first.reshape(-1, *first.shape[-2:]), second.reshape(-1, *second.shape[-2:])
 
 
