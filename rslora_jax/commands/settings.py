@@ -34,7 +34,17 @@ _OF_FIT: Mapping[str, tuple[str, ...]] = {
     "seed": ("data",),
     "dtype": (),
     **dict.fromkeys(
-        ("steps", "learning_rate", "lora_plus", "schedule", "warmup", "clip", "optimizer", "optimizer_option"),
+        (
+            "steps",
+            "learning_rate",
+            "lora_plus",
+            "freeze",
+            "schedule",
+            "warmup",
+            "clip",
+            "optimizer",
+            "optimizer_option",
+        ),
         ("optimizer",),
     ),
 }

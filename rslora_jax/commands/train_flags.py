@@ -37,6 +37,8 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
     add_flag(lora, "--dropout", 0.0, drop, metavar="P", least=0, below=1)
     plus = "LoRA+: B's learning rate, so many times A's, such as 16; 1 is the same"
     add_flag(lora, "--lora-plus", 1.0, plus, metavar="RATIO", above=0)
+    still = "train these arrays no further: in is A, as in LoRA-FA, out is B; as often as you like"
+    add_flag(lora, "--freeze", [], still, choices=("in", "out", "magnitude"), action="append")
     start = "start from these, with their rank, alpha, scaling and targets: a run, or a folder that PEFT saved"
     add_flag(lora, "--adapters", None, start, metavar="FOLDER")
     _add_training_flags(parser)

@@ -13,7 +13,7 @@ from rslora_jax.train.loop import NonFiniteLoss, Result, fit
 from rslora_jax.train.loss import Loss, cross_entropy, logits_loss, token_loss
 from rslora_jax.train.masters import float32_masters
 from rslora_jax.train.optimizers import make_optimizer, make_schedule, muon_axes
-from rslora_jax.train.rates import lora_plus, scale_by_rank
+from rslora_jax.train.rates import frozen, lora_plus, scale_by_rank
 from rslora_jax.train.reading import read_examples
 from rslora_jax.train.state import TrainState, make_evaluate, make_pmap_step, make_step, replicate
 from rslora_jax.train.sweep import Outcome, Trial, sweep
@@ -38,6 +38,7 @@ __all__ = [
     "docstring_pairs",
     "fit",
     "float32_masters",
+    "frozen",
     "heldout_batches",
     "logits_loss",
     "lora_plus",

@@ -46,6 +46,41 @@ def lora_plus(lora: Lora, ratio: float = 16.0) -> optax.GradientTransformation:
     return optax.stateless(update)
 
 
+def frozen(lora: Lora, optimizer: optax.GradientTransformation, *labels: str) -> optax.GradientTransformation:
+    """Train some of the adapters' arrays and leave the others as they are: A frozen is LoRA-FA (arXiv 2308.03303).
+
+    No moments are kept of what is frozen.
+
+    Args:
+      lora: whose adapters are trained.
+      optimizer: of the rest.
+      *labels: what is frozen, by the names that `lora.labels()` gives: "in" for A, "out" for B.
+
+    Raises:
+      ValueError: no array has such a label, or nothing is left to train.
+
+    >>> import jax.numpy as jnp
+    >>> from rslora_jax import LoraConfig, wrap
+    >>> lora = wrap(lambda p, x: x @ p["w"], {"w": jnp.ones((8, 8))}, jnp.ones((1, 8)), config=LoraConfig(rank=2))
+    >>> optimizer = frozen(lora, optax.sgd(0.5), "in")
+    >>> adapters = lora.init(jax.random.key(0))
+    >>> updates, _ = optimizer.update(jax.tree.map(jnp.ones_like, adapters), optimizer.init(adapters))
+    >>> float(updates["w"]["a"][0, 0]), float(updates["w"]["b"][0, 0])
+    (0.0, -0.5)
+    """
+    names = lora.labels()
+    known = {*jax.tree.leaves(names)}
+    for label in labels:
+        if label not in known:
+            raise ValueError(
+                f"no array of these adapters is labelled {label!r}: freeze one of {', '.join(sorted(known))}"
+            )
+    if known <= {*labels}:
+        raise ValueError(f"with {', '.join(sorted(known))} frozen nothing is left to train: freeze fewer")
+    still = jax.tree.map(lambda name: name in labels, names)
+    return optax.multi_transform({True: optax.set_to_zero(), False: optimizer}, still)
+
+
 def scale_by_rank(lora: Lora, *, reference_rank: int = 8) -> optax.GradientTransformation:
     """Make the learning rate that is right at one rank serve adapters of every rank, for optimisers of Adam's kind.
 

@@ -7,7 +7,8 @@ import optax
 import pytest
 
 import rslora_jax as rslora
-from rslora_jax.train.rates import lora_plus, scale_by_rank
+from rslora_jax.train.optimizers import make_optimizer
+from rslora_jax.train.rates import frozen, lora_plus, scale_by_rank
 
 pytestmark = [pytest.mark.by_day_on("newest"), pytest.mark.usefixtures("compile_fast")]
 
@@ -80,15 +81,25 @@ def test_lora_plus_is_another_rate_for_b_alone(method):
     assert not np.allclose(plain["low"]["b"], got["low"]["b"])
 
 
-def test_a_is_frozen_by_its_label():
+@pytest.mark.parametrize("name", ["adam", "muon", "schedule_free_adamw", "adafactor"])
+def test_what_is_frozen_stays_and_has_no_moments(name):
     lora = wrapped(rank=3)
-    optimizer = optax.multi_transform({"in": optax.set_to_zero(), "out": optax.adam(0.02)}, lora.labels())
+    optimizer = frozen(lora, make_optimizer(name, schedule=0.02, clip=None, lora=lora), "in")
     start, end = lora.init(jax.random.key(3)), steps(lora, optimizer)
     for path in lora.sites:
         np.testing.assert_array_equal(end[path]["a"], start[path]["a"])
         assert np.abs(end[path]["b"]).max() > 0.01
-    held = sum(leaf.size for leaf in jax.tree.leaves(optimizer.init(start)) if leaf.ndim)
-    assert held == 2 * sum(factors["b"].size for factors in start.values())
+    if name == "adam":
+        held = sum(leaf.size for leaf in jax.tree.leaves(optimizer.init(start)) if leaf.ndim)
+        assert held == 2 * sum(factors["b"].size for factors in start.values())
+
+
+def test_nothing_that_is_not_there_is_frozen_nor_all():
+    lora = wrapped(rank=3)
+    with pytest.raises(ValueError, match="no array of these adapters is labelled 'magnitude': freeze one of in, out"):
+        frozen(lora, optax.sgd(1.0), "magnitude")
+    with pytest.raises(ValueError, match="with in, out frozen nothing is left to train"):
+        frozen(lora, optax.sgd(1.0), "in", "out")
 
 
 @pytest.mark.parametrize("ratio", [0, -1.0, float("inf"), float("nan")])
