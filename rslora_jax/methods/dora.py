@@ -96,9 +96,9 @@ def _by_blocks(site: Site, w: Array, factors: Mapping[str, Array], blocks: int) 
     """Return the squared norms from the sum itself, some rows of it at a time: 2 r i o FLOPs."""
     total = wide(w.dtype, *(factor.dtype for factor in factors.values()))
     stack, rows, meets = site.sizes(site.stack_axes), site.in_size // blocks, _meets(w, total)
-    w_SNxIxO = w.reshape(-1, rows, site.out_size)
-    a_SNxIxR = factors["a"].reshape(-1, rows, site.rank)
-    b_SxRxO = factors["b"].reshape(-1, site.rank, site.out_size)
+    w_SNxIxO = jnp.asarray(w).reshape(-1, rows, site.out_size)  # which numpy's arrays cannot be indexed as
+    a_SNxIxR = jnp.asarray(factors["a"]).reshape(-1, rows, site.rank)
+    b_SxRxO = jnp.asarray(factors["b"]).reshape(-1, site.rank, site.out_size)
 
     def block(number: Array) -> Array:
         w_IxO, a_IxR, b_RxO = w_SNxIxO[number], a_SNxIxR[number], b_SxRxO[number // blocks]
