@@ -1,9 +1,12 @@
 """Rank-stabilised LoRA for JAX: adapters for any function, exact, cheap at every rank, only arrays.
 
-The core is here. Around it: `methods` (what an adapter is), `stored` (what a base weight is), `train`, `store`
-(checkpoints), `parallel` (meshes), `interop` (the formats of others), `models`, `analysis`. What is public of each is
-in its `__all__`.
+The core is here. Around it: `methods` (what an adapter is), `starts` (how it starts), `stored` (what a base weight is),
+`train`, `store` (checkpoints), `parallel` (meshes), `interop` (the formats of others), `models`, `analysis`. What is
+public of each is in its `__all__`.
 """
+
+import importlib
+from typing import Any
 
 from rslora_jax.adapters import Adapters
 from rslora_jax.config import LoraConfig
@@ -31,3 +34,10 @@ __all__ = [
     "wrap",
 ]
 __version__ = "0.1.0"
+
+
+def __getattr__(name: str) -> Any:
+    """Give the room `starts` when it is first asked for."""
+    if name == "starts":
+        return importlib.import_module("rslora_jax.starts")
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

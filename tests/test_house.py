@@ -19,7 +19,7 @@ ALL = PACKAGE + sorted(
 LINES, BODY = 400, 50  # of a file; of a function, without its signature and docstring
 
 # The core: what `wrap` needs, and what stands on it without an extra. `cli` is the commands' door.
-CORE = ("transform", "methods", "stored", "several", "parallel", "store")
+CORE = ("transform", "methods", "starts", "stored", "several", "parallel", "store")
 CORE_FILES = [
     path
     for path in PACKAGE

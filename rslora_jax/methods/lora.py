@@ -13,7 +13,7 @@ from rslora_jax.methods.method import RANK, Axis, aligned
 from rslora_jax.methods.random import drawer
 from rslora_jax.scaling import gamma
 from rslora_jax.transform.renames import lay
-from rslora_jax.transform.views import View, wide
+from rslora_jax.transform.views import View, materialise, wide
 
 if TYPE_CHECKING:
     from rslora_jax.config import LoraConfig
@@ -68,6 +68,15 @@ class LoRA:
         """Return A and B from two factors as `low_rank` gives them."""
         shapes = site.factor_shapes
         return {"a": first.reshape(shapes["a"]), "b": second.reshape(shapes["b"])}
+
+    def placed(self, site: Site, first: Any, second: Any) -> dict[str, Any]:
+        """Return A and B of two matrices, or stacks of them: what `low_rank` takes apart."""
+        shapes = site.factor_shapes
+        return {"a": first.reshape(shapes["a"]), "b": second.reshape(shapes["b"])}
+
+    def less(self, site: Site, w: Array, factors: Mapping[str, Array]) -> Array:
+        """Return W - gamma A B, which with A and B acts as W; summed in float32 at least, and rounded once."""
+        return materialise(LoRA.view(self, site, w, self.scaled(factors, -1)))
 
     def peft_names(self, site: Site) -> dict[str, str]:
         """Return what PEFT calls A and B."""

@@ -1,0 +1,214 @@
+"""A start of one matrix, taken over all of a model's weights: one after the other, and of a stack layer by layer."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import itertools
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import Array, lax
+from jax.sharding import NamedSharding
+
+from rslora_jax.adapters import Adapters
+from rslora_jax.methods.method import RANK, asked
+from rslora_jax.methods.random import site_key
+from rslora_jax.parallel.sharding import adapter_shardings
+from rslora_jax.pytrees import Params
+from rslora_jax.sites import Site, from_paths, named_leaves
+from rslora_jax.stored.form import dense, is_stored
+from rslora_jax.transform.views import wide
+from rslora_jax.wrap import Lora
+
+# What a start does with one matrix (in, out) or, of a start that does not look at it, with None:
+# `find(site, w_IxO, key, *options)` gives (first_IxR, second_RxO). The site is that of this matrix alone.
+Find = Callable[..., tuple[Array, Array]]
+Progress = Callable[[int, int], Any]
+
+
+def unseen(done: int, total: int) -> None:
+    """Show no progress."""
+
+
+def found(
+    lora: Lora,
+    params: Params,
+    key: Array,
+    find: Find,
+    options: tuple[Any, ...] = (),
+    *,
+    reads: bool = True,
+    progress: Progress = unseen,
+) -> Adapters:
+    """Return the adapters of a start.
+
+    Args:
+      lora: from `wrap`.
+      params: the base.
+      key: a PRNG key; every matrix draws from one of its own.
+      find: what the start does with one matrix, a function of a module; compiled once for each shape.
+      options: what `find` takes beside, hashable.
+      reads: whether it looks at the matrix.
+      progress: told the number of matrices done and their number in all.
+    """
+    adapters, leaves = lora.init(key, params), named_leaves(params)
+    total = sum(1 for site in lora.sites.values() for _ in elements(site))
+    shardings = _on_mesh(lora, params)
+    done = 0
+    for path, site in lora.sites.items():
+        where = shardings.get(path, {})
+        own = {n: jnp.zeros(x.shape, x.dtype, device=where.get(n)) for n, x in _having_rank(site, adapters[path])}
+        w = leaves[site.weight] if reads else None
+        for index in elements(site):
+            at = jax.random.fold_in(site_key(key, path), _number(site, index))
+            own = _filled(find, element(site), options, own, w, jnp.asarray(index, jnp.int32), at)
+            jax.block_until_ready(own)
+            done += 1
+            progress(done, total)
+        placed = {name: jax.device_put(array, where[name]) if where else array for name, array in own.items()}
+        adapters[path] = {**adapters[path], **placed}
+    return adapters
+
+
+def changed(lora: Lora, params: Params, start: Adapters) -> Params:
+    """Return the base of which adapters at their start make the one given: W - gamma A B in place of each W.
+
+    Args:
+      lora: from `wrap`.
+      params: the base.
+      start: the adapters, as a start that changes the base gives them.
+
+    Returns:
+      A pytree of the structure, dtypes and shardings of `params`; what is not adapted is the same arrays.
+
+    Raises:
+      ValueError: a weight cannot be changed.
+    """
+    check_changes(lora, params)
+    lora.check(params, start)
+    leaves = named_leaves(params)
+    for path, site in lora.sites.items():
+        w = jnp.copy(leaves[site.weight])  # a layer at a time is changed in its place
+        own = dict(_having_rank(site, start[path]))
+        for index in elements(site):
+            w = _less(element(site), w, own, jnp.asarray(index, jnp.int32))
+        where = getattr(leaves[site.weight], "sharding", None)
+        leaves[site.weight] = jax.device_put(w, where) if isinstance(where, NamedSharding) else w
+    return from_paths(params, leaves)
+
+
+def check_method(lora: Lora) -> None:
+    """Raise a ValueError where the adapters have no factors that a start could place."""
+    for site in lora.sites.values():
+        asked(site.method, "placed", f"have another start ({site.path})")
+
+
+def check_changes(lora: Lora, params: Params) -> None:
+    """Raise a ValueError that names the first weight that a start cannot change."""
+    check_method(lora)
+    leaves = named_leaves(params)
+    for path, site in lora.sites.items():
+        if is_stored(leaves[site.weight]):
+            form = type(leaves[site.weight]).__name__
+            raise ValueError(
+                f"{path} is stored as {form}, and this start changes the weight: make it an array first, or take a "
+                "start that leaves the base as it is, orthogonal or eva"
+            )
+        if site.use:
+            raise ValueError(
+                f"{path} adapts one use of its weight, and this start would change it for the other use too: adapt "
+                "the whole weight, or take a start that leaves the base as it is, orthogonal or eva"
+            )
+        full = min(site.in_size, site.out_size)
+        if site.rank > full:
+            raise ValueError(
+                f"{path} has rank {site.rank}, and its weight no more than {full} directions to start from: lower it"
+            )
+
+
+def elements(site: Site) -> Iterator[tuple[int, ...]]:
+    """Give the places on a weight's stack; one, (), of a weight that is not stacked."""
+    return itertools.product(*map(range, site.sizes(site.stack_axes)))
+
+
+def element(site: Site) -> Site:
+    """Return the site of one element of a weight's stack, whose axes are then of size 1; alike for equal shapes."""
+    shape = tuple(1 if axis in site.stack_axes else n for axis, n in enumerate(site.shape))
+    return dataclasses.replace(site, path="w", shape=shape, fallbacks=(), use="", uses=())
+
+
+def _as_matrix(site: Site, w: Array) -> Array:
+    """Return a weight as matrices, (*stack, in, out), in float32 at least."""
+    moved = jnp.transpose(w, (*site.stack_axes, *site.in_axes, *site.out_axes))
+    return moved.reshape(*site.sizes(site.stack_axes), site.in_size, site.out_size).astype(wide(w.dtype))
+
+
+def exactly(act: Callable[..., Any]) -> Callable[..., Any]:
+    """Let a function be traced with products of full precision: a GPU's own would leave three digits."""
+
+    @functools.wraps(act)
+    def precise(*args: Any) -> Any:
+        with jax.default_matmul_precision("highest"):
+            return act(*args)
+
+    return precise
+
+
+def _number(site: Site, index: Sequence[int]) -> int:
+    """Return the number of a place on the stack."""
+    sizes = site.sizes(site.stack_axes)
+    return sum(n * math.prod(sizes[axis + 1 :]) for axis, n in enumerate(index))
+
+
+def _having_rank(site: Site, arrays: Mapping[str, Array]) -> list[tuple[str, Array]]:
+    """Return the arrays that have the rank, by name."""
+    return [(name, arrays[name]) for name, axes in site.factors.items() if RANK in axes]
+
+
+def _on_mesh(lora: Lora, params: Params) -> dict[str, dict[str, Any]]:
+    """Return where the adapters lie of the weights that lie on a mesh."""
+    leaves = named_leaves(params)
+    parts = {path: jax.tree.leaves(leaves[site.weight])[0] for path, site in lora.sites.items()}
+    on = {path for path, part in parts.items() if isinstance(getattr(part, "sharding", None), NamedSharding)}
+    return adapter_shardings({path: site for path, site in lora.sites.items() if path in on}, params)  # type: ignore[return-value]
+
+
+def _cut(site: Site, w: Array, index: Array) -> Array:
+    """Return one element of a stack, with its axes of size 1."""
+    for n, axis in enumerate(site.stack_axes):
+        w = lax.dynamic_slice_in_dim(w, index[n], 1, axis)
+    return w
+
+
+def _put(whole: Array, part: Array, axes: Sequence[int], index: Array) -> Array:
+    """Return a stack with one of its elements put in its place."""
+    at = [jnp.zeros((), jnp.int32)] * whole.ndim
+    for n, axis in enumerate(axes):
+        at[axis] = index[n]
+    return lax.dynamic_update_slice(whole, part.astype(whole.dtype), at)
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1, 2), donate_argnums=3)
+@exactly
+def _filled(find: Find, site: Site, options: Any, own: dict[str, Array], w: Any, index: Array, key: Array) -> Any:
+    """Return the factors with those of one element of the stack."""
+    part = None if w is None else _as_matrix(site, _cut(site, dense(w), index))
+    matrix = None if part is None else part.reshape(part.shape[-2:])
+    placed = asked(site.method, "placed", "have another start")(site, *find(site, matrix, key, *options))
+    stack = range(len(site.stack_axes))  # in front, in all factors
+    return {name: _put(array, placed[name], stack, index) for name, array in own.items()}
+
+
+@functools.partial(jax.jit, static_argnums=0, donate_argnums=1)
+@exactly
+def _less(site: Site, w: Array, factors: Mapping[str, Array], index: Array) -> Array:
+    """Return a weight that is changed in one element of its stack."""
+    own = dict(factors)
+    for n in range(len(site.stack_axes)):
+        own = {name: lax.dynamic_slice_in_dim(array, index[n], 1, n) for name, array in own.items()}
+    less = asked(site.method, "less", "have another start")(site, _cut(site, w, index), own)
+    return _put(w, less, site.stack_axes, index)
