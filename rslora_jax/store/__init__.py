@@ -3,5 +3,15 @@
 from rslora_jax.store import checkpoint
 from rslora_jax.store.checkpoint import Damaged, load_about, load_adapters, load_model_state
 from rslora_jax.store.checksum import checksums
+from rslora_jax.store.start import Start, load_start
 
-__all__ = ["Damaged", "checkpoint", "checksums", "load_about", "load_adapters", "load_model_state"]
+__all__ = [
+    "Damaged",
+    "Start",
+    "checkpoint",
+    "checksums",
+    "load_about",
+    "load_adapters",
+    "load_model_state",
+    "load_start",
+]

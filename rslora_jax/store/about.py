@@ -19,8 +19,8 @@ from rslora_jax.store.damage import Damaged, read_or_say
 from rslora_jax.store.folder import steps_in
 
 # What a checkpoint's "about" is told by: 0, or none, before configs named a method; 1 before it had a checksum of its
-# own; 2 since.
-FORMAT = 2
+# own; 2 since; 3 where a start has changed the base, which earlier versions would pass over.
+FORMAT = 3
 
 
 def describe(config: LoraConfig, params: Params, settings: Mapping[str, Any] | None = None) -> dict[str, Any]:
@@ -44,7 +44,7 @@ def sealed(about: Mapping[str, Any]) -> dict[str, Any]:
     >>> sealed({"step": 3})
     {'step': 3, 'format': 2, 'checksum': '214f8a1411f54d5a83ee018077749ea16b75eaaa64c7288ce6e21219d5473693'}
     """
-    plain = json.loads(json.dumps({**about, "format": FORMAT}))
+    plain = json.loads(json.dumps({**about, "format": FORMAT if about.get("start") else FORMAT - 1}))
     return plain | {"checksum": _checksum(plain)}
 
 
@@ -80,11 +80,11 @@ def read_about(where: Path) -> dict[str, Any]:
 
 def _checked(where: Path, about: dict[str, Any]) -> dict[str, Any]:
     """Return what a checkpoint tells, each part of the kind that it is to be: whoever can write may seal anything."""
-    about = {"base": {}, "settings": {}, "checksums": {}} | about
-    for name in ("config", "base", "settings", "checksums", "keys", "data", "course"):
+    about = {"base": {}, "settings": {}, "checksums": {}, "start": {}} | about
+    for name in ("config", "base", "settings", "checksums", "start", "keys", "data", "course"):
         if not isinstance(about.get(name, {}), dict):
             raise Damaged(f"{where} is damaged ({name} is {quoted(about[name])})")
-    for name in ("base", "checksums", "keys"):
+    for name in ("base", "checksums", "start", "keys"):
         if not all(isinstance(text, str) for text in about.get(name, {}).values()):
             raise Damaged(f"{where} is damaged ({name} is {quoted(about[name])})")
     if type(loss := about.get("heldout_loss")) not in (int, float, type(None)):
@@ -128,14 +128,14 @@ def heldout_losses(folder: Path) -> dict[int, float]:
 
 def check_same(where: Path, found: Mapping[str, Any], here: Mapping[str, Any]) -> None:
     """Raise a ValueError that names what differs in the config or the base."""
-    for name, what in (("config", "LoraConfig"), ("base", "base")):
+    for name, what in (("config", "LoraConfig"), ("base", "base"), ("start", "start")):
         if name not in here or found[name] == here[name]:
             continue
         both = {**found[name], **here[name]}
         differing = [key for key in both if found[name].get(key) != here[name].get(key)]
         first = differing[0]
         theirs, ours = (str(side[name].get(first, "missing")) for side in (found, here))
-        if name == "base" and theirs.split()[0] == ours.split()[0]:
+        if name != "config" and theirs != ours and theirs.split()[0] == ours.split()[0]:
             said = f"{shown(first)} has other values"
         else:
             said = f"{shown(first)} is {shown(theirs)} there, {shown(ours)} here"

@@ -41,6 +41,7 @@ from rslora_jax.store.damage import Damaged
 from rslora_jax.store.folder import check_folder, check_writable, locked, size_of, steps_in
 from rslora_jax.store.keys import as_data, as_keys
 from rslora_jax.store.quiet import quiet_closed_loops
+from rslora_jax.store.start import over_original
 
 __all__ = [
     "FORMAT",
@@ -243,6 +244,9 @@ def load_adapters(
 ) -> tuple[LoraConfig, Adapters]:
     """Read (config, adapters) from a run's folder: what `wrap` and `Lora.apply` need.
 
+    Of a run whose start changed the base (`rslora_jax.starts`), these are adapters of the base as it was: of twice the
+    rank, and of the same scale.
+
     Args:
       folder: what was given to `open_checkpoints` or `fit`.
       params: the base; where given, it must be the one the adapters were trained on, bit for bit.
@@ -260,7 +264,10 @@ def load_adapters(
     like = jax.tree.map(lambda leaf: np.empty(leaf.shape, leaf.dtype), shapes_of(where, "adapters", about))
     if shardings is not None:
         like = jax.tree.map(lambda leaf, at: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=at), like, shardings)
-    return _config_of(where, about), read_arrays(where, about, {"adapters": like})["adapters"]
+    config, adapters = _config_of(where, about), read_arrays(where, about, {"adapters": like})["adapters"]
+    return (
+        over_original(where.parent.parent, about, config, adapters, shardings) if about["start"] else (config, adapters)
+    )
 
 
 def _config_of(where: Path, about: Mapping[str, Any]) -> LoraConfig:

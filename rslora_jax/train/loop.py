@@ -18,6 +18,7 @@ from rslora_jax.parallel.processes import is_first, stop_requests
 from rslora_jax.pytrees import Params, PyTree
 from rslora_jax.store import checkpoint
 from rslora_jax.store.arrays import check_dtypes
+from rslora_jax.store.start import Start, described, save_start
 from rslora_jax.train import course
 from rslora_jax.train.batch_stream import Batches, Feed, lay_out
 from rslora_jax.train.curves import loss_picture
@@ -99,6 +100,7 @@ def fit(
     resume: bool = False,
     override: Collection[str] = (),
     base: Params = None,
+    start: Start | None = None,
     show: bool = True,
 ) -> Result:
     """Train adapters, and leave checkpoints, `metrics.jsonl` and `loss.png` in a folder.
@@ -144,6 +146,8 @@ def fit(
         that the optimiser was made with, those of its schedule among them, and the dtypes of its state ("optimizer").
       override: which of these names may differ; it is recorded. Another held-out set has a "best" of its own.
       base: what checkpoints call the base, where `params` are made of it: as it was, without the rows of new tokens.
+      start: of adapters that began as `rslora_jax.starts` has it, with `params` the base that this changed: what they
+        began as, which the folder keeps, and the base as it was, to which the run belongs (`store.load_start`).
       show: print progress.
 
     Raises:
@@ -160,7 +164,8 @@ def fit(
     if unknown := [name for name in override if name not in course.NAMES]:
         raise ValueError(f"override has {unknown[0]!r}, which is none of {', '.join(course.NAMES)}")
     of_course = course.describe(optimizer, accumulate, course.digest(heldout, batch_sharding))
-    about = checkpoint.describe(lora.config, params if base is None else base, settings) | {"course": of_course}
+    described_base = params if base is None or start else base
+    about = described(checkpoint.describe(lora.config, described_base, settings), start) | {"course": of_course}
     if lora.config.dropout and dropout_key is None:
         dropout_key = jax.random.key(0)
     state = TrainState.create(adapters, optimizer, key, model_state, dropout_key if lora.config.dropout else None)
@@ -175,6 +180,8 @@ def fit(
         display = Display(steps, show and is_first())
         saver = Saver(saved, about, display.line, override)
         state = saver.restore(state, feed) if resume else state
+        if start and not resume:
+            save_start(folder, start)
         info = _begin(folder, int(state.step), steps, lora, settings or {}, display)
         ours = (metrics_file, *([event_files] if tensorboard else []), loss_picture, *writers, display.running)
         with open_writers(info, ours if is_first() else ()) as write:
