@@ -43,7 +43,7 @@ def inspect(a: argparse.Namespace) -> int:
     base = f" and {model_name(place_of_base(opened, a.model))}" if with_base else ""
     print(f"reading {opened.source}{base}", flush=True)
     config, matrices, left = _measure(opened, a.model, with_base)
-    about = _about(config)
+    about = _about(config) + _began(opened.settings)
     print(about)
     if left:
         print(f"trained whole or by rows, and so without a spectrum: {', '.join(left)}")
@@ -107,6 +107,16 @@ def _about(config: Any) -> str:
     )
     rule = {"rslora": "alpha/sqrt(r)", "lora": "alpha/r", "constant": "alpha"}[config.scaling]
     return f"rank {config.rank}, alpha {config.alpha:g}, gamma = {rule}, on {targets}{more}"
+
+
+def _began(settings: Any) -> str:
+    """Say how a run's adapters started, where that was in a way of its own."""
+    from rslora_jax.starts.named import named
+
+    if not (start := settings.get("start")):
+        return ""
+    changed = ", as adapters of the original base: of twice the rank in training" if named(start)[0].changes else ""
+    return f", started as {start}{changed}"
 
 
 def _total(matrices: Sequence[Any]) -> str:

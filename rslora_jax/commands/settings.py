@@ -24,7 +24,7 @@ _FREE = (
     *("eval_every", "save_every", "keep", "tensorboard"),
 )
 _OF_THE_ADAPTERS = (
-    *("rank", "alpha", "scaling", "targets", "trained", "new_tokens", "method", "dropout"),
+    *("rank", "alpha", "scaling", "targets", "trained", "new_tokens", "method", "start", "dropout"),
     *("adapters", "param_dtype"),
 )
 # What of a run `fit` is to let differ for a flag; for all others that decide, the data and what is held out.

@@ -17,6 +17,7 @@ from rslora_jax.commands.command import FOR_MODELS, Command, check_installed, de
 from rslora_jax.commands.devices import Placement, base_shardings, join_processes, place, placed_apply
 from rslora_jax.commands.new_tokens import keep_new_tokens, placed, with_new_tokens
 from rslora_jax.commands.output import model_name
+from rslora_jax.commands.start import Begun, begin, check_start
 from rslora_jax.commands.train_end import outcome, peak_memory, sizes
 from rslora_jax.commands.train_flags import add_flags
 from rslora_jax.terminal import one_line
@@ -40,6 +41,7 @@ def train(a: argparse.Namespace) -> int:
     from rslora_jax.train import NonFiniteLoss
 
     _check_flags(a)
+    check_start(a)
     placement = place(a.mesh, a.batch_size)
     _make_optimizer(a)  # refused before all else
     start = _open_start(a)
@@ -52,7 +54,6 @@ def train(a: argparse.Namespace) -> int:
     optimizer = _make_optimizer(a, lora)
     print(lora, flush=True)
     data = _prepare(a, base, training, heldout, placement)
-    adapters = _first_adapters(a, lora, base, found, placement, rows)
     if not a.resume:
         processes.first_decides(lambda: keep_tokenizer(start.tokenizer if start else None, Path(a.out)))
     if rows and not a.resume:
@@ -62,8 +63,10 @@ def train(a: argparse.Namespace) -> int:
     answers = _answerer(a, base, asked)
     before = answers(base)
     _show_answers(asked, {"base model": before})
+    first = begin(a, lora, base, found, data, placement, rows)
+    base = first.base  # which a start may have changed
     try:
-        result = _fit(a, lora, base, adapters, data, optimizer, placement, of_examples)
+        result = _fit(a, lora, first, data, optimizer, placement, of_examples)
     except NonFiniteLoss as error:
         print(f"rslora: error: {one_line(str(error))}", file=sys.stderr)
         return 1
@@ -144,7 +147,7 @@ def _open_start(a: argparse.Namespace) -> Any:
     start = open_adapters(a.out if a.resume else a.adapters)
     if not a.resume:
         defaults = default_arguments(COMMAND)
-        for name in (*_OF_NEW, "new_tokens"):
+        for name in (*_OF_NEW, "new_tokens", "start"):
             if (value := getattr(a, name)) != getattr(defaults, name):
                 raise ValueError(
                     f"--{name.replace('_', '-')} {value} is for new adapters, and --adapters has its own: leave it out"
@@ -217,25 +220,6 @@ def _prepare(
     return _Data(of_training, of_heldout, loss.token_loss(places), len(rows.rows) / a.batch_size)
 
 
-def _first_adapters(
-    a: argparse.Namespace, lora: Any, base: Any, found: Any, placement: Placement, rows: Mapping[str, Any]
-) -> Any:
-    """Give the adapters that training starts with, where they are to lie."""
-    import jax
-
-    from rslora_jax.interop.enlarged import first_rows
-    from rslora_jax.parallel import sharding
-
-    variables = base.variables
-    adapters = (
-        jax.tree.map(jax.numpy.asarray, found.adapters) if found else lora.init(jax.random.key(a.seed), variables)
-    )
-    adapters = first_rows(base, rows, adapters) if rows else adapters
-    if placement.mesh is None:
-        return adapters
-    return jax.device_put(adapters, sharding.adapter_shardings(lora.sites, variables, split_rank=a.split_rank))
-
-
 def _answerer(a: argparse.Namespace, base: Any, asked: Sequence[Any]) -> Callable[[Any], list[str]]:
     """Return the function of the weights that lets the model write: the base and the merged share what is compiled."""
     from rslora_jax.train import samples
@@ -261,8 +245,7 @@ def _show_answers(asked: Sequence[Any], answers: dict[str, list[str]]) -> None:
 def _fit(
     a: argparse.Namespace,
     lora: Any,
-    base: Any,
-    adapters: Any,
+    first: Begun,
     data: _Data,
     optimizer: Any,
     placement: Placement,
@@ -278,9 +261,9 @@ def _fit(
         warnings.filterwarnings("ignore", message="step .* could not be saved")  # said at the end, in our own words
         return fit(
             lora,
-            base.variables,
-            adapters,
-            base=of_file(base),
+            first.base.variables,
+            first.adapters,
+            base=of_file(first.base),
             batches=data.batches,
             loss=data.loss,
             optimizer=optimizer,
@@ -301,6 +284,7 @@ def _fit(
             steps_an_epoch=data.steps_an_epoch,
             resume=a.resume,
             override=settings.of_fit(a),
+            start=first.start,
         )
 
 
@@ -358,6 +342,7 @@ COMMAND = Command(
             "A model of the Hugging Face hub (a folder or a .gguf file will do), and adapters on two of each layer's "
             "weights.",
         ),
+        ("rslora train --start pissa:16", "Start at the principal part of each weight, in place of A at random."),
         (
             'rslora train --model my-llama --trained "*/norm*/scale" --trained "*/bias"',
             "Norms and biases trained whole, beside the adapters.",

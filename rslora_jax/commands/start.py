@@ -1,0 +1,95 @@
+"""How the adapters of `rslora train` start: new, from others, as `--start` says, or where a run was left."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from rslora_jax.commands.devices import Placement
+
+_BATCHES = 8  # of the training data, for starts that look at some
+
+
+class Begun(NamedTuple):
+    """Adapters that training starts with, the base that they belong to, and the start that changed this, if one did."""
+
+    base: Any
+    adapters: Any
+    start: Any = None
+
+
+def check_start(a: argparse.Namespace) -> None:
+    """Raise a ValueError for a start that there is not."""
+    from rslora_jax.starts.named import named
+
+    if a.start:
+        named(a.start)
+
+
+def begin(
+    a: argparse.Namespace, lora: Any, base: Any, found: Any, data: Any, placement: Placement, rows: Any
+) -> Begun:
+    """Give the adapters that training starts with, where they are to lie, and their base.
+
+    Args:
+      a: the flags.
+      lora: the base, wrapped.
+      base: the model.
+      found: adapters to start from; None where they are new.
+      data: the run's batches and loss.
+      placement: where things lie.
+      rows: which rows are trained, of new tokens.
+    """
+    import jax
+
+    from rslora_jax.interop.enlarged import first_rows
+    from rslora_jax.parallel import sharding
+    from rslora_jax.starts.named import named
+    from rslora_jax.starts.stream import changed
+
+    variables, key, start = base.variables, jax.random.key(a.seed), None
+    changes = bool(a.start) and named(a.start)[0].changes
+    if found:
+        adapters = jax.tree.map(jax.numpy.asarray, found.adapters)
+    elif a.resume and changes:
+        start = _kept(a, lora, variables)
+        variables, adapters = changed(lora, variables, start.adapters), start.adapters
+    elif a.start and not a.resume:
+        variables, adapters, start = _start(a, lora, base, key, data, placement, changes)
+    else:
+        adapters = lora.init(key, variables)
+    adapters = first_rows(base, rows, adapters) if rows else adapters
+    if placement.mesh is not None:
+        where = sharding.adapter_shardings(lora.sites, variables, split_rank=a.split_rank)
+        adapters = jax.device_put(adapters, where)
+    base = base if variables is base.variables else dataclasses.replace(base, variables=variables)
+    return Begun(base, adapters, dataclasses.replace(start, adapters=adapters) if start else None)
+
+
+def _kept(a: argparse.Namespace, lora: Any, variables: Any) -> Any:
+    """Give the start that the run in the folder began with."""
+    from rslora_jax.parallel import sharding
+    from rslora_jax.store.start import load_start
+
+    return load_start(Path(a.out), shardings=sharding.adapter_shardings(lora.sites, variables))
+
+
+def _start(
+    a: argparse.Namespace, lora: Any, base: Any, key: Any, data: Any, placement: Placement, changes: bool
+) -> tuple[Any, Any, Any]:
+    """Give the changed base, the adapters as `--start` has them, and what a run's folder is to keep of it."""
+    from rslora_jax.commands.progress import progress_line
+    from rslora_jax.interop.enlarged import of_file
+    from rslora_jax.starts.named import begin
+    from rslora_jax.store.checksum import checksums
+    from rslora_jax.store.start import Start
+    from rslora_jax.train.batch_stream import lay_out
+
+    print(f"starting the adapters as {a.start}", flush=True)
+    words = checksums(of_file(base)) if changes else {}
+    batches = [lay_out(data.batches[n], placement.batch) for n in range(_BATCHES)]
+    progress = progress_line(f"starting as {a.start}")
+    variables, adapters = begin(a.start, lora, base.variables, key, loss=data.loss, batches=batches, progress=progress)
+    return variables, adapters, Start(a.start, adapters, words) if changes else None

@@ -1,0 +1,82 @@
+"""Starts by name, as commands and files name them."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Callable, Iterable
+from typing import Any, NamedTuple
+
+from jax import Array
+
+from rslora_jax.adapters import Adapters
+from rslora_jax.pytrees import Params
+from rslora_jax.starts.olora import olora
+from rslora_jax.starts.orthogonal import orthogonal
+from rslora_jax.starts.pissa import pissa
+from rslora_jax.starts.stream import Progress, unseen
+from rslora_jax.wrap import Lora
+
+
+class Named(NamedTuple):
+    """A start by its name: whether it changes the base, and whether it needs batches of data, and their loss."""
+
+    begin: Callable[..., tuple[Params, Adapters]]
+    changes: bool
+    data: bool = False
+
+
+_STARTS = {
+    "pissa": Named(pissa, changes=True),
+    "olora": Named(olora, changes=True),
+    "orthogonal": Named(orthogonal, changes=False),
+}
+
+
+def named(text: str) -> tuple[Named, dict[str, Any]]:
+    """Return the start of a name, and its options: "pissa:16" is `pissa` with `niter=16`.
+
+    Raises:
+      ValueError: there is none of this name; it says which there are.
+
+    >>> named("pissa:16")[1], named("olora")[0].changes
+    ({'niter': 16}, True)
+    """
+    # PEFT's names say the same.
+    name, _, option = text.replace("_niter_", ":").replace("_", "-").partition(":")
+    if name not in _STARTS:
+        close = difflib.get_close_matches(name, _STARTS, n=1)
+        raise ValueError(
+            f"start {text!r} is not known: " + (f"did you mean {close[0]}?" if close else f"use {', '.join(_STARTS)}")
+        )
+    if option and (name != "pissa" or not option.isdigit()):
+        raise ValueError(f"start {text!r}: {option!r} is no option of {name}: pissa alone takes one, as in pissa:16")
+    return _STARTS[name], {"niter": int(option)} if option else {}
+
+
+def begin(
+    text: str,
+    lora: Lora,
+    params: Params,
+    key: Array,
+    *,
+    loss: Callable[..., Any] | None = None,
+    batches: Iterable[Any] | None = None,
+    progress: Progress = unseen,
+) -> tuple[Params, Adapters]:
+    """Return (params, adapters) of the start of a name.
+
+    Args:
+      text: such as "pissa:16".
+      lora, params, key: as of the starts.
+      loss, batches: for those that look at data.
+      progress: told what is done, and how much there is in all.
+
+    Raises:
+      ValueError: there is none of this name, or it needs data and there are none.
+    """
+    found, options = named(text)
+    if not found.data:
+        return found.begin(lora, params, key, progress=progress, **options)
+    if loss is None or batches is None:
+        raise ValueError(f"the start {text} looks at data: give batches of them, and the loss that takes one")
+    return found.begin(lora, params, key, loss, batches, progress=progress)
