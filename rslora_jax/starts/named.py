@@ -10,6 +10,8 @@ from jax import Array
 
 from rslora_jax.adapters import Adapters
 from rslora_jax.pytrees import Params
+from rslora_jax.starts.eva import eva
+from rslora_jax.starts.lora_ga import lora_ga
 from rslora_jax.starts.olora import olora
 from rslora_jax.starts.orthogonal import orthogonal
 from rslora_jax.starts.pissa import pissa
@@ -29,6 +31,8 @@ _STARTS = {
     "pissa": Named(pissa, changes=True),
     "olora": Named(olora, changes=True),
     "orthogonal": Named(orthogonal, changes=False),
+    "eva": Named(eva, changes=False, data=True),
+    "lora-ga": Named(lora_ga, changes=True, data=True),
 }
 
 
@@ -79,4 +83,4 @@ def begin(
         return found.begin(lora, params, key, progress=progress, **options)
     if loss is None or batches is None:
         raise ValueError(f"the start {text} looks at data: give batches of them, and the loss that takes one")
-    return found.begin(lora, params, key, loss, batches, progress=progress)
+    return found.begin(lora, params, key, loss=loss, batches=batches, progress=progress)

@@ -11,6 +11,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import Array, lax
 from jax.sharding import NamedSharding
 
@@ -57,7 +58,7 @@ def found(
     """
     adapters, leaves = lora.init(key, params), named_leaves(params)
     total = sum(1 for site in lora.sites.values() for _ in elements(site))
-    shardings = _on_mesh(lora, params)
+    shardings = on_mesh(lora, params)
     done = 0
     for path, site in lora.sites.items():
         where = shardings.get(path, {})
@@ -65,7 +66,7 @@ def found(
         w = leaves[site.weight] if reads else None
         for index in elements(site):
             at = jax.random.fold_in(site_key(key, path), _number(site, index))
-            own = _filled(find, element(site), options, own, w, jnp.asarray(index, jnp.int32), at)
+            own = _filled(find, element(site), options, own, w, np.asarray(index, np.int32), at)
             jax.block_until_ready(own)
             done += 1
             progress(done, total)
@@ -95,7 +96,7 @@ def changed(lora: Lora, params: Params, start: Adapters) -> Params:
         w = jnp.copy(leaves[site.weight])  # a layer at a time is changed in its place
         own = dict(_having_rank(site, start[path]))
         for index in elements(site):
-            w = _less(element(site), w, own, jnp.asarray(index, jnp.int32))
+            w = _less(element(site), w, own, np.asarray(index, np.int32))
         where = getattr(leaves[site.weight], "sharding", None)
         leaves[site.weight] = jax.device_put(w, where) if isinstance(where, NamedSharding) else w
     return from_paths(params, leaves)
@@ -158,6 +159,26 @@ def exactly(act: Callable[..., Any]) -> Callable[..., Any]:
     return precise
 
 
+def placed_as(
+    site: Site, like: Mapping[str, Array], first: Array, second: Array, where: Mapping[str, Any]
+) -> dict[str, Array]:
+    """Return two matrices, or stacks of them, as a site's factors, of the dtypes of `like`.
+
+    `where` says for each name where it is to lie; nothing, where that does not matter.
+    """
+    placed = asked(site.method, "placed", "have another start")(site, first, second)
+    cast = {name: array.astype(like[name].dtype) for name, array in placed.items()}
+    return {name: jax.device_put(array, where[name]) if where else array for name, array in cast.items()}
+
+
+def on_mesh(lora: Lora, params: Params) -> dict[str, dict[str, Any]]:
+    """Return where the adapters lie of the weights that lie on a mesh."""
+    leaves = named_leaves(params)
+    parts = {path: jax.tree.leaves(leaves[site.weight])[0] for path, site in lora.sites.items()}
+    on = {path for path, part in parts.items() if isinstance(getattr(part, "sharding", None), NamedSharding)}
+    return adapter_shardings({path: site for path, site in lora.sites.items() if path in on}, params)  # type: ignore[return-value]
+
+
 def _number(site: Site, index: Sequence[int]) -> int:
     """Return the number of a place on the stack."""
     sizes = site.sizes(site.stack_axes)
@@ -167,14 +188,6 @@ def _number(site: Site, index: Sequence[int]) -> int:
 def _having_rank(site: Site, arrays: Mapping[str, Array]) -> list[tuple[str, Array]]:
     """Return the arrays that have the rank, by name."""
     return [(name, arrays[name]) for name, axes in site.factors.items() if RANK in axes]
-
-
-def _on_mesh(lora: Lora, params: Params) -> dict[str, dict[str, Any]]:
-    """Return where the adapters lie of the weights that lie on a mesh."""
-    leaves = named_leaves(params)
-    parts = {path: jax.tree.leaves(leaves[site.weight])[0] for path, site in lora.sites.items()}
-    on = {path for path, part in parts.items() if isinstance(getattr(part, "sharding", None), NamedSharding)}
-    return adapter_shardings({path: site for path, site in lora.sites.items() if path in on}, params)  # type: ignore[return-value]
 
 
 def _cut(site: Site, w: Array, index: Array) -> Array:
