@@ -11,6 +11,7 @@ from rslora_jax.starts.olora import olora
 from rslora_jax.starts.original import for_original_base
 from rslora_jax.starts.orthogonal import orthogonal
 from rslora_jax.starts.pissa import pissa
+from rslora_jax.starts.shares import eva_config
 from rslora_jax.starts.stream import changed
 
-__all__ = ["begin", "changed", "eva", "for_original_base", "lora_ga", "olora", "orthogonal", "pissa"]
+__all__ = ["begin", "changed", "eva", "eva_config", "for_original_base", "lora_ga", "olora", "orthogonal", "pissa"]

@@ -75,3 +75,60 @@ def test_peft_reads_over_the_original_base_what_was_trained_from_a_start(method,
     with torch.no_grad():
         got = read(torch.tensor(x)).numpy()
     assert_near(got, lora.apply(changed, trained, x), 1e-4)
+
+
+def subspace(rows):
+    """Give the projection onto what some rows span."""
+    q, _ = np.linalg.qr(np.asarray(rows, np.float64).T)
+    return q @ q.T
+
+
+@pytest.mark.parametrize("rho", [1.0, 2.0])
+def test_eva_takes_the_directions_and_the_ranks_of_peft(rho):
+    model, fn, params = theirs_and_ours()
+    rng = np.random.default_rng(0)
+    x = rng.standard_normal((60, 14)) * 0.9 ** np.arange(14)
+    # PEFT takes the mean off, which is here zero at both layers, as tanh is odd.
+    x = np.concatenate([x, -x]).astype("f4")
+    config = rslora.LoraConfig(rank=RANK, alpha=ALPHA)
+    lora = rslora.wrap(fn, params, x, config=config)
+    shared = starts.eva_config(lora, params, [(x,)], rho)
+    lora = rslora.wrap(fn, params, x, config=shared)
+    _, adapters = starts.eva(lora, params, jax.random.key(0), [(x,)])
+    theirs = peft.get_peft_model(model, peft_config("eva", eva_config=peft.EvaConfig(rho=rho, tau=0.9999)))
+    plain = {"prepare_model_inputs_fn": None, "prepare_layer_inputs_fn": None, "show_progress_bar": False}
+    data = torch.utils.data.DataLoader(torch.tensor(x), batch_size=len(x))
+    peft.initialize_lora_eva_weights(theirs, data, forward_fn=lambda model, inputs: model(inputs), **plain)
+    for path, site in lora.sites.items():
+        a = theirs.get_submodule(f"base_model.model.{path}.lora_A")["default"].weight.detach().numpy()
+        assert len(a) == site.rank
+        assert_near(subspace(adapters[path]["a"].T), subspace(a), 1e-2)
+        assert site.gamma == pytest.approx(ALPHA / site.rank**0.5)
+    assert sum(site.rank for site in lora.sites.values()) == 2 * RANK
+    assert (rho == 1) == all(site.rank == RANK for site in lora.sites.values())
+
+
+def test_lora_ga_takes_the_directions_of_peft():
+    model, fn, params = theirs_and_ours()
+    rng = np.random.default_rng(0)
+    x, y = rng.standard_normal((60, 14)).astype("f4"), rng.standard_normal((60, 9)).astype("f4")
+
+    def loss(run, batch):
+        return jnp.sum((run(batch) - y) ** 2), jnp.float32(y.size)
+
+    lora = rslora.wrap(fn, params, x, config=rslora.LoraConfig(rank=RANK, alpha=ALPHA))
+    _, adapters = starts.lora_ga(lora, params, jax.random.key(0), loss, [x])
+    theirs = peft_config("lora_ga", lora_ga_config=peft.LoraGAConfig())
+    peft.tuners.lora.loraga.preprocess_loraga(
+        model, theirs, lambda: ((model(torch.tensor(x)) - torch.tensor(y)) ** 2).sum().backward()
+    )
+    made = peft.get_peft_model(model, theirs)
+    for path, site in lora.sites.items():
+        module = made.get_submodule(f"base_model.model.{path}")
+        a, b = (getattr(module, f"lora_{of}")["default"].weight.detach().numpy() for of in "AB")
+        assert_near(subspace(adapters[path]["a"].T), subspace(a), 1e-2)
+        assert_near(subspace(adapters[path]["b"]), subspace(b.T), 1e-2)
+        # The paper's scale, of both; PEFT's A is of length 1, and its B longer by the singular values.
+        size = site.out_size**0.25 / 4
+        assert_near(adapters[path]["a"].T @ adapters[path]["a"], size**2 * np.eye(RANK), 1e-4)
+        assert_near(adapters[path]["b"] @ adapters[path]["b"].T, size**2 * np.eye(RANK), 1e-4)
