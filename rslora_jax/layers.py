@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import dataclasses
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from rslora_jax.config import LoraConfig, matches_adapter
+from rslora_jax.methods.method import asked, method_of
 from rslora_jax.methods.rows import Rows
 from rslora_jax.scaling import gamma
 
@@ -114,7 +115,20 @@ def with_layers(site: Site, own: Callable[[int | None], Layer | None]) -> Site:
     return dataclasses.replace(site, **largest._asdict(), layers=each if set(each) != {largest} else ())
 
 
-def as_configured(site: Site, config: LoraConfig) -> Site:
+def site_by_arrays(
+    config: LoraConfig, path: str, factors: Mapping[str, Any], shape: Sequence[int] | None, what: str
+) -> Site:
+    """Return the site of an adapter of which only the arrays are known, and perhaps its weight's shape.
+
+    Raises:
+      ValueError: the config's method has arrays that do not tell; `what` says what cannot be done.
+    """
+    infer = asked(method_of(config.method), "site_of", what)
+    site = infer(path, factors, shape, alpha=config.alpha, scaling=config.scaling)
+    return _as_configured(dataclasses.replace(site, layer_axis=site.stack_axes[0] if site.stack_axes else None), config)
+
+
+def _as_configured(site: Site, config: LoraConfig) -> Site:
     """Return a site that is known by the arrays of its adapter, with the ranks and scales of a config.
 
     The arrays have the largest rank; a config may ask for one that its weight was too narrow for.

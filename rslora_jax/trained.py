@@ -1,6 +1,6 @@
 """Which parameters a config trains whole, and of which it trains rows, beside the weights that it adapts."""
 
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from typing import Any
 
 import jax.numpy as jnp
@@ -10,6 +10,17 @@ from rslora_jax.methods.rows import Rows, row_axis
 from rslora_jax.methods.trained import Trained
 from rslora_jax.sites import Site
 from rslora_jax.transform.discover import Found
+
+
+def trained_whole(config: LoraConfig, paths: Iterable[str]) -> list[str]:
+    """Return those of the adapters' paths that hold values, of a whole parameter or of rows.
+
+    >>> trained_whole(LoraConfig(trained="*/norm/scale"), ["up/kernel", "up/norm/scale"])
+    ['up/norm/scale']
+    """
+    rows: Any = config.trained_rows
+    patterns = [*config.trained, *(pattern for pattern, _ in rows)]
+    return [path for path in paths if any(matches(path, pattern) for pattern in patterns)]
 
 
 def trained_sites(

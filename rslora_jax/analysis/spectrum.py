@@ -10,11 +10,12 @@ from typing import Any
 
 import numpy as np
 
-from rslora_jax.config import LoraConfig, matches
-from rslora_jax.layers import Layer, as_configured
-from rslora_jax.methods.method import asked, method_of
+from rslora_jax.config import LoraConfig
+from rslora_jax.layers import Layer, site_by_arrays
+from rslora_jax.methods.method import asked
 from rslora_jax.sites import Site
 from rslora_jax.stored.form import dense
+from rslora_jax.trained import trained_whole
 
 SHARE = 0.01  # of the largest singular value: what counts as one that is used
 
@@ -94,9 +95,9 @@ def measure(
     (4.0, 20.0, 16.0, None)
     """
     if sites is None:
-        left = trained_whole(config, adapters)
+        left, known, what = trained_whole(config, adapters), shapes or {}, "be measured without its base"
         factors = {path: own for path, own in adapters.items() if path not in left}
-        sites = {path: _site_of(config, path, own, (shapes or {}).get(path)) for path, own in factors.items()}
+        sites = {path: site_by_arrays(config, path, own, known.get(path), what) for path, own in factors.items()}
     sites = {path: site for path, site in sites.items() if site.scaled}
     total = sum(sum(1 for _ in _elements(site)) for site in sites.values())
     found: list[Matrix] = []
@@ -110,24 +111,6 @@ def measure(
             found.append(one)
             progress(len(found), total)
     return found
-
-
-def trained_whole(config: LoraConfig, paths: Iterable[str]) -> list[str]:
-    """Return those of the adapters' paths that hold values, of a whole parameter or of rows.
-
-    >>> trained_whole(LoraConfig(trained="*/norm/scale"), ["up/kernel", "up/norm/scale"])
-    ['up/norm/scale']
-    """
-    rows: Any = config.trained_rows
-    patterns = [*config.trained, *(pattern for pattern, _ in rows)]
-    return [path for path in paths if any(matches(path, pattern) for pattern in patterns)]
-
-
-def _site_of(config: LoraConfig, path: str, factors: Mapping[str, Any], shape: Sequence[int] | None) -> Site:
-    """Return the site of a weight of which only the adapter is known, and perhaps the shape."""
-    infer = asked(method_of(config.method), "site_of", "be measured without its base")
-    site = infer(path, factors, shape, alpha=config.alpha, scaling=config.scaling)
-    return as_configured(dataclasses.replace(site, layer_axis=site.stack_axes[0] if site.stack_axes else None), config)
 
 
 def _elements(site: Site) -> Iterator[tuple[tuple[int, ...], Layer]]:

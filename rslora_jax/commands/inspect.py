@@ -75,6 +75,7 @@ def _measure(opened: Any, model: str | None, with_base: bool) -> tuple[Any, Sequ
     from rslora_jax.commands.progress import progress_line
     from rslora_jax.interop.adapter_folder import attach, load_base
     from rslora_jax.sites import named_leaves
+    from rslora_jax.trained import trained_whole
 
     found: dict[str, Any] = {"shapes": {path: s for path in opened.adapters if (s := opened.shape(path)) is not None}}
     config, adapters = opened.config, opened.adapters
@@ -84,7 +85,7 @@ def _measure(opened: Any, model: str | None, with_base: bool) -> tuple[Any, Sequ
     if config is None:
         raise ValueError(f"{opened.source} is of PEFT, and is read beside its base: say with --model where that is")
     matrices = spectrum.measure(config, adapters, progress=progress_line("measuring"), **found)
-    return config, matrices, spectrum.trained_whole(config, adapters)
+    return config, matrices, trained_whole(config, adapters)
 
 
 def _home(source: Path) -> Path:

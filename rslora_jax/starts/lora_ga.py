@@ -8,10 +8,12 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import Array
 
 from rslora_jax.adapters import Adapters
 from rslora_jax.pytrees import Params
+from rslora_jax.sites import Site
 from rslora_jax.starts.passes import Passes, drawn, filled, listed, split, with_rank
 from rslora_jax.starts.stream import Progress, changed, check_changes, on_mesh, placed_as, unseen
 from rslora_jax.starts.svd import basis_of
@@ -87,14 +89,21 @@ def lora_ga(
         if not bool(jnp.any(through[path] != 0)):
             raise ValueError(f"no gradient of the loss arrives at {path}: exclude it")
         size = site.out_size**0.25 / stable_gamma**0.5
-        first, last = _directions(basis[path], through[path], site.rank)
+        first, last = _directions(basis[path], through[path], _begins(site), site.rank)
         start[path] |= placed_as(site, start[path], size * first, size * last, where.get(path, {}))
     return changed(lora, params, start), start
 
 
-@functools.partial(jax.jit, static_argnums=2)
-def _directions(basis: Array, through: Array, rank: int) -> tuple[Array, Array]:
-    """Return the left singular vectors 1 to r of G ~ Q (Q'G), and the right ones r + 1 to 2r."""
+@functools.partial(jax.jit, static_argnums=3)
+def _directions(basis: Array, through: Array, begins: Any, rank: int) -> tuple[Array, Array]:
+    """Return the left singular vectors of G ~ Q (Q'G) from the first on, and the right ones from where each begins."""
     u, _, vt = jnp.linalg.svd(through, full_matrices=False)
-    last = min(2 * rank, vt.shape[-2])
-    return (basis @ u)[..., :rank], vt[..., last - rank : last, :]
+    at = jnp.minimum(jnp.asarray(begins)[..., None] + jnp.arange(rank), vt.shape[-2] - 1)
+    return (basis @ u)[..., :rank], jnp.take_along_axis(vt, at[..., None], -2)
+
+
+def _begins(site: Site) -> np.ndarray:
+    """Return at which singular vector B begins, of each matrix of a stack: at r, of its own rank r, or as near."""
+    full = min(site.in_size, site.out_size)
+    numbers = np.asarray(site.by_layer(lambda layer: min(2 * layer.rank, full) - layer.rank), np.int32)
+    return np.broadcast_to(numbers, site.sizes(site.stack_axes))

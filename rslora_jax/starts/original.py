@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import glob
+import math
 from collections.abc import Mapping
 from types import MappingProxyType
 from typing import Any
@@ -14,7 +15,8 @@ import numpy as np
 
 from rslora_jax import scaling
 from rslora_jax.adapters import Adapters
-from rslora_jax.config import LoraConfig, first_match
+from rslora_jax.config import LoraConfig
+from rslora_jax.layers import Layer, pattern_of_layer, value_of_layer, with_layers
 from rslora_jax.methods.method import RANK, rescaled
 from rslora_jax.sites import Site
 from rslora_jax.wrap import Lora
@@ -54,20 +56,27 @@ def for_original_base(lora: Lora, adapters: Adapters, start: Adapters) -> tuple[
 
 def doubled(config: LoraConfig, sites: Mapping[str, Site]) -> tuple[LoraConfig, dict[str, Site]]:
     """Return a config, and sites, of twice the rank and the same gamma."""
-    own = {path: (2 * site.rank, _alpha(site.gamma, 2 * site.rank, config)) for path, site in sites.items()}
-    rank, alpha = 2 * config.rank, _same(config.alpha, config.rank, config)
     of_ranks: Any = config.rank_pattern
     of_alphas: Any = config.alpha_pattern
+    rank, alpha = 2 * config.rank, _same(config.alpha, config.rank, config)
     ranks = [(pattern, 2 * of) for pattern, of in of_ranks]
     alphas = [(pattern, _same(of, config.rank, config)) for pattern, of in of_alphas]
     # What these do not say, of a weight narrower than the rank or under a scaling of the caller's, is said first.
-    ranks = [(glob.escape(p), r) for p, (r, _) in own.items() if first_match(p, ranks, rank) != r] + ranks
-    alphas = [(glob.escape(p), a) for p, (_, a) in own.items() if not _near(first_match(p, alphas, alpha), a)] + alphas
-    more: dict[str, Any] = {"rank_pattern": ranks, "alpha_pattern": alphas, "allow_large_rank": True}
-    made = dataclasses.replace(config, rank=rank, alpha=alpha, **more)
-    return made, {
-        path: _of_config(site, own[path][0], first_match(path, alphas, alpha), config) for path, site in sites.items()
-    }
+    own = {(path, n): layer for path, site in sites.items() for n, layer in _layers(site)}
+    more_ranks = [
+        (pattern_of_layer(glob.escape(path), n), 2 * layer.rank)
+        for (path, n), layer in own.items()
+        if value_of_layer(path, n, ranks, rank) != 2 * layer.rank
+    ]
+    wanted = {key: _alpha(layer.gamma, 2 * layer.rank, config) for key, layer in own.items()}
+    more_alphas = [
+        (pattern_of_layer(glob.escape(path), n), one)
+        for (path, n), one in wanted.items()
+        if not math.isclose(value_of_layer(path, n, alphas, alpha), one, rel_tol=1e-12)
+    ]
+    patterns: dict[str, Any] = {"rank_pattern": more_ranks + ranks, "alpha_pattern": more_alphas + alphas}
+    made = dataclasses.replace(config, rank=rank, alpha=alpha, allow_large_rank=True, **patterns)
+    return made, {path: _of_config(site, made) for path, site in sites.items()}
 
 
 def less(site: Site, factors: Mapping[str, Any], start: Mapping[str, Any]) -> dict[str, Any]:
@@ -77,15 +86,49 @@ def less(site: Site, factors: Mapping[str, Any], start: Mapping[str, Any]) -> di
     def one(name: str, axes: Any) -> Any:
         if RANK not in axes:
             return factors[name]
-        join = np.concatenate if isinstance(factors[name], np.ndarray) else jnp.concatenate
-        return join([factors[name], gone[name].astype(factors[name].dtype)], axes.index(RANK))
+        host = isinstance(factors[name], np.ndarray)
+        both = (np if host else jnp).concatenate(
+            [factors[name], gone[name].astype(factors[name].dtype)], axes.index(RANK)
+        )
+        if not site.layers:
+            return both
+        order, there = _places(site, axes)
+        moved = jnp.where(there, jnp.take_along_axis(both, order, axes.index(RANK)), 0)
+        return np.asarray(moved) if host else moved
 
     return {name: one(name, axes) for name, axes in site.factors.items()}
 
 
-def _of_config(site: Site, rank: int, alpha: float, config: LoraConfig) -> Site:
-    """Return a site as `wrap` makes it of its rank and alpha."""
-    return dataclasses.replace(site, rank=rank, alpha=alpha, gamma=scaling.gamma(rank, alpha, config.scaling))
+def _places(site: Site, axes: Any) -> tuple[np.ndarray, np.ndarray]:
+    """Return where each layer has both its ranks in front of what is beyond them, and which of these there are."""
+    at = np.arange(2 * site.rank)
+    ranks = np.asarray([[layer.rank] for layer in site.layers])
+    # The second one's begin at the rank of the arrays.
+    order = np.where(at < ranks, at, np.minimum(at + site.rank - ranks, 2 * site.rank - 1))
+    sizes = {site.layer_axis: len(site.layers), RANK: 2 * site.rank}
+    shape = [sizes.get(axis, 1) for axis in axes]
+    turned = axes.index(RANK) < axes.index(site.layer_axis)
+    return tuple((array.T if turned else array).reshape(shape) for array in (order, at < 2 * ranks))  # type: ignore[return-value]
+
+
+def _layers(site: Site) -> list[tuple[int | None, Layer]]:
+    """Return what each layer has that has an adapter; of a weight whose layers do not differ, what all have."""
+    if not site.layers:
+        return [(None, Layer(site.rank, site.alpha, site.gamma))]
+    return [(n, layer) for n, layer in enumerate(site.layers) if layer.rank]
+
+
+def _of_config(site: Site, config: LoraConfig) -> Site:
+    """Return a site as `wrap` makes it by a config of twice its rank."""
+
+    def own(layer: int | None) -> Layer | None:
+        if layer is not None and site.layers and not site.layers[layer].rank:
+            return None
+        rank = value_of_layer(site.path, layer, config.rank_pattern, config.rank)
+        alpha = value_of_layer(site.path, layer, config.alpha_pattern, config.alpha)
+        return Layer(rank, alpha, scaling.gamma(rank, alpha, config.scaling))
+
+    return with_layers(dataclasses.replace(site, layers=()), own)
 
 
 def _same(alpha: float, rank: int, config: LoraConfig) -> float:
@@ -96,7 +139,3 @@ def _same(alpha: float, rank: int, config: LoraConfig) -> float:
 def _alpha(gamma: float, rank: int, config: LoraConfig) -> float:
     """Return the alpha that gives a rank its gamma."""
     return gamma / scaling.gamma(rank, 1.0, config.scaling)
-
-
-def _near(one: float, other: float) -> bool:
-    return abs(one - other) <= 1e-12 * abs(other)

@@ -33,8 +33,9 @@ def orthogonal(lora: Lora, params: Params, key: Array, *, progress: Progress = u
     """
     check_method(lora)
     for path, site in lora.sites.items():
-        if site.rank % 2:
-            raise ValueError(f"{path} has rank {site.rank}, and the orthogonal start halves it: give it an even one")
+        for rank in (site.rank, *(layer.rank for layer in site.layers)):
+            if rank % 2:
+                raise ValueError(f"{path} has rank {rank}, and the orthogonal start halves it: give it an even one")
     return params, found(lora, params, key, _halves, reads=False, progress=progress)
 
 

@@ -27,7 +27,7 @@ Matrices = dict[str, Array]  # by path, (*stack, in, r) or (*stack, r, out)
 
 def with_rank(lora: Lora, ranks: Mapping[str, int]) -> Lora:
     """Return the same with plain adapters of these ranks and of scale 1, on the weights of these paths alone."""
-    plain: dict[str, Any] = {"alpha": 1.0, "gamma": 1.0, "method": PLAIN}
+    plain: dict[str, Any] = {"alpha": 1.0, "gamma": 1.0, "method": PLAIN, "layers": ()}
     sites = {p: dataclasses.replace(lora.sites[p], rank=rank, **plain) for p, rank in ranks.items()}
     return dataclasses.replace(lora, sites=MappingProxyType(sites), compiled={})
 

@@ -13,6 +13,7 @@ import numpy as np
 from jax import Array
 
 from rslora_jax.config import LoraConfig
+from rslora_jax.layers import pattern_of_layer
 from rslora_jax.pytrees import Params
 from rslora_jax.sites import Site
 from rslora_jax.starts.stream import Progress, unseen
@@ -65,19 +66,25 @@ def eva_config(
     if not rho >= 1:
         raise ValueError(f"rho={rho} is below 1, the least: a layer's rank is at most rho times what it was")
     sites = {path: site for path, site in lora.sites.items() if site.kind != "embedding"}
-    most = {p: max(s.rank, min(round(rho * s.rank), s.in_size, s.out_size)) for p, s in sites.items()}
+    most = {path: _most(site, site.rank, rho) for path, site in sites.items()}
     key = jax.random.key(0) if key is None else key
     found = spread(lora, params, key, most, batches, loss=loss, passes=passes, progress=progress)
     shares: dict[_Place, np.ndarray] = {}
     before: dict[_Place, int] = {}
     weight: dict[_Place, int] = {}
     for path, site in sites.items():
-        for layer, own in _by_layer(site, np.asarray(found[path].shares, np.float64)):
-            shares[path, layer], before[path, layer] = own.mean(0), site.rank
-            weight[path, layer] = len(own)
+        for layer, rank, own in _by_layer(site, np.asarray(found[path].shares, np.float64)):
+            at = path, layer
+            shares[at], before[at], weight[at] = own.mean(0)[: _most(site, rank, rho)], rank, len(own)
     ranks = shared_out(shares, before, weight)
-    changed = [(_pattern(*place), rank) for place, rank in ranks.items() if rank != before[place]]
-    return dataclasses.replace(lora.config, rank_pattern=(*changed, *lora.config.rank_pattern))
+    own_pattern = [(pattern_of_layer(glob.escape(path), n), rank) for (path, n), rank in ranks.items()]
+    changed = [pair for pair, at in zip(own_pattern, ranks, strict=True) if ranks[at] != before[at]]
+    return dataclasses.replace(lora.config, rank_pattern=(*changed, *lora.config.rank_pattern))  # type: ignore[arg-type]
+
+
+def _most(site: Site, rank: int, rho: float) -> int:
+    """Return the rank that a layer may come to have."""
+    return max(rank, min(round(rho * rank), site.in_size, site.out_size))
 
 
 def shared_out(
@@ -110,13 +117,11 @@ def shared_out(
     return ranks
 
 
-def _by_layer(site: Site, shares: np.ndarray) -> list[tuple[int | None, np.ndarray]]:
-    """Return the shares of each layer, of all matrices that it has."""
-    if not site.stack_axes:
-        return [(None, shares[None])]
-    return [(n, own.reshape(-1, shares.shape[-1])) for n, own in enumerate(shares)]
-
-
-def _pattern(path: str, layer: int | None) -> str:
-    """Return the pattern that names a weight, or one layer of it."""
-    return glob.escape(path) if layer is None else f"{glob.escape(path)}/{{{layer}}}"
+def _by_layer(site: Site, shares: np.ndarray) -> list[tuple[int | None, int, np.ndarray]]:
+    """Return the number of each layer that has an adapter, its rank, and the shares of all matrices that it has."""
+    if site.layer_axis is None:
+        return [(None, site.rank, shares[None])]
+    moved = np.moveaxis(shares, site.stack_axes.index(site.layer_axis), 0)
+    ranks = [layer.rank for layer in site.layers] or [site.rank] * len(moved)
+    each = enumerate(zip(ranks, moved, strict=True))
+    return [(n, rank, own.reshape(-1, shares.shape[-1])) for n, (rank, own) in each if rank]

@@ -16,7 +16,7 @@ from jax import Array, lax
 from jax.sharding import NamedSharding
 
 from rslora_jax.adapters import Adapters
-from rslora_jax.methods.method import RANK, asked
+from rslora_jax.methods.method import RANK, asked, masked
 from rslora_jax.methods.random import site_key
 from rslora_jax.parallel.sharding import adapter_shardings
 from rslora_jax.pytrees import Params
@@ -57,16 +57,16 @@ def found(
       progress: told the number of matrices done and their number in all.
     """
     adapters, leaves = lora.init(key, params), named_leaves(params)
-    total = sum(1 for site in lora.sites.values() for _ in elements(site))
+    total = sum(1 for site in lora.sites.values() for _ in _elements(site))
     shardings = on_mesh(lora, params)
     done = 0
     for path, site in lora.sites.items():
         where = shardings.get(path, {})
         own = {n: jnp.zeros(x.shape, x.dtype, device=where.get(n)) for n, x in _having_rank(site, adapters[path])}
         w = leaves[site.weight] if reads else None
-        for index in elements(site):
+        for index, one in _elements(site):
             at = jax.random.fold_in(site_key(key, path), _number(site, index))
-            own = _filled(find, element(site), options, own, w, np.asarray(index, np.int32), at)
+            own = _filled(find, one, options, own, w, np.asarray(index, np.int32), at)
             jax.block_until_ready(own)
             done += 1
             progress(done, total)
@@ -95,8 +95,8 @@ def changed(lora: Lora, params: Params, start: Adapters) -> Params:
     for path, site in lora.sites.items():
         w = jnp.copy(leaves[site.weight])  # a layer at a time is changed in its place
         own = dict(_having_rank(site, start[path]))
-        for index in elements(site):
-            w = _less(element(site), w, own, np.asarray(index, np.int32))
+        for index, one in _elements(site):
+            w = _less(one, w, own, np.asarray(index, np.int32))
         where = getattr(leaves[site.weight], "sharding", None)
         leaves[site.weight] = jax.device_put(w, where) if isinstance(where, NamedSharding) else w
     return from_paths(params, leaves)
@@ -131,15 +131,18 @@ def check_changes(lora: Lora, params: Params) -> None:
             )
 
 
-def elements(site: Site) -> Iterator[tuple[int, ...]]:
-    """Give the places on a weight's stack; one, (), of a weight that is not stacked."""
-    return itertools.product(*map(range, site.sizes(site.stack_axes)))
+def _elements(site: Site) -> Iterator[tuple[tuple[int, ...], Site]]:
+    """Give the places on a weight's stack that have an adapter, and the site of each: (), of one that is not stacked.
 
-
-def element(site: Site) -> Site:
-    """Return the site of one element of a weight's stack, whose axes are then of size 1; alike for equal shapes."""
+    Of these sites the stack's axes are of size 1. They are alike for equal shapes, ranks and scales.
+    """
     shape = tuple(1 if axis in site.stack_axes else n for axis, n in enumerate(site.shape))
-    return dataclasses.replace(site, path="w", shape=shape, fallbacks=(), use="", uses=())
+    one = dataclasses.replace(site, path="w", shape=shape, fallbacks=(), use="", uses=(), layers=())
+    axis = site.stack_axes.index(site.layer_axis) if site.layers else 0  # type: ignore[arg-type]
+    for index in itertools.product(*map(range, site.sizes(site.stack_axes))):
+        own = dataclasses.replace(one, **site.layers[index[axis]]._asdict()) if site.layers else one
+        if own.rank:
+            yield index, own
 
 
 def _as_matrix(site: Site, w: Array) -> Array:
@@ -166,7 +169,7 @@ def placed_as(
 
     `where` says for each name where it is to lie; nothing, where that does not matter.
     """
-    placed = asked(site.method, "placed", "have another start")(site, first, second)
+    placed = masked(site, asked(site.method, "placed", "have another start")(site, first, second))
     cast = {name: array.astype(like[name].dtype) for name, array in placed.items()}
     return {name: jax.device_put(array, where[name]) if where else array for name, array in cast.items()}
 
@@ -205,6 +208,11 @@ def _put(whole: Array, part: Array, axes: Sequence[int], index: Array) -> Array:
     return lax.dynamic_update_slice(whole, part.astype(whole.dtype), at)
 
 
+def _of_rank(site: Site, name: str, array: Array) -> Array:
+    """Return an array without what is beyond the site's rank, where other layers have more."""
+    return lax.slice_in_dim(array, 0, site.rank, axis=site.factors[name].index(RANK))
+
+
 @functools.partial(jax.jit, static_argnums=(0, 1, 2), donate_argnums=3)
 @exactly
 def _filled(find: Find, site: Site, options: Any, own: dict[str, Array], w: Any, index: Array, key: Array) -> Any:
@@ -220,7 +228,7 @@ def _filled(find: Find, site: Site, options: Any, own: dict[str, Array], w: Any,
 @exactly
 def _less(site: Site, w: Array, factors: Mapping[str, Array], index: Array) -> Array:
     """Return a weight that is changed in one element of its stack."""
-    own = dict(factors)
+    own = {name: _of_rank(site, name, array) for name, array in factors.items()}
     for n in range(len(site.stack_axes)):
         own = {name: lax.dynamic_slice_in_dim(array, index[n], 1, n) for name, array in own.items()}
     less = asked(site.method, "less", "have another start")(site, _cut(site, w, index), own)

@@ -19,11 +19,10 @@ import numpy as np
 import orbax.checkpoint as ocp
 
 from rslora_jax.adapters import Adapters
-from rslora_jax.config import LoraConfig, first_match
-from rslora_jax.methods.method import asked, method_of
+from rslora_jax.config import LoraConfig
+from rslora_jax.layers import site_by_arrays
 from rslora_jax.parallel.processes import first_decides
 from rslora_jax.pytrees import PyTree
-from rslora_jax.sites import Site
 from rslora_jax.starts.original import doubled, less
 from rslora_jax.store.about import read_about, sealed
 from rslora_jax.store.arrays import read_arrays, shapes_of
@@ -93,18 +92,20 @@ def over_original(
     for path, word in checksums({"adapters": start.adapters}).items():
         if about["start"].get(path) != word:
             raise Damaged(f"{folder / 'start'} is damaged: {path} is not what the run began with")
-    sites = {path: _site_of(config, path, of, about["base"].get(path, "")) for path, of in adapters.items()}
+    shapes, what = {path: _shape_of(form) for path, form in about["base"].items()}, "be taken over to another base"
+    sites = {path: site_by_arrays(config, path, of, shapes.get(path), what) for path, of in adapters.items()}
     made, _ = doubled(config, sites)
     return made, {path: less(site, adapters[path], start.adapters[path]) for path, site in sites.items()}
 
 
-def _site_of(config: LoraConfig, path: str, factors: Mapping[str, Any], form: str) -> Site:
-    """Return the site of an adapter, by its arrays and the form of its weight, such as "float32[8,5]"."""
-    found = re.match(r"\w+\[([\d,]+)\]", form)
-    shape = tuple(int(n) for n in found[1].split(",")) if found else None
-    infer = asked(method_of(config.method), "site_of", "be taken over to another base")
-    alpha = first_match(path, config.alpha_pattern, config.alpha)  # type: ignore[arg-type]
-    return infer(path, factors, shape, alpha=alpha, scaling=config.scaling)
+def _shape_of(form: str) -> tuple[int, ...] | None:
+    """Return the shape in an array's form, such as "float32[8,5] 5d0c"; None where there is none.
+
+    >>> _shape_of("float32[8,5] 5d0c"), _shape_of("")
+    ((8, 5), None)
+    """
+    found = re.match(r"[^\[]*\[([\d,]+)\]", form)
+    return tuple(int(n) for n in found[1].split(",")) if found else None
 
 
 def described(about: Mapping[str, Any], start: Start | None) -> dict[str, Any]:
