@@ -76,7 +76,7 @@ def eva_config(
         for layer, rank, own in _by_layer(site, np.asarray(found[path].shares, np.float64)):
             at = path, layer
             shares[at], before[at], weight[at] = own.mean(0)[: _most(site, rank, rho)], rank, len(own)
-    ranks = shared_out(shares, before, weight)
+    ranks = _shared_out(shares, before, weight)
     own_pattern = [(pattern_of_layer(glob.escape(path), n), rank) for (path, n), rank in ranks.items()]
     changed = [pair for pair, at in zip(own_pattern, ranks, strict=True) if ranks[at] != before[at]]
     return dataclasses.replace(lora.config, rank_pattern=(*changed, *lora.config.rank_pattern))  # type: ignore[arg-type]
@@ -87,7 +87,7 @@ def _most(site: Site, rank: int, rho: float) -> int:
     return max(rank, min(round(rho * rank), site.in_size, site.out_size))
 
 
-def shared_out(
+def _shared_out(
     shares: Mapping[_Place, np.ndarray], before: Mapping[_Place, int], weight: Mapping[_Place, int]
 ) -> dict[_Place, int]:
     """Return as many ranks as before, those with the largest shares first, each place at least one.
@@ -98,7 +98,7 @@ def shared_out(
       weight: of how many matrices each is, which all have its rank.
 
     >>> rare, common = np.array([0.4, 0.3, 0.2]), np.array([0.9, 0.01, 0.001])
-    >>> shared_out({("u", None): rare, ("v", None): common}, {("u", None): 2, ("v", None): 2},
+    >>> _shared_out({("u", None): rare, ("v", None): common}, {("u", None): 2, ("v", None): 2},
     ...            {("u", None): 1, ("v", None): 1})
     {('u', None): 3, ('v', None): 1}
     """

@@ -60,5 +60,5 @@ def test_one_of_a_later_format_is_refused_in_a_sentence(tmp_path):
         about["checksum"] = hashlib.sha256(json.dumps(rest, sort_keys=True).encode()).hexdigest()
 
     changed(tmp_path / "run", 2, later)
-    with pytest.raises(ValueError, match=r"is of format 3, and this version reads up to 2: install a newer rslora_jax"):
+    with pytest.raises(ValueError, match=r"is of format 4, and this version reads up to 3: install a newer rslora_jax"):
         checkpoint.load_adapters(tmp_path / "run")
