@@ -118,7 +118,10 @@ class LoraConfig:
         if not callable(self.scaling):
             scalings.gamma(1, 1.0, self.scaling)  # refuses an unknown name
         if not callable(self.init) and self.init not in ("uniform", "gaussian"):
-            raise ValueError(f"init={quoted(self.init)} is not known: use 'uniform', 'gaussian' or a function")
+            raise ValueError(
+                f"init={quoted(self.init)} is not known: use 'uniform', 'gaussian' or a function; starts such as pissa "
+                "are rslora_jax.starts.pissa(lora, params, key)"
+            )
         try:
             floating = jnp.issubdtype(jnp.dtype(self.dtype), jnp.floating)
         except TypeError:

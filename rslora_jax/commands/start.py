@@ -7,6 +7,8 @@ import dataclasses
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import numpy as np
+
 from rslora_jax.commands.devices import Placement
 
 _BATCHES = 8  # of the training data, for starts that look at some
@@ -26,6 +28,28 @@ def check_start(a: argparse.Namespace) -> None:
 
     if a.start:
         named(a.start)
+
+
+def share_ranks(a: argparse.Namespace, lora: Any, variables: Any, data: Any, placement: Placement) -> Any:
+    """Give the base wrapped with the ranks that a start shares out, as eva:2 does; with --resume, those of the run."""
+    import jax
+
+    from rslora_jax.config import LoraConfig
+    from rslora_jax.starts.named import named
+    from rslora_jax.starts.shares import eva_config
+    from rslora_jax.store import checkpoint
+    from rslora_jax.wrap import wrap
+
+    rho = named(a.start)[1].get("rho") if a.start else None
+    if rho is None:
+        return lora
+    if a.resume:
+        config = LoraConfig.from_dict(checkpoint.load_about(a.out)["config"])
+    else:
+        print("sharing the ranks out over the layers", flush=True)
+        config = eva_config(lora, variables, rho=rho, **_looked_at(a, data, placement, "sharing out ranks"))
+    tokens = jax.ShapeDtypeStruct((1, 8), "int32")
+    return wrap(lora.fn, variables, tokens, config=config)
 
 
 def begin(
@@ -80,16 +104,37 @@ def _start(
     a: argparse.Namespace, lora: Any, base: Any, key: Any, data: Any, placement: Placement, changes: bool
 ) -> tuple[Any, Any, Any]:
     """Give the changed base, the adapters as `--start` has them, and what a run's folder is to keep of it."""
-    from rslora_jax.commands.progress import progress_line
     from rslora_jax.interop.enlarged import of_file
     from rslora_jax.starts.named import begin
     from rslora_jax.store.checksum import checksums
     from rslora_jax.store.start import Start
-    from rslora_jax.train.batch_stream import lay_out
 
     print(f"starting the adapters as {a.start}", flush=True)
     words = checksums(of_file(base)) if changes else {}
-    batches = [lay_out(data.batches[n], placement.batch) for n in range(_BATCHES)]
-    progress = progress_line(f"starting as {a.start}")
-    variables, adapters = begin(a.start, lora, base.variables, key, loss=data.loss, batches=batches, progress=progress)
+    how = _looked_at(a, data, placement, f"starting as {a.start}")
+    variables, adapters = begin(a.start, lora, base.variables, key, **how)
     return variables, adapters, Start(a.start, adapters, words) if changes else None
+
+
+def _looked_at(a: argparse.Namespace, data: Any, placement: Placement, what: str) -> dict[str, Any]:
+    """Give the batches that a start looks at, with their loss, and the bar that shows how far it is."""
+    from rslora_jax.commands.progress import progress_line
+    from rslora_jax.train.batch_stream import lay_out
+
+    batches = [data.batches[n] for n in range(_BATCHES)]
+    if a.start.startswith("eva"):
+        batches = [batch._replace(tokens_BxT=_without_padding(batch)) for batch in batches]
+    laid = [lay_out(batch, placement.batch) for batch in batches]
+    return {"loss": data.loss, "batches": laid, "progress": progress_line(what)}
+
+
+def _without_padding(batch: Any) -> np.ndarray:
+    """Give the tokens of a batch with those of each row again where it has none.
+
+    What is looked at is what weights meet, loss or not: of padding, which is always the same, it would be too much.
+    """
+    tokens = np.array(batch.tokens_BxT)
+    for row, there in zip(tokens, batch.segment_ids_BxT > 0, strict=True):
+        if there.any():
+            row[~there] = np.resize(row[there], np.count_nonzero(~there))
+    return tokens

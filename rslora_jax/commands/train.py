@@ -17,7 +17,7 @@ from rslora_jax.commands.command import FOR_MODELS, Command, check_installed, de
 from rslora_jax.commands.devices import Placement, base_shardings, join_processes, place, placed_apply
 from rslora_jax.commands.new_tokens import keep_new_tokens, placed, with_new_tokens
 from rslora_jax.commands.output import model_name
-from rslora_jax.commands.start import Begun, begin, check_start
+from rslora_jax.commands.start import Begun, begin, check_start, share_ranks
 from rslora_jax.commands.train_end import outcome, peak_memory, sizes
 from rslora_jax.commands.train_flags import add_flags
 from rslora_jax.terminal import one_line
@@ -51,9 +51,10 @@ def train(a: argparse.Namespace) -> int:
         settings.check_examples(a, of_examples)
     base, rows = with_new_tokens(a, _read_base(a, start, placement), placement)
     lora, found = _wrap(a, base, start, placement, rows)
+    data = _prepare(a, base, training, heldout, placement)
+    lora = share_ranks(a, lora, base.variables, data, placement)
     optimizer = _make_optimizer(a, lora)
     print(lora, flush=True)
-    data = _prepare(a, base, training, heldout, placement)
     if not a.resume:
         processes.first_decides(lambda: keep_tokenizer(start.tokenizer if start else None, Path(a.out)))
     if rows and not a.resume:

@@ -39,7 +39,8 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
     add_flag(lora, "--lora-plus", 1.0, plus, metavar="RATIO", above=0)
     still = "train these arrays no further: in is A, as in LoRA-FA, out is B; as often as you like"
     add_flag(lora, "--freeze", [], still, choices=("in", "out", "magnitude"), action="append")
-    begin = "how new adapters start: pissa, pissa:16 (in 16 iterations), olora, orthogonal, eva or lora-ga"
+    begin = "how new adapters start: pissa, pissa:16 (in 16 iterations), olora, orthogonal, eva, eva:2 (which shares"
+    begin += " the ranks out, at most twofold), lora-ga"
     add_flag(lora, "--start", None, f"{begin} (default: A random, B zero)", metavar="NAME")
     start = "start from these, with their rank, alpha, scaling and targets: a run, or a folder that PEFT saved"
     add_flag(lora, "--adapters", None, start, metavar="FOLDER")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import re
 from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple
 
@@ -39,11 +40,13 @@ _STARTS = {
 def named(text: str) -> tuple[Named, dict[str, Any]]:
     """Return the start of a name, and its options: "pissa:16" is `pissa` with `niter=16`.
 
+    Of "eva:2", whose ranks are shared out by `eva_config` with rho=2, that is the option.
+
     Raises:
       ValueError: there is none of this name; it says which there are.
 
-    >>> named("pissa:16")[1], named("olora")[0].changes
-    ({'niter': 16}, True)
+    >>> named("pissa:16")[1], named("eva:1.5")[1], named("olora")[0].changes
+    ({'niter': 16}, {'rho': 1.5}, True)
     """
     # PEFT's names say the same.
     name, _, option = text.replace("_niter_", ":").replace("_", "-").partition(":")
@@ -52,9 +55,19 @@ def named(text: str) -> tuple[Named, dict[str, Any]]:
         raise ValueError(
             f"start {text!r} is not known: " + (f"did you mean {close[0]}?" if close else f"use {', '.join(_STARTS)}")
         )
-    if option and (name != "pissa" or not option.isdigit()):
-        raise ValueError(f"start {text!r}: {option!r} is no option of {name}: pissa alone takes one, as in pissa:16")
-    return _STARTS[name], {"niter": int(option)} if option else {}
+    return _STARTS[name], _option(text, name, option) if option else {}
+
+
+def _option(text: str, name: str, option: str) -> dict[str, Any]:
+    """Read what stands behind a start's name."""
+    if name == "pissa" and option.isdigit():
+        return {"niter": int(option)}
+    if name == "eva" and re.fullmatch(r"\d+(\.\d+)?", option) and float(option) >= 1:
+        return {"rho": float(option)}
+    raise ValueError(
+        f"start {text!r}: {option!r} is no option of {name}: pissa takes a number of iterations, as in pissa:16, and "
+        "eva how much a rank may grow, as in eva:2"
+    )
 
 
 def begin(
@@ -70,7 +83,7 @@ def begin(
     """Return (params, adapters) of the start of a name.
 
     Args:
-      text: such as "pissa:16".
+      text: such as "pissa:16"; of "eva:2", `lora` is to have the ranks that `eva_config` gives.
       lora, params, key: as of the starts.
       loss, batches: for those that look at data.
       progress: told what is done, and how much there is in all.

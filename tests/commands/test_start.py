@@ -99,7 +99,7 @@ def test_a_run_from_a_start_is_one_of_the_original_base(command, name, tmp_path,
 
 
 @pytest.mark.nightly
-@pytest.mark.parametrize("name", ["eva", "orthogonal"])
+@pytest.mark.parametrize("name", ["eva:2", "orthogonal"])
 def test_a_start_that_leaves_the_base_needs_nothing_of_it_later(command, name, tmp_path, capsys):
     whole, cut = tmp_path / "whole", tmp_path / "cut"
     assert main([*command, "--start", name, "--steps", "3", "--schedule", "constant", "--out", str(whole)]) == 0
@@ -108,7 +108,8 @@ def test_a_start_that_leaves_the_base_needs_nothing_of_it_later(command, name, t
     assert main(["train", "--resume", "--out", str(cut), "--steps", "3"]) == 0
     assert f"starting the adapters as {name}" not in capsys.readouterr().out
     assert arrays(cut) == arrays(whole) and not (whole / "start").exists()
-    assert load_adapters(whole)[0].rank == 2
+    config = load_adapters(whole)[0]
+    assert config.rank == 2 and bool(config.rank_pattern) == (name == "eva:2")
 
 
 def test_a_start_is_for_new_adapters(command, place, tmp_path, capsys):

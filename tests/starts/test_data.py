@@ -187,6 +187,7 @@ def test_what_is_missing_is_said_in_a_sentence():
         ("olora-ga", {}, "start 'olora-ga' is not known: did you mean lora-ga?"),
         ("zeros", {}, "start 'zeros' is not known: use pissa, olora"),
         ("olora:3", {}, "'3' is no option of olora"),
+        ("eva:0.5", {}, "'0.5' is no option of eva"),
     ]:
         with pytest.raises(ValueError, match=said) as error:
             begin(name, **more)
