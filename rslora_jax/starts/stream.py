@@ -208,11 +208,6 @@ def _put(whole: Array, part: Array, axes: Sequence[int], index: Array) -> Array:
     return lax.dynamic_update_slice(whole, part.astype(whole.dtype), at)
 
 
-def _of_rank(site: Site, name: str, array: Array) -> Array:
-    """Return an array without what is beyond the site's rank, where other layers have more."""
-    return lax.slice_in_dim(array, 0, site.rank, axis=site.factors[name].index(RANK))
-
-
 @functools.partial(jax.jit, static_argnums=(0, 1, 2), donate_argnums=3)
 @exactly
 def _filled(find: Find, site: Site, options: Any, own: dict[str, Array], w: Any, index: Array, key: Array) -> Any:
@@ -228,7 +223,7 @@ def _filled(find: Find, site: Site, options: Any, own: dict[str, Array], w: Any,
 @exactly
 def _less(site: Site, w: Array, factors: Mapping[str, Array], index: Array) -> Array:
     """Return a weight that is changed in one element of its stack."""
-    own = {name: _of_rank(site, name, array) for name, array in factors.items()}
+    own = dict(factors)  # beyond a layer's own rank they are zero
     for n in range(len(site.stack_axes)):
         own = {name: lax.dynamic_slice_in_dim(array, index[n], 1, n) for name, array in own.items()}
     less = asked(site.method, "less", "have another start")(site, _cut(site, w, index), own)

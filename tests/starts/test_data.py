@@ -11,6 +11,7 @@ from jax import lax
 import rslora_jax as rslora
 from rslora_jax import starts
 from rslora_jax.sites import named_leaves
+from rslora_jax.starts.variance import spread
 from tests.program_models import normal
 from tests.programs import CASES
 from tests.reference import assert_near
@@ -72,7 +73,7 @@ def met_branched(w, x):
 MEETINGS = [(scanned, met_scanned), (twice, met_twice), (experts, met_experts), (branched, met_branched)]
 
 
-@pytest.mark.parametrize("method", ["lora", "dora"])
+@pytest.mark.parametrize("method", ["lora", pytest.param("dora", marks=pytest.mark.nightly)])
 @pytest.mark.parametrize(("fn", "met"), MEETINGS, ids=[fn.__name__ for fn, _ in MEETINGS])
 def test_eva_finds_the_leading_directions_of_what_is_met(fn, met, method):
     params, rank = {"w": W}, 3
@@ -108,6 +109,18 @@ def test_eva_of_a_convolution_and_of_more_inputs_than_directions():
         assert_near(a.T @ a, np.eye(3), 1e-4)
         want = np.sum(np.linalg.svd(rows, compute_uv=False)[:3] ** 2)
         assert_near(np.linalg.norm(rows @ a) ** 2, want, tolerance)
+
+
+def test_shares_are_those_of_all_the_variance_also_where_most_is_not_looked_at():
+    rng = np.random.default_rng(0)
+    rows = rng.standard_normal((300, 70)) * 0.95 ** np.arange(70)
+    params, x = {"w": normal(1, 70, 7)}, jnp.asarray(rows, "f4")
+    lora = rslora.wrap(lambda p, x: x @ p["w"], params, x, config=rslora.LoraConfig(rank=3, alpha=7))
+    more = {"loss": None, "passes": 6, "progress": lambda done, total: None}
+    found = spread(lora, params, KEY, {"w": 3}, [(x[:100],), (x[100:],)], **more)["w"]
+    s = np.linalg.svd(rows, compute_uv=False) ** 2
+    assert s[13:].sum() > 0.15 * s.sum()  # of which random directions tell
+    assert_near(found.shares, s[:3] / s.sum(), 0.05)
 
 
 def squares(run, batch):

@@ -45,7 +45,7 @@ def peft_config(init, rank=RANK, **more):
     )
 
 
-@pytest.mark.parametrize("name", ["pissa", "pissa_niter_16", "olora"])
+@pytest.mark.parametrize("name", ["pissa", pytest.param("pissa_niter_16", marks=pytest.mark.nightly), "olora"])
 def test_the_base_and_the_products_are_those_of_peft(name):
     model, fn, params = theirs_and_ours()
     lora = rslora.wrap(fn, params, jnp.ones((1, 14)), config=rslora.LoraConfig(rank=RANK, alpha=ALPHA))
@@ -60,7 +60,7 @@ def test_the_base_and_the_products_are_those_of_peft(name):
         assert_near(changed[path], module.get_base_layer().weight.detach().numpy().T, 1e-4)
 
 
-@pytest.mark.parametrize("method", ["lora", "dora"])
+@pytest.mark.parametrize("method", [pytest.param("lora", marks=pytest.mark.nightly), "dora"])
 def test_peft_reads_over_the_original_base_what_was_trained_from_a_start(method, tmp_path):
     model, fn, params = theirs_and_ours()
     config = rslora.LoraConfig(rank=RANK, alpha=ALPHA, method=method, rank_pattern={"2": 2}, alpha_pattern={"0": 5})
@@ -83,7 +83,7 @@ def subspace(rows):
     return q @ q.T
 
 
-@pytest.mark.parametrize("rho", [1.0, 2.0])
+@pytest.mark.parametrize("rho", [pytest.param(1.0, marks=pytest.mark.nightly), 2.0])
 def test_eva_takes_the_directions_and_the_ranks_of_peft(rho):
     model, fn, params = theirs_and_ours()
     rng = np.random.default_rng(0)
