@@ -69,11 +69,6 @@ class LoRA:
         shapes = site.factor_shapes
         return {"a": first.reshape(shapes["a"]), "b": second.reshape(shapes["b"])}
 
-    def placed(self, site: Site, first: Any, second: Any) -> dict[str, Any]:
-        """Return A and B of two matrices, or stacks of them: what `low_rank` takes apart."""
-        shapes = site.factor_shapes
-        return {"a": first.reshape(shapes["a"]), "b": second.reshape(shapes["b"])}
-
     def less(self, site: Site, w: Array, factors: Mapping[str, Array]) -> Array:
         """Return W - gamma A B, which with A and B acts as W; summed in float32 at least, and rounded once."""
         return materialise(LoRA.view(self, site, w, self.scaled(factors, -1)))

@@ -88,9 +88,6 @@ class LowRank(Method, Protocol):
     def of_low_rank(self, site: Site, first: Any, second: Any) -> dict[str, Any]:
         """Return the adapter of two factors as `low_rank` gives them, of the site's rank."""
 
-    def placed(self, site: Site, first: Any, second: Any) -> dict[str, Any]:
-        """Return the arrays that two factors, (*stack, in, r) and (*stack, r, out), are; for `starts`."""
-
     def less(self, site: Site, w: Array, factors: Mapping[str, Array]) -> Array:
         """Return the weight of which a starting adapter with these factors makes `w`; for `starts`."""
 

@@ -40,7 +40,8 @@ def lora_ga(
     2r directions, B takes the last r.
 
     No gradient of a weight's size is needed: those by A and B of an adapter are G B' and A' G for any A and B, with
-    which the decomposition is that of random directions (arXiv 0909.4061), over all batches.
+    which the decomposition is that of random directions (arXiv 0909.4061), over all batches. (At ranks near half the
+    width, where it is cheaper, one weight's product may form its own for a moment.)
 
     Args:
       lora: from `wrap`, of the method LoRA or DoRA.

@@ -39,7 +39,7 @@ def filled(lora: Lora, first: Matrices | None, second: Matrices | None) -> Adapt
         stack = site.sizes(site.stack_axes)
         left = first[path] if first else jnp.zeros((*stack, site.in_size, site.rank))
         right = second[path] if second else jnp.zeros((*stack, site.rank, site.out_size))
-        return PLAIN.placed(site, left, right)
+        return PLAIN.of_low_rank(site, left, right)
 
     return {path: one(path, site) for path, site in lora.sites.items()}
 

@@ -16,6 +16,7 @@ from jax import Array, lax
 from jax.sharding import NamedSharding
 
 from rslora_jax.adapters import Adapters
+from rslora_jax.methods.lora import METHOD as PLAIN
 from rslora_jax.methods.method import RANK, asked, masked
 from rslora_jax.methods.random import site_key
 from rslora_jax.parallel.sharding import adapter_shardings
@@ -105,7 +106,7 @@ def changed(lora: Lora, params: Params, start: Adapters) -> Params:
 def check_method(lora: Lora) -> None:
     """Raise a ValueError where the adapters have no factors that a start could place."""
     for site in lora.sites.values():
-        asked(site.method, "placed", f"have another start ({site.path})")
+        asked(site.method, "less", f"have another start ({site.path})")
 
 
 def check_changes(lora: Lora, params: Params) -> None:
@@ -169,7 +170,7 @@ def placed_as(
 
     `where` says for each name where it is to lie; nothing, where that does not matter.
     """
-    placed = masked(site, asked(site.method, "placed", "have another start")(site, first, second))
+    placed = masked(site, PLAIN.of_low_rank(site, first, second))
     cast = {name: array.astype(like[name].dtype) for name, array in placed.items()}
     return {name: jax.device_put(array, where[name]) if where else array for name, array in cast.items()}
 
@@ -214,7 +215,7 @@ def _filled(find: Find, site: Site, options: Any, own: dict[str, Array], w: Any,
     """Return the factors with those of one element of the stack."""
     part = None if w is None else _as_matrix(site, _cut(site, dense(w), index))
     matrix = None if part is None else part.reshape(part.shape[-2:])
-    placed = asked(site.method, "placed", "have another start")(site, *find(site, matrix, key, *options))
+    placed = PLAIN.of_low_rank(site, *find(site, matrix, key, *options))
     stack = range(len(site.stack_axes))  # in front, in all factors
     return {name: _put(array, placed[name], stack, index) for name, array in own.items()}
 
