@@ -11,6 +11,7 @@ from jax import lax
 import rslora_jax as rslora
 from rslora_jax import starts
 from rslora_jax.sites import named_leaves
+from rslora_jax.starts.passes import Passes
 from rslora_jax.starts.variance import spread
 from tests.program_models import normal
 from tests.programs import CASES
@@ -206,3 +207,19 @@ def test_what_is_missing_is_said_in_a_sentence():
             begin(name, **more)
         assert len(str(error.value)) < 300
     assert starts.begin("pissa_niter_4", lora, params, KEY)[1].keys() == {"w"}
+
+
+@pytest.mark.parametrize("begin", [starts.eva, functools.partial(starts.lora_ga, loss=squares)])
+def test_no_array_of_a_weights_size_is_made_on_the_way(begin, monkeypatch):
+    size, taken = 512, []
+    params, x = {"u": normal(0, size, size), "v": normal(1, size, size)}, normal(2, 8, size)
+    lora = rslora.wrap(lambda p, x: jnp.tanh(x @ p["u"]) @ p["v"], params, x, config=rslora.LoraConfig(rank=3, alpha=7))
+
+    def measured(self, params, adapters):
+        compiled = jax.jit(self.act).lower(params, adapters, self.batches[0]).compile()
+        taken.append(compiled.memory_analysis().temp_size_in_bytes / (4 * size**2))
+        return jax.tree.map(lambda array: array + 1, adapters)
+
+    monkeypatch.setattr(Passes, "sum", measured)
+    begin(lora, params, KEY, batches=[(x,)])
+    assert max(taken) < 0.5, taken  # of the data and factors alone
