@@ -10,7 +10,7 @@ from jax import Array
 
 from rslora_jax.adapters import Adapters
 from rslora_jax.pytrees import Params
-from rslora_jax.starts.stream import Progress, check_method, on_mesh, placed_as, unseen
+from rslora_jax.starts.stream import Progress, check_method, on_mesh, placed_as, started, unseen
 from rslora_jax.starts.variance import spread
 from rslora_jax.wrap import Lora
 
@@ -53,7 +53,7 @@ def eva(
     ([0.0, 1.0, 0.0], 0.0)
     """
     check_method(lora)
-    ranks = {path: site.rank for path, site in lora.sites.items() if site.kind != "embedding"}
+    ranks = {path: site.rank for path, site in started(lora).items() if site.kind != "embedding"}
     found = spread(lora, params, key, ranks, batches, loss=loss, passes=passes, progress=progress)
     adapters, where = lora.init(key, params), on_mesh(lora, params)
     for path, of in found.items():

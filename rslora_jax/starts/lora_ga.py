@@ -15,7 +15,7 @@ from rslora_jax.adapters import Adapters
 from rslora_jax.pytrees import Params
 from rslora_jax.sites import Site
 from rslora_jax.starts.passes import Passes, drawn, filled, listed, split, with_rank
-from rslora_jax.starts.stream import Progress, changed, check_changes, on_mesh, placed_as, unseen
+from rslora_jax.starts.stream import Progress, changed, check_changes, on_mesh, placed_as, started, unseen
 from rslora_jax.starts.svd import basis_of
 from rslora_jax.wrap import Lora
 
@@ -68,8 +68,8 @@ def lora_ga(
     """
     check_changes(lora, params)
     found = listed(batches, "LoRA-GA")
-    full = {path: min(site.in_size, site.out_size) for path, site in lora.sites.items()}
-    wider = with_rank(lora, {path: min(2 * s.rank + _MORE, full[path]) for path, s in lora.sites.items()})
+    full = {path: min(site.in_size, site.out_size) for path, site in started(lora).items()}
+    wider = with_rank(lora, {path: min(2 * s.rank + _MORE, full[path]) for path, s in started(lora).items()})
 
     def act(params: Params, adapters: Adapters, batch: Any) -> Adapters:
         def value(adapters: Adapters) -> Array:
@@ -86,7 +86,7 @@ def lora_ga(
         _, through = split(wider, going.sum(params, filled(wider, basis, None)))
         second = {path: jnp.swapaxes(basis_of(jnp.swapaxes(z, -1, -2)), -1, -2) for path, z in through.items()}
     start, where = lora.init(key, params), on_mesh(lora, params)
-    for path, site in lora.sites.items():
+    for path, site in started(lora).items():
         if not bool(jnp.any(through[path] != 0)):
             raise ValueError(f"no gradient of the loss arrives at {path}: exclude it")
         size = site.out_size**0.25 / stable_gamma**0.5

@@ -8,7 +8,7 @@ from jax import Array
 from rslora_jax.adapters import Adapters
 from rslora_jax.pytrees import Params
 from rslora_jax.sites import Site
-from rslora_jax.starts.stream import Progress, check_method, found, unseen
+from rslora_jax.starts.stream import Progress, check_method, found, started, unseen
 from rslora_jax.starts.svd import basis_of
 from rslora_jax.wrap import Lora
 
@@ -32,7 +32,7 @@ def orthogonal(lora: Lora, params: Params, key: Array, *, progress: Progress = u
     True
     """
     check_method(lora)
-    for path, site in lora.sites.items():
+    for path, site in started(lora).items():
         for rank in (site.rank, *(layer.rank for layer in site.layers)):
             if rank % 2:
                 raise ValueError(f"{path} has rank {rank}, and the orthogonal start halves it: give it an even one")

@@ -16,7 +16,7 @@ from rslora_jax.config import LoraConfig
 from rslora_jax.layers import pattern_of_layer
 from rslora_jax.pytrees import Params
 from rslora_jax.sites import Site
-from rslora_jax.starts.stream import Progress, unseen
+from rslora_jax.starts.stream import Progress, started, unseen
 from rslora_jax.starts.variance import spread
 from rslora_jax.wrap import Lora
 
@@ -65,7 +65,7 @@ def eva_config(
     """
     if not rho >= 1:
         raise ValueError(f"rho={rho} is below 1, the least: a layer's rank is at most rho times what it was")
-    sites = {path: site for path, site in lora.sites.items() if site.kind != "embedding"}
+    sites = {path: site for path, site in started(lora).items() if site.kind != "embedding"}
     most = {path: _most(site, site.rank, rho) for path, site in sites.items()}
     key = jax.random.key(0) if key is None else key
     found = spread(lora, params, key, most, batches, loss=loss, passes=passes, progress=progress)

@@ -58,10 +58,10 @@ def found(
       progress: told the number of matrices done and their number in all.
     """
     adapters, leaves = lora.init(key, params), named_leaves(params)
-    total = sum(1 for site in lora.sites.values() for _ in _elements(site))
+    total = sum(1 for site in started(lora).values() for _ in _elements(site))
     shardings = on_mesh(lora, params)
     done = 0
-    for path, site in lora.sites.items():
+    for path, site in started(lora).items():
         where = shardings.get(path, {})
         own = {n: jnp.zeros(x.shape, x.dtype, device=where.get(n)) for n, x in _having_rank(site, adapters[path])}
         w = leaves[site.weight] if reads else None
@@ -93,7 +93,7 @@ def changed(lora: Lora, params: Params, start: Adapters) -> Params:
     check_changes(lora, params)
     lora.check(params, start)
     leaves = named_leaves(params)
-    for path, site in lora.sites.items():
+    for path, site in started(lora).items():
         w = jnp.copy(leaves[site.weight])  # a layer at a time is changed in its place
         own = dict(_having_rank(site, start[path]))
         for index, one in _elements(site):
@@ -103,9 +103,19 @@ def changed(lora: Lora, params: Params, start: Adapters) -> Params:
     return from_paths(params, leaves)
 
 
+def started(lora: Lora) -> dict[str, Site]:
+    """Return the sites that a start is for: what has no rank, as a value that is trained whole, is as `init` has it."""
+    return {path: site for path, site in lora.sites.items() if has_rank(site)}
+
+
+def has_rank(site: Site) -> bool:
+    """Say whether an adapter has arrays of a rank."""
+    return any(RANK in axes for axes in site.factors.values())
+
+
 def check_method(lora: Lora) -> None:
     """Raise a ValueError where the adapters have no factors that a start could place."""
-    for site in lora.sites.values():
+    for site in started(lora).values():
         asked(site.method, "less", f"have another start ({site.path})")
 
 
@@ -113,7 +123,7 @@ def check_changes(lora: Lora, params: Params) -> None:
     """Raise a ValueError that names the first weight that a start cannot change."""
     check_method(lora)
     leaves = named_leaves(params)
-    for path, site in lora.sites.items():
+    for path, site in started(lora).items():
         if is_stored(leaves[site.weight]):
             form = type(leaves[site.weight]).__name__
             raise ValueError(
@@ -178,7 +188,7 @@ def placed_as(
 def on_mesh(lora: Lora, params: Params) -> dict[str, dict[str, Any]]:
     """Return where the adapters lie of the weights that lie on a mesh."""
     leaves = named_leaves(params)
-    parts = {path: jax.tree.leaves(leaves[site.weight])[0] for path, site in lora.sites.items()}
+    parts = {path: jax.tree.leaves(leaves[site.weight])[0] for path, site in started(lora).items()}
     on = {path for path, part in parts.items() if isinstance(getattr(part, "sharding", None), NamedSharding)}
     return adapter_shardings({path: site for path, site in lora.sites.items() if path in on}, params)  # type: ignore[return-value]
 
