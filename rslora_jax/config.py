@@ -16,6 +16,7 @@ from rslora_jax.shown import quoted, shown
 from rslora_jax.transform.uses import USES
 
 _LARGEST_RANK, _LARGEST_ALPHA = 1 << 31, 1e30  # beyond which no scale could be computed
+_INITS = "use 'uniform', 'gaussian' or a function; starts such as pissa are rslora_jax.starts.pissa(lora, params, key)"
 _MOST_ALTERNATIVES = 1000  # of one pattern: each brace multiplies them
 
 
@@ -118,10 +119,7 @@ class LoraConfig:
         if not callable(self.scaling):
             scalings.gamma(1, 1.0, self.scaling)  # refuses an unknown name
         if not callable(self.init) and self.init not in ("uniform", "gaussian"):
-            raise ValueError(
-                f"init={quoted(self.init)} is not known: use 'uniform', 'gaussian' or a function; starts such as pissa "
-                "are rslora_jax.starts.pissa(lora, params, key)"
-            )
+            raise ValueError(f"init={quoted(self.init)} is not known: {_INITS}")
         try:
             floating = jnp.issubdtype(jnp.dtype(self.dtype), jnp.floating)
         except TypeError:

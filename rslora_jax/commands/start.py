@@ -52,9 +52,7 @@ def share_ranks(a: argparse.Namespace, lora: Any, variables: Any, data: Any, pla
     return wrap(lora.fn, variables, tokens, config=config)
 
 
-def begin(
-    a: argparse.Namespace, lora: Any, base: Any, found: Any, data: Any, placement: Placement, rows: Any
-) -> Begun:
+def begin(a: argparse.Namespace, lora: Any, base: Any, found: Any, data: Any, placement: Placement, rows: Any) -> Begun:
     """Give the adapters that training starts with, where they are to lie, and their base.
 
     Args:

@@ -35,13 +35,10 @@ def train(a: argparse.Namespace) -> int:
     import jax
 
     from rslora_jax.commands.data import examples
-    from rslora_jax.interop.kept_tokenizer import keep_tokenizer
     from rslora_jax.interop.untied import merge_model
-    from rslora_jax.parallel import processes
     from rslora_jax.train import NonFiniteLoss
 
     _check_flags(a)
-    check_start(a)
     placement = place(a.mesh, a.batch_size)
     _make_optimizer(a)  # refused before all else
     start = _open_start(a)
@@ -55,10 +52,7 @@ def train(a: argparse.Namespace) -> int:
     lora = share_ranks(a, lora, base.variables, data, placement)
     optimizer = _make_optimizer(a, lora)
     print(lora, flush=True)
-    if not a.resume:
-        processes.first_decides(lambda: keep_tokenizer(start.tokenizer if start else None, Path(a.out)))
-    if rows and not a.resume:
-        processes.first_decides(lambda: keep_new_tokens(a, base))
+    _keep_tokens(a, base, start, rows)
     # Of several processes none holds the whole of what the model writes.
     asked = heldout[:2] if jax.process_count() == 1 else []
     answers = _answerer(a, base, asked)
@@ -101,6 +95,7 @@ def _check_flags(a: argparse.Namespace) -> None:
         raise ValueError(f"--batch-size {a.batch_size} is not a multiple of --accumulate {a.accumulate}")
     if jax.process_count() > 1 and not a.mesh:
         raise ValueError("several processes need a mesh that says how they share the work: give --mesh data=-1")
+    check_start(a)
     if a.tensorboard:
         check_installed("--tensorboard", ("tensorboardX",), extra="tensorboard")
     processes.first_decides(lambda: _check_out(a))
@@ -199,6 +194,17 @@ def _wrap(
         config = dataclasses.replace(found.lora.config, dropout=a.dropout or found.lora.config.dropout)
     apply, tokens = placed_apply(base, placement), jax.ShapeDtypeStruct((1, 8), "int32")
     return rslora.wrap(apply, base.variables, tokens, config=config), found
+
+
+def _keep_tokens(a: argparse.Namespace, base: Any, start: Any, rows: Mapping[str, Any]) -> None:
+    """Keep in a new run's folder the tokenizer that its adapters have, and the new tokens."""
+    from rslora_jax.interop.kept_tokenizer import keep_tokenizer
+    from rslora_jax.parallel import processes
+
+    if not a.resume:
+        processes.first_decides(lambda: keep_tokenizer(start.tokenizer if start else None, Path(a.out)))
+    if rows and not a.resume:
+        processes.first_decides(lambda: keep_new_tokens(a, base))
 
 
 def _prepare(

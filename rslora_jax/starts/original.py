@@ -19,7 +19,6 @@ from rslora_jax.config import LoraConfig
 from rslora_jax.layers import Layer, pattern_of_layer, value_of_layer, with_layers
 from rslora_jax.methods.method import RANK, rescaled
 from rslora_jax.sites import Site
-from rslora_jax.starts.stream import has_rank
 from rslora_jax.wrap import Lora
 
 
@@ -63,7 +62,7 @@ def doubled(config: LoraConfig, sites: Mapping[str, Site]) -> tuple[LoraConfig, 
     ranks = [(pattern, 2 * of) for pattern, of in of_ranks]
     alphas = [(pattern, _same(of, config.rank, config)) for pattern, of in of_alphas]
     # What these do not say, of a weight narrower than the rank or under a scaling of the caller's, is said first.
-    ranked = {path: site for path, site in sites.items() if has_rank(site)}
+    ranked = {path: site for path, site in sites.items() if site.scaled}
     own = {(path, n): layer for path, site in ranked.items() for n, layer in _layers(site)}
     more_ranks = [
         (pattern_of_layer(glob.escape(path), n), 2 * layer.rank)
@@ -83,7 +82,7 @@ def doubled(config: LoraConfig, sites: Mapping[str, Site]) -> tuple[LoraConfig, 
 
 def less(site: Site, factors: Mapping[str, Any], start: Mapping[str, Any]) -> dict[str, Any]:
     """Return the adapter whose update is that of one less that of another, of both ranks together."""
-    if not has_rank(site):  # as a value that is trained whole, which is that over any base
+    if not site.scaled:  # as a value that is trained whole, which is that over any base
         return dict(factors)
     gone = rescaled(site, {name: jnp.asarray(array) for name, array in start.items()}, -1)
 

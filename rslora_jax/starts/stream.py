@@ -105,12 +105,7 @@ def changed(lora: Lora, params: Params, start: Adapters) -> Params:
 
 def started(lora: Lora) -> dict[str, Site]:
     """Return the sites that a start is for: what has no rank, as a value that is trained whole, is as `init` has it."""
-    return {path: site for path, site in lora.sites.items() if has_rank(site)}
-
-
-def has_rank(site: Site) -> bool:
-    """Say whether an adapter has arrays of a rank."""
-    return any(RANK in axes for axes in site.factors.values())
+    return {path: site for path, site in lora.sites.items() if site.scaled}
 
 
 def check_method(lora: Lora) -> None:

@@ -28,6 +28,7 @@ from rslora_jax.store.about import read_about, sealed
 from rslora_jax.store.arrays import read_arrays, shapes_of
 from rslora_jax.store.checksum import checksums
 from rslora_jax.store.damage import Damaged
+from rslora_jax.trained import trained_whole
 
 
 @dataclasses.dataclass(frozen=True)
@@ -93,9 +94,12 @@ def over_original(
         if about["start"].get(path) != word:
             raise Damaged(f"{folder / 'start'} is damaged: {path} is not what the run began with")
     shapes, what = {path: _shape_of(form) for path, form in about["base"].items()}, "be taken over to another base"
-    sites = {path: site_by_arrays(config, path, of, shapes.get(path), what) for path, of in adapters.items()}
+    left = trained_whole(config, adapters)  # which are over any base what they are
+    own = {path: of for path, of in adapters.items() if path not in left}
+    sites = {path: site_by_arrays(config, path, of, shapes.get(path), what) for path, of in own.items()}
     made, _ = doubled(config, sites)
-    return made, {path: less(site, adapters[path], start.adapters[path]) for path, site in sites.items()}
+    joined = {path: less(site, adapters[path], start.adapters[path]) for path, site in sites.items()}
+    return made, {path: joined.get(path, of) for path, of in adapters.items()}
 
 
 def _shape_of(form: str) -> tuple[int, ...] | None:

@@ -1,6 +1,5 @@
 """Starts over all programs of the laws: step 0 and the merged weights as before, and factors as numpy has them."""
 
-import dataclasses
 import functools
 import math
 import warnings
@@ -15,7 +14,6 @@ from hypothesis import strategies as st
 import rslora_jax as rslora
 from rslora_jax import starts
 from rslora_jax.sites import named_leaves
-from rslora_jax.transform.views import View
 from tests.program_models import normal
 from tests.programs import BY_DAY, CASES
 from tests.reference import assert_near
@@ -223,34 +221,18 @@ def test_what_leaves_the_base_takes_stored_weights_and_single_uses(method):
     assert_near(lora.apply(same, adapters, jnp.arange(3)), fn(dense, jnp.arange(3)), 1e-5)
 
 
-@dataclasses.dataclass(frozen=True)
-class Whole:
-    """The value itself, which has no rank."""
-
-    needs_base = True
-
-    def factors(self, site):
-        return {"value": tuple(range(len(site.shape)))}
-
-    def init(self, site, key, w, config):
-        return {"value": w}
-
-    def view(self, site, w, factors):
-        return View(factors["value"], site.labels, w.dtype, (site.path,))
-
-
 @pytest.mark.parametrize("name", ["pissa", "eva"])
-def test_what_has_no_rank_stays_as_it_starts(name):
-    params, x = {"w": normal(0, 9, 7), "v": normal(1, 7, 5)}, normal(1, 5, 9)
+def test_what_is_trained_whole_stays_as_it_starts(name):
+    params, x = {"w": normal(0, 9, 7), "v": normal(1, 7, 5), "scale": jnp.ones(7)}, normal(1, 5, 9)
 
     def fn(p, x):
-        return jnp.tanh(x @ p["w"]) @ p["v"]
+        return jnp.tanh(x @ p["w"] * p["scale"]) @ p["v"]
 
-    lora = rslora.wrap(fn, params, x, config=rslora.LoraConfig(rank=2, alpha=5))
-    sites = {**lora.sites, "v": dataclasses.replace(lora.sites["v"], method=Whole())}
-    lora = dataclasses.replace(lora, sites=sites, compiled={})
+    config = rslora.LoraConfig(rank=2, alpha=5, trained=["scale", "v"], targets="w")
+    lora = rslora.wrap(fn, params, x, config=config)
     changed, adapters = starts.begin(name, lora, params, KEY, loss=lambda run, x: run(x).sum(), batches=[x])
-    assert changed["v"] is params["v"] and adapters["v"].keys() == {"value"}
+    assert changed["v"] is params["v"] and lora.sites.keys() == {"w", "v", "scale"}
+    assert_near(adapters["v"], lora.init(KEY, params)["v"], 0)
     assert_near(lora.apply(changed, adapters, x), fn(params, x), 1e-5)
     trained = as_trained(adapters)
     if name == "pissa":
