@@ -54,7 +54,7 @@ KINDS = {
     "LoRA+ (16)": Kind(plus=16.0, rates=(3e-5, 1e-4, 3e-4)),
     "PiSSA": Kind(start="pissa:16", rates=(1e-4, 3e-4, 1e-3)),
     "OLoRA": Kind(start="olora", rates=(3e-5, 1e-4, 3e-4)),
-    "EVA": Kind(start="eva", rates=(3e-4, 1e-3, 3e-3)),
+    "EVA": Kind(start="eva", rates=(1e-4, 3e-4, 1e-3)),
     "LoRA-GA": Kind(start="lora-ga", rates=(1e-4, 3e-4, 1e-3)),
     "full": Kind({"targets": (), "trained": LINEAR}, rates=(1e-5, 3e-5, 1e-4)),
 }

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -98,6 +98,28 @@ def add_flag(group: Any, flag: str, default: Any, text: str, **options: Any) -> 
     if bounds := {name: options.pop(name) for name in ("least", "above", "below", "most") if name in options}:
         kind = {"type": Number(kind["type"], **bounds)}
     group.add_argument(flag, default=default, help=text + (f" (default {default})" if shows else ""), **kind | options)
+
+
+def pairs(flag: str, texts: Sequence[str], number: Number) -> list[tuple[str, Any]]:
+    """Read what a flag gives as GLOB=NUMBER, as often as it is given.
+
+    Raises:
+      ValueError: one is not of that form, or no number of that range.
+
+    >>> pairs("--rank-pattern", ["*/mlp/*=8", "w=4"], Number(int, least=1))
+    [('*/mlp/*', 8), ('w', 4)]
+    """
+
+    def pair(text: str) -> tuple[str, Any]:
+        pattern, equals, value = text.rpartition("=")
+        if not equals:
+            raise ValueError(f"{flag} {text} has no number: write it as {flag} '{text}=8'")
+        try:
+            return pattern, number(value)
+        except argparse.ArgumentTypeError as error:
+            raise ValueError(f"{flag} {text}: {error}") from error
+
+    return [pair(text) for text in texts]
 
 
 def shared(group: Any, flag: str, **changes: Any) -> None:

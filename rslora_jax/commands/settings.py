@@ -24,7 +24,8 @@ _FREE = (
     *("eval_every", "save_every", "keep", "tensorboard"),
 )
 _OF_THE_ADAPTERS = (
-    *("rank", "alpha", "scaling", "targets", "trained", "new_tokens", "method", "start", "dropout"),
+    *("rank", "alpha", "scaling", "targets", "exclude", "rank_pattern", "alpha_pattern", "trained", "new_tokens"),
+    *("method", "start", "dropout"),
     *("adapters", "param_dtype"),
 )
 # What of a run `fit` is to let differ for a flag; for all others that decide, the data and what is held out.
@@ -97,12 +98,18 @@ def _read_settings(path: str, flags: Mapping[str, Any]) -> dict[str, Any]:
 def _words(flag: str, value: Any, default: Any) -> list[str] | None:
     """Write a value of a file as the words of a command line; None where it is not of the kind of the flag's default.
 
+    A table is what is given as NAME=VALUE on the command line.
+
     >>> _words("--rank", 3, 32), _words("--resume", True, False), _words("--prompt", ["a", "b"], [])
     (['--rank=3'], ['--resume'], ['--prompt=a', '--prompt=b'])
+    >>> _words("--rank-pattern", {"*/mlp/*": 8}, [])
+    ['--rank-pattern=*/mlp/*=8']
     """
     if isinstance(default, bool) or isinstance(value, bool):
         return ([flag] if value else []) if isinstance(default, bool) and isinstance(value, bool) else None
     if isinstance(default, list):
+        if isinstance(value, dict):
+            value = [f"{name}={one}" for name, one in value.items() if isinstance(one, (str, int, float))] or value
         is_list = isinstance(value, list) and all(isinstance(one, str) for one in value)
         return [f"{flag}={one}" for one in value] if is_list else None
     kinds = (int, float) if isinstance(default, (int, float)) else str

@@ -10,11 +10,13 @@ import time
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 from rslora_jax.commands import settings
 from rslora_jax.commands.command import FOR_MODELS, Command, check_installed, default_arguments
 from rslora_jax.commands.devices import Placement, base_shardings, join_processes, place, placed_apply
+from rslora_jax.commands.flags import Number, pairs
 from rslora_jax.commands.new_tokens import keep_new_tokens, placed, with_new_tokens
 from rslora_jax.commands.output import model_name
 from rslora_jax.commands.start import Begun, begin, check_start, share_ranks
@@ -23,7 +25,7 @@ from rslora_jax.commands.train_flags import add_flags
 from rslora_jax.terminal import one_line
 
 # What is said of new adapters, by flags of the names that `LoraConfig` has.
-_OF_NEW = ("rank", "alpha", "scaling", "targets", "trained", "method")
+_OF_NEW = ("rank", "alpha", "scaling", "targets", "exclude", "rank_pattern", "alpha_pattern", "trained", "method")
 
 
 def train(a: argparse.Namespace) -> int:
@@ -40,7 +42,7 @@ def train(a: argparse.Namespace) -> int:
 
     _check_flags(a)
     placement = place(a.mesh, a.batch_size)
-    _make_optimizer(a)  # refused before all else
+    _make_optimizer(a), _config_of(a)  # refused before all else
     start = _open_start(a)
     training, heldout = examples(a.data, a.heldout)
     of_examples = settings.examples_to_save(training, heldout)
@@ -178,6 +180,16 @@ def _read_base(a: argparse.Namespace, start: Any, placement: Placement) -> Any:
     return with_own_tokenizer(base, own).with_template_options(options)
 
 
+def _config_of(a: argparse.Namespace, rows: Mapping[str, Any] = MappingProxyType({})) -> Any:
+    """Return the config of new adapters that the flags describe."""
+    import rslora_jax as rslora
+
+    own = {name: getattr(a, name) for name in (*_OF_NEW, "dropout")}
+    own["rank_pattern"] = pairs("--rank-pattern", a.rank_pattern, Number(int, least=1))
+    own["alpha_pattern"] = pairs("--alpha-pattern", a.alpha_pattern, Number(float, above=0))
+    return rslora.LoraConfig(**own, trained_rows=rows)
+
+
 def _wrap(
     a: argparse.Namespace, base: Any, start: Any, placement: Placement, rows: Mapping[str, Any]
 ) -> tuple[Any, Any]:
@@ -188,8 +200,7 @@ def _wrap(
     from rslora_jax.interop.adapter_folder import attach_alone
 
     found = attach_alone(start, base) if start else None
-    own = {name: getattr(a, name) for name in (*_OF_NEW, "dropout")}
-    config = rslora.LoraConfig(**own, trained_rows=rows)
+    config = _config_of(a, rows)
     if found:  # dropout is a matter of training: their own, unless another is asked for
         config = dataclasses.replace(found.lora.config, dropout=a.dropout or found.lora.config.dropout)
     apply, tokens = placed_apply(base, placement), jax.ShapeDtypeStruct((1, 8), "int32")

@@ -20,6 +20,22 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
     shared(what, "--max-len")
     shared(what, "--heldout")
     shared(what, "--template-option")
+    _add_adapter_flags(parser)
+    _add_training_flags(parser)
+    _add_device_flags(parser)
+    out = parser.add_argument_group("output")
+    shared(out, "--out", default="rslora-run", text="folder for checkpoints, metrics and curves")
+    add_flag(out, "--eval-every", 0, "steps between evaluations (default: three in a run)", metavar="N", least=0)
+    between = "steps between checkpoints (default: four in a run, at most 500)"
+    add_flag(out, "--save-every", 0, between, metavar="N", least=0)
+    add_flag(out, "--keep", 2, "checkpoints to keep beside the best", metavar="N", least=1)
+    out.add_argument("--tensorboard", action="store_true", help="write event files too (extra `tensorboard`)")
+    out.add_argument("--resume", action="store_true", help="go on from the last checkpoint in --out")
+    text = "with --resume: change this flag of the run on purpose, such as learning-rate; as often as you like"
+    add_flag(out, "--override", [], text, metavar="NAME", action="append")
+
+
+def _add_adapter_flags(parser: argparse.ArgumentParser) -> None:
     lora = parser.add_argument_group("adapters")
     add_flag(lora, "--rank", 32, "rank r of every adapter", metavar="R", least=1)
     add_flag(lora, "--alpha", 16.0, "numerator of the scale", metavar="A", above=0)
@@ -27,6 +43,13 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
     add_flag(
         lora, "--targets", "all-linear", 'weights to adapt: "all-linear" or a glob over their paths', metavar="GLOB"
     )
+    add_flag(
+        lora, "--exclude", [], "weights to leave out, a glob; as often as you like", metavar="GLOB", action="append"
+    )
+    own = "of the weights that match, or of single layers, such as */layers_{0..3}/mlp/*="
+    several = "; as often as you like, the first match wins"
+    add_flag(lora, "--rank-pattern", [], f"rank {own}64{several}", metavar="GLOB=R", action="append")
+    add_flag(lora, "--alpha-pattern", [], f"alpha {own}32{several}", metavar="GLOB=A", action="append")
     whole = "parameters to train whole, a glob over their paths such as */norm/scale; as often as you like"
     add_flag(lora, "--trained", [], whole, metavar="GLOB", action="append")
     new = "tokens to add, with commas between: table and head get rows for them, at the mean of the others, which are "
@@ -44,18 +67,6 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
     add_flag(lora, "--start", None, f"{begin} (default: A random, B zero)", metavar="NAME")
     start = "start from these, with their rank, alpha, scaling and targets: a run, or a folder that PEFT saved"
     add_flag(lora, "--adapters", None, start, metavar="FOLDER")
-    _add_training_flags(parser)
-    _add_device_flags(parser)
-    out = parser.add_argument_group("output")
-    shared(out, "--out", default="rslora-run", text="folder for checkpoints, metrics and curves")
-    add_flag(out, "--eval-every", 0, "steps between evaluations (default: three in a run)", metavar="N", least=0)
-    between = "steps between checkpoints (default: four in a run, at most 500)"
-    add_flag(out, "--save-every", 0, between, metavar="N", least=0)
-    add_flag(out, "--keep", 2, "checkpoints to keep beside the best", metavar="N", least=1)
-    out.add_argument("--tensorboard", action="store_true", help="write event files too (extra `tensorboard`)")
-    out.add_argument("--resume", action="store_true", help="go on from the last checkpoint in --out")
-    text = "with --resume: change this flag of the run on purpose, such as learning-rate; as often as you like"
-    add_flag(out, "--override", [], text, metavar="NAME", action="append")
 
 
 def _add_training_flags(parser: argparse.ArgumentParser) -> None:
