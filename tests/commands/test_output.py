@@ -25,6 +25,7 @@ OUTS = [
     ("merge", "--out", ["one"]),
     ("export", "--out", ["one"]),
     ("import", "--out", ["one"]),
+    ("combine", "--out", ["one", "two"]),
 ]
 PLACES = {
     "under a file": (lambda here: here / "file" / "new", "not a directory|is no folder"),
@@ -92,7 +93,7 @@ def test_a_full_disk_is_told_first(command, flag, more, tmp_path, capsys, monkey
 @pytest.mark.usefixtures("nothing_is_read")
 def test_what_is_not_installed_is_told_first(command, package, tmp_path, capsys, monkeypatch):
     monkeypatch.setitem(sys.modules, package, None)
-    needed = {"merge": ["one", "--out", "o"], "export": ["one", "--out", "o"], "import": ["one", "--out", "o"]}
+    needed = {name: ["one", "--out", "o"] for name in ("merge", "export", "import", "combine")}
     arguments = needed.get(command, ["one"] if command == "inspect" else [])
     assert f"`rslora {command}` needs {package}: pip install 'rslora_jax[train]'" in refused(
         [command, *arguments], capsys

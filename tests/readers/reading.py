@@ -249,7 +249,8 @@ def _check_peft(folder: Path, found: Any) -> None:
     tensors = {n.removeprefix("base_model.model."): t for n, t in _by_library(folder / files_of("adapter")).items()}
     whole = [path for path, site in lora.sites.items() if not site.scaled]
     for path, site in ((path, site) for path, site in lora.sites.items() if site.scaled):
-        delta = site.gamma * np.einsum("lir,lro->loi", *(loaded.adapters[path][n].astype("f8") for n in "ab"))
+        product = np.einsum("lir,lro->loi", *(loaded.adapters[path][n].astype("f8") for n in "ab"))
+        delta = [site.of_layer(layer).gamma * product[layer] for layer in range(2)]
         for layer in range(2):
             own = path.replace("/kernel", "").rpartition("layers/")[2].replace("attn/", "self_attn.").replace("/", ".")
             module = f"model.layers.{layer}.{own}"
