@@ -103,10 +103,12 @@ VARIED = """
 """
 
 
+@pytest.mark.by_day_on("newest")
 def test_adapters_that_differ_by_device_and_a_base_in_other_memory():
     assert "all held on 8 devices" in run(VARIED)
 
 
+@pytest.mark.by_day_on("oldest")
 @pytest.mark.parametrize(
     "names", [("split in", "scan", "resharded"), pytest.param((), id="all", marks=pytest.mark.nightly)]
 )

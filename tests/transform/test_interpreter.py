@@ -112,7 +112,11 @@ DEEP = {
 }
 
 
-@pytest.mark.parametrize("name", DEEP)
+# Seconds each, op by op: by day, each end does every other one.
+@pytest.mark.parametrize(
+    "name",
+    [pytest.param(name, marks=pytest.mark.by_day_on(("oldest", "newest")[n % 2])) for n, name in enumerate(DEEP)],
+)
 def test_an_op_by_op_run_holds_no_more_values_at_once_than_the_function_itself(name, monkeypatch):
     fn, held = DEEP[name], []
     lora = rslora.wrap(fn, PARAMS, DATA, config=rslora.LoraConfig(rank=3, alpha=7))
