@@ -26,7 +26,8 @@ class DoRA(LoRA):
     """`m * (W + gamma A B) / ||W + gamma A B||`, with the norm over the in-axes, a number of m for each output (eq. 5).
 
     The norm is a constant under differentiation, as in section 4.3 of the paper. It is computed without the sum:
-    ||W + gamma A B||^2 = ||W||^2 + 2 gamma <A'W, B> + gamma^2 <(A'A) B, B>, output by output.
+    ||W + gamma A B||^2 = ||W||^2 + 2 gamma <A'W, B> + gamma^2 <(A'A) B, B>, output by output; of a large rank, of
+    which that takes more, from some rows of the sum at a time.
     """
 
     needs_base = True
