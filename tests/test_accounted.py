@@ -46,6 +46,7 @@ def test_a_parameter_is_adapted_as_it_is_used_or_left_out_with_its_reason(entry:
     assert len(said) == len(parts) and all(any(part in text for text in said) for part in parts)
 
 
+@pytest.mark.by_day_on("oldest")
 @EACH
 def test_what_is_adapted_is_exact(entry: Entry):
     lora, _ = wrapped(entry.fn, entry.params, *entry.args)

@@ -74,6 +74,7 @@ def test_law_1_fresh_adapters_change_no_bit(case, lora):
         chex.assert_trees_all_equal(lora.apply(case.params, adapters, *case.args), case.fn(case.params, *case.args))
 
 
+@pytest.mark.by_day_on("newest")
 def test_law_1_fresh_adapters_change_nothing(case, lora, applied):
     adapters = lora.init(jax.random.key(3))
     got = applied(case.params, adapters, *case.args)

@@ -18,6 +18,8 @@ from rslora_jax.train import Trial, scale_by_rank
 from rslora_jax.train.sweep import scaling_factors
 from tests.reference import assert_near, trained
 
+pytestmark = pytest.mark.usefixtures("compile_fast")
+
 WIDTH, LAYERS = 6, 4
 rng = np.random.default_rng(3)
 STACK = {"layers": {"up": {"kernel": jnp.asarray(0.5 * rng.standard_normal((LAYERS, WIDTH, WIDTH)), jnp.float32)}}}

@@ -8,12 +8,11 @@ import pytest
 from tests.devices import run_on
 from tests.optimizer_program import OPTIMIZERS
 
-pytestmark = [pytest.mark.by_day_on("newest"), pytest.mark.xdist_group("meshes")]
-BY_DAY = ["lbfgs", "hessian", "noisy_sgd"]
-AT_NIGHT = sorted({*OPTIMIZERS} - {*BY_DAY})
+pytestmark = [pytest.mark.nightly, pytest.mark.xdist_group("meshes")]
+FIRST = ["lbfgs", "hessian", "noisy_sgd"]  # each of another kind
 
 
-@pytest.mark.parametrize("names", [BY_DAY, pytest.param(AT_NIGHT, marks=pytest.mark.nightly)])
+@pytest.mark.parametrize("names", [FIRST, sorted({*OPTIMIZERS} - {*FIRST})])
 def test_many_devices_take_the_step_of_one(names):
     said = run_on(4, "tests.optimizer_program", *names, JAX_DISABLE_MOST_OPTIMIZATIONS="1")
     found = json.loads(said.splitlines()[-1])

@@ -18,6 +18,7 @@ def begin(place, out, *flags):
     )
 
 
+@pytest.mark.nightly
 def test_a_run_trains_saves_and_hands_on_each_layers_own(place, tmp_path, capsys):
     (tmp_path / "c.toml").write_text(
         'exclude = ["*/layers_{0}/mlp/*"]\nalpha = 7\n[rank-pattern]\n"*/layers_{1}/mlp/*" = 5\n'

@@ -137,7 +137,7 @@ def test_norms_of_a_large_rank_are_those_of_the_sum(sizes, rank):
     assert_near(pull(dy)[0]["w"], gradients_by_hand(site, params["w"], adapters["w"], dw), 1e-5)
 
 
-@pytest.mark.parametrize("rank", [6, 200])
+@pytest.mark.parametrize("rank", [6, pytest.param(200, marks=pytest.mark.nightly)])
 @pytest.mark.parametrize(("fn", "form"), [(looped, "array"), (scanned, "array"), (scanned, "stored")])
 def test_no_array_of_the_weights_size_is_made(fn, form, rank):
     size, layers, taken = 512, 2 if fn is looped else 6, {}

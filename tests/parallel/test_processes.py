@@ -65,6 +65,7 @@ def same_as_alone(found, folder):
             np.testing.assert_allclose(got, np.ravel(x), atol=2e-3)  # Adam, as in test_meshes
 
 
+@pytest.mark.nightly
 def test_two_processes_are_stopped_together_and_one_goes_on_alone(tmp_path, tmp_path_factory):
     """A SIGTERM to the second process alone, at step 4; then one process, on another mesh, takes up what they left."""
     whole = tmp_path_factory.mktemp("alone")

@@ -283,7 +283,7 @@ def test_what_has_a_rule_never_falls_back(name):
             assert outcomes(program) == [("found", "")], f"\n{program}"
 
 
-HALVES = [pytest.param(n, marks=pytest.mark.by_day_on(("oldest", "newest")[n % 2])) for n in range(20)]
+HALVES = [pytest.param(n, marks=pytest.mark.by_day_on(("oldest", "newest")[n % 2])) for n in range(14)]
 
 
 @pytest.mark.parametrize("number", HALVES)

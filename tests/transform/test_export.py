@@ -9,7 +9,7 @@ import rslora_jax as rslora
 from tests.program_models import normal
 from tests.reference import assert_near, merged_by_hand, trained
 
-pytestmark = pytest.mark.usefixtures("compile_fast")
+pytestmark = [pytest.mark.by_day_on("oldest"), pytest.mark.usefixtures("compile_fast")]
 
 PARAMS = {
     "w": normal(0, 16, 24),
