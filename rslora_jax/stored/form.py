@@ -17,7 +17,9 @@ class Stored:
     it becomes dense, and again in the backward pass, and is not kept between.
 
     A format defines `stack`, the sizes of the axes that all its arrays have in front; `inner`, the shape
-    of the array behind these; `dtype`, that of the array; and `dense()`, which makes the array, for any stack.
+    of the array behind these; `dtype`, that of the array; and `dense()`, which makes the array, for any stack. One
+    whose arrays have the array's axes in their order, divided into blocks, says so in `blocks`; one of several
+    kinds that a class has gives its name in `format`.
     """
 
     if TYPE_CHECKING:  # a property here would be in the way of a field of the same name
@@ -37,6 +39,19 @@ class Stored:
     def dense(self) -> Array:
         """Return the array that it stands for."""
         raise NotImplementedError
+
+    @property
+    def blocks(self) -> dict[str, tuple[int, ...]]:
+        """For each of its arrays that has the axes of `inner`, how many entries along each are of one block.
+
+        What is of one block stays on one device. An array that is not here is whole on every device.
+        """
+        return {}
+
+    @property
+    def format(self) -> str:
+        """The name of the format, that a base is known by."""
+        return type(self).__name__
 
     @property
     def shape(self) -> tuple[int, ...]:

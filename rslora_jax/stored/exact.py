@@ -1,0 +1,24 @@
+"""Arithmetic whose results do not depend on what a compiler makes of it."""
+
+import jax.numpy as jnp
+from jax import Array
+
+
+def added(product: Array, term: Array) -> Array:
+    """Return the sum of a product, rounded first, and a term.
+
+    XLA on CPUs contracts the two to an operation that rounds once, through barriers and casts, but not past a maximum.
+    """
+    return jnp.maximum(product, jnp.finfo(product.dtype).min) + term
+
+
+def mean(numbers: Array) -> Array:
+    """Return the mean along the last axis as if summed with twice float32's digits (Knuth's two-sum, in a tree)."""
+    n, sums, errors = numbers.shape[-1], numbers, jnp.zeros_like(numbers)
+    while sums.shape[-1] > 1:
+        padding = [(0, 0)] * (sums.ndim - 1) + [(0, sums.shape[-1] % 2)]
+        (a, b), (less, more) = (jnp.split(jnp.pad(array, padding), 2, -1) for array in (sums, errors))
+        sums = a + b
+        of_b = sums - a
+        errors = less + more + ((a - (sums - of_b)) + (b - of_b))
+    return ((sums + errors) / n)[..., 0]

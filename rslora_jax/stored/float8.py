@@ -1,0 +1,71 @@
+"""Weights in 8-bit floats (E4M3, arXiv 2209.05433), with one scale for each out channel."""
+
+import dataclasses
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+
+from rslora_jax.stored.form import Stored
+
+DTYPE = jnp.float8_e4m3fn
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Float8(Stored):
+    """A weight in 8 bits: `codes * scale`.
+
+    Attributes:
+      codes: float8_e4m3fn, of the weight's shape.
+      scale: float32, of the weight's shape with its in-axis of size 1.
+      dtype: dtype of the weight.
+      depth: how many axes `inner` has.
+    """
+
+    codes: Array
+    scale: Array
+    dtype: Any = dataclasses.field(metadata={"static": True})
+    depth: int = dataclasses.field(default=2, metadata={"static": True})
+
+    @property
+    def stack(self) -> tuple[int, ...]:
+        """The sizes of the axes in front."""
+        return tuple(self.codes.shape[: self.codes.ndim - self.depth])
+
+    @property
+    def inner(self) -> tuple[int, ...]:
+        """The shape behind the stack."""
+        return tuple(self.codes.shape[self.codes.ndim - self.depth :])
+
+    @property
+    def blocks(self) -> dict[str, tuple[int, ...]]:
+        return {"codes": (1,) * self.depth, "scale": (1,) * self.depth}
+
+    def dense(self) -> Array:
+        return (self.codes.astype(jnp.float32) * self.scale).astype(self.dtype)
+
+
+def float8(weight: Any, axis: int = 0, depth: int = 0) -> Float8:
+    """Round a weight to 8-bit floats; each out channel is scaled so that its largest magnitude is theirs, 448.
+
+    Arguments are those of `int8`.
+
+    >>> w = float8(jnp.array([[448.0, 3.0], [-200.0, 1.0]]))
+    >>> w.codes.astype("float32").tolist(), [round(scale * 448, 3) for scale in w.scale[0].tolist()]
+    ([[448.0, 448.0], [-192.0, 144.0]], [448.0, 3.0])
+    """
+    return _float8(jnp.asarray(weight), axis % (jnp.ndim(weight) - depth), depth)
+
+
+def _float8_of(weight: Array, axis: int, depth: int) -> Float8:
+    wide = weight.astype(jnp.float32)
+    most = jnp.abs(wide).max(depth + axis, keepdims=True)
+    scale = jnp.where(most > 0, most, 1) / float(jnp.finfo(DTYPE).max)
+    limit = float(jnp.finfo(DTYPE).max)  # a quotient may be rounded past it, to what is no number
+    codes = jnp.clip(wide / scale, -limit, limit).astype(DTYPE)
+    return Float8(codes, scale, jnp.dtype(weight.dtype), weight.ndim - depth)
+
+
+_float8 = jax.jit(_float8_of, static_argnums=(1, 2))
