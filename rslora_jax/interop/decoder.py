@@ -12,7 +12,8 @@ import jax.numpy as jnp
 from rslora_jax.interop import decoder_config, decoder_gguf, decoder_written
 from rslora_jax.interop.family import Family, Untied
 from rslora_jax.interop.names import Names, Weight
-from rslora_jax.interop.weights import Tensor, same_numbers
+from rslora_jax.interop.tensors import Tensor
+from rslora_jax.interop.weights import same_numbers
 from rslora_jax.models.decoder import SHARDING_RULES, Decoder, Embed, Layer
 from rslora_jax.models.decoder_config import DecoderConfig
 

@@ -13,11 +13,12 @@ from jax.typing import DTypeLike
 
 from rslora_jax.interop.families import family_of_gguf
 from rslora_jax.interop.family import Family
-from rslora_jax.interop.gguf_file import read_gguf
+from rslora_jax.interop.gguf_file import GgufTensor, read_gguf
+from rslora_jax.interop.gguf_packed import packing_of_gguf, warn_of_unpacked
 from rslora_jax.interop.model import Model, Progress, Shardings, shardings_of
 from rslora_jax.interop.own_tokenizer import read_or_none
 from rslora_jax.interop.tokenizer import Tokenizer, tokenizer_from_metadata
-from rslora_jax.interop.weights import check_sizes, load_weights
+from rslora_jax.interop.weights import check_sizes, load_weights, warn_not_finite
 
 _SMOLLM2 = "SmolLM2-135M-Instruct.Q4_1.gguf"
 
@@ -51,11 +52,13 @@ def load_gguf(
     family: Family | None = None,
     progress: Progress | None = None,
     text: bool = True,
+    dequantize: bool = False,
 ) -> Model:
     """Load (config, variables, tokenizer) from a GGUF file of a Llama, Mistral, Qwen 2 or 3, or Gemma 1 to 3.
 
-    Weights are dequantised, kernels are (in, out), with `scan_layers` (layers, in, out), and what the format has
-    otherwise (a Llama's rows of q and k, a Gemma's norms) is as Hugging Face has it.
+    Matrices stay in the blocks that the file has them in (`stored.Gguf`); norms, and what has no blocks that are known,
+    are arrays. Kernels are (in, out), with `scan_layers` (layers, in, out), and what the format has otherwise (a
+    Llama's rows of q and k, a Gemma's norms) is as Hugging Face has it.
 
     Args:
       path: the file.
@@ -65,14 +68,16 @@ def load_gguf(
       family: which family's file it is, where it is none of `families.FAMILIES`.
       progress: called with the bytes that are done, and all.
       text: as of `load_model`.
+      dequantize: make arrays of all weights.
 
     Raises:
       ValueError: the file is missing, truncated or not GGUF, or holds what the family would compute wrongly: another
         architecture or vocabulary, experts, biases, rotary positions stretched in a way not known. It is named.
 
     >>> config, variables, tokenizer = load_gguf(find_smollm2(), scan_layers=True, param_dtype=jnp.bfloat16)
-    >>> variables["params"]["layers"]["attn"]["q_proj"]["kernel"].shape, config.num_kv_heads
-    ((30, 576, 576), 3)
+    >>> kernel = variables["params"]["layers"]["attn"]["q_proj"]["kernel"]
+    >>> kernel.shape, kernel.format, config.num_kv_heads
+    ((30, 576, 576), 'Q4_1', 3)
     >>> tokenizer.decode(tokenizer.encode("Hello, world"))
     'Hello, world'
     """
@@ -85,7 +90,7 @@ def load_gguf(
     config = form.read_config(path, metadata, tensors, **how)
     tokenizer = read_or_none(lambda: _tokenizer(path, metadata, config.vocab_size), text)
     check_sizes(tensors, family.outline(config), form.names, str(path))
-    shapes = family.shapes(config)
+    shapes, unpacked, broken = family.shapes(config), list[str](), dict[str, GgufTensor]()
     variables = load_weights(
         form.weights(config, metadata, tensors),
         shapes,
@@ -93,7 +98,10 @@ def load_gguf(
         names=form.names,
         source=str(path),
         progress=progress,
+        packing=None if dequantize else packing_of_gguf(unpacked, broken),
     )
+    warn_not_finite(broken, jnp.dtype(param_dtype))
+    warn_of_unpacked(path, unpacked)
     return Model(config, variables, tokenizer, family)
 
 

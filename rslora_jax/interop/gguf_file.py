@@ -57,21 +57,33 @@ class GgufTensor:
     def rows(self, first: int, stop: int) -> np.ndarray:
         """Read rows `first` to `stop` along the first axis, with the quantisation undone."""
         if len(self.shape) < 2:  # a vector is one row in the file
-            return self._lines(0, 1).reshape(self.shape)[first:stop]
+            return self._numbers(self._lines(0, 1)).reshape(self.shape)[first:stop]
+        each = self._ordered(first, stop)
+        return self._numbers(each).reshape(stop - first, *self.shape[1:])
+
+    def packed(self) -> np.ndarray:
+        """Read a matrix's rows as the bytes that they take in the file: uint8 (rows, row_bytes)."""
+        return self._ordered(0, self.shape[0])
+
+    def _ordered(self, first: int, stop: int) -> np.ndarray:
         each = math.prod(self.shape[1:-1])
         if self.order is None:
-            return self._lines(first * each, stop * each).reshape(stop - first, *self.shape[1:])
+            return self._lines(first * each, stop * each)
         wanted = self.order[first:stop]
         low, high = int(wanted.min()), int(wanted.max()) + 1
-        return self._lines(low * each, high * each).reshape(high - low, *self.shape[1:])[wanted - low]
+        lines = self._lines(low * each, high * each).reshape(high - low, -1)[wanted - low]
+        return lines.reshape(-1, self.row_bytes)
 
     def _lines(self, first: int, stop: int) -> np.ndarray:
         count = (stop - first) * self.row_bytes
         found = np.fromfile(self.path, np.uint8, count, offset=self.start + first * self.row_bytes)
         if found.size != count:
             raise ValueError(f"{self.path} was cut off within {shown(self.name)} while it was read: start again")
+        return found.reshape(stop - first, self.row_bytes)
+
+    def _numbers(self, lines: np.ndarray) -> np.ndarray:
         try:
-            return dequantize(found.reshape(stop - first, self.row_bytes), self.kind)
+            return dequantize(lines, self.kind)
         except NotImplementedError as error:
             raise ValueError(
                 f"{self.path}: tensor {shown(self.name)} is stored as {self.kind.name}, which cannot be dequantised "

@@ -2,51 +2,24 @@
 
 from __future__ import annotations
 
-import dataclasses
 import math
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from functools import partial
-from pathlib import Path
-from typing import Any, NamedTuple, Protocol
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax import lax
 
 from rslora_jax.interop.model import Progress
 from rslora_jax.interop.names import Names, Place, places
+from rslora_jax.interop.packing import Packing, fill_packed, num_bytes
+from rslora_jax.interop.pieces import CHUNK, Piece, joined, pieces, write
 from rslora_jax.interop.safetensors import not_finite
+from rslora_jax.interop.tensors import Source, Tensor
 from rslora_jax.pytrees import PyTree
 from rslora_jax.shown import quoted, shown
-from rslora_jax.sites import named_leaves
-
-CHUNK = 1 << 23  # bytes that are on the way at a time
-
-
-class Tensor(Protocol):
-    """A tensor in a file, of any format, that can be read some rows at a time."""
-
-    @property
-    def path(self) -> Path:
-        """The file."""
-
-    @property
-    def name(self) -> str:
-        """Its name there."""
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        """Its shape."""
-
-    @property
-    def dtype(self) -> np.dtype:
-        """The dtype in which its rows are read."""
-
-    def rows(self, first: int, stop: int) -> np.ndarray:
-        """Read rows `first` to `stop` along the first axis."""
-        ...
+from rslora_jax.sites import from_paths, named_leaves
 
 
 def load_weights(
@@ -58,6 +31,7 @@ def load_weights(
     ignored: Callable[[str], bool] = lambda name: False,
     source: str = "the model",
     progress: Progress | None = None,
+    packing: Packing | None = None,
 ) -> Any:
     """Fill a pytree of weights from a file's tensors, by a table of names.
 
@@ -72,6 +46,7 @@ def load_weights(
       ignored: says which tensors may be there without a place.
       source: the model's name, for errors.
       progress: called with the bytes that are done, and all.
+      packing: says which weights are held in a form of their own, and makes it; none without.
 
     Raises:
       ValueError: a tensor is missing, has no place or is of another shape; it is named.
@@ -81,32 +56,35 @@ def load_weights(
     leaves, broken = named_leaves(shapes), dict[str, Tensor]()
     sources = _sources(tensors, leaves, names, ignored, source)
     where = dict(zip(leaves, jax.tree.leaves(shardings, is_leaf=lambda leaf: leaf is None), strict=True))
-    plans = {path: list(_pieces(leaf.shape, where[path])) for path, leaf in leaves.items()}
-    total = sum(piece.size * leaves[path].dtype.itemsize for path, plan in plans.items() for piece in plan)
-    done = 0
-    arrays = []
+    packed = {path: packing(path, leaf, sources[path]) if packing else None for path, leaf in leaves.items()}
+    total = sum(num_bytes(packed[path] or leaf, where[path]) for path, leaf in leaves.items())
+    done, found = 0, dict[str, Any]()
+
+    def tell(count: int) -> None:
+        nonlocal done
+        done += count
+        if progress:
+            progress(done, total)
+
     for path, leaf in leaves.items():
-        single = []
-        for piece in plans[path]:
-            first = _fill(piece, leaf.dtype, sources[path], broken)
-            # Asked for one by one, so that what is not yet there does not pile up.
-            single += [first, *(jax.block_until_ready(jax.device_put(first, device)) for device in piece.devices[1:])]
-            done += piece.size * leaf.dtype.itemsize
-            if progress:
-                progress(done, total)
-        sharding = where[path]
-        whole = partial(jax.make_array_from_single_device_arrays, leaf.shape, sharding)
-        arrays.append(single[0] if sharding is None else whole(single, dtype=leaf.dtype))
-    _warn_of(broken, jax.tree.leaves(shapes)[0].dtype)
-    return jax.tree.unflatten(jax.tree.structure(shapes), arrays)
+        if (own := packed[path]) is not None:
+            found[path] = fill_packed(own, where[path], tell)
+            continue
+        parts = []
+        for piece in pieces(leaf.shape, where[path]):
+            parts.append((_fill(piece, leaf.dtype, sources[path], broken), piece))
+            tell(piece.size * leaf.dtype.itemsize)
+        found[path] = joined(leaf.shape, leaf.dtype, where[path], parts)
+    warn_not_finite(broken, jax.tree.leaves(shapes)[0].dtype)
+    return from_paths(shapes, found)
 
 
 def same_numbers(one: Tensor, other: Tensor) -> bool:
     """Say whether two tensors hold the same numbers, reading some rows at a time."""
     if one.shape != other.shape:
         return False
-    pieces = _chunks(one, range(one.shape[0]))
-    return all(np.array_equal(mine, other.rows(row, row + len(mine))) for row, mine in pieces)
+    mine = _chunks(one, range(one.shape[0]))
+    return all(np.array_equal(rows, other.rows(row, row + len(rows))) for row, rows in mine)
 
 
 def check_sizes(
@@ -145,7 +123,8 @@ def _check_shape(name: str, place: Place, whole: tuple[int, ...], tensor: Tensor
     return turned
 
 
-def _warn_of(broken: Mapping[str, Tensor], dtype: Any) -> None:
+def warn_not_finite(broken: Mapping[str, Tensor], dtype: Any) -> None:
+    """Warn of tensors, by name, that hold numbers that are not finite, or not in a dtype."""
     if broken:
         name, tensor = next(iter(broken.items()))
         more = f", and {len(broken) - 1} more tensors hold" if len(broken) > 1 else " holds"
@@ -156,22 +135,13 @@ def _warn_of(broken: Mapping[str, Tensor], dtype: Any) -> None:
         )
 
 
-@dataclasses.dataclass(frozen=True)
-class _Source:
-    """The tensors that a weight is made of, one for each layer where it holds several, and how they lie."""
-
-    tensors: tuple[Tensor, ...]
-    is_stack: bool
-    is_turned: bool
-
-
 def _sources(
     tensors: Mapping[str, Tensor],
     leaves: Mapping[str, Any],
     names: Names,
     ignored: Callable[[str], bool],
     source: str,
-) -> dict[str, _Source]:
+) -> dict[str, Source]:
     """Find every weight's tensors, checked."""
     found = places(names, {path: leaf.shape for path, leaf in leaves.items()})
     for name in found:
@@ -187,33 +157,12 @@ def _sources(
         turned[place.path] = _check_shape(name, place, leaves[place.path].shape, tensors[name])
         parts[place.path].append(tensors[name])  # `places` gives layers in their order
     stacks = {place.path for place in found.values() if place.layer is not None}
-    return {path: _Source(tuple(of), path in stacks, turned[path]) for path, of in parts.items()}
+    return {path: Source(tuple(of), path in stacks, turned[path]) for path, of in parts.items()}
 
 
-class _Piece(NamedTuple):
-    """A part of an array, and the devices of this process that hold it; None is the default one."""
-
-    part: tuple[range, ...]
-    devices: list[Any]
-
-    @property
-    def size(self) -> int:
-        return math.prod(map(len, self.part))
-
-
-def _pieces(shape: tuple[int, ...], sharding: Any) -> Iterable[_Piece]:
-    if sharding is None:
-        return [_Piece(tuple(map(range, shape)), [None])]
-    pieces: dict[tuple[range, ...], _Piece] = {}
-    for device, slices in sharding.addressable_devices_indices_map(shape).items():
-        part = tuple(range(*along.indices(size)) for along, size in zip(slices, shape, strict=True))
-        pieces.setdefault(part, _Piece(part, [])).devices.append(device)
-    return pieces.values()
-
-
-def _fill(piece: _Piece, dtype: Any, source: _Source, broken: dict[str, Tensor]) -> jax.Array:
+def _fill(piece: Piece, dtype: Any, source: Source, broken: dict[str, Tensor]) -> jax.Array:
     """Read a piece onto its first device; tensors with numbers that are not finite go into `broken`."""
-    shape, turn = [len(along) for along in piece.part], source.is_turned
+    shape, turn = piece.shape, source.is_turned
     if piece.size * np.dtype(dtype).itemsize <= CHUNK:  # no program to compile, and little to hold twice
         whole = np.empty(shape, dtype)
         for start, rows in _rows(piece, source, dtype, broken):
@@ -225,12 +174,12 @@ def _fill(piece: _Piece, dtype: Any, source: _Source, broken: dict[str, Tensor])
         # Some rows are read while others are written, and no more wait.
         target.block_until_ready()
         # JAX would cut float64 to float32 with a warning.
-        target = _write(target, rows.astype(np.float32) if rows.dtype == np.float64 else rows, start, turn)
+        target = write(target, rows.astype(np.float32) if rows.dtype == np.float64 else rows, start, turn)
     return target.block_until_ready()
 
 
 def _rows(
-    piece: _Piece, source: _Source, dtype: Any, broken: dict[str, Tensor]
+    piece: Piece, source: Source, dtype: Any, broken: dict[str, Tensor]
 ) -> Iterator[tuple[tuple[int, ...], np.ndarray]]:
     """Read a piece some rows at a time: where in the piece they begin, and they as the file has them."""
     layers, *along = piece.part if source.is_stack else (range(1), *piece.part)
@@ -259,10 +208,3 @@ def _chunks(tensor: Tensor, rows: range) -> Iterator[tuple[int, np.ndarray]]:
     step = max(1, CHUNK // max(1, math.prod(tensor.shape[1:]) * tensor.dtype.itemsize))
     for row in range(rows.start, rows.stop, step):
         yield row, tensor.rows(row, min(row + step, rows.stop))
-
-
-@partial(jax.jit, donate_argnums=0, static_argnums=3)
-def _write(target: jax.Array, rows: jax.Array, start: tuple[Any, ...], turn: bool) -> jax.Array:
-    """Write rows of a tensor into its array, in place."""
-    rows = rows.swapaxes(-1, -2) if turn else rows
-    return lax.dynamic_update_slice(target, rows.astype(target.dtype), start)

@@ -96,6 +96,34 @@ def param_shardings(params: Params, mesh: Mesh, rules: Rules) -> PyTree:
     return from_paths(params, {path: one(path, leaf) for path, leaf in leaves.items()})
 
 
+def stored_shardings(leaf: Any, sharding: Any) -> Any:
+    """Return where the arrays of a weight lie, when the weight lies as `sharding` says; no block is cut.
+
+    Along the stack's axes each is split as the weight is, and along the others where it has whole blocks there.
+
+    Args:
+      leaf: a stored weight, of arrays or of `jax.ShapeDtypeStruct`; of an array the result is `sharding` itself.
+      sharding: of the weight's shape.
+
+    Returns:
+      The same node of the pytree with a sharding in place of each array.
+    """
+    if not is_stored(leaf):
+        return sharding
+    if not isinstance(sharding, NamedSharding):
+        return jax.tree.map(lambda array: sharding, leaf)
+    depth, blocks = len(leaf.stack), leaf.blocks
+    spec = (*sharding.spec, *(None,) * (leaf.ndim - len(sharding.spec)))
+
+    def one(path: Any, array: Any) -> NamedSharding:
+        own = blocks.get(jax.tree_util.keystr(path[:1], simple=True), ())
+        counts = [size // block for size, block in zip(array.shape, (1,) * depth + own, strict=False)]
+        split = [_dividing(sharding.mesh, count, axes) for count, axes in zip(counts, spec, strict=False)]
+        return NamedSharding(sharding.mesh, PartitionSpec(*split), memory_kind=sharding.memory_kind)
+
+    return jax.tree_util.tree_map_with_path(one, leaf)
+
+
 def _dividing(mesh: Mesh | AbstractMesh, size: int, axes: Any) -> Any:
     """Return the mesh axes of an array's axis that there are and that divide its size."""
     names = [axes] if isinstance(axes, str) else list(axes or ())
