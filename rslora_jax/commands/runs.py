@@ -16,7 +16,7 @@ from rslora_jax.interop.adapter_folder import attach, load_base, open_adapters, 
 from rslora_jax.interop.chat_template import parse_options
 from rslora_jax.interop.family import Family
 from rslora_jax.interop.load import folder_of, load_model
-from rslora_jax.interop.model import Model
+from rslora_jax.interop.model import Model, apply_of
 from rslora_jax.interop.own_tokenizer import same_tokenizer
 from rslora_jax.interop.same_base import check_same_base
 from rslora_jax.interop.untied import merge_model
@@ -110,8 +110,8 @@ def load_runs(
 def unrolled(loaded: LoadedRuns) -> LoadedRuns:
     """Give the same with a program for each layer in place of a scan."""
     config = dataclasses.replace(loaded.config, scan_layers=False)
-    apply, tokens = loaded.family.build(config).apply, jax.ShapeDtypeStruct((1, 8), "int32")
     variables = unstack_layers(loaded.variables)
+    apply, tokens = loaded.family.build(config).apply, jax.ShapeDtypeStruct((1, 8), "int32")
     loras: dict[int, Lora] = {}
 
     def one(run: Run) -> Run:
@@ -141,7 +141,7 @@ def program(loaded: LoadedRuns, run: Run | None, *, merged: bool = False) -> tup
     if loaded.runs:
         first = loaded.runs[0]
         return _adapted(first.lora), (loaded.variables, first.lora.init(jax.random.key(0), loaded.variables))
-    return loaded.family.build(loaded.config).apply, loaded.variables
+    return apply_of(loaded.family.build(loaded.config), loaded.variables), loaded.variables
 
 
 @functools.lru_cache(maxsize=8)

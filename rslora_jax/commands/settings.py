@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from rslora_jax.commands.train_flags import add_flags
+from rslora_jax.interop.held import held_as
 from rslora_jax.shown import quoted, reason_of, shown
 
 _OF_A_CALL = ("config", "resume", "override")  # flags of one call of the command, and not of a run
@@ -26,7 +27,7 @@ _FREE = (
 _OF_THE_ADAPTERS = (
     *("rank", "alpha", "scaling", "targets", "exclude", "rank_pattern", "alpha_pattern", "trained", "new_tokens"),
     *("method", "start", "dropout"),
-    *("adapters", "param_dtype"),
+    *("adapters", "param_dtype", "quantize", "dequantize"),
 )
 # What of a run `fit` is to let differ for a flag; for all others that decide, the data and what is held out.
 _OF_FIT: Mapping[str, tuple[str, ...]] = {
@@ -125,13 +126,18 @@ def _saved_settings(out: str) -> dict[str, Any]:
     from rslora_jax.store import checkpoint
 
     checkpoint.check_folder(out, resume=True)
-    settings = {name: value for name, value in checkpoint.load_about(out)["settings"].items() if name != "examples"}
+    settings = {name: value for name, value in _settings_of(checkpoint.load_about(out)).items() if name != "examples"}
     if "imported" in settings:
         raise ValueError(
             f"{out} was imported and has no training to resume: start from it in another folder, with "
             f"rslora train --adapters {shlex.quote(out)} --out FOLDER"
         )
     return settings
+
+
+def _settings_of(about: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Return what a run was started with; of one that does not tell how its base was held, its checksums do."""
+    return {**held_as(about["base"]), **about["settings"]}
 
 
 def check_course(arguments: argparse.Namespace) -> None:
@@ -144,7 +150,7 @@ def check_course(arguments: argparse.Namespace) -> None:
 
     overridden = _overridden(arguments)
     about = checkpoint.load_about(arguments.out)
-    here, saved = _absolute(vars(arguments)), about["settings"]
+    here, saved = _absolute(vars(arguments)), _settings_of(about)
     decide = [name for name in here if name in saved and name not in (*_FREE, *_OF_A_CALL, "examples")]
     if "examples" in saved:
         decide.remove("data")  # the examples are compared, wherever they lie
@@ -219,10 +225,12 @@ def _said(name: str, value: Any, *, flag: bool = True) -> str:
     ('--batch-size 4', 'b1=0.5', 'no --data')
     """
     text = " ".join(value) if isinstance(value, list) else value
-    absent = value is None or value == []
+    absent = value is None or value == [] or value is False
     if not flag:
         return "none" if absent else str(text)
-    return f"no --{name.replace('_', '-')}" if absent else f"--{name.replace('_', '-')} {text}"
+    if absent or value is True:
+        return f"{'no ' * absent}--{name.replace('_', '-')}"
+    return f"--{name.replace('_', '-')} {text}"
 
 
 def _refused(said: str, name: str, arguments: argparse.Namespace) -> str:

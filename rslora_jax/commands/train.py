@@ -91,12 +91,14 @@ def _check_flags(a: argparse.Namespace) -> None:
     """Raise a ValueError for flags that cannot be, before anything is read."""
     import jax
 
+    from rslora_jax.interop.held import check_held
     from rslora_jax.parallel import processes
 
     if a.batch_size % a.accumulate:
         raise ValueError(f"--batch-size {a.batch_size} is not a multiple of --accumulate {a.accumulate}")
     if jax.process_count() > 1 and not a.mesh:
         raise ValueError("several processes need a mesh that says how they share the work: give --mesh data=-1")
+    check_held(a.dequantize, a.quantize)
     check_start(a)
     if a.tensorboard:
         check_installed("--tensorboard", ("tensorboardX",), extra="tensorboard")
@@ -159,6 +161,7 @@ def _read_base(a: argparse.Namespace, start: Any, placement: Placement) -> Any:
     from rslora_jax.interop.adapter_folder import place_of_trained
     from rslora_jax.interop.chat_template import parse_options
     from rslora_jax.interop.enlarged import with_rows_of
+    from rslora_jax.interop.held import held_as
     from rslora_jax.interop.kept_tokenizer import is_whole
     from rslora_jax.interop.load import find_family, load_model
     from rslora_jax.interop.own_tokenizer import with_own_tokenizer
@@ -166,6 +169,8 @@ def _read_base(a: argparse.Namespace, start: Any, placement: Placement) -> Any:
     options = parse_options(a.template_option)
     own = start.tokenizer if start else None
     a.model = place_of_trained(start, a.model)
+    if start and not (a.quantize or a.dequantize):
+        a.quantize, a.dequantize = held_as(start.base)["quantize"], held_as(start.base)["dequantize"]
     print(f"reading {model_name(a.model)}", flush=True)
     base = load_model(
         a.model,
@@ -175,6 +180,8 @@ def _read_base(a: argparse.Namespace, start: Any, placement: Placement) -> Any:
         shardings=base_shardings(placement, find_family(a.model)) if placement.mesh else None,
         progress=progress_line("reading"),
         text=own is None or not is_whole(own),
+        dequantize=a.dequantize,
+        quantize=a.quantize,
     )
     base = placed(with_rows_of(base, start.config, start.rows), placement) if start else base
     return with_own_tokenizer(base, own).with_template_options(options)

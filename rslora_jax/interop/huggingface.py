@@ -17,6 +17,7 @@ from rslora_jax.interop.json_files import json_text, read_json
 from rslora_jax.interop.model import Model, Progress, Shardings, shardings_of
 from rslora_jax.interop.names import Names
 from rslora_jax.interop.own_tokenizer import check_rows, read_or_none
+from rslora_jax.interop.quantising import quantising
 from rslora_jax.interop.shards import open_folder
 from rslora_jax.interop.tokenizer import Tokenizer
 from rslora_jax.interop.tokenizer_files import read_tokenizer, tokenizer_files
@@ -39,6 +40,8 @@ def load_huggingface(
     names: Names | None = None,
     progress: Progress | None = None,
     text: bool = True,
+    dequantize: bool = False,
+    quantize: str | None = None,
 ) -> Model:
     """Load (config, variables, tokenizer) from a folder of the families Llama, Mistral, Qwen 2 and 3, and Gemma 1 to 3.
 
@@ -52,7 +55,7 @@ def load_huggingface(
       family: which family's folder it is; by default the one of `families.FAMILIES` that reads its `model_type`.
       names: the table of names, where it is not the family's.
       progress: called with the bytes that are done, and all.
-      text: as of `load_model`.
+      text, dequantize, quantize: as of `load_model`.
 
     Raises:
       ValueError: the folder is no whole model, or one that would be computed wrongly here; file and field or tensor are
@@ -75,6 +78,7 @@ def load_huggingface(
         ignored=lambda name: ignored is not None and ignored(config, name),
         source=str(folder),
         progress=progress,
+        packing=quantising(quantize) if quantize else None,
     )
     return Model(config, variables, tokenizer, family, changed)
 

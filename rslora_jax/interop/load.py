@@ -9,6 +9,7 @@ import jax.numpy as jnp
 from jax.typing import DTypeLike
 
 from rslora_jax.interop.family import Family
+from rslora_jax.interop.held import check_held
 from rslora_jax.interop.hub import fetch, is_hub_name, not_there
 from rslora_jax.interop.model import Model, Progress, Shardings
 
@@ -26,6 +27,8 @@ def load_model(
     family: Family | None = None,
     progress: Progress | None = None,
     text: bool = True,
+    dequantize: bool = False,
+    quantize: str | None = None,
 ) -> Model:
     """Load (config, variables, tokenizer) from wherever a model is.
 
@@ -42,6 +45,10 @@ def load_model(
       progress: called with the bytes of the weights that are done, and all.
       text: whether the model is to read and write text. Where it is not, one whose tokenizer is missing or is not read
         here is loaded all the same, which is said, with None in the tokenizer's place.
+      dequantize: make arrays of weights that the files have in 4 or 8 bits, as those of a .gguf file; by default they
+        stay as they are, and become dense where they are used.
+      quantize: "nf4", "int8" or "float8": round the matrices of the layers to it as they are read, one tensor at a
+        time; tables, heads and norms stay arrays.
 
     Raises:
       ValueError: there is no such model, it cannot be fetched, or `load_huggingface` or `load_gguf` refuses it.
@@ -50,9 +57,11 @@ def load_model(
     >>> config.width, tokenizer.vocab_size
     (576, 49152)
     """
+    check_held(dequantize, quantize)
     path = _find(where)
     how: dict[str, Any] = dict(scan_layers=scan_layers, remat=remat, param_dtype=param_dtype, dtype=dtype)
     how |= dict(shardings=shardings, family=family, progress=progress, text=text)
+    how |= dict(dequantize=dequantize, quantize=quantize)
     # Only what is needed is imported: a GGUF file takes another library.
     if path.is_dir():
         from rslora_jax.interop.huggingface import load_huggingface

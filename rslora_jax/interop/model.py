@@ -9,7 +9,10 @@ from typing import Any
 import jax
 from flax import linen as nn
 
+from rslora_jax.bare import Bare
 from rslora_jax.interop.family import Family
+from rslora_jax.sites import named_leaves
+from rslora_jax.stored import is_stored
 
 # Where weights are to lie: a pytree of shardings like the variables, or what makes one of the variables' shapes (a
 # pytree of `jax.ShapeDtypeStruct`), such as `partial(param_shardings, mesh=mesh, rules=SHARDING_RULES)`.
@@ -51,12 +54,17 @@ class Model:
 
     @property
     def apply(self) -> Callable[..., Any]:
-        """The module's `apply`, for `rslora_jax.wrap`."""
-        return self.module.apply
+        """The module's `apply`, for `rslora_jax.wrap`; it takes weights that are stored in a form of their own too."""
+        return apply_of(self.module, self.variables)
 
     def with_template_options(self, options: Mapping[str, Any]) -> Model:
         """Return it with options for its chat template; a ValueError for one that the template never looks at."""
         return dataclasses.replace(self, tokenizer=self.tokenizer.with_options(options)) if options else self
+
+
+def apply_of(module: nn.Module, variables: Any) -> Callable[..., Any]:
+    """Give a module's `apply`, which takes what of the variables is stored in a form of its own."""
+    return Bare(module.apply) if any(map(is_stored, named_leaves(variables).values())) else module.apply
 
 
 def shardings_of(shardings: Shardings, shapes: Any) -> Any:

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from rslora_jax.interop.adapter_folder import SMOLLM2, Opened
+from rslora_jax.store.checksum import same_form
 
 
 def check_same_base(opened: Sequence[Opened]) -> None:
@@ -19,7 +20,7 @@ def check_same_base(opened: Sequence[Opened]) -> None:
         for path in {**runs[0].base, **one.base}:
             there, here = (of.base.get(path, "missing") for of in (runs[0], one))
             if there != here:
-                other = f"is {here} and not {there}" if here.split()[0] != there.split()[0] else "has other values"
+                other = f"is {here} and not {there}" if not same_form(here, there) else "has other values"
                 raise ValueError(
                     f"{one.source} is of another base than {runs[0].source} ({path} {other}): take adapters of one base"
                 )

@@ -14,7 +14,7 @@ import orbax.checkpoint as ocp
 from rslora_jax.config import LoraConfig
 from rslora_jax.pytrees import Params
 from rslora_jax.shown import quoted, shown
-from rslora_jax.store.checksum import checksums
+from rslora_jax.store.checksum import checksums, same_form
 from rslora_jax.store.damage import Damaged, read_or_say
 from rslora_jax.store.folder import steps_in
 
@@ -135,7 +135,7 @@ def check_same(where: Path, found: Mapping[str, Any], here: Mapping[str, Any]) -
         differing = [key for key in both if found[name].get(key) != here[name].get(key)]
         first = differing[0]
         theirs, ours = (str(side[name].get(first, "missing")) for side in (found, here))
-        if name != "config" and theirs != ours and theirs.split()[0] == ours.split()[0]:
+        if name != "config" and theirs != ours and same_form(theirs, ours):
             said = f"{shown(first)} has other values"
         else:
             said = f"{shown(first)} is {shown(theirs)} there, {shown(ours)} here"

@@ -1,8 +1,9 @@
 """A checksum of arrays that is the same wherever they lie: on one device, on a mesh, or in the host's memory."""
 
 import dataclasses
+import re
 import zlib
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -34,11 +35,41 @@ def checksums(tree: PyTree) -> dict[str, str]:
 def form_of(leaf: Any) -> str:
     """Write an array's dtype and shape, and the form in which it is stored if it is none.
 
-    >>> form_of(np.ones((2, 3)))
-    'float64[2,3]'
+    >>> from rslora_jax.stored import int8
+    >>> form_of(np.ones((2, 3))), form_of(int8(jnp.ones((2, 3))))
+    ('float64[2,3]', 'Int8 of float32[2,3]')
     """
-    kind = f"{type(leaf).__name__} of {leaf.dtype}" if is_stored(leaf) else leaf.dtype
+    kind = f"{leaf.format} of {leaf.dtype}" if is_stored(leaf) else leaf.dtype
     return f"{kind}[{','.join(map(str, leaf.shape))}]"
+
+
+class Form(NamedTuple):
+    """What `checksums` tells of an array beside its bits.
+
+    Attributes:
+      format: the name of the form in which it is stored; None of an array.
+      dtype: its dtype's name.
+      shape: its shape.
+    """
+
+    format: str | None
+    dtype: str
+    shape: tuple[int, ...]
+
+
+def read_form(text: str) -> Form | None:
+    """Read what `form_of` writes, with a checksum behind it or not; None where it is something else.
+
+    >>> read_form("Q4_1 of float32[30,576] 5d0c"), read_form("missing")
+    (Form(format='Q4_1', dtype='float32', shape=(30, 576)), None)
+    """
+    found = re.match(r"(?:(.+) of )?(\w+)\[([\d,]*)\]", text)
+    return Form(found[1], found[2], tuple(int(n) for n in found[3].split(",") if n)) if found else None
+
+
+def same_form(one: str, other: str) -> bool:
+    """Say whether two entries of `checksums` are of one form, and differ in their numbers alone if at all."""
+    return one.rpartition(" ")[0] == other.rpartition(" ")[0]
 
 
 def _word(leaf: Any) -> Array:

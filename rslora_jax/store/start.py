@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import re
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
@@ -26,7 +25,7 @@ from rslora_jax.pytrees import PyTree
 from rslora_jax.starts.original import doubled, less
 from rslora_jax.store.about import read_about, sealed
 from rslora_jax.store.arrays import read_arrays, shapes_of
-from rslora_jax.store.checksum import checksums
+from rslora_jax.store.checksum import checksums, read_form
 from rslora_jax.store.damage import Damaged
 from rslora_jax.trained import trained_whole
 
@@ -93,23 +92,14 @@ def over_original(
     for path, word in checksums({"adapters": start.adapters}).items():
         if about["start"].get(path) != word:
             raise Damaged(f"{folder / 'start'} is damaged: {path} is not what the run began with")
-    shapes, what = {path: _shape_of(form) for path, form in about["base"].items()}, "be taken over to another base"
+    forms, what = {path: read_form(text) for path, text in about["base"].items()}, "be taken over to another base"
+    shapes = {path: form and form.shape for path, form in forms.items()}
     left = trained_whole(config, adapters)  # which are over any base what they are
     own = {path: of for path, of in adapters.items() if path not in left}
     sites = {path: site_by_arrays(config, path, of, shapes.get(path), what) for path, of in own.items()}
     made, _ = doubled(config, sites)
     joined = {path: less(site, adapters[path], start.adapters[path]) for path, site in sites.items()}
     return made, {path: joined.get(path, of) for path, of in adapters.items()}
-
-
-def _shape_of(form: str) -> tuple[int, ...] | None:
-    """Return the shape in an array's form, such as "float32[8,5] 5d0c"; None where there is none.
-
-    >>> _shape_of("float32[8,5] 5d0c"), _shape_of("")
-    ((8, 5), None)
-    """
-    found = re.match(r"[^\[]*\[([\d,]+)\]", form)
-    return tuple(int(n) for n in found[1].split(",")) if found else None
 
 
 def described(about: Mapping[str, Any], start: Start | None) -> dict[str, Any]:

@@ -90,6 +90,11 @@ class NF4(Stored):
         codes = tuple(self.block // 2 if n == self.axis else 1 for n in range(len(self.inner)))
         return {"codes": codes, "absmax": (1,) * len(self.inner)}
 
+    @property
+    def format(self) -> str:
+        name = "NF4" if self.levels == LEVELS else "FP4"
+        return name if self.block == BLOCK else f"{name} in blocks of {self.block}"
+
     def dense(self) -> Array:
         at = len(self.stack) + (0 if self.is_flat else self.axis)
         halves = jnp.expand_dims(self.codes, at + 1) >> _aligned(

@@ -1,0 +1,78 @@
+"""How a base is held in memory: as arrays, in the blocks of its file, or rounded to a format as it is read.
+
+A run tells it by its base's checksums, so that whoever opens it later holds the base the same way.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from rslora_jax.store.checksum import read_form
+
+# What a base is rounded to as it is read, by the name of the format that it then has.
+FORMATS = {"nf4": "NF4", "int8": "Int8", "float8": "Float8"}
+
+
+def check_held(dequantize: bool, quantize: str | None) -> None:
+    """Raise a ValueError for a format that there is not, or where the two contradict each other."""
+    if quantize is not None and quantize not in FORMATS:
+        close = difflib.get_close_matches(str(quantize).lower(), FORMATS, n=1)
+        hint = f"did you mean {close[0]}?" if close else f"there are {', '.join(FORMATS)}"
+        raise ValueError(f"a base is not quantised to {str(quantize)!r}: {hint}")
+    if quantize is not None and dequantize:
+        raise ValueError(
+            f"the base is to be quantised to {quantize} and dequantised: ask for one of the two; what a file has in "
+            "other blocks is dequantised tensor by tensor before it is quantised"
+        )
+
+
+def formats(base: Mapping[str, str]) -> tuple[str, ...]:
+    """Return the names of the formats in which a base is stored, by `checksums` of it.
+
+    >>> formats({"w": "Q4_1 of float32[30,576] 5d0c", "norm": "float32[576] 83ab"})
+    ('Q4_1',)
+    """
+    found = [form.format for text in base.values() if (form := read_form(text)) and form.format]
+    return tuple(sorted(set(found)))
+
+
+def held_as(base: Mapping[str, str]) -> dict[str, Any]:
+    """Return how `load_model` is to hold a base so that it has these `checksums`: its `dequantize` and `quantize`.
+
+    What is asked to be quantised, and is so in its files, is read as it is.
+
+    >>> held_as({"w": "float32[8,8] 5d0c"}), held_as({"w": "Int8 of float32[8,8] 5d0c"})
+    ({'dequantize': True, 'quantize': None}, {'dequantize': False, 'quantize': 'int8'})
+    """
+    names = {known: name for name, known in FORMATS.items()}
+    found = formats(base)
+    made = names.get(found[0]) if len(found) == 1 else None
+    return {"dequantize": bool(base) and not found, "quantize": made}
+
+
+def check_formats(source: Path, saved: Mapping[str, str], here: Mapping[str, str]) -> None:
+    """Compare how a run's base was held with how this one is, by `checksums` of both.
+
+    Raises:
+      ValueError: in other formats; it names both, and what to give.
+    """
+    if formats(saved) == formats(here):
+        return
+    how = held_as(saved)
+    give = f"--quantize {how['quantize']}" if how["quantize"] else "--dequantize" if how["dequantize"] else ""
+    raise ValueError(
+        f"{source} was trained on a base held {_said_of(saved)}, and this one is held {_said_of(here)}: give "
+        f"{give or 'the files that have it so, and neither --quantize nor --dequantize'}"
+    )
+
+
+def _said_of(base: Mapping[str, str]) -> str:
+    """Say in what form a base is held.
+
+    >>> _said_of({"w": "Q4_1 of float32[8,8] 5d0c"}), _said_of({"w": "float32[8,8] 5d0c"})
+    ('in Q4_1', 'as arrays')
+    """
+    return f"in {' and '.join(found)}" if (found := formats(base)) else "as arrays"
