@@ -14,9 +14,10 @@ from jax.typing import DTypeLike
 from rslora_jax.interop.families import family_of_gguf
 from rslora_jax.interop.family import Family
 from rslora_jax.interop.gguf_file import GgufTensor, read_gguf
-from rslora_jax.interop.gguf_packed import packing_of_gguf, warn_of_unpacked
+from rslora_jax.interop.gguf_packed import packing_of_gguf
 from rslora_jax.interop.model import Model, Progress, Shardings, shardings_of
 from rslora_jax.interop.own_tokenizer import read_or_none
+from rslora_jax.interop.packing import warn_of_unpacked
 from rslora_jax.interop.quantising import quantising
 from rslora_jax.interop.tokenizer import Tokenizer, tokenizer_from_metadata
 from rslora_jax.interop.weights import check_sizes, load_weights, warn_not_finite

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
-from collections.abc import Collection
 from typing import Any
 
 import jax
@@ -13,7 +11,6 @@ import numpy as np
 from rslora_jax.interop.gguf_file import GgufTensor
 from rslora_jax.interop.packing import Packed, Packing, stacked_shapes
 from rslora_jax.interop.tensors import Source
-from rslora_jax.shown import shown
 from rslora_jax.stored import Gguf
 from rslora_jax.stored.gguf import KINDS
 
@@ -53,19 +50,6 @@ def packing_of_gguf(unpacked: list[str], broken: dict[str, GgufTensor]) -> Packi
         return Packed(stacked_shapes(one, len(tensors) if source.is_stack else None), element, source.is_stack)
 
     return packing
-
-
-def warn_of_unpacked(path: Any, unpacked: Collection[str]) -> None:
-    """Say which tensors in blocks a model holds as arrays."""
-    if not unpacked:
-        return
-    first, *rest = unpacked
-    more = f" and {len(rest)} more tensors" if rest else ""
-    warnings.warn(
-        f"{path}: tensor {shown(first)}{more} are held as arrays, which takes more memory: their kind of blocks is not "
-        "kept packed here, or other layers have none",
-        stacklevel=3,
-    )
 
 
 def _gguf(rows: np.ndarray, is_turned: bool, shape: Any, several: tuple[str, ...], kind: str, dtype: Any) -> Gguf:

@@ -11,17 +11,19 @@ from typing import Any
 import jax.numpy as jnp
 from jax.typing import DTypeLike
 
+from rslora_jax.interop.bitsandbytes import METHOD, check_method, packing_of_bits, with_companions
 from rslora_jax.interop.families import family_of_config
 from rslora_jax.interop.family import Family
 from rslora_jax.interop.json_files import json_text, read_json
 from rslora_jax.interop.model import Model, Progress, Shardings, shardings_of
 from rslora_jax.interop.names import Names
 from rslora_jax.interop.own_tokenizer import check_rows, read_or_none
+from rslora_jax.interop.packing import warn_of_unpacked
 from rslora_jax.interop.quantising import quantising
 from rslora_jax.interop.shards import open_folder
 from rslora_jax.interop.tokenizer import Tokenizer
 from rslora_jax.interop.tokenizer_files import read_tokenizer, tokenizer_files
-from rslora_jax.interop.weights import check_sizes, load_weights
+from rslora_jax.interop.weights import check_sizes, load_weights, warn_not_finite
 
 _CONFIG = "config.json"
 GENERATION = "generation_config.json"
@@ -65,11 +67,17 @@ def load_huggingface(
     how = dict(scan_layers=scan_layers, remat=remat, param_dtype=param_dtype, dtype=dtype)
     family, config = read_model_config(folder, family, **how)
     tokenizer = read_or_none(lambda: _tokenizer(folder, config.vocab_size), text)
-    tensors, names = open_folder(folder), family.names if names is None else names
+    is_packed = is_quantised(folder)
+    if is_packed and quantize:
+        raise ValueError(f"{folder} is quantised already, by {METHOD}: read it as it is, and do not quantise it again")
+    tensors: Mapping[str, Any] = open_folder(folder, integers=is_packed)
+    tensors = with_companions(tensors) if is_packed else tensors
+    names = family.names if names is None else names
     check_sizes(tensors, family.outline(config), names, str(folder))
     config, changed = family.suited(config, tensors) if family.suited else (config, {})
     shapes = family.shapes(config)
-    ignored = family.ignored
+    ignored, unpacked, broken = family.ignored, list[str](), dict[str, Any]()
+    packing = quantising(quantize) if quantize else packing_of_bits(unpacked, broken)
     variables = load_weights(
         tensors,
         shapes,
@@ -78,8 +86,10 @@ def load_huggingface(
         ignored=lambda name: ignored is not None and ignored(config, name),
         source=str(folder),
         progress=progress,
-        packing=quantising(quantize) if quantize else None,
+        packing=None if dequantize else packing,
     )
+    warn_not_finite(broken, jnp.dtype(param_dtype))
+    warn_of_unpacked(folder, unpacked)
     return Model(config, variables, tokenizer, family, changed)
 
 
@@ -88,7 +98,14 @@ def read_model_config(folder: str | Path, family: Family | None = None, **how: A
     path = Path(folder) / _CONFIG
     about = _about(path)
     family = family or family_of_config(path, about)
+    if check_method(path, about):
+        about = {name: value for name, value in about.items() if name != "quantization_config"}
     return family, family.read_config(path, about, **how)
+
+
+def is_quantised(folder: str | Path) -> bool:
+    """Say whether a model's folder says that its weights are in fewer bits; errors as of `load_huggingface`."""
+    return check_method(Path(folder) / _CONFIG, _about(Path(folder) / _CONFIG))
 
 
 def family_of_folder(folder: str | Path) -> Family:

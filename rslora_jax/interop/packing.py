@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
+import warnings
+from collections.abc import Callable, Collection
 from typing import Any
 
 import jax
@@ -13,6 +14,7 @@ import numpy as np
 from rslora_jax.interop.pieces import CHUNK, Piece, joined, pieces, write
 from rslora_jax.interop.tensors import Source
 from rslora_jax.parallel.sharding import stored_shardings
+from rslora_jax.shown import shown
 from rslora_jax.stored import Stored
 
 
@@ -75,10 +77,25 @@ def fill_packed(packed: Packed, sharding: Any, tell: Callable[[int], Any]) -> An
                 targets[k][m] = _put(targets[k][m], block, at, piece)
                 tell(block.size * block.dtype.itemsize)
     made = [
-        joined(array.shape, array.dtype, at, [(jax.device_put(t, p.devices[0]), p) for t, p in zip(of, plan, strict=True)])
+        joined(
+            array.shape, array.dtype, at, [(jax.device_put(t, p.devices[0]), p) for t, p in zip(of, plan, strict=True)]
+        )
         for (array, at), of, plan in zip(arrays, targets, plans, strict=True)
     ]
     return jax.tree.unflatten(jax.tree.structure(packed.shapes), made)
+
+
+def warn_of_unpacked(path: Any, unpacked: Collection[str]) -> None:
+    """Say which tensors in fewer bits a model holds as arrays."""
+    if not unpacked:
+        return
+    first, *rest = unpacked
+    more = f" and {len(rest)} more tensors" if rest else ""
+    warnings.warn(
+        f"{path}: tensor {shown(first)}{more} {'are' if rest else 'is'} held as arrays, which takes more memory: their "
+        "kind is not kept packed here, or not all layers have one kind",
+        stacklevel=3,
+    )
 
 
 def _with_shardings(leaf: Any, sharding: Any) -> list[tuple[Any, Any]]:

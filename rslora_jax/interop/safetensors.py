@@ -26,6 +26,8 @@ DTYPES: dict[str, np.dtype] = {
     "F16": np.dtype("<f2"),
     "BF16": jnp.dtype("bfloat16"),
 }
+# Of weights in fewer bits, where they are asked for.
+_INTEGERS: dict[str, np.dtype] = {"U8": np.dtype("u1"), "I8": np.dtype("i1")}
 
 
 class Tensor(NamedTuple):
@@ -38,9 +40,14 @@ class Tensor(NamedTuple):
     start: int
 
     @property
+    def num_bytes(self) -> int:
+        """How many bytes it has."""
+        return math.prod(self.shape) * self.dtype.itemsize
+
+    @property
     def stop(self) -> int:
         """The place behind its last byte."""
-        return self.start + math.prod(self.shape) * self.dtype.itemsize
+        return self.start + self.num_bytes
 
     def rows(self, first: int, stop: int) -> np.ndarray:
         """Read rows `first` to `stop` along the first axis."""
@@ -50,16 +57,24 @@ class Tensor(NamedTuple):
         """Read all of it, which may be a scalar."""
         return self._read(0, self.shape)
 
-    def _read(self, first: int, shape: tuple[int, ...]) -> np.ndarray:
-        count = math.prod(shape) * self.dtype.itemsize
-        found = np.fromfile(self.path, np.uint8, count, offset=self.start + first * self.dtype.itemsize)
-        if found.size != count:
+    def bytes(self, first: int, stop: int) -> np.ndarray:
+        """Read some of its bytes, whatever they stand for."""
+        found = np.fromfile(self.path, np.uint8, stop - first, offset=self.start + first)
+        if found.size != stop - first:
             raise ValueError(f"{self.path} was cut off within {shown(self.name)} while it was read: start again")
-        return found.view(self.dtype).reshape(shape)
+        return found
+
+    def _read(self, first: int, shape: tuple[int, ...]) -> np.ndarray:
+        start, count = first * self.dtype.itemsize, math.prod(shape) * self.dtype.itemsize
+        return self.bytes(start, start + count).view(self.dtype).reshape(shape)
 
 
-def open_file(path: Path) -> dict[str, Tensor]:
+def open_file(path: Path, *, integers: bool = False) -> dict[str, Tensor]:
     """Find the tensors of one file by name; only its header is read.
+
+    Args:
+      path: the file.
+      integers: whether it may hold integers of 8 bits too, as those of weights in fewer bits are.
 
     Raises:
       ValueError: the file is missing, cut off or damaged, or holds a tensor of a dtype that is not read.
@@ -75,7 +90,8 @@ def open_file(path: Path) -> dict[str, Tensor]:
             raise ValueError(f"{path} says that its header has {length} bytes: it is no safetensors file, or damaged")
         header = parse_json(path, file.read(length))
     _check_texts(path, header)
-    found = {name: _tensor(path, name, about, size - 8 - length, 8 + length) for name, about in header.items()}
+    dtypes = DTYPES | (_INTEGERS if integers else {})
+    found = {name: _tensor(path, name, about, size - 8 - length, 8 + length, dtypes) for name, about in header.items()}
     _check_places(path, found, 8 + length, size)
     return found
 
@@ -148,17 +164,17 @@ def _check_places(path: Path, tensors: Mapping[str, Tensor], start: int, end: in
         raise ValueError(f"{path} is damaged: its last {end - start} bytes are of no tensor: download it again")
 
 
-def _tensor(path: Path, name: str, about: Any, data: int, start: int) -> Tensor:
+def _tensor(path: Path, name: str, about: Any, data: int, start: int, dtypes: Mapping[str, np.dtype]) -> Tensor:
     about = about if isinstance(about, dict) else {}
     dtype, shape, place = (about.get(key) for key in ("dtype", "shape", "data_offsets"))
     if not isinstance(dtype, str) or not _are_counts(shape) or not _are_counts(place) or len(place) != 2:
         raise ValueError(f"{path} is damaged: its header says no dtype, shape and place of tensor {shown(name)}")
-    if dtype not in DTYPES:
+    if dtype not in dtypes:
         raise ValueError(
-            f"{path} holds tensor {shown(name)} as {shown(dtype, 20)}, and only {', '.join(DTYPES)} are read: take the "
+            f"{path} holds tensor {shown(name)} as {shown(dtype, 20)}, and only {', '.join(dtypes)} are read: take the "
             "model that is not quantised"
         )
-    if place[1] - place[0] != math.prod(shape) * DTYPES[dtype].itemsize:
+    if place[1] - place[0] != math.prod(shape) * dtypes[dtype].itemsize:
         raise ValueError(
             f"{path} is damaged: tensor {shown(name)} of shape {quoted(tuple(shape))} has {place[1] - place[0]} bytes"
         )
@@ -166,7 +182,7 @@ def _tensor(path: Path, name: str, about: Any, data: int, start: int) -> Tensor:
         raise ValueError(
             f"{path} is cut off within tensor {shown(name)}, which ends at byte {start + place[1]}: download it again"
         )
-    return Tensor(path, name, DTYPES[dtype], tuple(shape), start + place[0])
+    return Tensor(path, name, dtypes[dtype], tuple(shape), start + place[0])
 
 
 def _are_counts(numbers: Any) -> TypeGuard[list[int]]:

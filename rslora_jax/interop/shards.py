@@ -29,14 +29,18 @@ _UNITS = {
 }
 
 
-def open_folder(folder: Path) -> dict[str, Tensor]:
+def open_folder(folder: Path, *, integers: bool = False) -> dict[str, Tensor]:
     """Find all tensors of a model's folder: in `model.safetensors`, or in the shards that its index names.
+
+    Args:
+      folder: the model's.
+      integers: as of `safetensors.open_file`.
 
     Raises:
       ValueError: there are none, or a file is cut off, damaged or not as the index says; file and tensor are named.
     """
     if (folder / WHOLE).exists():
-        return open_file(folder / WHOLE)
+        return open_file(folder / WHOLE, integers=integers)
     index = folder / INDEX
     if not index.exists():
         if any(folder.glob("*.bin")):
@@ -53,7 +57,7 @@ def open_folder(folder: Path) -> dict[str, Tensor]:
         # The index comes from a stranger: it may name files beside it and no others.
         if shard in ("", ".", "..") or len(shard) > 100 or not shard.isprintable() or any(c in shard for c in "/\\:"):
             raise ValueError(f"{index} names {quoted(shard)}, which is not a file beside it: do not trust this model")
-        for name, tensor in open_file(folder / shard).items():
+        for name, tensor in open_file(folder / shard, integers=integers).items():
             if name in found:
                 raise ValueError(
                     f"{tensor.path} and {found[name].path.name} both hold {shown(name)}: download them again"
