@@ -16,6 +16,7 @@ from rslora_jax.interop.tensors import Tensor
 from rslora_jax.interop.weights import same_numbers
 from rslora_jax.models.decoder import SHARDING_RULES, Decoder, Embed, Layer
 from rslora_jax.models.decoder_config import DecoderConfig
+from rslora_jax.stored import dense
 
 _TABLE, _HEAD = "model.embed_tokens.weight", "lm_head.weight"
 # PyTorch's matrices are (out, in), where Flax's kernels are (in, out).
@@ -80,8 +81,8 @@ def _suited(config: DecoderConfig, tensors: Mapping[str, Tensor]) -> tuple[Decod
 
 
 def _untie(config: DecoderConfig, variables: dict[str, Any]) -> Untied:
-    """Give the model with a head of its own."""
-    kernel_DxV = jnp.asarray(variables["params"]["embed"]["embedding"]).T
+    """Give the model with a head of its own, which is an array."""
+    kernel_DxV = jnp.asarray(dense(variables["params"]["embed"]["embedding"])).T
     own = {**variables, "params": variables["params"] | {"lm_head": {"kernel": kernel_DxV}}}
     paths = ("params/embed/embedding", "params/lm_head/kernel")
     return Untied(dataclasses.replace(config, tie_head=False), own, *paths, {"tie_word_embeddings": False})

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -23,10 +24,13 @@ from rslora_jax.interop.tokenizer_files import tokenizer_files
 from rslora_jax.pytrees import Params
 from rslora_jax.shown import quoted
 from rslora_jax.sites import from_paths, named_leaves
+from rslora_jax.stored import dense, is_stored
 
 
 def _with_rows(model: Model, rows: int) -> Model:
     """Return a model with at least so many rows in its token table, and in its head; new ones are the mean of the old.
+
+    What was stored in a form of its own is an array then, which is said.
 
     Raises:
       ValueError: nothing is known of where models of this family have their tokens.
@@ -35,7 +39,7 @@ def _with_rows(model: Model, rows: int) -> Model:
         return model
     leaves = named_leaves(model.variables)
     for path, axis in _vocabulary(model).items():
-        table = leaves[path]
+        table = _as_array(path, leaves[path])
         shape = [rows - n if at == axis else n for at, n in enumerate(table.shape)]
         new = jnp.broadcast_to(jnp.expand_dims(_mean_row(table, axis), axis), shape).astype(table.dtype)
         leaves[path] = jnp.concatenate([table, new], axis)
@@ -46,6 +50,17 @@ def _with_rows(model: Model, rows: int) -> Model:
         changed={**model.changed, "vocab_size": rows},
         rows=model.rows or model.config.vocab_size,
     )
+
+
+def _as_array(path: str, table: Any) -> Array:
+    """Return a table as an array, to which rows can be added."""
+    if is_stored(table):
+        warnings.warn(
+            f"{path} gets rows for new tokens, for which there is no place in {table.format}: it is held as an array, "
+            f"in {table.size * jnp.dtype(table.dtype).itemsize / 1e6:,.0f} MB",
+            stacklevel=3,
+        )
+    return dense(table)
 
 
 def _mean_row(table: Array, axis: int) -> Array:

@@ -27,12 +27,12 @@ def smollm2_path() -> Path:
 
 @pytest.fixture(scope="package")
 def smollm2(smollm2_path):
-    return load_gguf(smollm2_path)
+    return load_gguf(smollm2_path, dequantize=True)
 
 
 @pytest.fixture(scope="package")
 def smollm2_scanned(smollm2_path):
-    return load_gguf(smollm2_path, scan_layers=True)
+    return load_gguf(smollm2_path, scan_layers=True, dequantize=True)
 
 
 def llama_cpp_order(weight_OxI: np.ndarray) -> np.ndarray:
