@@ -61,7 +61,10 @@ def base_shardings(placement: Placement, family: Any) -> Callable[[Any], Any]:
 
 
 def placed_apply(base: Any, placement: Placement) -> Callable[..., Any]:
-    """Return a model's `apply`, which keeps the rows of a batch where they lie."""
+    """Return a model's `apply`, which keeps the rows of a batch where they lie; packed weights come to it packed."""
     from rslora_jax.parallel import sharding
 
-    return base.apply if placement.batch is None else sharding.pin_rows(base.apply, placement.batch, base.family.blocks)
+    if placement.batch is None:
+        return base.apply
+    pinned = sharding.pin_rows(base.apply, placement.batch, base.family.blocks)
+    return sharding.pin_packed(pinned, base.variables, placement.batch)

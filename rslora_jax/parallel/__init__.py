@@ -6,8 +6,10 @@ from rslora_jax.parallel.sharding import (
     batch_sharding,
     make_mesh,
     param_shardings,
+    pin_packed,
     pin_rows,
     process_rows,
+    stored_shardings,
 )
 
 __all__ = [
@@ -15,8 +17,10 @@ __all__ = [
     "batch_sharding",
     "make_mesh",
     "param_shardings",
+    "pin_packed",
     "pin_rows",
     "process_rows",
     "processes",
     "sharding",
+    "stored_shardings",
 ]

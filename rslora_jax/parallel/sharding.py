@@ -5,17 +5,18 @@
 
 import itertools
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from typing import Any
 
 import jax
-from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec, Sharding
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec, Sharding
 
 from rslora_jax.config import matches, near_misses
 from rslora_jax.methods.method import RANK
 from rslora_jax.pytrees import Params, PyTree
 from rslora_jax.sites import Site, from_paths, named_leaves
 from rslora_jax.stored.form import is_stored
+from rslora_jax.stored.laid import dividing, sharding_of, stored_shardings
 
 # A glob over paths, and the mesh axes along the last axes of the arrays that match: a stack of layers in front of
 # them is whole on every device.
@@ -66,7 +67,8 @@ def param_shardings(params: Params, mesh: Mesh, rules: Rules) -> PyTree:
       rules: pairs of a glob over paths and the mesh axes along the array's last axes.
 
     Returns:
-      A pytree of `NamedSharding`, for `jax.device_put` or a jit's `in_shardings`.
+      A pytree of `NamedSharding`, for `jax.device_put` or a jit's `in_shardings`; of a stored weight, one for each of
+      its arrays (`stored_shardings`).
 
     Raises:
       ValueError: a rule matches no parameter; it says what comes close.
@@ -82,55 +84,15 @@ def param_shardings(params: Params, mesh: Mesh, rules: Rules) -> PyTree:
             close = near_misses(pattern, list(leaves))
             raise ValueError(f"sharding rule {pattern!r} matches no parameter: did you mean {close}?")
 
-    def one(path: str, leaf: Any) -> NamedSharding:
+    def one(path: str, leaf: Any) -> Any:
         last = next((axes for pattern, axes in rules if matches(path, pattern)), ())
         if len(last) > len(leaf.shape):
             raise ValueError(f"the sharding rule {last} has more axes than {path} of shape {tuple(leaf.shape)}")
         spec = (None,) * (len(leaf.shape) - len(last)) + tuple(last)
-        if is_stored(leaf):  # its arrays have the stack's axes in common, and no others
-            spec = spec[: len(leaf.stack)]
-        return NamedSharding(
-            mesh, PartitionSpec(*(_dividing(mesh, n, a) for n, a in zip(leaf.shape, spec, strict=False)))
-        )
+        split = PartitionSpec(*(dividing(mesh, n, a) for n, a in zip(leaf.shape, spec, strict=True)))
+        return stored_shardings(leaf, NamedSharding(mesh, split))
 
     return from_paths(params, {path: one(path, leaf) for path, leaf in leaves.items()})
-
-
-def stored_shardings(leaf: Any, sharding: Any) -> Any:
-    """Return where the arrays of a weight lie, when the weight lies as `sharding` says; no block is cut.
-
-    Along the stack's axes each is split as the weight is, and along the others where it has whole blocks there.
-
-    Args:
-      leaf: a stored weight, of arrays or of `jax.ShapeDtypeStruct`; of an array the result is `sharding` itself.
-      sharding: of the weight's shape.
-
-    Returns:
-      The same node of the pytree with a sharding in place of each array.
-    """
-    if not is_stored(leaf):
-        return sharding
-    if not isinstance(sharding, NamedSharding):
-        return jax.tree.map(lambda array: sharding, leaf)
-    depth, blocks = len(leaf.stack), leaf.blocks
-    spec = (*sharding.spec, *(None,) * (leaf.ndim - len(sharding.spec)))
-
-    def one(path: Any, array: Any) -> NamedSharding:
-        own = blocks.get(jax.tree_util.keystr(path[:1], simple=True), ())
-        counts = [size // block for size, block in zip(array.shape, (1,) * depth + own, strict=False)]
-        split = [_dividing(sharding.mesh, count, axes) for count, axes in zip(counts, spec, strict=False)]
-        return NamedSharding(sharding.mesh, PartitionSpec(*split), memory_kind=sharding.memory_kind)
-
-    return jax.tree_util.tree_map_with_path(one, leaf)
-
-
-def _dividing(mesh: Mesh | AbstractMesh, size: int, axes: Any) -> Any:
-    """Return the mesh axes of an array's axis that there are and that divide its size."""
-    names = [axes] if isinstance(axes, str) else list(axes or ())
-    names = [name for name in names if name in mesh.shape]
-    if size % math.prod(mesh.shape[name] for name in names):
-        return None
-    return None if not names else names[0] if len(names) == 1 else tuple(names)
 
 
 def adapter_shardings(
@@ -159,7 +121,7 @@ def adapter_shardings(
     leaves = named_leaves(params)
 
     def one(site: Site) -> dict[str, Sharding]:
-        sharding = _sharding_of(leaves[site.weight])
+        sharding = sharding_of(leaves[site.weight])
         if not isinstance(sharding, NamedSharding):
             return dict.fromkeys(site.factors, sharding)
         spec = (*sharding.spec, *(None,) * (len(site.shape) - len(sharding.spec)))
@@ -171,23 +133,13 @@ def adapter_shardings(
         def factor(axes: Sequence[int | str]) -> NamedSharding:
             used = set(flat(axes))
             free = tuple(name for name in flat(n for n in range(len(site.shape)) if n not in axes) if name not in used)
-            rank = _dividing(sharding.mesh, site.rank, free) if split_rank else None
+            rank = dividing(sharding.mesh, site.rank, free) if split_rank else None
             of = [rank if axis == RANK else spec[axis] for axis in axes]  # type: ignore[index]
             return NamedSharding(sharding.mesh, PartitionSpec(*of))
 
         return {name: factor(axes) for name, axes in site.factors.items()}
 
     return {path: one(site) for path, site in sites.items()}
-
-
-def _sharding_of(leaf: Any) -> Sharding:
-    """Return where a weight lies: of one in a form of its own, where its stack does."""
-    if not is_stored(leaf):
-        return leaf.sharding
-    sharding = jax.tree.leaves(leaf)[0].sharding
-    if not isinstance(sharding, NamedSharding):
-        return sharding
-    return NamedSharding(sharding.mesh, PartitionSpec(*sharding.spec[: len(leaf.stack)]))
 
 
 def batch_sharding(mesh: Mesh, rows: int | None = None) -> NamedSharding:
@@ -235,6 +187,49 @@ def pin_rows(apply: Callable[..., Any], where: Sharding, modules: tuple[type, ..
             return apply(*args, **kwargs)
 
     return pinned
+
+
+def pin_packed(apply: Callable[..., Any], params: Params, where: Sharding) -> Callable[..., Any]:
+    """Let stored weights travel packed to where rows need them, in a function of parameters.
+
+    A weight that is split along an axis along which rows are too ("fsdp") is gathered for its use. XLA would make each
+    part dense first, and gather eight times the bytes; told where the weight is to lie, each use gathers codes and
+    scales. Give `wrap` what this returns. A look-up takes its rows from where they lie.
+
+    Args:
+      apply: a function `(params, *args)`, such as what `pin_rows` returns.
+      params: the base on its mesh, of arrays or of `jax.ShapeDtypeStruct` with shardings.
+      where: from `batch_sharding`.
+
+    >>> from rslora_jax.stored import int8
+    >>> mesh = make_mesh("fsdp=-1")
+    >>> w = int8(jax.numpy.ones((8, 16)))
+    >>> w = jax.device_put(w, stored_shardings(w, NamedSharding(mesh, PartitionSpec("fsdp", None))))
+    >>> apply = pin_packed(lambda p, x: x @ p["w"], {"w": w}, batch_sharding(mesh))
+    >>> apply({"w": w.dense()}, jax.numpy.ones((4, 8))).shape
+    (4, 16)
+    """
+    rows = {name for axes in getattr(where, "spec", ()) for name in ([axes] if isinstance(axes, str) else axes or ())}
+    lying = {path: sharding_of(leaf) for path, leaf in named_leaves(params).items() if is_stored(leaf)}
+    at_use = {path: _without(of, rows) for path, of in lying.items() if isinstance(of, NamedSharding)}
+    moved = {path: of for path, of in at_use.items() if of.spec != lying[path].spec}  # type: ignore[attr-defined]
+
+    def pinned(params: Params, *args: Any, **kwargs: Any) -> Any:
+        leaves = named_leaves(params)
+        leaves |= {path: jax.lax.with_sharding_constraint(leaves[path], of) for path, of in moved.items()}
+        return apply(from_paths(params, leaves), *args, **kwargs)
+
+    return pinned if moved else apply
+
+
+def _without(sharding: NamedSharding, names: Collection[str]) -> NamedSharding:
+    """Return a sharding that leaves an array whole along some mesh axes."""
+
+    def left(axes: Any) -> Any:
+        kept = tuple(name for name in ([axes] if isinstance(axes, str) else axes or ()) if name not in names)
+        return kept[0] if len(kept) == 1 else kept or None
+
+    return NamedSharding(sharding.mesh, PartitionSpec(*map(left, sharding.spec)))
 
 
 def process_rows(sharding: Sharding, rows: int) -> slice:

@@ -11,6 +11,7 @@ from jax import Array, lax
 from jax.extend.core import primitives
 
 from rslora_jax.stored.form import is_stored
+from rslora_jax.stored.laid import laid, unlaid
 from rslora_jax.transform import calls, collectives, compat, joins, renames
 from rslora_jax.transform.convolution import convolution
 from rslora_jax.transform.dot import dot
@@ -70,10 +71,16 @@ def _dynamic_slice(walk: Walk, eqn: compat.Eqn, values: list[Any]) -> list[Any] 
     rows = [n for n in _own_axes(view) if sizes[n] != shape[n]]
     if not table or not rows:
         return [renames.dynamic_slice(view, starts, sizes)]
-    view = at_use(view, LOOKUP)
+    view = _looked_up(view)
     others = renames.dynamic_slice(view, starts, [shape[n] if n == rows[0] else size for n, size in enumerate(sizes)])
     pick, index = slice_as_pick(rows[0], starts[rows[0]], others.shape, sizes)
     return walk.use(others, lookup(others, pick, index, walk.target), index)
+
+
+def _looked_up(view: View) -> View:
+    """Return a view as a look-up has it: a stored one gives its rows from where they lie."""
+    view = at_use(view, LOOKUP)
+    return dataclasses.replace(view, w=unlaid(view.w))
 
 
 def _is_table(walk: Walk, view: View) -> bool:
@@ -174,9 +181,10 @@ def _optimization_barrier(walk: Walk, eqn: compat.Eqn, values: list[Any]) -> lis
 
 def _constrain_sharding(walk: Walk, eqn: compat.Eqn, values: list[Any]) -> list[Any]:
     # The constraint is on an array of the weight's shape; the factors are left to the compiler.
+    # That on a stored weight is kept for its use.
     (view,) = values
     if is_stored(view.w):
-        return [view]
+        return [dataclasses.replace(view, w=laid(view.w, eqn.params["sharding"]))]
     (w,) = compat.bind(eqn, view.w)
     return [dataclasses.replace(view, w=w)]
 
@@ -244,7 +252,7 @@ def _gather(walk: Walk, eqn: compat.Eqn, values: list[Any]) -> list[Any] | None:
     if pick is None:
         return None
     if _is_table(walk, view) and pick.row in _own_axes(view):
-        view = at_use(view, LOOKUP)
+        view = _looked_up(view)
         return walk.use(view, lookup(view, pick, indices, walk.target), indices)
     picked = take(view, pick, indices)
     return None if picked is None else [picked]
