@@ -16,6 +16,7 @@ from rslora_jax.scaling import gamma
 from rslora_jax.several import combine, per_example, stack
 from rslora_jax.sites import Site
 from rslora_jax.stored import Stored
+from rslora_jax.stored.quantize import quantize
 from rslora_jax.wrap import Lora, RsloraWarning, wrap
 
 __all__ = [
@@ -30,6 +31,7 @@ __all__ = [
     "from_nnx",
     "gamma",
     "per_example",
+    "quantize",
     "stack",
     "wrap",
 ]

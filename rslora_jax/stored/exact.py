@@ -12,6 +12,14 @@ def added(product: Array, term: Array) -> Array:
     return jnp.maximum(product, jnp.finfo(product.dtype).min) + term
 
 
+def divided(array: Array, number: float) -> Array:
+    """Return an array divided by a number.
+
+    Of a constant, XLA would multiply by the reciprocal, through barriers too; that of a choice it does not know.
+    """
+    return array / jnp.where(array == array, jnp.asarray(number, array.dtype), array)
+
+
 def mean(numbers: Array) -> Array:
     """Return the mean along the last axis as if summed with twice float32's digits (Knuth's two-sum, in a tree)."""
     n, sums, errors = numbers.shape[-1], numbers, jnp.zeros_like(numbers)
@@ -21,4 +29,4 @@ def mean(numbers: Array) -> Array:
         sums = a + b
         of_b = sums - a
         errors = less + more + ((a - (sums - of_b)) + (b - of_b))
-    return ((sums + errors) / n)[..., 0]
+    return divided(sums + errors, n)[..., 0]

@@ -1,13 +1,16 @@
 """Weights in 8-bit floats (E4M3, arXiv 2209.05433), with one scale for each out channel."""
 
 import dataclasses
+from collections.abc import Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax import Array
 
+from rslora_jax.stored.exact import divided
 from rslora_jax.stored.form import Stored
+from rslora_jax.stored.int8 import in_axes
 
 DTYPE = jnp.float8_e4m3fn
 
@@ -19,7 +22,7 @@ class Float8(Stored):
 
     Attributes:
       codes: float8_e4m3fn, of the weight's shape.
-      scale: float32, of the weight's shape with its in-axis of size 1.
+      scale: float32, of the weight's shape with its in-axes of size 1.
       dtype: dtype of the weight.
       depth: how many axes `inner` has.
     """
@@ -47,7 +50,7 @@ class Float8(Stored):
         return (self.codes.astype(jnp.float32) * self.scale).astype(self.dtype)
 
 
-def float8(weight: Any, axis: int = 0, depth: int = 0) -> Float8:
+def float8(weight: Any, axis: int | Sequence[int] = 0, depth: int = 0) -> Float8:
     """Round a weight to 8-bit floats; each out channel is scaled so that its largest magnitude is theirs, 448.
 
     Arguments are those of `int8`.
@@ -56,15 +59,15 @@ def float8(weight: Any, axis: int = 0, depth: int = 0) -> Float8:
     >>> w.codes.astype("float32").tolist(), [round(scale * 448, 3) for scale in w.scale[0].tolist()]
     ([[448.0, 448.0], [-192.0, 144.0]], [448.0, 3.0])
     """
-    return _float8(jnp.asarray(weight), axis % (jnp.ndim(weight) - depth), depth)
+    return _float8(jnp.asarray(weight), in_axes(axis, depth, jnp.ndim(weight)), depth)
 
 
-def _float8_of(weight: Array, axis: int, depth: int) -> Float8:
+def _float8_of(weight: Array, axes: tuple[int, ...], depth: int) -> Float8:
     wide = weight.astype(jnp.float32)
-    most = jnp.abs(wide).max(depth + axis, keepdims=True)
-    scale = jnp.where(most > 0, most, 1) / float(jnp.finfo(DTYPE).max)
-    limit = float(jnp.finfo(DTYPE).max)  # a quotient may be rounded past it, to what is no number
-    codes = jnp.clip(wide / scale, -limit, limit).astype(DTYPE)
+    most = jnp.abs(wide).max(axes, keepdims=True)
+    limit = float(jnp.finfo(DTYPE).max)
+    scale = divided(jnp.where(most > 0, most, 1), limit)
+    codes = jnp.clip(wide / scale, -limit, limit).astype(DTYPE)  # or a quotient may be rounded to what is no number
     return Float8(codes, scale, jnp.dtype(weight.dtype), weight.ndim - depth)
 
 
