@@ -14,7 +14,7 @@ from jax import Array
 from rslora_jax.layers import Layer
 from rslora_jax.methods.method import RANK, Method, own_arrays
 from rslora_jax.pytrees import PyTree
-from rslora_jax.stored.form import is_stored
+from rslora_jax.stored.qwix import is_weight, taken
 from rslora_jax.transform.views import View
 
 
@@ -212,7 +212,7 @@ def no_parameters(tree: PyTree) -> dict[str, str]:
     >>> no_parameters({"kernel": nnx.Param(0), "seen": nnx.Cache(0)})
     {'seen': 'Cache'}
     """
-    nodes = jax.tree.leaves(tree, is_leaf=lambda node: isinstance(node, nnx.Variable) or is_stored(node))
+    nodes = jax.tree.leaves(tree, is_leaf=lambda node: isinstance(node, nnx.Variable) or is_weight(node))
     others = [isinstance(n, nnx.Variable) and not isinstance(n, nnx.Param) for n in nodes]
     kinds = [type(n).__name__ if other else "" for n, other in zip(nodes, others, strict=True)]
     each = [kind for n, kind in zip(nodes, kinds, strict=True) for _ in _leaves_of(n)]
@@ -230,21 +230,21 @@ def from_paths(like: PyTree, leaves: Mapping[str, Any]) -> PyTree:
 
 def _leaves_of(tree: PyTree) -> list[Any]:
     """Return the leaves of a pytree, of which a stored weight is one."""
-    return jax.tree.leaves(tree, is_leaf=is_stored)
+    return jax.tree.leaves(tree, is_leaf=is_weight)
 
 
 def _structure_of(tree: PyTree) -> Any:
     """Return the structure of a pytree in which a stored weight is one leaf."""
-    return jax.tree.structure(tree, is_leaf=is_stored)
+    return jax.tree.structure(tree, is_leaf=is_weight)
 
 
 def _unboxed(tree: PyTree) -> Iterator[tuple[tuple[Any, ...], Any]]:
     """Yield the leaves of a pytree with their key paths, in which boxes are no step."""
     for path, node in jax.tree_util.tree_leaves_with_path(
-        tree, is_leaf=lambda node: isinstance(node, _BOXES) or is_stored(node)
+        tree, is_leaf=lambda node: isinstance(node, _BOXES) or is_weight(node)
     ):
         if not isinstance(node, _BOXES):
-            yield path, node
+            yield path, taken(node)
             continue
         parts = jax.tree_util.tree_leaves_with_path(node, is_leaf=lambda part, box=node: part is not box)
         for step, part in parts:

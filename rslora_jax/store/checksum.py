@@ -101,6 +101,8 @@ def _bits_of(x: Array) -> Array:
     """Return an array's bits as uint32; elements of 64 bits become two."""
     if jnp.issubdtype(x.dtype, jnp.complexfloating):
         x = jnp.stack([x.real, x.imag], axis=-1)
+    if x.dtype.name.startswith("float4"):
+        x = lax.bitcast_convert_type(x, "uint4")
     if x.dtype == bool or x.dtype.name in ("int2", "int4", "uint2", "uint4"):
         return x.astype(jnp.uint32)
     width = min(8 * x.dtype.itemsize, 32)

@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from rslora_jax.stored.form import is_stored, like_dense
+from rslora_jax.stored.qwix import is_weight, taken
 from rslora_jax.transform import compat
 from rslora_jax.transform.objects import change, changes, values_of, variables_of
 from rslora_jax.transform.static import exact, exact_structure, hashable
@@ -77,7 +78,8 @@ class Program:
     def trace(self, params: Any, args: tuple, kwargs: dict) -> Trace:
         """Return (jaxpr, tree of what it returns, the arrays it takes: those of `params` come first)."""
         tree: Any
-        leaves, tree = jax.tree.flatten((params, args, kwargs), is_leaf=is_stored)
+        leaves, tree = jax.tree.flatten((params, args, kwargs), is_leaf=is_weight)
+        leaves = list(map(taken, leaves))
         first = tree.children()[0].num_leaves
         numbers = [n for n, leaf in enumerate(leaves) if n >= first and type(leaf) in _NUMBERS]
         known = _static(tree, leaves)
