@@ -13,9 +13,9 @@ import numpy as np
 
 from rslora_jax.interop.pieces import CHUNK, Piece, joined, pieces, write
 from rslora_jax.interop.tensors import Source
-from rslora_jax.stored.laid import stored_shardings
 from rslora_jax.shown import shown
 from rslora_jax.stored import Stored
+from rslora_jax.stored.laid import stored_shardings
 
 
 @dataclasses.dataclass(frozen=True)
