@@ -63,9 +63,9 @@ def _as_array(path: str, table: Any) -> Array:
     return dense(table)
 
 
-def _mean_row(table: Array, axis: int) -> Array:
+def _mean_row(table: Any, axis: int) -> Array:
     """Return the mean of a table's rows, which lie along an axis, in float32 at least."""
-    return jnp.mean(table, axis, dtype=jnp.promote_types(table.dtype, jnp.float32))
+    return jnp.mean(dense(table), axis, dtype=jnp.promote_types(table.dtype, jnp.float32))
 
 
 def of_file(model: Model) -> Params:

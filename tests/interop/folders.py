@@ -42,6 +42,7 @@ DTYPES = {
     "float16": "F16",
     "bfloat16": "BF16",
     "int8": "I8",
+    "uint8": "U8",
     "float8_e4m3fn": "F8_E4M3",
 }
 TEMPLATE = "{{ bos_token }}{% for m in messages %}{{ m.role }}: {{ m.content }}{{ eos_token }}{% endfor %}"
