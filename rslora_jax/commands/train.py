@@ -161,16 +161,16 @@ def _read_base(a: argparse.Namespace, start: Any, placement: Placement) -> Any:
     from rslora_jax.interop.adapter_folder import place_of_trained
     from rslora_jax.interop.chat_template import parse_options
     from rslora_jax.interop.enlarged import with_rows_of
-    from rslora_jax.interop.held import held_as
     from rslora_jax.interop.kept_tokenizer import is_whole
-    from rslora_jax.interop.load import find_family, load_model
+    from rslora_jax.interop.load import find_family, held_by, load_model
     from rslora_jax.interop.own_tokenizer import with_own_tokenizer
 
     options = parse_options(a.template_option)
     own = start.tokenizer if start else None
     a.model = place_of_trained(start, a.model)
     if start and not (a.quantize or a.dequantize):
-        a.quantize, a.dequantize = held_as(start.base)["quantize"], held_as(start.base)["dequantize"]
+        held = held_by(start.base, a.model)
+        a.quantize, a.dequantize = held["quantize"], held["dequantize"]
     print(f"reading {model_name(a.model)}", flush=True)
     base = load_model(
         a.model,

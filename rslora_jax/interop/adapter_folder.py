@@ -15,10 +15,10 @@ import numpy as np
 from rslora_jax.config import LoraConfig, split_use
 from rslora_jax.interop.enlarged import of_file, with_rows_of
 from rslora_jax.interop.family import Family
-from rslora_jax.interop.held import check_formats, held_as
+from rslora_jax.interop.held import check_formats
 from rslora_jax.interop.hub import with_revision
 from rslora_jax.interop.kept_tokenizer import is_whole, tokenizer_beside
-from rslora_jax.interop.load import find_family, load_model
+from rslora_jax.interop.load import find_family, held_by, load_model
 from rslora_jax.interop.model import Model
 from rslora_jax.interop.names import is_looped
 from rslora_jax.interop.own_tokenizer import with_own_tokenizer
@@ -194,7 +194,7 @@ def load_base(
     dtypes = {form.dtype for form in forms if form}
     param_dtype = dtypes.pop() if len(dtypes) == 1 else "float32"
     how: dict[str, Any] = dict(scan_layers=not looped, param_dtype=param_dtype, dtype=dtype, family=family)
-    how |= held_as(opened.base)
+    how |= held_by(opened.base, where)
     # With a tokenizer of the adapters' own, the base's need not be there.
     base = load_model(where, **how, text=text and not (opened.tokenizer and is_whole(opened.tokenizer)))
     base = with_rows_of(base, opened.config, opened.rows)

@@ -5,23 +5,21 @@ A run tells it by its base's checksums, so that whoever opens it later holds the
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from rslora_jax.store.checksum import read_form
+from rslora_jax.stored.rounding import rounding
 
 # What a base is rounded to as it is read, by the name of the format that it then has.
-FORMATS = {"nf4": "NF4", "int8": "Int8", "float8": "Float8"}
+_FORMATS = {"NF4": "nf4", "Int8": "int8", "Float8": "float8"}
 
 
 def check_held(dequantize: bool, quantize: str | None) -> None:
     """Raise a ValueError for a format that there is not, or where the two contradict each other."""
-    if quantize is not None and quantize not in FORMATS:
-        close = difflib.get_close_matches(str(quantize).lower(), FORMATS, n=1)
-        hint = f"did you mean {close[0]}?" if close else f"there are {', '.join(FORMATS)}"
-        raise ValueError(f"a base is not quantised to {str(quantize)!r}: {hint}")
+    if quantize is not None:
+        rounding(quantize)
     if quantize is not None and dequantize:
         raise ValueError(
             f"the base is to be quantised to {quantize} and dequantised: ask for one of the two; what a file has in "
@@ -42,14 +40,13 @@ def formats(base: Mapping[str, str]) -> tuple[str, ...]:
 def held_as(base: Mapping[str, str]) -> dict[str, Any]:
     """Return how `load_model` is to hold a base so that it has these `checksums`: its `dequantize` and `quantize`.
 
-    What is asked to be quantised, and is so in its files, is read as it is.
+    Files that are in that format themselves are to be read as they are, without the second.
 
     >>> held_as({"w": "float32[8,8] 5d0c"}), held_as({"w": "Int8 of float32[8,8] 5d0c"})
     ({'dequantize': True, 'quantize': None}, {'dequantize': False, 'quantize': 'int8'})
     """
-    names = {known: name for name, known in FORMATS.items()}
     found = formats(base)
-    made = names.get(found[0]) if len(found) == 1 else None
+    made = _FORMATS.get(found[0]) if len(found) == 1 else None
     return {"dequantize": bool(base) and not found, "quantize": made}
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +10,7 @@ import jax.numpy as jnp
 from jax.typing import DTypeLike
 
 from rslora_jax.interop.family import Family
-from rslora_jax.interop.held import check_held
+from rslora_jax.interop.held import check_held, held_as
 from rslora_jax.interop.hub import fetch, is_hub_name, not_there
 from rslora_jax.interop.model import Model, Progress, Shardings
 
@@ -93,6 +94,19 @@ def folder_of(where: str | Path | None) -> Path | None:
     """Return the Hugging Face folder that `load_model` reads a model from, or None where it reads another kind."""
     path = _find(where)
     return path if path.is_dir() else None
+
+
+def held_by(base: Mapping[str, str], where: str | Path | None) -> dict[str, Any]:
+    """Return how `load_model(where)` is to hold a base so that it has these `checksums`, as a run keeps them.
+
+    Where there are none, as its files do.
+    """
+    how, folder = held_as(base), folder_of(where)
+    if how["quantize"] is not None and folder is not None:
+        from rslora_jax.interop.huggingface import is_quantised
+
+        how["quantize"] = None if is_quantised(folder) else how["quantize"]
+    return how
 
 
 def _find(where: str | Path | None) -> Path:

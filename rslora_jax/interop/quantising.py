@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -13,27 +12,27 @@ import numpy as np
 from rslora_jax.interop.packing import Packed, Packing, stacked_shapes
 from rslora_jax.interop.tensors import Source, Tensor
 from rslora_jax.shown import shown
-from rslora_jax.stored import Stored, float8, int8, nf4
-
-_MAKERS: dict[str, Callable[..., Stored]] = {"nf4": nf4, "int8": int8, "float8": float8}
+from rslora_jax.stored import Stored
+from rslora_jax.stored.kept import kept_dense
+from rslora_jax.stored.rounding import rounding
 
 
 def quantising(name: str) -> Packing:
-    """Give the packing that rounds the matrices of layers to a format, "nf4", "int8" or "float8".
+    """Give the packing that rounds weights to a format: those, and to what, that `rslora_jax.quantize` does.
 
     A matrix that is not finite is a ValueError when it is read.
     """
-    make = _MAKERS[name]
+    make = functools.partial(rounding(name), axes=(0,))
 
     def packing(path: str, leaf: jax.ShapeDtypeStruct, source: Source) -> Packed | None:
         shape = tuple(leaf.shape[1:] if source.is_stack else leaf.shape)
-        if not source.is_in_layers or len(shape) != 2:
+        if kept_dense(path, leaf.shape) or len(shape) != 2:
             return None
-        one = jax.eval_shape(functools.partial(make, axis=0), jax.ShapeDtypeStruct(shape, leaf.dtype))
+        one = jax.eval_shape(make, jax.ShapeDtypeStruct(shape, leaf.dtype))
         count = len(source.tensors) if source.is_stack else None
 
         def element(n: int) -> Stored:
-            return make(_whole(source.tensors[n], source.is_turned, leaf.dtype), axis=0)
+            return make(_whole(source.tensors[n], source.is_turned, leaf.dtype))
 
         return Packed(stacked_shapes(one, count), element, source.is_stack)
 
@@ -43,10 +42,10 @@ def quantising(name: str) -> Packing:
 def _whole(tensor: Tensor, is_turned: bool, dtype: Any) -> jax.Array:
     """Read a matrix whole, rounded to a dtype; (in, out) where the file has it (out, in)."""
     with np.errstate(over="ignore"):
-        rows = tensor.rows(0, tensor.shape[0]).astype(jnp.dtype(dtype))
+        rows = tensor.rows(0, tensor.shape[0]).astype(jnp.dtype(dtype), copy=False)
     if not np.isfinite(rows).all():
         raise ValueError(
             f"{tensor.path}: tensor {shown(tensor.name)} holds numbers that are not finite, or not in {dtype}, and "
             "is to be quantised: take a model that is whole"
         )
-    return jnp.asarray(rows).T if is_turned else jnp.asarray(rows)
+    return jnp.asarray(rows.T if is_turned else rows)

@@ -35,16 +35,8 @@ class Tensor(Protocol):
 
 @dataclasses.dataclass(frozen=True)
 class Source:
-    """The tensors that a weight is made of, and how they lie.
-
-    Attributes:
-      tensors: one, or one for each layer of a stack.
-      is_stack: whether it is a stack.
-      is_turned: whether files have each matrix the other way round.
-      is_in_layers: whether it is of a layer, or of all, and not of what is before or behind them.
-    """
+    """The tensors that a weight is made of, one for each layer where it holds several, and how they lie."""
 
     tensors: tuple[Tensor, ...]
     is_stack: bool
     is_turned: bool
-    is_in_layers: bool

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from rslora_jax.interop.model import Progress
-from rslora_jax.interop.names import Names, Place, is_looped, places
+from rslora_jax.interop.names import Names, Place, places
 from rslora_jax.interop.packing import Packing, fill_packed, num_bytes
 from rslora_jax.interop.pieces import CHUNK, Piece, joined, pieces, write
 from rslora_jax.interop.safetensors import not_finite
@@ -157,8 +157,7 @@ def _sources(
         turned[place.path] = _check_shape(name, place, leaves[place.path].shape, tensors[name])
         parts[place.path].append(tensors[name])  # `places` gives layers in their order
     stacks = {place.path for place in found.values() if place.layer is not None}
-    inside = {path for path in leaves if path in stacks or is_looped(names, [path])}
-    return {path: Source(tuple(of), path in stacks, turned[path], path in inside) for path, of in parts.items()}
+    return {path: Source(tuple(of), path in stacks, turned[path]) for path, of in parts.items()}
 
 
 def _fill(piece: Piece, dtype: Any, source: Source, broken: dict[str, Tensor]) -> jax.Array:
