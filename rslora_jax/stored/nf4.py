@@ -97,10 +97,7 @@ class NF4(Stored):
 
     def dense(self) -> Array:
         at = len(self.stack) + (0 if self.is_flat else self.axis)
-        halves = jnp.expand_dims(self.codes, at + 1) >> _aligned(
-            np.array([4, 0], np.uint8), at + 1, self.codes.ndim + 1
-        )
-        levels = _of_levels(halves & 15, self.levels)
+        levels = _of_levels(_taken_apart(self.codes, at), self.levels)
         shape = self.codes.shape
         blocked = levels.reshape(*shape[:at], -1, self.block, *shape[at + 1 :])
         scales = lax.optimization_barrier(self._scales())  # or each number would look up its own
@@ -198,7 +195,9 @@ def _nearest(numbers: Array, levels: tuple[float, ...]) -> Array:
 
 def _of_levels(codes: Array, levels: tuple[float, ...]) -> Array:
     """Return the level of each code, by choices: most devices look numbers up one by one."""
-    found = [jnp.float32(level) for level in levels]
+    # The levels hang on a code: JAX would take constants out of a scan, each as an array of the codes' size.
+    nothing = (codes.reshape(-1)[0] & 0).astype(jnp.float32)
+    found = [level + nothing for level in np.array(levels, np.float32)]
     bit = 0
     while len(found) > 1:
         is_odd = (codes >> bit & 1).astype(bool)
@@ -207,5 +206,18 @@ def _of_levels(codes: Array, levels: tuple[float, ...]) -> Array:
     return found[0]
 
 
-def _aligned(numbers: Any, axis: int, ndim: int) -> np.ndarray:
-    return numbers.reshape(*(-1 if n == axis else 1 for n in range(ndim)))
+def _taken_apart(codes: Array, axis: int) -> Array:
+    """Return the two codes of each byte next to each other along an axis.
+
+    Each half is spread out and put between those of the other: an axis of size two, of which a TPU makes 32, would be
+    moved through memory (4,096 x 4,096 compiled ahead of time for a v5e: 1.6 million cycles, and so 0.1). Along the last
+    axis that takes a CPU twice as long.
+    """
+    if axis == codes.ndim - 1:
+        return jnp.stack([codes >> 4, codes & 15], -1).reshape(*codes.shape[:-1], -1)
+
+    def spread(half: Array, before: int) -> Array:
+        padding = [(before, 1 - before, 1) if n == axis else (0, 0, 0) for n in range(codes.ndim)]
+        return lax.pad(half, jnp.zeros((), codes.dtype), padding)
+
+    return spread(codes >> 4, 0) | spread(codes & 15, 1)

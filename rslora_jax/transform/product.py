@@ -269,7 +269,24 @@ class Parts:
 
     def base(self, x: Array, w: Any) -> Array:
         """Return the product with the weight alone."""
-        return self.op.base(x, self.cast(w), *self.extra)
+        return self.alone(lambda x, w: self.op.base(x, self.cast(w), *self.extra), x, w)
+
+    def alone(self, act: Callable[..., Array], x: Array, w: Any, *others: Array) -> Array:
+        """Return a product in which a weight becomes dense, on a CPU in a branch of its own.
+
+        XLA on CPUs drops the barriers of a remat: it would make one dense weight for a product and its gradients, and all
+        of a program's at its start, since they wait for nothing. A branch waits for the data that meets the weight.
+        """
+        arrays = [array for array in jax.tree.leaves(w) if array.size]
+        if not is_stored(w) or self.op.platform != "cpu" or not arrays or compat.op_by_op():
+            return act(x, w, *others)
+        always = ~(arrays[0][(0,) * arrays[0].ndim].astype(jnp.float32) > jnp.inf)  # which XLA does not know
+        out = jax.eval_shape(act, x, w, *others)
+
+        def never(*operands: Any) -> Array:
+            return jnp.zeros(out.shape, out.dtype)
+
+        return lax.cond(always, jax.checkpoint(act), never, x, w, *others)
 
     def by_weight(self, x: Array, dw: Array) -> Array:
         """Return the product with a change of the weight, to be transposed in it."""
@@ -303,9 +320,15 @@ class Parts:
         """Return the product with the adapted weight as a function of the data."""
         if self.summable:
             dtype = wide(w.dtype, first.dtype, second.dtype)
-            update = self.full(first.astype(dtype), second.astype(dtype))
-            total = _kept_as(self.cast(dense(w).astype(dtype) + update), MERGED)
-            return lambda x: self.base(x, total)
+
+            def total(w: Any, first: Array, second: Array) -> Array:
+                update = self.full(first.astype(dtype), second.astype(dtype))
+                return _kept_as(self.cast(dense(w).astype(dtype) + update), MERGED)
+
+            if is_stored(w):
+                return lambda x: self.alone(lambda x, *of: self.base(x, total(*of)), x, w, first, second)
+            summed = total(w, first, second)
+            return lambda x: self.base(x, summed)
         update = _kept_as(self.cast(self.full(first, second)), MERGED)
         return lambda x: self.base(x, w) + self.base(x, update)
 
