@@ -40,6 +40,14 @@ class Stored:
         """Return the array that it stands for."""
         raise NotImplementedError
 
+    def rows(self, at: Array) -> Array | None:
+        """Return `dense()[at]` without the other rows, of a weight without a stack; None where a format cannot.
+
+        Args:
+          at: integers (n,) that are rows.
+        """
+        return None
+
     @property
     def blocks(self) -> dict[str, tuple[int, ...]]:
         """For each of its arrays that has the axes of `inner`, how many entries along each are of one block.

@@ -65,6 +65,11 @@ class Gguf(Stored):
 
         return lax.switch(self.which, [branch(name) for name in self.kinds], self.data).astype(self.dtype)
 
+    def rows(self, at: Array) -> Array | None:
+        if self.which is not None or self.axis == 0:
+            return None
+        return dataclasses.replace(self, data=self.data[at], inner=(*at.shape, *self.inner[1:])).dense()
+
 
 def _dense_of(kind: "Kind", data: Array, axis: int) -> Array:
     """Return the numbers of rows of blocks that lie along an axis, in float32."""

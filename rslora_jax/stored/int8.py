@@ -46,6 +46,10 @@ class Int8(Stored):
     def dense(self) -> Array:
         return (self.codes.astype(jnp.float32) * self.scale).astype(self.dtype)
 
+    def rows(self, at: Array) -> Array:
+        scale = self.scale if self.scale.shape[0] == 1 else self.scale[at]
+        return dataclasses.replace(self, codes=self.codes[at], scale=scale).dense()
+
 
 def int8(weight: Any, axis: int | Sequence[int] = 0, depth: int = 0) -> Int8:
     """Round a weight to 8 bits.

@@ -108,6 +108,19 @@ class NF4(Stored):
         flat = array.reshape(*self.stack, -1)[..., : math.prod(self.inner)]
         return jnp.moveaxis(flat.reshape(*self.stack, *others, self.inner[self.axis]), -1, len(self.stack) + self.axis)
 
+    def rows(self, at: Array) -> Array | None:
+        if self.is_flat or not 0 < self.axis == len(self.inner) - 1:
+            return None
+        absmax = self.absmax[at]
+        if self.nested is not None and self.offset is not None:
+            numbers = jnp.arange(math.prod(self.absmax.shape[1:])).reshape(self.absmax.shape[1:])
+            each = self.nested[(at.reshape(-1, *(1,) * numbers.ndim) * numbers.size + numbers) // NESTED_BLOCK]
+            absmax = added(_nested_level(absmax) * each, self.offset)
+        inner = (*at.shape, *self.inner[1:])
+        return dataclasses.replace(
+            self, codes=self.codes[at], absmax=absmax, nested=None, offset=None, inner=inner
+        ).dense()
+
     def _scales(self) -> Array:
         """Return the magnitudes in float32."""
         if self.nested is None or self.offset is None:
@@ -118,8 +131,7 @@ class NF4(Stored):
         each = jnp.broadcast_to(self.nested[..., None], (*self.nested.shape, NESTED_BLOCK))
         each = each.reshape(*self.stack, -1)[..., : math.prod(shape)].reshape(*self.stack, *in_order)
         each = each if self.is_flat else jnp.moveaxis(each, -1, depth + self.axis)
-        of_mean = jnp.asarray(NESTED_LEVELS).at[self.absmax].get(mode="promise_in_bounds") * each
-        return added(of_mean, self.offset.reshape(*self.stack, *(1,) * len(shape)))
+        return added(_nested_level(self.absmax) * each, self.offset.reshape(*self.stack, *(1,) * len(shape)))
 
 
 def nf4(weight: Any, axis: int = 0, depth: int = 0, *, block: int = BLOCK, double: bool = True) -> NF4:
@@ -165,6 +177,10 @@ def _nf4_of(weight: Array, axis: int, depth: int, block: int, double: bool) -> N
 
 
 _nf4 = jax.jit(_nf4_of, static_argnums=(1, 2, 3, 4))
+
+
+def _nested_level(codes: Array) -> Array:
+    return jnp.asarray(NESTED_LEVELS).at[codes].get(mode="promise_in_bounds")
 
 
 def _eight_bits(numbers: Array) -> tuple[Array, Array]:

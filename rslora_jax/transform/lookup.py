@@ -7,6 +7,7 @@ from typing import Any
 import jax.numpy as jnp
 from jax import Array
 
+from rslora_jax.stored.form import Stored
 from rslora_jax.transform.cost import Sizes
 from rslora_jax.transform.picks import Pick, picked, picked_gain
 from rslora_jax.transform.product import Product
@@ -44,6 +45,26 @@ class _Lookup:
         return picked(w, indices, (True,) * w.ndim, self.pick, fill)
 
     by_weight = base
+
+    def of_stored(self, indices: Array, w: Stored) -> Array | None:
+        """Return the rows of a stored table, of which no others become dense; None where its form cannot give them."""
+        p = dict(self.pick.params)
+        if w.stack or self.pick.stack or self.pick.row != 0 or p["slice_sizes"][0] != 1:
+            return None
+        numbers = jnp.arange(w.shape[0], dtype=jnp.int32).reshape(-1, *(1,) * (w.ndim - 1))
+        places = picked(numbers, indices, (True,) + (False,) * (w.ndim - 1), self.pick, -1)
+        places = jnp.squeeze(places, self.pick.offset)
+        rows = w.rows(jnp.maximum(places.reshape(-1), 0))
+        if rows is None:
+            return None
+        fill = jnp.nan if p["fill_value"] is None else p["fill_value"]
+        there = places.reshape(-1, *(1,) * (w.ndim - 1)) >= 0
+        rows = jnp.where(there, rows.astype(self.dtype), jnp.asarray(fill, self.dtype)).reshape(
+            *places.shape, *rows.shape[1:]
+        )
+        if 0 in self.pick.kept:  # an axis of one row is left
+            rows = jnp.expand_dims(rows, places.ndim)
+        return jnp.moveaxis(rows, range(places.ndim, rows.ndim), self.pick.offset)
 
     def meet(self, indices: Array, first: Array) -> Array:
         rows = picked(self.aligned(first, 0), indices, self.spans[0], self.pick, 0)

@@ -269,6 +269,10 @@ class Parts:
 
     def base(self, x: Array, w: Any) -> Array:
         """Return the product with the weight alone."""
+        if is_stored(w) and hasattr(self.op, "of_stored"):
+            found = self.op.of_stored(x, w)
+            if found is not None:
+                return found
         return self.alone(lambda x, w: self.op.base(x, self.cast(w), *self.extra), x, w)
 
     def alone(self, act: Callable[..., Array], x: Array, w: Any, *others: Array) -> Array:
