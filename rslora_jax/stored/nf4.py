@@ -226,8 +226,8 @@ def _taken_apart(codes: Array, axis: int) -> Array:
     """Return the two codes of each byte next to each other along an axis.
 
     Each half is spread out and put between those of the other: an axis of size two, of which a TPU makes 32, would be
-    moved through memory (4,096 x 4,096 compiled ahead of time for a v5e: 1.6 million cycles, and so 0.1). Along the last
-    axis that takes a CPU twice as long.
+    moved through memory (4,096 x 4,096 compiled ahead of time for a v5e: 1.6 million cycles, and so 0.1). Along the
+    last axis that takes a CPU twice as long.
     """
     if axis == codes.ndim - 1:
         return jnp.stack([codes >> 4, codes & 15], -1).reshape(*codes.shape[:-1], -1)

@@ -278,8 +278,8 @@ class Parts:
     def alone(self, act: Callable[..., Array], x: Array, w: Any, *others: Array) -> Array:
         """Return a product in which a weight becomes dense, on a CPU in a branch of its own.
 
-        XLA on CPUs drops the barriers of a remat: it would make one dense weight for a product and its gradients, and all
-        of a program's at its start, since they wait for nothing. A branch waits for the data that meets the weight.
+        XLA on CPUs drops the barriers of a remat: it would make one dense weight for a product and its gradients, and
+        all of a program's at its start, since they wait for nothing. A branch waits for the data that meets the weight.
         """
         arrays = [array for array in jax.tree.leaves(w) if array.size]
         if not is_stored(w) or self.op.platform != "cpu" or not arrays or compat.op_by_op():
