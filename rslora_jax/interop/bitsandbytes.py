@@ -228,8 +228,8 @@ def _companion(tensors: Mapping[str, Tensor], of: Tensor, name: str, used: set[s
 def _sized(tensor: Tensor, dtypes: tuple[str, ...], shape: tuple[int, ...]) -> Tensor:
     if tensor.dtype.name not in dtypes or tensor.shape != shape:
         raise ValueError(
-            f"{tensor.path}: tensor {shown(tensor.name)} is {tensor.dtype}{list(tensor.shape)} where the matrix beside "
-            f"it asks for {' or '.join(dtypes)}{list(shape)}: download the model again"
+            f"{tensor.path}: tensor {shown(tensor.name)} is {tensor.dtype}{quoted([*tensor.shape])} where the matrix beside "
+            f"it asks for {' or '.join(dtypes)}{quoted([*shape])}: download the model again"
         )
     return tensor
 
@@ -299,7 +299,7 @@ def _check_levels(tensor: Tensor, known: np.ndarray) -> None:
 def _eight_bits(tensors: Mapping[str, Tensor], codes: Tensor, most: str, used: set[str]) -> EightBits:
     if codes.dtype != np.int8 or len(codes.shape) != 2:
         raise ValueError(
-            f"{codes.path}: tensor {shown(codes.name)} is {codes.dtype}{list(codes.shape)} and has {shown(most)} "
+            f"{codes.path}: tensor {shown(codes.name)} is {codes.dtype}{quoted([*codes.shape])} and has {shown(most)} "
             "beside it: a matrix of int8 is expected"
         )
     order = f"{codes.name}_format"

@@ -80,10 +80,16 @@ def write(folder: Path, form: Any, config: dict[str, Any] | None = None, **said:
     config = json.loads((folder / "config.json").read_text())
     about = {"quant_method": "bitsandbytes", "load_in_4bit": True, "bnb_4bit_quant_type": "nf4"} | said
     (folder / "config.json").write_text(json.dumps(config | {"quantization_config": about}))
+    arrays = matrices(config, form)
+    (folder / "model.safetensors").write_bytes(folders.safetensors(arrays))
+    return arrays
+
+
+def matrices(config: dict[str, Any], form: Any) -> dict[str, np.ndarray]:
+    """Draw a model's tensors, those of the layers' matrices by `form`."""
     rng, arrays = np.random.default_rng(1), {}
     for name, array in folders.tensors(config).items():
         is_inside = array.ndim == 2 and ".layers." in name
         own = form(rng, name, array.shape) if is_inside else None
         arrays |= own or {name: array}
-    (folder / "model.safetensors").write_bytes(folders.safetensors(arrays))
     return arrays

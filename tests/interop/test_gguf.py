@@ -12,6 +12,7 @@ from gguf.quants import dequantize
 from rslora_jax.interop.gguf import find_smollm2, load_gguf
 from rslora_jax.models.decoder import Decoder
 from rslora_jax.models.layout import stack_layers
+from rslora_jax.stored import dense, is_stored
 
 from .conftest import HEAD_DIM, LAYERS, TOKENS
 
@@ -33,7 +34,8 @@ def test_the_real_file_holds_the_published_figures(smollm2):
 
 @pytest.mark.parametrize("scan_layers", [pytest.param(False, marks=pytest.mark.nightly), True])
 def test_what_is_read_has_the_paths_and_shapes_that_the_model_makes(smollm2_path, scan_layers):
-    config, variables, _ = load_gguf(smollm2_path, scan_layers=scan_layers, param_dtype="bfloat16")
+    how = {"scan_layers": scan_layers, "param_dtype": "bfloat16"}
+    config, variables, _ = load_gguf(smollm2_path, dequantize=True, **how)
     tokens = jnp.zeros((1, 1), jnp.int32)
     assert _shapes(variables) == _shapes(jax.eval_shape(Decoder(config).init, jax.random.key(0), tokens))
     assert all(leaf.dtype == jnp.bfloat16 for leaf in jax.tree.leaves(variables))
@@ -45,7 +47,7 @@ def test_both_layouts_of_the_real_file_hold_the_same_numbers(smollm2, smollm2_sc
 
 @pytest.mark.nightly
 def test_bfloat16_weights_are_the_float32_ones_rounded(smollm2_path, smollm2):
-    rounded = load_gguf(smollm2_path, param_dtype=jnp.bfloat16, dtype=jnp.bfloat16)
+    rounded = load_gguf(smollm2_path, param_dtype=jnp.bfloat16, dtype=jnp.bfloat16, dequantize=True)
     assert rounded.config.param_dtype == rounded.config.dtype == jnp.bfloat16
     want = jax.tree.map(lambda leaf: leaf.astype(jnp.bfloat16), smollm2.variables)
     jax.tree.map(np.testing.assert_array_equal, rounded.variables, want)
@@ -69,6 +71,7 @@ def test_weights_written_to_a_file_come_back(tiny, tmp_path, kind, scan_layers, 
     if tied:
         del tiny.weights["output.weight"]
     config, variables, tokenizer = load_gguf(tiny.write(tmp_path / "tiny.gguf"), scan_layers=scan_layers)
+    variables = jax.tree.map(dense, variables, is_leaf=is_stored)
     params, w = variables["params"], tiny.weights
     same = np.testing.assert_array_equal
     same(params["embed"]["embedding"], w["token_embd.weight"])

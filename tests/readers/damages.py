@@ -116,6 +116,27 @@ def json_object(*keys: str, values: tuple[Any, ...] = ()) -> Damage:
     return damage
 
 
+def within_safetensors(word: str, damage: Damage) -> Damage:
+    """Make a damage of a safetensors file: of the bytes of one tensor whose name has a word."""
+
+    def within(rng: random.Random, data: bytes) -> bytes:
+        length = int.from_bytes(data[:8], "little")
+        header, body = json.loads(data[8 : 8 + length]), data[8 + length :]
+        one = rng.choice([name for name in header if word in name])
+        start, stop = header[one]["data_offsets"]
+        part = damage(rng, body[start:stop])
+        more = len(part) - (stop - start)
+        for name, about in header.items():
+            if name != "__metadata__" and about["data_offsets"][0] >= stop:
+                about["data_offsets"] = [at + more for at in about["data_offsets"]]
+        header[one] |= {"shape": [len(part)], "data_offsets": [start, start + len(part)]}
+        text = json.dumps(header).encode()
+        text += b" " * (-len(text) % 8)
+        return len(text).to_bytes(8, "little") + text + body[:start] + part + body[stop:]
+
+    return within
+
+
 def safetensors_header(rng: random.Random, data: bytes) -> bytes:
     """Change what a safetensors file says of its tensors."""
     length = int.from_bytes(data[:8], "little")

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from tests.interop import folders
+from tests.interop import bits, folders
 
 MODEL = {
     **folders.CONFIG,
@@ -49,6 +49,22 @@ def model(folder: Path, *, shards: int = 1) -> None:
     (folder / "special_tokens_map.json").write_text(json.dumps({"bos_token": "<s>", "pad_token": pad}))
     (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": [1, 2], "temperature": 0.6}))
     (folder / "chat_template.jinja").write_text(folders.TEMPLATE)
+
+
+def model_in_few_bits(folder: Path) -> None:
+    """Write that Llama with matrices as bitsandbytes has them: in 4 bits, singly and doubly quantised, and in 8."""
+
+    def form(rng: Any, name: str, shape: tuple[int, int]) -> dict[str, np.ndarray]:
+        if "mlp" in name:
+            return bits.eight_bits(rng, name, shape)
+        return bits.four_bits(rng, name, shape, "nf4" if "layers.0" in name else "fp4", nested="q_proj" in name)
+
+    model(folder)
+    about = {"quant_method": "bitsandbytes", "load_in_4bit": True}
+    said = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(said | {"quantization_config": about}))
+    arrays = bits.matrices(MODEL, form)
+    (folder / "model.safetensors").write_bytes(folders.safetensors(arrays))
 
 
 def adapter(folder: Path) -> None:
