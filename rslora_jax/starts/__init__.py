@@ -5,6 +5,7 @@ Each start gives `(params, adapters)`. Those that change the base give adapters 
 """
 
 from rslora_jax.starts.eva import eva
+from rslora_jax.starts.loftq import loftq
 from rslora_jax.starts.lora_ga import lora_ga
 from rslora_jax.starts.named import begin
 from rslora_jax.starts.olora import olora
@@ -14,4 +15,15 @@ from rslora_jax.starts.pissa import pissa
 from rslora_jax.starts.shares import eva_config
 from rslora_jax.starts.stream import changed
 
-__all__ = ["begin", "changed", "eva", "eva_config", "for_original_base", "lora_ga", "olora", "orthogonal", "pissa"]
+__all__ = [
+    "begin",
+    "changed",
+    "eva",
+    "eva_config",
+    "for_original_base",
+    "loftq",
+    "lora_ga",
+    "olora",
+    "orthogonal",
+    "pissa",
+]

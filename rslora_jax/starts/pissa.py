@@ -45,11 +45,12 @@ def pissa(
     check_changes(lora, params)
     if niter is not None and niter < 0:
         raise ValueError(f"niter={niter} is no number of iterations: give 0 or more, or None for the exact start")
-    start = found(lora, params, key, _principal, (niter,), progress=progress)
+    start = found(lora, params, key, principal, (niter,), progress=progress)
     return changed(lora, params, start), start
 
 
-def _principal(site: Site, w_IxO: Array, key: Array, niter: int | None) -> tuple[Array, Array]:
+def principal(site: Site, w_IxO: Array, key: Array, niter: int | None) -> tuple[Array, Array]:
+    """Return A and B of which gamma A B is a matrix's part of the r largest singular values."""
     u_IxR, s_R, vt_RxO = leading(w_IxO, site.rank, key, niter)
     size_R = jnp.sqrt(s_R / site.gamma)
     return u_IxR * size_R, size_R[:, None] * vt_RxO

@@ -22,7 +22,7 @@ from rslora_jax.methods.random import site_key
 from rslora_jax.parallel.sharding import adapter_shardings
 from rslora_jax.pytrees import Params
 from rslora_jax.sites import Site, from_paths, named_leaves
-from rslora_jax.stored.form import dense, is_stored
+from rslora_jax.stored.form import Stored, dense, is_stored
 from rslora_jax.transform.views import wide
 from rslora_jax.wrap import Lora
 
@@ -58,22 +58,49 @@ def found(
       progress: told the number of matrices done and their number in all.
     """
     adapters, leaves = lora.init(key, params), named_leaves(params)
-    total = sum(1 for site in started(lora).values() for _ in _elements(site))
-    shardings = on_mesh(lora, params)
-    done = 0
+    shardings, seen = on_mesh(lora, params), counted(lora, progress)
     for path, site in started(lora).items():
-        where = shardings.get(path, {})
-        own = {n: jnp.zeros(x.shape, x.dtype, device=where.get(n)) for n, x in _having_rank(site, adapters[path])}
         w = leaves[site.weight] if reads else None
-        for index, one in _elements(site):
-            at = jax.random.fold_in(site_key(key, path), _number(site, index))
-            own = _filled(find, one, options, own, w, np.asarray(index, np.int32), at)
-            jax.block_until_ready(own)
-            done += 1
-            progress(done, total)
-        placed = {name: jax.device_put(array, where[name]) if where else array for name, array in own.items()}
-        adapters[path] = {**adapters[path], **placed}
+        adapters[path] = found_of(site, adapters[path], w, key, find, options, shardings.get(path, {}), seen)
     return adapters
+
+
+def counted(lora: Lora, progress: Progress, times: int = 1) -> Callable[[], None]:
+    """Return what is to be called for each matrix that is done; it tells how many are, and their number in all."""
+    total, done = times * sum(1 for site in started(lora).values() for _ in _elements(site)), itertools.count(1)
+    return lambda: progress(next(done), total)
+
+
+def found_of(
+    site: Site,
+    adapter: Mapping[str, Array],
+    w: Any,
+    key: Array,
+    find: Find,
+    options: tuple[Any, ...],
+    where: Mapping[str, Any],
+    seen: Callable[[], Any],
+    minus: Stored | None = None,
+) -> dict[str, Array]:
+    """Return the adapter of a start for one weight.
+
+    Args:
+      site: its site.
+      adapter: the adapter as `init` has it.
+      w: the weight; None, of a start that does not look at it.
+      key, find, options: as of `found`.
+      where: where the adapter's arrays are to lie, by name; nothing, where that does not matter.
+      seen: called for each matrix that is done.
+      minus: what is taken off the weight before it is looked at.
+    """
+    own = {n: jnp.zeros(x.shape, x.dtype, device=where.get(n)) for n, x in _having_rank(site, adapter)}
+    for index, one in _elements(site):
+        at = jax.random.fold_in(site_key(key, site.path), _number(site, index))
+        own = _filled(find, one, options, own, w, minus, np.asarray(index, np.int32), at)
+        jax.block_until_ready(own)
+        seen()
+    placed = {name: jax.device_put(array, where[name]) if where else array for name, array in own.items()}
+    return {**adapter, **placed}
 
 
 def changed(lora: Lora, params: Params, start: Adapters) -> Params:
@@ -94,13 +121,18 @@ def changed(lora: Lora, params: Params, start: Adapters) -> Params:
     lora.check(params, start)
     leaves = named_leaves(params)
     for path, site in started(lora).items():
-        w = jnp.copy(leaves[site.weight])  # a layer at a time is changed in its place
-        own = dict(_having_rank(site, start[path]))
-        for index, one in _elements(site):
-            w = _less(one, w, own, np.asarray(index, np.int32))
-        where = getattr(leaves[site.weight], "sharding", None)
-        leaves[site.weight] = jax.device_put(w, where) if isinstance(where, NamedSharding) else w
+        leaves[site.weight] = changed_of(site, leaves[site.weight], start[path])
     return from_paths(params, leaves)
+
+
+def changed_of(site: Site, given: Array, start: Mapping[str, Array]) -> Array:
+    """Return one weight less the update of its adapter at the start."""
+    w = jnp.copy(given)  # a layer at a time is changed in its place
+    own = dict(_having_rank(site, start))
+    for index, one in _elements(site):
+        w = _less(one, w, own, np.asarray(index, np.int32))
+    where = getattr(given, "sharding", None)
+    return jax.device_put(w, where) if isinstance(where, NamedSharding) else w
 
 
 def started(lora: Lora) -> dict[str, Site]:
@@ -120,10 +152,10 @@ def check_changes(lora: Lora, params: Params) -> None:
     leaves = named_leaves(params)
     for path, site in started(lora).items():
         if is_stored(leaves[site.weight]):
-            form = type(leaves[site.weight]).__name__
             raise ValueError(
-                f"{path} is stored as {form}, and this start changes the weight: make it an array first, or take a "
-                "start that leaves the base as it is, orthogonal or eva"
+                f"{path} is stored as {leaves[site.weight].format}, and this start changes the weight: give the "
+                "weights as arrays, to `starts.loftq` or to this start with `quantize` after it, or take a start that "
+                "leaves the base as it is, orthogonal or eva"
             )
         if site.use:
             raise ValueError(
@@ -206,6 +238,17 @@ def _cut(site: Site, w: Array, index: Array) -> Array:
     return w
 
 
+def _cut_dense(site: Site, w: Stored, index: Array) -> Array:
+    """Return one element of a stack as an array; only what is taken is made dense where the stack is in front."""
+    ahead = sum(n == axis for n, axis in enumerate(site.stack_axes[: len(w.stack)]))
+    for n in range(ahead):
+        w = jax.tree.map(lambda part, n=n: lax.dynamic_slice_in_dim(part, index[n], 1, n), w)
+    whole = w.dense()
+    for n, axis in list(enumerate(site.stack_axes))[ahead:]:
+        whole = lax.dynamic_slice_in_dim(whole, index[n], 1, axis)
+    return whole
+
+
 def _put(whole: Array, part: Array, axes: Sequence[int], index: Array) -> Array:
     """Return a stack with one of its elements put in its place."""
     at = [jnp.zeros((), jnp.int32)] * whole.ndim
@@ -216,9 +259,13 @@ def _put(whole: Array, part: Array, axes: Sequence[int], index: Array) -> Array:
 
 @functools.partial(jax.jit, static_argnums=(0, 1, 2), donate_argnums=3)
 @exactly
-def _filled(find: Find, site: Site, options: Any, own: dict[str, Array], w: Any, index: Array, key: Array) -> Any:
+def _filled(
+    find: Find, site: Site, options: Any, own: dict[str, Array], w: Any, minus: Any, index: Array, key: Array
+) -> Any:
     """Return the factors with those of one element of the stack."""
     part = None if w is None else _as_matrix(site, _cut(site, dense(w), index))
+    if part is not None and minus is not None:
+        part -= _as_matrix(site, _cut_dense(site, minus, index))
     matrix = None if part is None else part.reshape(part.shape[-2:])
     placed = PLAIN.of_low_rank(site, *find(site, matrix, key, *options))
     stack = range(len(site.stack_axes))  # in front, in all factors

@@ -3,6 +3,8 @@
 import jax.numpy as jnp
 from jax import Array
 
+TINY = float(jnp.finfo("float32").tiny)  # to divide by: what is smaller is nothing on most devices
+
 
 def added(product: Array, term: Array) -> Array:
     """Return the sum of a product, rounded first, and a term.

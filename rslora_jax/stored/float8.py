@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-from rslora_jax.stored.exact import divided
+from rslora_jax.stored.exact import TINY, divided
 from rslora_jax.stored.form import Stored
 from rslora_jax.stored.int8 import in_axes
 
@@ -70,7 +70,7 @@ def _float8_of(weight: Array, axes: tuple[int, ...], depth: int) -> Float8:
     wide = weight.astype(jnp.float32)
     most = jnp.abs(wide).max(axes, keepdims=True)
     limit = float(jnp.finfo(DTYPE).max)
-    scale = divided(jnp.where(most > 0, most, 1), limit)
+    scale = jnp.maximum(divided(jnp.where(most > 0, most, 1), limit), TINY)
     codes = jnp.clip(wide / scale, -limit, limit).astype(DTYPE)  # or a quotient may be rounded to what is no number
     return Float8(codes, scale, jnp.dtype(weight.dtype), weight.ndim - depth)
 

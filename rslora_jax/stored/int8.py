@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-from rslora_jax.stored.exact import divided
+from rslora_jax.stored.exact import TINY, divided
 from rslora_jax.stored.form import Stored
 
 
@@ -75,7 +75,7 @@ def in_axes(axis: int | Sequence[int], depth: int, ndim: int) -> tuple[int, ...]
 def _int8_of(weight: Array, axes: tuple[int, ...], depth: int) -> Int8:
     wide = weight.astype(jnp.float32)
     most = jnp.abs(wide).max(axes, keepdims=True)
-    scale = divided(jnp.where(most > 0, most, 1), 127)
+    scale = jnp.maximum(divided(jnp.where(most > 0, most, 1), 127), TINY)
     return Int8(jnp.round(wide / scale).astype(jnp.int8), scale, jnp.dtype(weight.dtype), weight.ndim - depth)
 
 

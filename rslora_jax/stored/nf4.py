@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array, lax
 
-from rslora_jax.stored.exact import added, mean
+from rslora_jax.stored.exact import TINY, added, mean
 from rslora_jax.stored.form import Stored
 
 BLOCK, NESTED_BLOCK = 64, 256
@@ -161,9 +161,9 @@ def _nf4_of(weight: Array, axis: int, depth: int, block: int, double: bool) -> N
     flat = jnp.pad(flat, [(0, 0)] * depth + [(0, -flat.shape[-1] % block)])
     blocked = flat.reshape(*stack, -1, block)
     absmax = jnp.abs(blocked).max(-1)
-    scaled = blocked * (1 / jnp.maximum(absmax, 1e-38))[..., None]
+    scaled = blocked * (1 / jnp.maximum(absmax, TINY))[..., None]
     if math.prod(inner) % block:  # bitsandbytes divides by the last
-        scaled = scaled.at[..., -1, :].set(blocked[..., -1, :] / jnp.maximum(absmax[..., -1:], 1e-38))
+        scaled = scaled.at[..., -1, :].set(blocked[..., -1, :] / jnp.maximum(absmax[..., -1:], TINY))
     codes = _nearest(scaled, LEVELS).reshape(*stack, -1, 2)
     codes = codes[..., 0] << 4 | codes[..., 1]
     nested = offset = None
@@ -189,8 +189,9 @@ def _eight_bits(numbers: Array) -> tuple[Array, Array]:
     padded = jnp.pad(numbers, [(0, 0)] * (numbers.ndim - 1) + [(0, -n % NESTED_BLOCK)])
     blocked = padded.reshape(*numbers.shape[:-1], -1, NESTED_BLOCK)
     most = jnp.abs(blocked).max(-1)
-    scaled = jnp.clip(blocked * (1 / jnp.maximum(most, 1e-38))[..., None], -1, 1)
+    scaled = jnp.clip(blocked * (1 / jnp.maximum(most, TINY))[..., None], -1, 1)
     codes = jnp.asarray(_nested_codes())[((scaled + 1) * 0.5 * 65535 + 0.5).astype(jnp.int32)]
+    codes = jnp.where(most[..., None] > 0, codes, 0)
     return codes.reshape(padded.shape)[..., :n], most
 
 

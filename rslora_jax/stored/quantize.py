@@ -137,7 +137,7 @@ def quantize(
     ('NF4', 4232, 0.09, {'bias': 'norm or bias'})
     """
     how, leaves = rounding(format, block=block, double=double), named_leaves(params)
-    kept = _kept(leaves, lora, targets, exclude)
+    kept = kept_leaves(leaves, lora, targets, exclude)
     sites = {} if lora is None else {site.weight: site for site in lora.sites.values() if site.scaled}
     shared = collections.Counter(map(id, leaves.values()))
     made: dict[str, Rounded] = {}
@@ -245,10 +245,13 @@ def _axes(path: str, ndim: int, site: Site | None) -> tuple[tuple[int, ...], int
     return tuple(n - depth for n in of), depth
 
 
-def _kept(
-    leaves: Mapping[str, Any], lora: Lora | None, targets: str | Sequence[str], exclude: str | Sequence[str]
+def kept_leaves(
+    leaves: Mapping[str, Any],
+    lora: Lora | None,
+    targets: str | Sequence[str] = "all-linear",
+    exclude: str | Sequence[str] = (),
 ) -> dict[str, str]:
-    """Return why each leaf that is not asked for stays as it is."""
+    """Return why each leaf that is not asked for stays as it is; arguments as of `quantize`."""
     whys = {path: _why(path, leaf, lora) for path, leaf in leaves.items()}
     chosen: set[str] = set()
     for pattern in [targets] if isinstance(targets, str) else targets:
