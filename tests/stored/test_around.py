@@ -23,7 +23,7 @@ import rslora_jax as rslora
 from rslora_jax import train
 from rslora_jax.sites import from_paths, named_leaves
 from rslora_jax.store import checkpoint
-from rslora_jax.stored import dense, is_stored
+from rslora_jax.stored import dense, float8, int8, is_stored, nf4
 from tests.methods.gained import Gained
 from tests.methods.gained import trained as moved
 from tests.program_models import normal
@@ -41,7 +41,12 @@ STORED = {
     "eight": lambda w: eight_bits(w) if w.ndim > 1 else w,
     "blocks": blocks,  # without a stack, and vectors too
     "matrices": lambda w: blocks(w, w.ndim - 2) if w.ndim > 1 else w,
+    "nf4": lambda w: nf4(w, -2, w.ndim - 2, block=4) if w.ndim > 1 else w,
+    "nf4 flat": lambda w: nf4(w, -2, w.ndim - 2) if w.ndim > 1 else w,
+    "int8": lambda w: int8(w, -2, w.ndim - 2) if w.ndim > 1 else w,
+    "float8": lambda w: float8(w, -2, w.ndim - 2) if w.ndim > 1 else w,
 }
+FORMATS = ("nf4", "nf4 flat", "int8", "float8")
 AT_NIGHT = pytest.mark.nightly
 
 
@@ -173,7 +178,8 @@ WAYS = [
 
 @pytest.mark.parametrize("way", WAYS, ids=lambda way: way.__name__)
 @pytest.mark.parametrize(
-    "form", ["matrices", *(pytest.param(name, marks=AT_NIGHT) for name in ("eight", "blocks", "gained eight"))]
+    "form",
+    ["matrices", *(pytest.param(name, marks=AT_NIGHT) for name in ("eight", "blocks", "gained eight", *FORMATS))],
 )
 def test_a_stored_base_is_as_the_arrays_it_stands_for(form, way):
     stored, plain, lora, adapters = made(form.removeprefix("gained "), form.startswith("gained "))

@@ -1,6 +1,7 @@
 """A stored form is one file: one of a test's own, in 8 bits, gives what dense weights give, and is never kept dense."""
 
 import dataclasses
+import functools
 import warnings
 
 import chex
@@ -14,7 +15,7 @@ import rslora_jax as rslora
 from rslora_jax.parallel import sharding
 from rslora_jax.sites import from_paths, named_leaves
 from rslora_jax.store.checksum import checksums
-from rslora_jax.stored import dense
+from rslora_jax.stored import dense, float8, int8, nf4
 from tests.program_models import normal
 from tests.programs import CASES, each_at_night
 from tests.reference import assert_near, trained
@@ -23,13 +24,13 @@ from tests.stored.eight_bits import EightBits, eight_bits
 pytestmark = [pytest.mark.by_day_on("newest"), pytest.mark.usefixtures("compile_fast")]
 
 
-def packed(params):
-    """All weights of two axes or more in 8 bits, and what they stand for."""
+def packed(params, form=eight_bits):
+    """All weights of two axes or more in a form, and what they stand for."""
 
     def of(leaf):
         return leaf.ndim >= 2 and jnp.issubdtype(leaf.dtype, jnp.floating) and jnp.finfo(leaf.dtype).bits >= 16
 
-    stored = {path: eight_bits(leaf) if of(leaf) else leaf for path, leaf in named_leaves(params).items()}
+    stored = {path: form(leaf) if of(leaf) else leaf for path, leaf in named_leaves(params).items()}
     return from_paths(params, stored), from_paths(params, {path: dense(leaf) for path, leaf in stored.items()})
 
 
@@ -47,11 +48,29 @@ def gradient(lora, case):
     return jax.grad(loss)
 
 
+def rounded(name):
+    """A format of the package, with blocks small enough for the programs' weights."""
+    made = {"nf4": functools.partial(nf4, block=2), "nf4 flat": nf4, "int8": int8, "float8": float8}[name]
+    return lambda w: made(w, -2, w.ndim - 2)
+
+
 @pytest.mark.filterwarnings("ignore::rslora_jax.RsloraWarning")
 @pytest.mark.parametrize("name", each_at_night())
 def test_every_program_gives_what_it_gives_on_the_dense_weights(name):
+    holds_on_the_dense_weights(name, eight_bits)
+
+
+@pytest.mark.nightly
+@pytest.mark.filterwarnings("ignore::rslora_jax.RsloraWarning")
+@pytest.mark.parametrize("form", ["nf4", "nf4 flat", "int8", "float8"])
+@pytest.mark.parametrize("name", CASES)
+def test_so_it_does_in_the_formats_of_the_package(name, form):
+    holds_on_the_dense_weights(name, rounded(form))
+
+
+def holds_on_the_dense_weights(name, form):
     case = CASES[name]()
-    stored, plain = packed(case.params)
+    stored, plain = packed(case.params, form)
     lora, other = wrapped(case, stored), wrapped(case, plain)
     by_kind = {path: dataclasses.replace(site, fallbacks=()) for path, site in lora.sites.items()}
     # Dense before its use only where a mesh cuts its own axes, which its arrays may lack, or stacks it there.
