@@ -6,7 +6,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax import Array
+from jax import Array, lax
 
 from rslora_jax.stored.exact import TINY, divided
 from rslora_jax.stored.form import Stored
@@ -18,10 +18,11 @@ DTYPE = jnp.float8_e4m3fn
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Float8(Stored):
-    """A weight in 8 bits: `codes * scale`.
+    """A weight in 8 bits: `numbers * scale`.
 
     Attributes:
-      codes: float8_e4m3fn, of the weight's shape.
+      codes: uint8, the bits of the float8_e4m3fn `numbers`, of the weight's shape. As floats, XLA on CPUs would have
+        all of a stack wider before a scan takes a layer of it.
       scale: float32, of the weight's shape with its in-axes of size 1.
       dtype: dtype of the weight.
       depth: how many axes `inner` has.
@@ -46,8 +47,13 @@ class Float8(Stored):
     def blocks(self) -> dict[str, tuple[int, ...]]:
         return {"codes": (1,) * self.depth, "scale": (1,) * self.depth}
 
+    @property
+    def numbers(self) -> Array:
+        """The codes as floats."""
+        return lax.bitcast_convert_type(self.codes, DTYPE)
+
     def dense(self) -> Array:
-        return (self.codes.astype(jnp.float32) * self.scale).astype(self.dtype)
+        return (self.numbers.astype(jnp.float32) * self.scale).astype(self.dtype)
 
     def rows(self, at: Array) -> Array:
         scale = self.scale if self.scale.shape[0] == 1 else self.scale[at]
@@ -60,7 +66,7 @@ def float8(weight: Any, axis: int | Sequence[int] = 0, depth: int = 0) -> Float8
     Arguments are those of `int8`.
 
     >>> w = float8(jnp.array([[448.0, 3.0], [-200.0, 1.0]]))
-    >>> w.codes.astype("float32").tolist(), [round(scale * 448, 3) for scale in w.scale[0].tolist()]
+    >>> w.numbers.astype("float32").tolist(), [round(scale * 448, 3) for scale in w.scale[0].tolist()]
     ([[448.0, 448.0], [-192.0, 144.0]], [448.0, 3.0])
     """
     return _float8(jnp.asarray(weight), in_axes(axis, depth, jnp.ndim(weight)), depth)
@@ -72,7 +78,7 @@ def _float8_of(weight: Array, axes: tuple[int, ...], depth: int) -> Float8:
     limit = float(jnp.finfo(DTYPE).max)
     scale = jnp.maximum(divided(jnp.where(most > 0, most, 1), limit), TINY)
     codes = jnp.clip(wide / scale, -limit, limit).astype(DTYPE)  # or a quotient may be rounded to what is no number
-    return Float8(codes, scale, jnp.dtype(weight.dtype), weight.ndim - depth)
+    return Float8(lax.bitcast_convert_type(codes, jnp.uint8), scale, jnp.dtype(weight.dtype), weight.ndim - depth)
 
 
 _float8 = jax.jit(_float8_of, static_argnums=(1, 2))
