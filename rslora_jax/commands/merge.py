@@ -15,10 +15,16 @@ from rslora_jax.commands.tables import print_table
 
 
 def _add_flags(parser: argparse.ArgumentParser) -> None:
-    dtypes = ("bfloat16", "float16", "float32")
+    dtypes = ("bfloat16", "float16", "float32", "nf4", "int8")
     shared(parser, "folder")
     shared(parser, "--out", required=True)
-    shared(parser, "--dtype", default="bfloat16", text="dtype to write", choices=dtypes)
+    shared(
+        parser,
+        "--dtype",
+        default="bfloat16",
+        text="dtype to write; nf4 and int8: 4 or 8 bits, as bitsandbytes has them",
+        choices=dtypes,
+    )
     shared(parser, "--step")
     shared(parser, "--model")
     add_flag(parser, "--max-shard-size", "5GB", "largest file of weights, such as 5GB or 500MB", metavar="SIZE")
@@ -111,6 +117,11 @@ COMMAND = Command(
         (
             "rslora merge my-run --out merged --model base.gguf --max-shard-size 2GB",
             "A run that does not say what its base was, or whose base has moved; in files of at most 2 GB.",
+        ),
+        (
+            "rslora merge my-run --out merged --dtype nf4",
+            "In 4 bits again, tables and norms in bfloat16: small, and with the error of rounding anew, which may be "
+            "more than what was learned.",
         ),
     ),
     add_flags=_add_flags,

@@ -26,6 +26,7 @@ from rslora_jax.interop.tokenizer_files import read_tokenizer, tokenizer_files
 from rslora_jax.interop.weights import check_sizes, load_weights, warn_not_finite
 
 _CONFIG = "config.json"
+_QUANTISED = "quantization_config"
 GENERATION = "generation_config.json"
 _TAKEN = ("bos_token_id", "pad_token_id")
 
@@ -99,7 +100,7 @@ def read_model_config(folder: str | Path, family: Family | None = None, **how: A
     about = _about(path)
     family = family or family_of_config(path, about)
     if check_method(path, about):
-        about = {name: value for name, value in about.items() if name != "quantization_config"}
+        about = {name: value for name, value in about.items() if name != _QUANTISED}
     return family, family.read_config(path, about, **how)
 
 
@@ -121,21 +122,25 @@ def files_beside_weights(
     family: Family,
     base: Path | None = None,
     changed: Mapping[str, Any] = MappingProxyType({}),
+    quantised: Mapping[str, Any] | None = None,
 ) -> dict[str, str]:
     """Give the text of the files of a folder beside its weights, by name.
 
-    Where there is the folder of a `base`, only its config.json, with the dtype and the `changed` fields changed, and
-    its generation_config.json where that lacks a token at which generation stops here: its other files are copied.
+    Where there is the folder of a `base`, only its config.json, with the dtype, the `changed` fields and what it says
+    of `quantised` weights changed, and its generation_config.json where that lacks a token at which generation stops
+    here: its other files are copied.
     """
+    of_weights = {} if quantised is None else {_QUANTISED: dict(quantised)}
     if base is not None:
-        files = {_CONFIG: json_text({**_with_dtype(read_json(base / _CONFIG), dtype), **changed})}
+        about = {name: value for name, value in read_json(base / _CONFIG).items() if name != _QUANTISED}
+        files = {_CONFIG: json_text({**_with_dtype(about, dtype), **changed, **of_weights})}
         return files if tokenizer is None else files | _stops_of_base(base, tokenizer)
     if tokenizer is None:
-        return {_CONFIG: json_text(family.write_config(config, dtype))}
+        return {_CONFIG: json_text({**family.write_config(config, dtype), **of_weights})}
     ids = {"bos_token_id": tokenizer.bos_id, "eos_token_id": tokenizer.eos_id, "pad_token_id": tokenizer.pad_id}
     ids = {name: number for name, number in ids.items() if number is not None}
     return {
-        _CONFIG: json_text(family.write_config(config, dtype) | {"bos_token_id": None} | ids),
+        _CONFIG: json_text(family.write_config(config, dtype) | of_weights | {"bos_token_id": None} | ids),
         GENERATION: json_text(ids | _one_or_all(tokenizer.stop_ids)),
         **tokenizer_files(tokenizer, config.max_len),
     }

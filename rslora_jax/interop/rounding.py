@@ -68,5 +68,6 @@ def meaning(total: Rounding, dtype: str) -> str:
     said = f"rounding to {dtype} moves the merged weights by {total.relative:.2g} of the update"
     if total.relative <= 0.5:
         return said
-    wider = "" if dtype == "float32" else ", or merge in " + ("float16 or " if dtype == "bfloat16" else "") + "float32"
+    finer = {"bfloat16": "float16 or float32", "float16": "float32", "float32": ""}.get(dtype, "bfloat16")
+    wider = f", or merge in {finer}" if finer else ""
     return f"{said}: most of what was learned may be rounded away; keep the adapters apart from the base{wider}"

@@ -107,7 +107,7 @@ def write_file(path: Path, kinds: Mapping[str, jax.ShapeDtypeStruct], make: Call
     Raises:
       ValueError: a tensor is of a dtype that the format lacks, or not what `kinds` says.
     """
-    names = {dtype: name for name, dtype in DTYPES.items()}
+    names = {dtype: name for name, dtype in (DTYPES | _INTEGERS).items()}
     # transformers reads only files that name a framework.
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     end = 0

@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from rslora_jax.interop.json_files import read_json
@@ -73,34 +72,35 @@ def open_folder(folder: Path, *, integers: bool = False) -> dict[str, Tensor]:
 
 def write_folder(
     folder: Path,
-    shapes: Mapping[str, tuple[int, ...]],
-    dtype: str,
+    weights: Mapping[str, Mapping[str, jax.ShapeDtypeStruct]],
     make: Callable[[str], np.ndarray],
     *,
     most: int = 5_000_000_000,
 ) -> list[Path]:
-    """Write tensors of one dtype as `model.safetensors`, or as several files and an index.
+    """Write weights as `model.safetensors`, or as several files and an index.
 
     Args:
       folder: where to write.
-      shapes: the shape of every tensor, by name, in the order in which they are made.
-      dtype: one of `DTYPES`.
+      weights: shape and dtype of each tensor, by name, that every weight is in the files; they stay in one file. In
+        the order in which they are made.
       make: gives the tensor of a name; asked for each once, when its turn has come.
       most: bytes in a file.
     """
-    kinds = {name: jax.ShapeDtypeStruct(shape, jnp.dtype(dtype)) for name, shape in shapes.items()}
-    sizes = {name: math.prod(kind.shape) * kind.dtype.itemsize for name, kind in kinds.items()}
+    sizes = {name: sum(math.prod(k.shape) * k.dtype.itemsize for k in own.values()) for name, own in weights.items()}
     shards = _deal_out(sizes, most)
     files = [folder / WHOLE]
     if len(shards) > 1:
         files = [folder / f"model-{n:05}-of-{len(shards):05}.safetensors" for n in range(1, len(shards) + 1)]
+    places: dict[str, str] = {}
     for file, names in zip(files, shards, strict=True):
-        write_file(file, {name: kinds[name] for name in names}, make)
+        kinds = {tensor: kind for name in names for tensor, kind in weights[name].items()}
+        write_file(file, kinds, make)
+        places |= dict.fromkeys(kinds, file.name)
     if len(shards) > 1:
-        index: dict[str, Any] = {
-            "metadata": {"total_size": sum(sizes.values()), "total_parameters": sum(map(math.prod, shapes.values()))},
-            "weight_map": {name: file.name for file, names in zip(files, shards, strict=True) for name in names},
-        }
+        about = {"total_size": sum(sizes.values())}
+        if len(places) == len(weights):  # of companions, entries are no parameters
+            about["total_parameters"] = sum(math.prod(k.shape) for own in weights.values() for k in own.values())
+        index: dict[str, Any] = {"metadata": about, "weight_map": places}
         (folder / INDEX).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
     return files
 

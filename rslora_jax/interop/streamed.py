@@ -15,31 +15,33 @@ from rslora_jax.sites import Site
 from rslora_jax.transform.views import materialise
 
 
-def merge_one(
-    name: str, weight: np.ndarray, site: Site, factors: Mapping[str, Any], layer: int | None, dtype: str
-) -> tuple[np.ndarray, Rounding]:
-    """Return what acts in place of a weight in `dtype`, in the weight's layout, and what rounding did to it.
+def acting(weight: np.ndarray, site: Site, factors: Mapping[str, Any], layer: int | None) -> np.ndarray:
+    """Return what acts in place of a weight, in float64, in the weight's layout.
 
     Args:
-      name: what an error calls it.
       weight: the weight; that of one layer where `layer` is a number.
       site, factors: the adapter of the whole weight.
       layer: the place on the weight's first axis, where layers are stacked there.
-      dtype: what to round to.
-
-    >>> from rslora_jax.methods import method_of
-    >>> site = Site("w", (2, 2), (0,), (1,), (), "linear", 1, 1.0, 1.0, method_of("lora"))
-    >>> factors = {"a": np.ones((2, 1)), "b": np.full((1, 2), 2.0**-9)}
-    >>> merged, rounding = merge_one("w", np.ones((2, 2)), site, factors, None, "bfloat16")
-    >>> float(merged[0, 0]), rounding.relative  # next to 1 there is 1 + 2^-7: nothing is left of the update
-    (1.0, 1.0)
     """
     if layer is not None:
         site, factors = _element_of(site, factors, layer)
-    exact, base = _acting(site, weight, factors), weight.astype(np.float64)
-    merged = rounded(name, exact, dtype)
+    return _acting(site, weight, factors)
+
+
+def rounding_of(name: str, weight: np.ndarray, exact: np.ndarray, merged: np.ndarray) -> Rounding:
+    """Say what became of an update when the merged weight was rounded.
+
+    >>> from rslora_jax.methods import method_of
+    >>> site = Site("w", (2, 2), (0,), (1,), (), "linear", 1, 1.0, 1.0, method_of("lora"))
+    >>> weight, factors = np.ones((2, 2)), {"a": np.ones((2, 1)), "b": np.full((1, 2), 2.0**-9)}
+    >>> exact = acting(weight, site, factors, None)
+    >>> merged = rounded("w", exact, "bfloat16")
+    >>> float(merged[0, 0]), rounding_of("w", weight, exact, merged).relative  # next to 1 there is 1 + 2^-7
+    (1.0, 1.0)
+    """
+    base = weight.astype(np.float64)
     norms = [float(np.linalg.norm(array)) for array in (exact - merged.astype(np.float64), exact - base, base)]
-    return merged, Rounding(name, 1, *norms)
+    return Rounding(name, 1, *norms)
 
 
 def _element_of(site: Site, factors: Mapping[str, Any], n: int) -> tuple[Site, Mapping[str, Any]]:

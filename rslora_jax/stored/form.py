@@ -92,6 +92,13 @@ def dense(weight: Any) -> Array:
     return weight.dense() if is_stored(weight) else weight
 
 
+def element(weight: Any, n: int) -> Any:
+    """Return one element of a weight's first axis; of one that is stored, in its form, where that axis is a stack."""
+    if is_stored(weight) and not weight.stack:
+        return weight.dense()[n]
+    return jax.tree.map(lambda array: array[n], weight)
+
+
 def like_dense(weight: Any) -> Any:
     """Return the shape and dtype of the array that a weight stands for; what is no stored weight is returned."""
     return jax.ShapeDtypeStruct(weight.shape, weight.dtype) if is_stored(weight) else weight
