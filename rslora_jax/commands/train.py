@@ -14,6 +14,7 @@ from types import MappingProxyType
 from typing import Any, NamedTuple
 
 from rslora_jax.commands import settings
+from rslora_jax.commands.answers import answerer, show_answers
 from rslora_jax.commands.command import FOR_MODELS, Command, check_installed, default_arguments
 from rslora_jax.commands.devices import Placement, base_shardings, join_processes, place, placed_apply
 from rslora_jax.commands.flags import Number, pairs
@@ -37,7 +38,6 @@ def train(a: argparse.Namespace) -> int:
     import jax
 
     from rslora_jax.commands.data import examples
-    from rslora_jax.interop.untied import merge_model
     from rslora_jax.train import NonFiniteLoss
 
     _check_flags(a)
@@ -57,9 +57,9 @@ def train(a: argparse.Namespace) -> int:
     _keep_tokens(a, base, start, rows)
     # Of several processes none holds the whole of what the model writes.
     asked = heldout[:2] if jax.process_count() == 1 else []
-    answers = _answerer(a, base, asked)
+    answers = answerer(base, asked, max_len=a.max_len)
     before = answers(base)
-    _show_answers(asked, {"base model": before})
+    show_answers(asked, {"base model": before})
     first = begin(a, lora, base, found, data, placement, rows)
     base = first.base  # which a start may have changed
     try:
@@ -73,8 +73,8 @@ def train(a: argparse.Namespace) -> int:
     if result.signal:
         print(f"stopped before step {a.steps}; {_what_is_left(a)}")
         return 128 + result.signal
-    after = answers(merge_model(base, lora, result.adapters))
-    _show_answers(asked, {"before": before, "after": after})
+    after = answers(base, lora, result.adapters)
+    show_answers(asked, {"before": before, "after": after})
     return _conclude(a, result, time.monotonic() - begun)
 
 
@@ -243,28 +243,6 @@ def _prepare(
         places = max(places, held.places)
     of_training = batches.train_batches(rows, batch_size=a.batch_size, seed=a.seed, share=placement.share)
     return _Data(of_training, of_heldout, loss.token_loss(places), len(rows.rows) / a.batch_size)
-
-
-def _answerer(a: argparse.Namespace, base: Any, asked: Sequence[Any]) -> Callable[[Any], list[str]]:
-    """Return the function of the weights that lets the model write: the base and the merged share what is compiled."""
-    from rslora_jax.train import samples
-
-    apply, max_len = base.apply, min(a.max_len, base.config.max_len)  # one `apply` for both: it tells programs apart
-
-    def answers(model: Any) -> list[str]:
-        own = apply if model.config == base.config else model.apply
-        return samples.write(own, model.variables, model.config, base.tokenizer, asked, max_new=40, max_len=max_len)
-
-    return answers
-
-
-def _show_answers(asked: Sequence[Any], answers: dict[str, list[str]]) -> None:
-    """Print each prompt with what was answered, and what is wanted."""
-    from rslora_jax.train import samples
-
-    for n, example in enumerate(asked):
-        said = {name: texts[n] for name, texts in answers.items()} | {"wanted": example.completion}
-        print(samples.show(example, said), flush=True)
 
 
 def _fit(

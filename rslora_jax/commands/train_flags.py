@@ -97,8 +97,11 @@ def _add_device_flags(parser: argparse.ArgumentParser) -> None:
     where = parser.add_argument_group("devices")
     shared(where, "--dtype", default="float32", text="dtype to compute in")
     shared(where, "--param-dtype")
-    remat = "activations to compute again in the backward pass: none, full or a policy of jax.checkpoint_policies"
-    add_flag(where, "--remat", "none", remat, metavar="POLICY")
+    remat = (
+        "activations to compute again in the backward pass: none, products (all but what products with weights give), "
+    )
+    remat += "full or a policy of jax.checkpoint_policies"
+    add_flag(where, "--remat", "products", remat, metavar="POLICY")
     mesh = "devices by name, such as data=2,fsdp=4,tensor=1 (default: one device)"
     add_flag(where, "--mesh", None, mesh, metavar="AXES")
     split = "on a mesh, split adapters along their rank too: less memory at high rank"

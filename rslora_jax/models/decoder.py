@@ -9,6 +9,7 @@ heads, G = N / K query heads for each of them, H size of a head, D width, V voca
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -16,6 +17,7 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 from jax import lax
+from jax.ad_checkpoint import checkpoint_name
 
 from rslora_jax.models.attention import (
     Array,
@@ -30,8 +32,13 @@ from rslora_jax.models.attention import (
 )
 from rslora_jax.models.decoder_config import REMAT_POLICIES, DecoderConfig
 from rslora_jax.models.rope import rotary, rotate
+from rslora_jax.transform.product import MET
 
 __all__ = ["REMAT_POLICIES", "Decoder", "DecoderConfig", "init_cache", "lengthen"]
+
+# What a product with a weight gives, with its adapter's part, and what data give in an adapter's first factor.
+_PRODUCT = "decoder_product"
+_PRODUCTS = jax.checkpoint_policies.save_only_these_names(_PRODUCT, MET)
 
 # Where the weights lie on a mesh (`parallel.sharding.param_shardings`): those that widen are split by column,
 # those that narrow by row, so that a layer needs one sum over "tensor" for each pair; the rest of each by "fsdp".
@@ -59,8 +66,9 @@ class RMSNorm(nn.Module):
         return (wide * scale_D).astype(self.config.dtype)
 
 
-def _dense(config: DecoderConfig, features: int, name: str, bias: bool = False) -> nn.Dense:
-    return nn.Dense(features, use_bias=bias, dtype=config.dtype, param_dtype=config.param_dtype, name=name)
+def _dense(config: DecoderConfig, features: int, name: str, bias: bool = False) -> Callable[[Array], Array]:
+    layer = nn.Dense(features, use_bias=bias, dtype=config.dtype, param_dtype=config.param_dtype, name=name)
+    return lambda x: checkpoint_name(layer(x), _PRODUCT)  # with its adapter in it, of which a policy sees the parts
 
 
 class Attention(nn.Module):
@@ -163,7 +171,7 @@ class Embed(nn.Module):
 def _layer_class(config: DecoderConfig) -> Any:
     if config.remat in (None, "none"):
         return Layer
-    policy = None if config.remat == "full" else getattr(jax.checkpoint_policies, str(config.remat))
+    policy = None if config.remat == "full" else getattr(jax.checkpoint_policies, str(config.remat), _PRODUCTS)
     # The body of a scan is compiled apart, so common-subexpression elimination cannot undo the remat there
     # and the barriers that guard against it would only cost.
     return nn.remat(Layer, policy=policy, prevent_cse=not config.scan_layers)

@@ -11,9 +11,11 @@ import jax.numpy as jnp
 from rslora_jax.models.rope import RopeScaling
 from rslora_jax.shown import quoted
 
-# Only the policies of jax.checkpoint_policies that take no argument: the others are factories, which a bare
+# "products" is our own: keep what products with weights give, which costs most to compute again and is a third of all.
+# Of the policies of jax.checkpoint_policies only those that take no argument: the others are factories, which a bare
 # name in a configuration file cannot call.
 REMAT_POLICIES = (
+    "products",
     "everything_saveable",
     "nothing_saveable",
     "dots_saveable",

@@ -24,9 +24,11 @@ from rslora_jax.train.batch_stream import Batches, Feed, lay_out
 from rslora_jax.train.curves import loss_picture
 from rslora_jax.train.events import event_files
 from rslora_jax.train.flops import peak_flops
+from rslora_jax.train.given_back import give_back
 from rslora_jax.train.loss import Loss
 from rslora_jax.train.metrics import metrics_file, of_one_set, perplexity, read_metrics
 from rslora_jax.train.pace import Pace, since_least
+from rslora_jax.train.rates import rates_of
 from rslora_jax.train.report import Display
 from rslora_jax.train.saving import Saver, training
 from rslora_jax.train.speed import Stopwatch, count_flops, speed
@@ -186,7 +188,7 @@ def fit(
         ours = (metrics_file, *([event_files] if tensorboard else []), loss_picture, *writers, display.running)
         with open_writers(info, ours if is_first() else ()) as write:
             parts = (info, pace, params, state, step, feed, count, judge, saver, write, asked, skip)
-            run = _Run(*parts, _rates(schedule, steps), steps_an_epoch)
+            run = _Run(*parts, rates_of(schedule, steps), steps_an_epoch)
             came = run.go()
     return run.result(came)
 
@@ -262,6 +264,7 @@ class _Run:
                 record["step"] == self.at and "heldout_loss" in record for record in of_one_set(self.records)
             ):
                 self.look()
+            give_back()
             self.watch.restart()
             came = None
             while self.at < self.pace.steps and not (came := self.asked(self.at)):
@@ -287,11 +290,14 @@ class _Run:
         self.at += 1
         self.pending = metrics, np.size(getattr(batch, "tokens_BxT", ())), self.watch.begun(metrics)
         looks, saves = self.pace.looks(self.at), self.pace.saves(self.at)
+        if self.at == self.info.start + 1:  # it was compiled
+            give_back()
         if looks or saves:
             self.finish()
             value = self.look() if looks else None
             if saves or (value is not None and since_least(self.records) == 0):
                 self.saver.save(self.state, self.feed, value)
+            give_back()
             self.watch.restart()
 
     def finish(self) -> None:
@@ -348,13 +354,6 @@ class _Run:
         early, last_saved = self.at < self.pace.steps and came is None, on_disk[-1] if on_disk else None
         records = tuple(self.records)
         return Result(state.to_use, int(state.step), records, came, early, last_saved, state.model_state)
-
-
-def _rates(schedule: optax.ScalarOrSchedule | None, steps: int) -> np.ndarray | None:
-    """Return the learning rate of each step, from 0, taken at once: on its way a run must not wait for it."""
-    if schedule is None or not callable(schedule):
-        return None if schedule is None else np.full(steps, schedule)
-    return np.asarray(jax.jit(jax.vmap(schedule))(np.arange(steps, dtype=np.int32)))
 
 
 def _step_record(number: int, numbers: Mapping[str, float], size: int, seconds: float, flops: int | None) -> Record:

@@ -6,6 +6,7 @@ import math
 from typing import Any
 
 import jax
+import numpy as np
 import optax
 
 from rslora_jax.layers import Layer
@@ -134,3 +135,14 @@ def _times(by: Any, x: Any) -> Any:
     """Multiply by a number, or by one for each element of the axes that are in front."""
     shape = getattr(by, "shape", ())
     return by * x if not shape else by.reshape(shape + (1,) * (x.ndim - len(shape))).astype(x.dtype) * x
+
+
+def rates_of(schedule: optax.ScalarOrSchedule | None, steps: int) -> np.ndarray | None:
+    """Return the learning rate of each step, from 0, taken at once: on its way a run must not wait for it.
+
+    >>> rates_of(lambda step: 0.5 / (step + 1), 2).tolist()
+    [0.5, 0.25]
+    """
+    if schedule is None or not callable(schedule):
+        return None if schedule is None else np.full(steps, schedule)
+    return np.asarray(jax.jit(jax.vmap(schedule))(np.arange(steps, dtype=np.int32)))
