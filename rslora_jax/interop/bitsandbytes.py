@@ -228,8 +228,8 @@ def _companion(tensors: Mapping[str, Tensor], of: Tensor, name: str, used: set[s
 def _sized(tensor: Tensor, dtypes: tuple[str, ...], shape: tuple[int, ...]) -> Tensor:
     if tensor.dtype.name not in dtypes or tensor.shape != shape:
         raise ValueError(
-            f"{tensor.path}: tensor {shown(tensor.name)} is {tensor.dtype}{quoted([*tensor.shape])} where the matrix beside "
-            f"it asks for {' or '.join(dtypes)}{quoted([*shape])}: download the model again"
+            f"{tensor.path}: tensor {shown(tensor.name)} is {tensor.dtype}{quoted([*tensor.shape])} where the matrix "
+            f"beside it asks for {' or '.join(dtypes)}{quoted([*shape])}: download the model again"
         )
     return tensor
 
