@@ -23,11 +23,28 @@ class Begun(NamedTuple):
 
 
 def check_start(a: argparse.Namespace) -> None:
-    """Raise a ValueError for a start that there is not."""
+    """Raise a ValueError for a start that there is not, or that does not go with the base."""
     from rslora_jax.starts.named import named
 
-    if a.start:
-        named(a.start)
+    if not a.start:
+        return
+    found, options = named(a.start)
+    if found.rounds and not a.quantize:
+        raise ValueError(
+            f"--start {a.start} makes up for what --quantize loses: give --quantize nf4, int8 or float8 too"
+        )
+    if found.rounds and options.get("steps", 1) > 1:
+        raise ValueError(
+            f"--start {a.start}: after more turns than one the base is not what --quantize {a.quantize} makes of its "
+            "files, so a run could not read it again: take --start loftq, or `starts.loftq` in a program"
+        )
+
+
+def read_dense(a: argparse.Namespace) -> bool:
+    """Say whether the base is to be read in arrays, as it is the start that quantises it."""
+    from rslora_jax.starts.named import named
+
+    return bool(a.start) and not a.resume and named(a.start)[0].rounds
 
 
 def share_ranks(a: argparse.Namespace, lora: Any, variables: Any, data: Any, placement: Placement) -> Any:
@@ -110,6 +127,7 @@ def _start(
     print(f"starting the adapters as {a.start}", flush=True)
     words = checksums(of_file(base)) if changes else {}
     how = _looked_at(a, data, placement, f"starting as {a.start}")
+    how |= {"format": a.quantize} if read_dense(a) else {}
     variables, adapters = begin(a.start, lora, base.variables, key, **how)
     return variables, adapters, Start(a.start, adapters, words) if changes else None
 

@@ -20,7 +20,7 @@ from rslora_jax.commands.devices import Placement, base_shardings, join_processe
 from rslora_jax.commands.flags import Number, pairs
 from rslora_jax.commands.new_tokens import keep_new_tokens, placed, with_new_tokens
 from rslora_jax.commands.output import model_name
-from rslora_jax.commands.start import Begun, begin, check_start, share_ranks
+from rslora_jax.commands.start import Begun, begin, check_start, read_dense, share_ranks
 from rslora_jax.commands.train_end import outcome, peak_memory, sizes
 from rslora_jax.commands.train_flags import add_flags
 from rslora_jax.terminal import one_line
@@ -180,8 +180,8 @@ def _read_base(a: argparse.Namespace, start: Any, placement: Placement) -> Any:
         shardings=base_shardings(placement, find_family(a.model)) if placement.mesh else None,
         progress=progress_line("reading"),
         text=own is None or not is_whole(own),
-        dequantize=a.dequantize,
-        quantize=a.quantize,
+        dequantize=a.dequantize or read_dense(a),
+        quantize=None if read_dense(a) else a.quantize,
     )
     base = placed(with_rows_of(base, start.config, start.rows), placement) if start else base
     return with_own_tokenizer(base, own).with_template_options(options)

@@ -67,7 +67,7 @@ def _add_adapter_flags(parser: argparse.ArgumentParser) -> None:
     still = "train these arrays no further: in is A, as in LoRA-FA, out is B; as often as you like"
     add_flag(lora, "--freeze", [], still, choices=("in", "out", "magnitude"), action="append")
     begin = "how new adapters start: pissa, pissa:16 (in 16 iterations), olora, orthogonal, eva, eva:2 (which shares"
-    begin += " the ranks out, at most twofold), lora-ga"
+    begin += " the ranks out, at most twofold), lora-ga, loftq (at what --quantize loses)"
     add_flag(lora, "--start", None, f"{begin} (default: A random, B zero)", metavar="NAME")
     start = "start from these, with their rank, alpha, scaling and targets: a run, or a folder that PEFT saved"
     add_flag(lora, "--adapters", None, start, metavar="FOLDER")

@@ -38,7 +38,8 @@ def loftq(
 
     By turns Q = q(W - gamma A B), with A B = 0 at first, and gamma A B the first r singular values of W - Q (arXiv
     2310.08659, algorithm 1), with the scale of the adapter's own rank; PEFT leaves the scale out, so that there its
-    alpha is to be that of a scale of 1. The base becomes the last Q. With one step that is `quantize`'s.
+    alpha is to be that of a scale of 1. The base becomes the last Q. With one step it is that of `quantize`, given the
+    same `lora`. What that leaves as it is, such as a table, stays, and its adapter is new.
 
     Weights go one after the other, and the decompositions layer by layer: beside the result there is one dense weight,
     and with more than one step two.
@@ -70,9 +71,10 @@ def loftq(
     if isinstance(steps, bool) or not isinstance(steps, int) or steps < 1:
         raise ValueError(f"steps={steps!r} is no number of turns: give 1 or more, such as 5")
     check_changes(lora, params)
-    adapters, where, seen = lora.init(key, params), on_mesh(lora, params), counted(lora, progress, steps)
-    sites = started(lora)
-    kept = kept_leaves(leaves, lora) | {site.weight: "adapted" for site in sites.values()}
+    adapters, where = lora.init(key, params), on_mesh(lora, params)
+    kept = kept_leaves(leaves, lora)
+    sites = {path: site for path, site in started(lora).items() if path not in kept}
+    seen = counted(sites, progress, steps)
     for path, site in sites.items():
         w = leaves[path]
         for turn in range(steps):
@@ -81,6 +83,6 @@ def loftq(
                 site, adapters[path], w, key, principal, (None,), where.get(path, {}), seen, minus=stored
             )
         leaves[path] = stored
-    for path in leaves.keys() - kept.keys():
+    for path in leaves.keys() - kept.keys() - sites.keys():
         leaves[path], _ = rounded(path, leaves[path], how)
     return from_paths(params, leaves), adapters

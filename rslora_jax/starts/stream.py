@@ -58,16 +58,16 @@ def found(
       progress: told the number of matrices done and their number in all.
     """
     adapters, leaves = lora.init(key, params), named_leaves(params)
-    shardings, seen = on_mesh(lora, params), counted(lora, progress)
+    shardings, seen = on_mesh(lora, params), counted(started(lora), progress)
     for path, site in started(lora).items():
         w = leaves[site.weight] if reads else None
         adapters[path] = found_of(site, adapters[path], w, key, find, options, shardings.get(path, {}), seen)
     return adapters
 
 
-def counted(lora: Lora, progress: Progress, times: int = 1) -> Callable[[], None]:
+def counted(sites: Mapping[str, Site], progress: Progress, times: int = 1) -> Callable[[], None]:
     """Return what is to be called for each matrix that is done; it tells how many are, and their number in all."""
-    total, done = times * sum(1 for site in started(lora).values() for _ in _elements(site)), itertools.count(1)
+    total, done = times * sum(1 for site in sites.values() for _ in _elements(site)), itertools.count(1)
     return lambda: progress(next(done), total)
 
 

@@ -118,3 +118,27 @@ def test_a_start_is_for_new_adapters(command, place, tmp_path, capsys):
     assert "--start olora is for new adapters, and --adapters has its own" in capsys.readouterr().err
     assert main([*command[:5], "--start", "pisa", "--out", str(tmp_path / "run")]) == 2
     assert "start 'pisa' is not known: did you mean pissa?" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("format", ["nf4", *(pytest.param(n, marks=pytest.mark.nightly) for n in ("int8", "float8"))])
+def test_loftq_is_a_start_over_the_base_that_quantize_makes_of_the_files(command, format, tmp_path, capsys):
+    whole, cut = tmp_path / "whole", tmp_path / "cut"
+    start = [*command, "--start", "loftq", "--quantize", format, "--schedule", "constant"]
+    assert main([*start, "--steps", "2", "--out", str(whole)]) == 0
+    assert main([*start, "--steps", "1", "--out", str(cut)]) == 0
+    assert main(["train", "--resume", "--out", str(cut), "--steps", "2"]) == 0
+    assert arrays(cut) == arrays(whole) and not (whole / "start").exists()
+    (run,) = load_runs([str(whole)]).runs
+    read = load_model(command[2], quantize=format).variables
+    assert checksums(run.variables) == checksums(read)
+    capsys.readouterr()
+    for more, says in {
+        (
+            "--start",
+            "loftq",
+        ): "--start loftq makes up for what --quantize loses: give --quantize nf4, int8 or float8 too",
+        ("--start", "loftq:3", "--quantize", "nf4"): "--start loftq:3: after more turns than one the base is not what",
+        ("--start", "loftq:x"): "'x' is no option of loftq",
+    }.items():
+        assert main([*command, *more, "--out", str(tmp_path / "no")]) == 2
+        assert says in capsys.readouterr().err

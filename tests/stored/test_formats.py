@@ -235,12 +235,10 @@ def test_codes_and_scales_are_those_of_bitsandbytes(block, double):
         np.testing.assert_array_equal(got[: packed.numel()], packed.numpy().ravel())
         assert not (got[packed.numel() :] & 0x0F).any() or (got[packed.numel() :] == 0x77).all()
         if not double:
-            np.testing.assert_array_equal(last(ours.absmax), state.absmax.numpy())
+            np.testing.assert_allclose(last(ours.absmax), state.absmax.numpy(), 0, 2e-38)  # of no block but zeros
         else:
             offset = np.float32(state.offset)
-            np.testing.assert_array_max_ulp(
-                np.asarray(ours.offset), offset, 8
-            )  # of a float32 sum, in an order of its own
+            np.testing.assert_allclose(ours.offset, offset, 1e-6, 2e-38)  # of float32 sums, in an order of its own
             if np.asarray(ours.offset) == offset:  # a mean: what follows from it is then the same
                 np.testing.assert_array_equal(last(ours.absmax), state.absmax.numpy())
                 np.testing.assert_array_equal(np.asarray(ours.nested), state.state2.absmax.numpy())
@@ -343,5 +341,5 @@ def test_no_gradient_or_copy_of_it_is_in_the_backward_pass(form):
     stored, _, ids = bases(form)
     lora, adapters = made(form, "lora")
     _, backward = jax.vjp(lambda adapters: lora.apply(stored, adapters, ids), adapters)
-    shapes = {leaf.shape for leaf in jax.tree.leaves(backward) if jnp.issubdtype(leaf.dtype, jnp.floating)}
+    shapes = {leaf.shape for leaf in jax.tree.leaves(backward) if leaf.dtype == jnp.float32}
     assert shapes and not shapes & {(2, 64, 64), (64, 64), (96, 64), (64, 96)}
