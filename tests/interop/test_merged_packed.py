@@ -23,6 +23,8 @@ pytestmark = [pytest.mark.by_day_on("newest"), pytest.mark.usefixtures("compile_
 
 # Rows of 64 numbers are whole blocks of NF4, and rows of 16 are not.
 WIDE = {"hidden_size": 64, "intermediate_size": 192, "head_dim": 16, "num_hidden_layers": 2}
+SHAPES = [(1, 1), (64, 64), (1, 63), (130, 192), (256, 65)]
+AT_NIGHT = pytest.mark.nightly
 SCALE = 7 / math.sqrt(3)
 
 
@@ -56,8 +58,14 @@ def exact(name, model, adapters):
     return weight.T if turned else weight, update.T if update is not None and turned else update
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("form", ["nf4", "int8", "float8"])
+@pytest.mark.parametrize(
+    ("form", "dtype"),
+    [
+        ("nf4", "float32"),
+        *(pytest.param("nf4", dtype, marks=AT_NIGHT) for dtype in ("float16", "bfloat16")),
+        *(pytest.param(form, dtype, marks=AT_NIGHT) for form in ("int8", "float8") for dtype in DTYPES),
+    ],
+)
 def test_a_packed_base_is_merged_dense_tensor_by_tensor_as_its_numbers_are(form, dtype, tmp_path):
     model, lora, adapters = adapted(folders.write(tmp_path / "base", WIDE), quantize=form, scan_layers=True)
     assert any(map(is_stored, named_leaves(model.variables).values()))
@@ -75,9 +83,16 @@ def test_a_packed_base_is_merged_dense_tensor_by_tensor_as_its_numbers_are(form,
     np.testing.assert_allclose(got, want, rtol=0, atol=tolerance * float(np.abs(want).max()))
 
 
-@pytest.mark.parametrize(("form", "config"), [("nf4", WIDE), ("nf4", {}), ("int8", WIDE)])
-@pytest.mark.parametrize("scan", [True, False])
-@pytest.mark.parametrize("shards", [10**9, 1])
+@pytest.mark.parametrize(
+    ("form", "config", "scan", "shards"),
+    [
+        ("nf4", WIDE, True, 1),
+        ("int8", WIDE, False, 10**9),
+        pytest.param("nf4", {}, True, 10**9, marks=AT_NIGHT),
+        pytest.param("nf4", {}, False, 1, marks=AT_NIGHT),
+        pytest.param("int8", WIDE, True, 1, marks=AT_NIGHT),
+    ],
+)
 def test_a_model_merged_into_few_bits_is_read_again_as_what_was_said_to_be_lost(form, config, scan, shards, tmp_path):
     folders.write(tmp_path / "base", config)
     model, lora, adapters = adapted(tmp_path / "base", scan_layers=scan)
@@ -99,7 +114,7 @@ def test_a_model_merged_into_few_bits_is_read_again_as_what_was_said_to_be_lost(
 
 
 @pytest.mark.parametrize("form", ["nf4", "int8"])
-@pytest.mark.parametrize("shape", [(1, 1), (3, 5), (64, 64), (1, 63), (130, 192), (256, 65)])
+@pytest.mark.parametrize("shape", [(3, 5), *(pytest.param(shape, marks=AT_NIGHT) for shape in SHAPES)])
 def test_tensors_are_of_the_sizes_that_are_said_before_they_are_made(form, shape):
     rows = np.random.default_rng(0).normal(size=shape)
     rows[0] = 0
