@@ -282,7 +282,9 @@ class Parts:
         all of a program's at its start, since they wait for nothing. A branch waits for the data that meets the weight.
         """
         arrays = [array for array in jax.tree.leaves(w) if array.size]
-        if not is_stored(w) or self.op.platform != "cpu" or not arrays or compat.op_by_op():
+        # In a `shard_map` the branches would have to vary over the mesh alike.
+        in_shard_map = any(map(compat.varying, (x, *arrays, *others)))
+        if not is_stored(w) or self.op.platform != "cpu" or not arrays or compat.op_by_op() or in_shard_map:
             return act(x, w, *others)
         always = ~(arrays[0][(0,) * arrays[0].ndim].astype(jnp.float32) > jnp.inf)  # which XLA does not know
         out = jax.eval_shape(act, x, w, *others)
