@@ -5,86 +5,110 @@ Shapes in names are those of `rslora_jax.models.decoder`.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import partial
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import jax
 import jax.numpy as jnp
 from jax import lax
 from jax.typing import DTypeLike
 
+from rslora_jax.models.chunked import chunked
+from rslora_jax.models.places import Places, scores_of, seen
+
 if TYPE_CHECKING:
     from rslora_jax.models.decoder_config import DecoderConfig
 
 Array = jax.Array
 Cache = dict[str, Array]
+Block = tuple[Array, Array, Places]  # keys, values, where they stand
 
 # Where the rows lie in a cache, as `rslora_jax.per_example` and `jax.vmap` ask.
 CACHE_ROWS = {"k": 1, "v": 1, "positions": 0, "index": None}
 
 
 def attend(
-    q_BxTxNxH: Array, blocks: list[tuple[Array, Array, Array]], size: float | None = None, cap: float | None = None
+    q_BxTxNxH: Array,
+    queries: Places,
+    blocks: Sequence[Block],
+    window: Any = None,
+    *,
+    size: float | None = None,
+    cap: float | None = None,
+    how: str = "auto",
 ) -> Array:
     """Attend to several blocks of keys as if they were one.
 
-    `blocks` holds (keys_BxSxKxH, values_BxSxKxH, mask_BxTxS), with N a multiple of K. Returns (B, T, N, H) in
-    the queries' dtype; scores and softmax are float32. A query whose mask is empty gets a finite average.
-    Scores are divided by the root of `size` (H), and with a `cap` become cap * tanh(scores / cap).
+    Args:
+      q_BxTxNxH: the queries.
+      queries: where they stand.
+      blocks: keys_BxSxKxH, values_BxSxKxH and where they stand, of each, with N a multiple of K. They stay apart, as
+        joining a cache with the new keys would copy the cache at every token.
+      window: among how many positions that end with its own a query sees keys; a number, or a scalar array.
+      size: scores are divided by its root, by default that of H.
+      cap: scores become cap * tanh(scores / cap).
+      how: "xla", all scores at once; "chunked", some at a time; or "auto", what is better for shape and platform.
 
-    Blocks stay apart because joining a cache with the new keys would copy the cache at every token.
+    Returns:
+      (B, T, N, H) in the queries' dtype; scores and softmax are float32. A query that sees no key gets zeros.
 
-    >>> q, kv, mask = jnp.ones((1, 2, 4, 8)), jnp.ones((1, 2, 2, 8)), jnp.ones((1, 2, 2), bool)
-    >>> attend(q, [(kv, kv, mask), (kv, kv, mask)]).shape
+    >>> q, kv, at = jnp.ones((1, 2, 4, 8)), jnp.ones((1, 2, 2, 8)), Places(jnp.arange(2)[None])
+    >>> attend(q, at, [(kv, kv, at), (kv, kv, at)]).shape
     (1, 2, 4, 8)
     """
     B, T, N, H = q_BxTxNxH.shape
-    K = blocks[0][0].shape[2]
+    K, S = blocks[0][0].shape[2], sum(k.shape[1] for k, _, _ in blocks)
     q_BxTxKxGxH = q_BxTxNxH.reshape(B, T, K, N // K, H)
-    einsum = partial(jnp.einsum, preferred_element_type=jnp.float32)
+    scale = (size or H) ** -0.5
+    if how == "chunked" or (how == "auto" and _pays(T, S)):
+        k_BxSxKxH, v_BxSxKxH, keys = blocks[0] if len(blocks) == 1 else _joined(blocks)
+        window = None if window is None else jnp.asarray(window, jnp.int32)
+        # Places are the same in all layers, and JAX would take what depends on them alone, who sees whom, out of a scan
+        # over these, and keep it. So they are made to depend on the queries.
+        q_BxTxKxGxH, queries, keys, window = lax.optimization_barrier((q_BxTxKxGxH, queries, keys, window))
+        chunk = 128 if S <= 1024 else 256
+        out = chunked(q_BxTxKxGxH, k_BxSxKxH, v_BxSxKxH, queries, keys, window, scale, cap, chunk)
+    else:
+        out = _whole(q_BxTxKxGxH, queries, blocks, window, scale, cap)
+    return out.reshape(B, T, N, H)
+
+
+def _pays(T: int, S: int) -> bool:
+    """Say whether chunks are the better form of so many queries and keys.
+
+    On CPUs they are from 256 of each (`scripts/attention_cost.py`). Elsewhere a chunk is too little work up to some
+    thousand, and beyond that the scores of all are too much memory.
+    """
+    least = 256**2 if jax.default_backend() == "cpu" else 2048**2
+    return least <= T * S and T > 64
+
+
+def _joined(blocks: Sequence[Block]) -> Block:
+    k, v, places = zip(*blocks, strict=True)
+    return jnp.concatenate(k, 1), jnp.concatenate(v, 1), Places(jnp.concatenate([at.positions for at in places], 1))
+
+
+def _whole(
+    q_BxTxKxGxH: Array, queries: Places, blocks: Sequence[Block], window: Any, scale: float, cap: float | None
+) -> Array:
+    """Attend with the scores of all queries and keys."""
+    masks = [seen(queries, places, window)[:, None, None] for _, _, places in blocks]
     # A finite floor and not -inf: padding rows see no key at all, and -inf would make them (and, through
     # the backward pass, everything) NaN.
-    scores = [einsum("btkgh,bskh->bkgts", q_BxTxKxGxH, k) * (size or H) ** -0.5 for k, _, _ in blocks]
     scores = [
-        jnp.where(mask[:, None, None], level_off(block, cap), -1e30)
-        for block, (_, _, mask) in zip(scores, blocks, strict=True)
+        jnp.where(mask, scores_of(q_BxTxKxGxH, k, scale, cap), -1e30)
+        for mask, (k, _, _) in zip(masks, blocks, strict=True)
     ]
-    weights_BxKxGxTxS = jax.nn.softmax(jnp.concatenate(scores, axis=-1), axis=-1).astype(q_BxTxNxH.dtype)
+    weights_BxKxGxTxS = jax.nn.softmax(jnp.concatenate(scores, axis=-1), axis=-1)
+    weights_BxKxGxTxS = jnp.where(jnp.concatenate(masks, axis=-1), weights_BxKxGxTxS, 0).astype(q_BxTxKxGxH.dtype)
     out_BxTxKxGxH = jnp.zeros((), jnp.float32)
     start = 0
-    for _, v_BxSxKxH, mask in blocks:
-        part = lax.slice_in_dim(weights_BxKxGxTxS, start, start + mask.shape[-1], axis=-1)
-        out_BxTxKxGxH += einsum("bkgts,bskh->btkgh", part, v_BxSxKxH)
-        start += mask.shape[-1]
-    return out_BxTxKxGxH.reshape(B, T, N, H).astype(q_BxTxNxH.dtype)
-
-
-def level_off(x: Array, cap: float | None) -> Array:
-    """Give cap * tanh(x / cap), of which no entry is beyond the cap; x where there is none.
-
-    >>> [round(float(x), 3) for x in level_off(jnp.array([0.01, 1000.0]), 5.0)]
-    [0.01, 5.0]
-    """
-    return x if cap is None else cap * jnp.tanh(x / cap)
-
-
-def visible(query_positions_BxT: Array, key_positions_BxS: Array) -> Array:
-    """Say which keys each query may see, bool (B, T, S): those at a position neither negative nor later.
-
-    >>> visible(jnp.array([[0, 1]]), jnp.array([[-1, 0, 1]])).tolist()
-    [[[False, True, False], [False, True, True]]]
-    """
-    keys_Bx1xS = key_positions_BxS[:, None, :]
-    return (keys_Bx1xS >= 0) & (keys_Bx1xS <= query_positions_BxT[:, :, None])
-
-
-def within(query_positions_BxT: Array, key_positions_BxS: Array, window: int) -> Array:
-    """Say which keys lie among the `window` positions that end with each query's, bool (B, T, S), or after it.
-
-    >>> within(jnp.array([[0, 3]]), jnp.array([[0, 1, 2, 3]]), window=2).tolist()
-    [[[True, True, True, True], [False, False, True, True]]]
-    """
-    return key_positions_BxS[:, None, :] > query_positions_BxT[:, :, None] - window
+    for k, v_BxSxKxH, _ in blocks:
+        part = lax.slice_in_dim(weights_BxKxGxTxS, start, start + k.shape[1], axis=-1)
+        out_BxTxKxGxH += jnp.einsum("bkgts,bskh->btkgh", part, v_BxSxKxH, preferred_element_type=jnp.float32)
+        start += k.shape[1]
+    return out_BxTxKxGxH.astype(q_BxTxKxGxH.dtype)
 
 
 def init_cache(config: DecoderConfig, batch: int, length: int, dtype: DTypeLike | None = None) -> Cache:

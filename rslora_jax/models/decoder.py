@@ -19,18 +19,9 @@ from flax import linen as nn
 from jax import lax
 from jax.ad_checkpoint import checkpoint_name
 
-from rslora_jax.models.attention import (
-    Array,
-    Cache,
-    attend,
-    extend,
-    init_cache,
-    lengthen,
-    level_off,
-    visible,
-    within,
-)
-from rslora_jax.models.decoder_config import REMAT_POLICIES, DecoderConfig
+from rslora_jax.models.attention import Array, Cache, attend, extend, init_cache, lengthen
+from rslora_jax.models.decoder_config import LARGEST_SIZE, REMAT_POLICIES, DecoderConfig
+from rslora_jax.models.places import Places, level_off
 from rslora_jax.models.rope import rotary, rotate
 from rslora_jax.transform.product import MET
 
@@ -77,7 +68,7 @@ class Attention(nn.Module):
     config: DecoderConfig
 
     @nn.compact
-    def __call__(self, x_BxTxD: Array, rope: Any, masks: Any, cached: Any) -> tuple[Array, Any]:
+    def __call__(self, x_BxTxD: Array, rope: Any, places: Any, cached: Any) -> tuple[Array, Any]:
         c = self.config
 
         def heads(count: int, name: str) -> Array:
@@ -88,11 +79,12 @@ class Attention(nn.Module):
         if c.qk_norm:
             q, k = RMSNorm(c, name="q_norm")(q), RMSNorm(c, name="k_norm")(k)
         q, k = rotate(q, *rope), rotate(k, *rope)
-        blocks = [(k, v, masks["new"])]
+        blocks = [(k, v, places["new"])]
         if cached is not None:
-            blocks.insert(0, (cached["k"], cached["v"], masks["cached"]))
-        out = attend(q, blocks, c.score_size, c.score_cap).reshape(*x_BxTxD.shape[:-1], -1)
-        return _dense(c, c.width, "o_proj")(out), {"k": k, "v": v}
+            blocks.insert(0, (cached["k"], cached["v"], places["cached"]))
+        at, window = places["new"], places["window"]
+        out = attend(q, at, blocks, window, size=c.score_size, cap=c.score_cap, how=c.attention)
+        return _dense(c, c.width, "o_proj")(out.reshape(*x_BxTxD.shape[:-1], -1)), {"k": k, "v": v}
 
 
 class MLP(nn.Module):
@@ -112,17 +104,19 @@ class MLP(nn.Module):
 class Layer(nn.Module):
     """One residual layer. The stream is the carry of a scan, the new keys and values its stacked result.
 
-    `has_window` (bool, a scalar) is given where layers differ in it: `masks["window"]` then narrows the others. `rope`
-    is a list of one, or of two where the second is for layers with a window.
+    `places` says where new and cached tokens stand, and what window there is. `has_window` (bool, a scalar) is given
+    where layers differ in it. `rope` is a list of one, or of two where the second is for layers with a window.
     """
 
     config: DecoderConfig
 
     @nn.compact
-    def __call__(self, x_BxTxD: Array, rope: Any, masks: Any, cached: Any, has_window: Any = None) -> tuple[Array, Any]:
+    def __call__(
+        self, x_BxTxD: Array, rope: Any, places: Any, cached: Any, has_window: Any = None
+    ) -> tuple[Array, Any]:
         c = self.config
         if has_window is not None:
-            masks = {name: masks[name] & (near | ~has_window) for name, near in masks["window"].items()}
+            places = places | {"window": jnp.where(has_window, c.window or 0, LARGEST_SIZE // 2)}
             if len(rope) > 1:
                 rope = [jax.tree.map(partial(jnp.where, has_window), rope[1], rope[0])]
 
@@ -132,7 +126,7 @@ class Layer(nn.Module):
         def after(name: str, out: Array) -> Array:
             return norm(name)(out) if c.post_norms else out
 
-        out, new = Attention(c, name="attn")(norm("attn_norm")(x_BxTxD), rope[0], masks, cached)
+        out, new = Attention(c, name="attn")(norm("attn_norm")(x_BxTxD), rope[0], places, cached)
         x_BxTxD = x_BxTxD + after("attn_post_norm", out)
         out = MLP(c, name="mlp")(norm("mlp_pre_norm" if c.post_norms else "mlp_norm")(x_BxTxD))
         x_BxTxD = x_BxTxD + after("mlp_post_norm", out)
@@ -259,18 +253,11 @@ class Decoder(nn.Module):
         if positions_BxT is None:
             first_Bx1 = 0 if cache is None or not slots else cache["positions"].max(axis=1, keepdims=True) + 1
             positions_BxT = jnp.broadcast_to(first_Bx1 + jnp.arange(T, dtype=jnp.int32), (B, T))
-        keys = {"new": positions_BxT} | ({} if cache is None else {"cached": cache["positions"]})
-        masks: dict[str, Any] = {name: visible(positions_BxT, keys_BxS) for name, keys_BxS in keys.items()}
-        if c.window is not None:
-            near = {name: within(positions_BxT, keys_BxS, c.window) for name, keys_BxS in keys.items()}
-            if c.window_layers is None:
-                masks = jax.tree.map(jnp.logical_and, masks, near)
-            else:
-                masks["window"] = near
-        if segments_BxT is not None:
-            if cache is not None:
-                raise ValueError("segments cannot be used with a cache: decode packed documents apart")
-            masks["new"] &= segments_BxT[:, :, None] == segments_BxT[:, None, :]
+        if segments_BxT is not None and cache is not None:
+            raise ValueError("segments cannot be used with a cache: decode packed documents apart")
+        places: dict[str, Any] = {"new": Places(positions_BxT, segments_BxT), "window": c.window}
+        if cache is not None:
+            places["cached"] = Places(cache["positions"])
         cached = None
         x_BxTxD = self.embed(tokens_BxT)
         if c.embed_scale != 1:
@@ -284,7 +271,7 @@ class Decoder(nn.Module):
         rope = [rotary(positions_BxT, c.head_dim, c.rope_base, c.rope_scaling, segments_BxT)]
         if c.window_rope_base is not None:
             rope.append(rotary(positions_BxT, c.head_dim, c.window_rope_base))
-        x_BxTxD, new = self._run_layers(x_BxTxD, rope, masks, cached)
+        x_BxTxD, new = self._run_layers(x_BxTxD, rope, places, cached)
         x_BxTxD = self.norm(x_BxTxD)
         return x_BxTxD if cache is None else (x_BxTxD, extend(cache, new, positions_BxT))
 
@@ -293,12 +280,12 @@ class Decoder(nn.Module):
         logits = self.embed.attend(x) if self.config.tie_head else self.lm_head(x)
         return level_off(logits, self.config.logit_cap)
 
-    def _run_layers(self, x_BxTxD: Array, rope: Any, masks: Any, cached: Any) -> tuple[Array, Any]:
+    def _run_layers(self, x_BxTxD: Array, rope: Any, places: Any, cached: Any) -> tuple[Array, Any]:
         windows_L = None if self.config.window_layers is None else jnp.array(self.config.window_layers)
         if self.config.scan_layers:
-            return self.layers(x_BxTxD, rope, masks, cached, windows_L)
+            return self.layers(x_BxTxD, rope, places, cached, windows_L)
         news = []
         for i, layer in enumerate(self.layers):
-            x_BxTxD, new = layer(x_BxTxD, rope, masks, *jax.tree.map(lambda a, i=i: a[i], (cached, windows_L)))
+            x_BxTxD, new = layer(x_BxTxD, rope, places, *jax.tree.map(lambda a, i=i: a[i], (cached, windows_L)))
             news.append(new)
         return x_BxTxD, None if cached is None else jax.tree.map(lambda *a: jnp.stack(a), *news)

@@ -25,6 +25,8 @@ REMAT_POLICIES = (
 )
 
 
+ATTENTION = ("auto", "xla", "chunked")
+
 # What depends on these figures is made before weights of their sizes are looked at.
 LARGEST_SIZE = 2**31 - 1
 MOST_LAYERS = 10_000
@@ -48,7 +50,9 @@ class DecoderConfig:
     `param_dtype` is what weights are stored in, `dtype` what products are computed in; normalisation,
     rotation, softmax and logits are float32 whatever `dtype` is. `remat` is None or "none" (keep all
     activations), "full" (keep none inside a layer) or a name in `REMAT_POLICIES`. `scan_layers` stacks the
-    layers' weights on a leading axis and compiles one layer in place of `num_layers`.
+    layers' weights on a leading axis and compiles one layer in place of `num_layers`. `attention` is "xla" (the scores
+    of all tokens at once, as XLA compiles it), "chunked" (some at a time: memory that grows with the tokens and not
+    with their square) or "auto", the better of the two for the shape and the platform.
 
     Raises:
       ValueError: the sizes do not fit together, or `remat` is unknown.
@@ -84,6 +88,7 @@ class DecoderConfig:
     tie_head: bool = True
     scan_layers: bool = False
     remat: str | None = None
+    attention: str = "auto"
     param_dtype: Any = jnp.float32
     dtype: Any = jnp.float32
 
@@ -108,6 +113,8 @@ class DecoderConfig:
             )
         if self.remat not in (None, "none", "full", *REMAT_POLICIES):
             raise ValueError(f"remat={self.remat!r} is unknown: use None, 'full' or one of {', '.join(REMAT_POLICIES)}")
+        if self.attention not in ATTENTION:
+            raise ValueError(f"attention={self.attention!r} is unknown: use one of {', '.join(ATTENTION)}")
         if self.activation not in ("silu", "gelu_tanh"):
             raise ValueError(f"activation={self.activation!r} is unknown: use 'silu' or 'gelu_tanh'")
         if self.window is not None and self.window < 1:
