@@ -9,6 +9,7 @@ Shapes in names are those of `rslora_jax.models.decoder`; C is a chunk of querie
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -61,7 +62,7 @@ def _forward(
     q_chunks, k_chunks = _cut((q, queries), chunk), _cut((k, v, keys), chunk)
 
     def of_queries(_: None, mine: Any) -> tuple[None, tuple[Array, Array]]:
-        (q, queries), span = mine
+        (q, queries), may_see = mine
         B, C, K, G, H = q.shape
 
         def with_keys(n: Array, carry: Any) -> Any:
@@ -76,11 +77,11 @@ def _forward(
             return more, total * kept + weights.sum(-1), out * kept[..., None] + part
 
         start = jnp.full((B, K, G, C), _NONE), jnp.zeros((B, K, G, C)), jnp.zeros((B, K, G, C, H))
-        most, total, out = lax.fori_loop(*span, with_keys, start)
+        most, total, out = _over(may_see, with_keys, start)
         safe = jnp.maximum(total, jnp.finfo(total.dtype).tiny)
         return None, (jnp.moveaxis(out / safe[..., None], 3, 1).astype(q.dtype), most + jnp.log(safe))
 
-    _, (out, normaliser) = lax.scan(of_queries, None, (q_chunks, _spans(q_chunks[1], k_chunks[2], window)))
+    _, (out, normaliser) = lax.scan(of_queries, None, (q_chunks, _may_see(q_chunks[1], k_chunks[2], window)))
     return _joined(out, q.shape[1], 1), _joined(normaliser, q.shape[1], 3)
 
 
@@ -99,7 +100,7 @@ def _backward(scale: float, cap: float | None, chunk: int, kept: Any, dout: Arra
     product = partial(jnp.einsum, preferred_element_type=jnp.float32)
 
     def of_queries(sums: Any, mine: Any) -> tuple[Any, Array]:
-        ((q, dout, queries), (normaliser, delta)), span = mine
+        ((q, dout, queries), (normaliser, delta)), may_see = mine
 
         def with_keys(n: Array, carry: Any) -> Any:
             dq, sums = carry
@@ -116,11 +117,11 @@ def _backward(scale: float, cap: float | None, chunk: int, kept: Any, dout: Arra
             sums = jax.tree.map(lambda sums, more: sums.at[n].add(more), sums, (dk, dv))
             return dq + product("bkgts,bskh->btkgh", dscores, k), sums
 
-        dq, sums = lax.fori_loop(*span, with_keys, (jnp.zeros(q.shape, jnp.float32), sums))
+        dq, sums = _over(may_see, with_keys, (jnp.zeros(q.shape, jnp.float32), sums))
         return sums, dq.astype(q.dtype)
 
     start = jax.tree.map(lambda chunks: jnp.zeros(chunks.shape, jnp.float32), k_chunks[:2])
-    sums, dq = lax.scan(of_queries, start, (q_chunks, _spans(q_chunks[0][2], k_chunks[2], window)))
+    sums, dq = lax.scan(of_queries, start, (q_chunks, _may_see(q_chunks[0][2], k_chunks[2], window)))
     dk, dv = (_joined(of_all, k.shape[1], 1).astype(of.dtype) for of_all, of in zip(sums, (k, v), strict=True))
     return _joined(dq, q.shape[1], 1), dk, dv, *jax.tree.map(_no_tangent, (queries, keys, window))
 
@@ -132,11 +133,28 @@ def _no_tangent(integers: Array) -> np.ndarray:
     return np.zeros(integers.shape, jax.dtypes.float0)
 
 
-def _spans(queries: Places, keys: Places, window: Any) -> tuple[Array, Array]:
-    """Return from which chunk of keys and up to which each chunk of queries may see some.
+def _over(may_see: Array, act: Callable[[Array, Any], Any], start: Any) -> Any:
+    """Go over the chunks of keys of which some may be seen: `carry = act(n, carry)`.
 
-    They are found from the bounds of places (n, B, chunk) before the loops, as rows that lie on several devices have to
-    agree. And loops of a length that is not known hold nothing for a backward pass, whatever the policy of a remat.
+    A loop of one turn or none is a choice that holds nothing for a backward pass: from a `cond` in a scan a remat whose
+    policy keeps products would keep all scores.
+    """
+
+    def step(carry: Any, this: Any) -> tuple[Any, None]:
+        n, is_wanted = this
+
+        def turn(state: Any) -> Any:
+            return jnp.zeros_like(is_wanted), act(n, state[1])
+
+        return lax.while_loop(lambda state: state[0], turn, (is_wanted, carry))[1], None
+
+    return lax.scan(step, start, (jnp.arange(may_see.shape[0]), may_see))[0]
+
+
+def _may_see(queries: Places, keys: Places, window: Any) -> Array:
+    """Say which chunks of queries may see which of keys, bool (chunks, chunks), by the bounds of places (n, B, chunk).
+
+    It is found before the loops, as rows that lie on several devices have to agree.
     """
     # A query of padding sees nothing, and a key of padding is not seen: neither is a bound.
     is_query, is_key = queries.positions >= 0, keys.positions >= 0
@@ -149,9 +167,7 @@ def _spans(queries: Places, keys: Places, window: Any) -> tuple[Array, Array]:
     if queries.segments is not None and keys.segments is not None:
         found &= keys.segments.min(-1)[None] <= queries.segments.max(-1)[:, None]
         found &= keys.segments.max(-1)[None] >= queries.segments.min(-1)[:, None]
-    may_see = found.any(-1)
-    first, behind = jnp.argmax(may_see, -1), may_see.shape[1] - jnp.argmax(may_see[:, ::-1], -1)
-    return first, jnp.where(may_see.any(-1), behind, first)
+    return found.any(-1)
 
 
 def _chunk(chunks: Any, n: Array) -> Any:
