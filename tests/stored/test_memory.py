@@ -92,7 +92,7 @@ def test_two_of_six_layers_are_dense_at_once_at_most(form, fn):
     lora = rslora.wrap(fn, params, x, config=rslora.LoraConfig(rank=3, alpha=7))
     step = jax.jit(jax.value_and_grad(lambda a, p, x: jnp.sum(lora.apply(p, a, x) ** 2)))
     used = step.lower(lora.adapter_shapes, params, x).compile().memory_analysis().temp_size_in_bytes
-    # And some activations; of layers that are taken out of a stack one by one, XLA on CPUs copies the packed arrays too.
+    # And some activations; of layers taken out of a stack one by one, XLA on CPUs copies the packed arrays too.
     copies = 2 * params["kernel"].nbytes if fn is one_by_one else 0
     assert used < 2 * 4 * 256 * 256 + 200_000 + copies
 
