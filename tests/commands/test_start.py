@@ -120,7 +120,8 @@ def test_a_start_is_for_new_adapters(command, place, tmp_path, capsys):
     assert "start 'pisa' is not known: did you mean pissa?" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("format", ["nf4", *(pytest.param(n, marks=pytest.mark.nightly) for n in ("int8", "float8"))])
+@pytest.mark.nightly
+@pytest.mark.parametrize("format", ["nf4", "int8", "float8"])
 def test_loftq_is_a_start_over_the_base_that_quantize_makes_of_the_files(command, format, tmp_path, capsys):
     whole, cut = tmp_path / "whole", tmp_path / "cut"
     start = [*command, "--start", "loftq", "--quantize", format, "--schedule", "constant"]

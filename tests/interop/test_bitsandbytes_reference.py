@@ -18,6 +18,7 @@ transformers = pytest.importorskip("transformers")
 bnb = pytest.importorskip("bitsandbytes")
 pytestmark = [
     pytest.mark.reference,
+    pytest.mark.nightly,
     pytest.mark.xdist_group("reference"),
     pytest.mark.usefixtures("compile_fast"),
     pytest.mark.by_day_on("oldest"),

@@ -18,7 +18,7 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
 bnb = pytest.importorskip("bitsandbytes")
-pytestmark = [pytest.mark.reference, pytest.mark.xdist_group("reference")]
+pytestmark = [pytest.mark.nightly, pytest.mark.reference, pytest.mark.xdist_group("reference")]
 
 
 def in_float32(model):
