@@ -33,6 +33,7 @@ def export_peft(a: argparse.Namespace) -> int:
     """Run `rslora export`."""
     from rslora_jax.interop import peft
     from rslora_jax.interop.adapter_folder import attach, load_base, open_adapters, parse_step, place_of_base
+    from rslora_jax.interop.held import formats, said_of
     from rslora_jax.interop.new_folder import check_free
 
     check_free(a.out)
@@ -51,6 +52,11 @@ def export_peft(a: argparse.Namespace) -> int:
     with writing(a.out):
         peft.save_peft(a.out, lora, adapters, base.family.names, **options)
     print(f"wrote {a.out}: {lora.num_parameters:,} numbers in {len(lora.sites)} adapters, for {name or 'its base'}")
+    if formats(opened.base):
+        held = said_of(opened.base)
+        print(
+            f"it was trained on a base held {held}: over other copies of it answers differ by what rounding that cost"
+        )
     if base.rows is not None:
         rows = base.config.vocab_size
         print(f"it has rows for new tokens: before PEFT loads it, base.resize_token_embeddings({rows})")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import math
 import shlex
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -43,7 +43,7 @@ def inspect(a: argparse.Namespace) -> int:
     base = f" and {model_name(place_of_base(opened, a.model))}" if with_base else ""
     print(f"reading {opened.source}{base}", flush=True)
     config, matrices, left = _measure(opened, a.model, with_base)
-    about = _about(config) + _began(opened.settings)
+    about = _about(config) + _began(opened.settings) + _held(opened.base)
     print(about)
     if left:
         print(f"trained whole or by rows, and so without a spectrum: {', '.join(left)}")
@@ -118,6 +118,13 @@ def _began(settings: Any) -> str:
         return ""
     changed = ", as adapters of the original base: of twice the rank in training" if named(start)[0].changes else ""
     return f", started as {start}{changed}"
+
+
+def _held(base: Mapping[str, str]) -> str:
+    """Say in which format a run's base was, where that is not of arrays."""
+    from rslora_jax.interop.held import formats, said_of
+
+    return f", trained on a base {said_of(base)}" if formats(base) else ""
 
 
 def _total(matrices: Sequence[Any]) -> str:

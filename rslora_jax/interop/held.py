@@ -61,15 +61,15 @@ def check_formats(source: Path, saved: Mapping[str, str], here: Mapping[str, str
     how = held_as(saved)
     give = f"--quantize {how['quantize']}" if how["quantize"] else "--dequantize" if how["dequantize"] else ""
     raise ValueError(
-        f"{source} was trained on a base held {_said_of(saved)}, and this one is held {_said_of(here)}: give "
+        f"{source} was trained on a base held {said_of(saved)}, and this one is held {said_of(here)}: give "
         f"{give or 'the files that have it so, and neither --quantize nor --dequantize'}"
     )
 
 
-def _said_of(base: Mapping[str, str]) -> str:
-    """Say in what form a base is held.
+def said_of(base: Mapping[str, str]) -> str:
+    """Say in what form a base is held, by `checksums` of it.
 
-    >>> _said_of({"w": "Q4_1 of float32[8,8] 5d0c"}), _said_of({"w": "float32[8,8] 5d0c"})
+    >>> said_of({"w": "Q4_1 of float32[8,8] 5d0c"}), said_of({"w": "float32[8,8] 5d0c"})
     ('in Q4_1', 'as arrays')
     """
     return f"in {' and '.join(found)}" if (found := formats(base)) else "as arrays"
