@@ -51,7 +51,7 @@ def test_parameter_paths_and_shapes_are_the_contract(variables):
     assert scanned == shapes(stack_layers(variables))
 
 
-@pytest.mark.parametrize("remat", [None, "full", "dots_saveable"])
+@pytest.mark.parametrize("remat", [None, "full", "products"])
 def test_scanned_layers_give_the_same_logits_and_gradients(variables, remat):
     def loss(config):
         return lambda v: jnp.sum(jnp.sin(Decoder(config).apply(v, TOKENS)))
