@@ -24,6 +24,8 @@ Array = jax.Array
 Cache = dict[str, Array]
 Block = tuple[Array, Array, Places]  # keys, values, where they stand
 
+_NONE = -1e30  # the score of a key that is not seen
+
 # Where the rows lie in a cache, as `rslora_jax.per_example` and `jax.vmap` ask.
 CACHE_ROWS = {"k": 1, "v": 1, "positions": 0, "index": None}
 
@@ -93,22 +95,24 @@ def _whole(
     q_BxTxKxGxH: Array, queries: Places, blocks: Sequence[Block], window: Any, scale: float, cap: float | None
 ) -> Array:
     """Attend with the scores of all queries and keys."""
-    masks = [seen(queries, places, window)[:, None, None] for _, _, places in blocks]
     # A finite floor and not -inf: padding rows see no key at all, and -inf would make them (and, through
     # the backward pass, everything) NaN.
-    scores = [
-        jnp.where(mask, scores_of(q_BxTxKxGxH, k, scale, cap), -1e30)
-        for mask, (k, _, _) in zip(masks, blocks, strict=True)
-    ]
-    weights_BxKxGxTxS = jax.nn.softmax(jnp.concatenate(scores, axis=-1), axis=-1)
-    weights_BxKxGxTxS = jnp.where(jnp.concatenate(masks, axis=-1), weights_BxKxGxTxS, 0).astype(q_BxTxKxGxH.dtype)
+    scores_BxKxGxTxS = jnp.concatenate(
+        [
+            jnp.where(seen(queries, places, window)[:, None, None], scores_of(q_BxTxKxGxH, k, scale, cap), _NONE)
+            for k, _, places in blocks
+        ],
+        axis=-1,
+    )
+    weights_BxKxGxTxS = jax.nn.softmax(scores_BxKxGxTxS, axis=-1).astype(q_BxTxKxGxH.dtype)
+    sees_any_BxTxKxGx1 = jnp.moveaxis(scores_BxKxGxTxS.max(-1) > _NONE, -1, 1)[..., None]
     out_BxTxKxGxH = jnp.zeros((), jnp.float32)
     start = 0
     for k, v_BxSxKxH, _ in blocks:
         part = lax.slice_in_dim(weights_BxKxGxTxS, start, start + k.shape[1], axis=-1)
         out_BxTxKxGxH += jnp.einsum("bkgts,bskh->btkgh", part, v_BxSxKxH, preferred_element_type=jnp.float32)
         start += k.shape[1]
-    return out_BxTxKxGxH.astype(q_BxTxKxGxH.dtype)
+    return jnp.where(sees_any_BxTxKxGx1, out_BxTxKxGxH, 0).astype(q_BxTxKxGxH.dtype)
 
 
 def init_cache(config: DecoderConfig, batch: int, length: int, dtype: DTypeLike | None = None) -> Cache:

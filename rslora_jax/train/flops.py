@@ -81,8 +81,9 @@ def step_flops(lora: Lora, loss: Loss, params: Params, adapters: Adapters, batch
 
     Only shapes matter: all arguments may be `jax.ShapeDtypeStruct`s. It takes as long as tracing the gradient does. The
     optimiser, and all that is no product, is not counted, nor what a Pallas kernel or a foreign call does inside. A
-    `cond` counts as its dearest branch, a `while` as one turn. The work of all devices counts; in a `shard_map` also
-    what `jax.checkpoint` repeats there. So the utilisation is
+    `cond` counts as its dearest branch, a `while` as one turn. Attention in chunks (`models.chunked`) counts the scores
+    that its backward pass forms again, and those that no token sees. The work of all devices counts; in a `shard_map`
+    also what `jax.checkpoint` repeats there. So the utilisation is
     step_flops / (seconds a step * number of devices * `peak_flops` of one).
 
     Args:

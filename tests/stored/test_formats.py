@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 
 import rslora_jax as rslora
 from rslora_jax.sites import from_paths, named_leaves
-from rslora_jax.stored import NF4, Gguf, Stored, dense, float8, gguf, int8, nf4
+from rslora_jax.stored import NF4, Float8, Gguf, Stored, dense, float8, gguf, int8, nf4
 from rslora_jax.stored.gguf import KINDS
 from rslora_jax.stored.nf4 import LEVELS, NESTED_LEVELS
 from tests.methods.gained import trained as moved
@@ -54,7 +54,8 @@ def of_nf4(stored: NF4) -> np.ndarray:
 
 
 def of_scales(stored: Any) -> np.ndarray:
-    return np.asarray(stored.codes).astype(F32) * np.asarray(stored.scale)
+    codes = stored.numbers if isinstance(stored, Float8) else stored.codes
+    return np.asarray(codes).astype(F32) * np.asarray(stored.scale)
 
 
 def of_rows(stored: Gguf) -> np.ndarray:
@@ -198,7 +199,8 @@ def test_every_number_gets_the_nearest_code(name):
         most = np.abs(wide).max(axis, keepdims=True)
         step = 0.5 * scale if name.startswith("int8") else np.maximum(np.abs(wide) / 16, scale * 2**-10)
         is_normal = most > 1e-35
-        error = np.abs(wide - np.asarray(stored.codes, np.float64) * scale)
+        codes = np.asarray(stored.numbers if name == "float8" else stored.codes).astype(np.float64)
+        error = np.abs(wide - codes * scale)
         assert (error <= step * (1 + 1e-5) + 1e-38)[np.broadcast_to(is_normal, wide.shape)].all()
         np.testing.assert_allclose(
             scale[most > 0], most[most > 0] / (127 if name.startswith("int8") else 448), 1e-6, 1e-44

@@ -78,9 +78,9 @@ def nightly(*values):
 
 
 @functools.cache
-def llama(rank, tokens, width=128, layers=2, scan=False, remat=None):
+def llama(rank, tokens, width=128, layers=2, scan=False, remat=None, attention="xla"):
     sizes = dict(width=width, mlp_width=2 * width, num_layers=layers, num_heads=4, num_kv_heads=2)
-    model = Decoder(DecoderConfig(vocab_size=64, scan_layers=scan, remat=remat, **sizes))
+    model = Decoder(DecoderConfig(vocab_size=64, scan_layers=scan, remat=remat, attention=attention, **sizes))
     tokens = shape(1, tokens, dtype="int32")
     params = jax.eval_shape(model.init, jax.random.key(0), tokens)
     config = rslora.LoraConfig(rank=rank, alpha=7, allow_large_rank=True)
@@ -118,6 +118,12 @@ def test_a_llama_is_what_xla_counts(rank, tokens, width, layers):
 )
 def test_a_scan_and_remat_change_nothing(rank, tokens, options):
     assert step_flops(*llama(rank, tokens, **options)) == step_flops(*llama(rank, tokens))
+
+
+def test_attention_in_chunks_counts_as_all_scores_and_the_scores_of_its_backward_pass():
+    whole, chunked = (step_flops(*llama(3, 256, layers=1, attention=how)) for how in ("xla", "chunked"))
+    again, with_out = product(256, 128, 256), 2 * 256 * 128  # all queries with all keys, and dy with y
+    assert chunked - whole == again + with_out
 
 
 def test_only_shapes_matter():
