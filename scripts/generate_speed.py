@@ -97,7 +97,7 @@ def main() -> None:
     parser.add_argument("--scanned", action="store_true", help=copies)
     a = parser.parse_args()
 
-    model = load_model()
+    model = load_model(dequantize=True)
     config, variables, tokenizer = model
     shape = jax.ShapeDtypeStruct((1, 8), "int32")
     lora = rslora.wrap(Decoder(config).apply, variables, shape, config=rslora.LoraConfig(rank=a.rank, alpha=16))

@@ -29,7 +29,7 @@ def main() -> None:
     arguments = parser.parse_args()
     steps = arguments.steps
 
-    config, variables, tokenizer = load_gguf(find_smollm2(), scan_layers=True)
+    config, variables, tokenizer = load_gguf(find_smollm2(), scan_layers=True, dequantize=True)
     tokens = jax.ShapeDtypeStruct((1, 8), "int32")
     lora = rslora.wrap(Decoder(config).apply, variables, tokens, config=rslora.LoraConfig(rank=32, alpha=16))
     rows = train.prepare(tokenizer, train.docstring_pairs("train")[:400], max_len=256)

@@ -115,7 +115,8 @@ def load_model(a: argparse.Namespace) -> tuple[Decoder, Any, Any]:
         model = Decoder(TINY)
         shape = jax.numpy.zeros((1, 1), "int32")
         return model, jax.jit(model.init)(jax.random.key(0), shape), ByteTokenizer()
-    config, variables, tokenizer = load_file(None if a.model == "smollm2" else a.model, dtype=a.dtype, remat=a.remat)
+    where = None if a.model == "smollm2" else a.model
+    config, variables, tokenizer = load_file(where, dtype=a.dtype, remat=a.remat, dequantize=True)
     return Decoder(config), variables, tokenizer
 
 

@@ -38,7 +38,7 @@ def main() -> None:
         parser.add_argument(f"--{name}", type=int, default=default, help=f"({default})")
     a = parser.parse_args()
 
-    config, variables, tokenizer = load_gguf(find_smollm2(), scan_layers=True)
+    config, variables, tokenizer = load_gguf(find_smollm2(), scan_layers=True, dequantize=True)
     shape = jax.ShapeDtypeStruct((1, 8), "int32")
     lora = rslora.wrap(Decoder(config).apply, variables, shape, config=rslora.LoraConfig(rank=a.rank, alpha=16))
     rows = train.prepare(tokenizer, train.docstring_pairs("train")[:200], max_len=a.max_len)
