@@ -69,7 +69,7 @@ def test_models_with_state_train_as_the_guide_says(tmp_path, monkeypatch):
 def test_a_method_and_a_stored_form_of_ones_own_run_as_their_guide_says():
     guide = (Path(__file__).parent.parent / "docs" / "methods" / "README.md").read_text()
     snippets = re.findall(r"```python\n(.*?)```", guide, re.DOTALL)
-    assert len(snippets) == 4
+    assert len(snippets) == 5
     names: dict = {"__name__": "guide"}
     for source in snippets:
         exec(source, names)

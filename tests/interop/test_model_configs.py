@@ -102,7 +102,10 @@ WRONG_CONFIGS = {
         },
         "low_freq_factor=4.0, high_freq_factor=4.0: the first is to be less",
     ),
-    "quantised": ({"quantization_config": {"bits": 4}}, r"quantization_config=\{'bits': 4\}: only None"),
+    "quantised": (
+        {"quantization_config": {"bits": 4}},
+        "quantization_config with quant_method=None, and only bitsandbytes is read",
+    ),
     "softcap": ({"final_logit_softcapping": 30.0}, "final_logit_softcapping=30.0: only None"),
     "experts": ({"num_local_experts": 8}, "num_local_experts=8"),
     "window of llama": ({"sliding_window": 8}, "sliding_window .* 'llama' computes without"),

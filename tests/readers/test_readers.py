@@ -35,10 +35,10 @@ def test_damaged_files_are_read_right_or_refused(count):
         print(f"{kind}: {', '.join(f'{n} {outcome}' for outcome, n in sorted(outcomes.items()))}")
     assert not breaches, f"{len(breaches)} of {count}: " + "\n".join(breaches[:5])
     assert sum(n for outcomes in counted.values() for n in outcomes.values()) == count + len(KINDS)
-    for kind in KINDS:  # each reads its whole file, and refuses what is damaged
-        assert counted[kind.name]["right"] and (
-            counted[kind.name]["refused"] or kind.name in ("metrics", "token cache")
-        )
+    # Each reads its whole file, and refuses what is damaged; most damages leave a chat template that is one.
+    lenient = ("metrics", "token cache", *(["chat template"] if count < 1000 else []))
+    for kind in KINDS:
+        assert counted[kind.name]["right"] and (counted[kind.name]["refused"] or kind.name in lenient)
 
 
 @pytest.mark.parametrize(
