@@ -44,19 +44,19 @@ class Kind:
     config: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     start: str | None = None
     plus: float | None = None
-    rates: tuple[float, ...] = (3e-4, 1e-3, 3e-3)
+    rates: tuple[float, ...] = (1e-4, 3e-4, 1e-3)
 
 
 LINEAR = "*/{q,k,v,o,gate,up,down}_proj/kernel"
 KINDS = {
     "rsLoRA": Kind(),
     "DoRA": Kind({"method": "dora"}),
-    "LoRA+ (16)": Kind(plus=16.0, rates=(3e-5, 1e-4, 3e-4)),
-    "PiSSA": Kind(start="pissa:16", rates=(1e-4, 3e-4, 1e-3)),
-    "OLoRA": Kind(start="olora", rates=(3e-5, 1e-4, 3e-4)),
-    "EVA": Kind(start="eva", rates=(1e-4, 3e-4, 1e-3)),
-    "LoRA-GA": Kind(start="lora-ga", rates=(1e-4, 3e-4, 1e-3)),
-    "full": Kind({"targets": (), "trained": LINEAR}, rates=(1e-5, 3e-5, 1e-4)),
+    "LoRA+ (16)": Kind(plus=16.0, rates=(1e-5, 3e-5, 1e-4)),
+    "PiSSA": Kind(start="pissa:16", rates=(3e-5, 1e-4, 3e-4)),
+    "OLoRA": Kind(start="olora", rates=(1e-5, 3e-5, 1e-4)),
+    "EVA": Kind(start="eva", rates=(3e-5, 1e-4, 3e-4)),
+    "LoRA-GA": Kind(start="lora-ga", rates=(1e-5, 3e-5, 1e-4)),
+    "full": Kind({"targets": (), "trained": LINEAR}, rates=(3e-6, 1e-5, 3e-5)),
 }
 
 
