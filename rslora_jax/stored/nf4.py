@@ -150,10 +150,11 @@ def nf4(weight: Any, axis: int = 0, depth: int = 0, *, block: int = BLOCK, doubl
     >>> w.shape, w.nbytes, bool(jnp.abs(w.dense()).max() > 1)
     ((128, 16), 1064, True)
     """
-    return _nf4(jnp.asarray(weight), axis % (np.ndim(weight) - depth), depth, block, double)
+    single = _nf4(jnp.asarray(weight), axis % (np.ndim(weight) - depth), depth, block)
+    return doubled(single) if double else single
 
 
-def _nf4_of(weight: Array, axis: int, depth: int, block: int, double: bool) -> NF4:
+def _nf4_of(weight: Array, axis: int, depth: int, block: int) -> NF4:
     stack, inner = weight.shape[:depth], weight.shape[depth:]
     is_flat = bool(inner[axis] % block)
     last = jnp.moveaxis(weight, depth + axis, -1).astype(jnp.float32)
@@ -166,17 +167,25 @@ def _nf4_of(weight: Array, axis: int, depth: int, block: int, double: bool) -> N
         scaled = scaled.at[..., -1, :].set(blocked[..., -1, :] / jnp.maximum(absmax[..., -1:], TINY))
     codes = _nearest(scaled, LEVELS).reshape(*stack, -1, 2)
     codes = codes[..., 0] << 4 | codes[..., 1]
-    nested = offset = None
-    if double:
-        offset = mean(absmax)
-        absmax, nested = _eight_bits(absmax - offset[..., None])
     if not is_flat:
         rows = last.shape[depth:-1]
         codes, absmax = (jnp.moveaxis(array.reshape(*stack, *rows, -1), -1, depth + axis) for array in (codes, absmax))
-    return NF4(codes, absmax, nested, offset, inner, jnp.dtype(weight.dtype), axis, is_flat, block)
+    return NF4(codes, absmax, None, None, inner, jnp.dtype(weight.dtype), axis, is_flat, block)
 
 
-_nf4 = jax.jit(_nf4_of, static_argnums=(1, 2, 3, 4))
+_nf4 = jax.jit(_nf4_of, static_argnums=(1, 2, 3))
+
+
+@jax.jit
+def doubled(weight: NF4) -> NF4:
+    """Store the magnitudes of a weight in 8 bits, those of each element of its stack for themselves."""
+    stack, at = weight.stack, len(weight.stack) + weight.axis
+    in_order = weight.absmax if weight.is_flat else jnp.moveaxis(weight.absmax, at, -1)
+    offset = mean(in_order.reshape(*stack, -1))
+    absmax, nested = _eight_bits(in_order.reshape(*stack, -1) - offset[..., None])
+    if not weight.is_flat:
+        absmax = jnp.moveaxis(absmax.reshape(in_order.shape), -1, at)
+    return dataclasses.replace(weight, absmax=absmax, nested=nested, offset=offset)
 
 
 def _nested_level(codes: Array) -> Array:

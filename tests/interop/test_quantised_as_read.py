@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 import rslora_jax as rslora
-from rslora_jax.interop import load_model
+from rslora_jax.interop import load_model, quantising
 from rslora_jax.sites import named_leaves
 from rslora_jax.stored import is_stored
 from tests.devices import run_on
@@ -25,7 +25,8 @@ AT_NIGHT = pytest.mark.nightly
 @pytest.mark.parametrize("scan", [True, pytest.param(False, marks=AT_NIGHT)])
 @pytest.mark.parametrize("dtype", ["float32", pytest.param("bfloat16", marks=AT_NIGHT)])
 @pytest.mark.parametrize("name", ["nf4", "int8", "float8"])
-def test_what_is_read_is_what_quantize_makes_of_the_arrays(tmp_path, name, dtype, scan):
+def test_what_is_read_is_what_quantize_makes_of_the_arrays(tmp_path, name, dtype, scan, monkeypatch):
+    monkeypatch.setattr(quantising, "PART", 5000)  # so that a matrix is read in several parts of unequal size
     folders.write(tmp_path, WIDE if scan else None, shards=2)
     how = {"scan_layers": scan, "param_dtype": dtype}
     told = []
@@ -86,7 +87,7 @@ def peak_while_loading(folder, name):
 @pytest.mark.nightly
 @pytest.mark.skipif(not os.path.exists("/proc/self/clear_refs"), reason="only Linux tells")
 @pytest.mark.parametrize("name", ["nf4", "int8", "float8"])
-def test_loading_takes_the_packed_model_and_a_few_of_its_largest_tensor(tmp_path, name):
+def test_loading_takes_the_packed_model_and_less_than_two_of_its_largest_tensor(tmp_path, name):
     sizes = dict(vocab_size=512, hidden_size=1024, intermediate_size=4096, num_attention_heads=16, head_dim=64)
     large = folders.CONFIG | sizes | {"num_key_value_heads": 16, "num_hidden_layers": 6}
     folders.write(tmp_path / "small", large | {"num_hidden_layers": 1})
@@ -100,4 +101,4 @@ def test_loading_takes_the_packed_model_and_a_few_of_its_largest_tensor(tmp_path
     dense, largest = 4 * 6 * (4 * 1024 * 1024 + 3 * 1024 * 4096), 4 * 1024 * 4096
     print(f"{name}: {found}, dense {dense}, largest tensor {largest}")
     assert found["held"] < 0.3 * dense
-    assert found["taken"] < found["held"] + 5 * largest < 0.75 * dense
+    assert found["taken"] < found["held"] + 1.9 * largest < 0.4 * dense
