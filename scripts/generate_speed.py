@@ -1,6 +1,7 @@
 """Measure generation beside transformers on torch: SmolLM2-135M, float32, the same file, prompts and greedy tokens.
 
-    python scripts/generate_speed.py [--batches 1,8] [--prompt 128] [--new 64] [--repeats 5] [--no-torch] [--scanned]
+    python scripts/generate_speed.py [--batches 1,8] [--prompt 128] [--new 64] [--repeats 5] \
+        [--no-torch] [--scanned] [--packed]
 
 Each way to generate takes its turn in every repeat, so that a slow minute meets all alike; medians with the least and
 the most. "Read" is the time to the first new token: the prompt, and one step. "Write" is the time for the others. torch
@@ -87,6 +88,20 @@ def theirs(prompts: list[list[int]], new: int) -> Way:
     return run
 
 
+def looped_run(model: Any, rank: int) -> LoadedRuns:
+    """Give a run of a model with adapters of which none is zero, its layers one by one, as `rslora generate` has it."""
+    shape = jax.ShapeDtypeStruct((1, 8), "int32")
+    lora = rslora.wrap(model.apply, model.variables, shape, config=rslora.LoraConfig(rank=rank, alpha=16))
+    adapters = lora.init(jax.random.key(0))
+    # B is zero at first, and adapters that do nothing would hide a mistake.
+    keys = dict(zip(adapters, jax.random.split(jax.random.key(1), len(adapters)), strict=True))
+    adapters = {
+        path: {"a": of["a"], "b": 1e-3 * jax.random.normal(keys[path], of["b"].shape)} for path, of in adapters.items()
+    }
+    run = Run("run", 0, lora.config, lora, model.variables, adapters)
+    return unrolled(LoadedRuns(model.family, model.config, model.variables, model.tokenizer, (run,), {}))
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--batches", default="1,8")
@@ -95,21 +110,14 @@ def main() -> None:
     parser.add_argument("--no-torch", action="store_true")
     copies = "the base with scanned layers too: a scan copies each layer's weights at each step"
     parser.add_argument("--scanned", action="store_true", help=copies)
+    packed = "the base in the file's own blocks too, with adapters beside it: what a step reads is a fifth"
+    parser.add_argument("--packed", action="store_true", help=packed)
     a = parser.parse_args()
 
     model = load_model(dequantize=True)
     config, variables, tokenizer = model
-    shape = jax.ShapeDtypeStruct((1, 8), "int32")
-    lora = rslora.wrap(Decoder(config).apply, variables, shape, config=rslora.LoraConfig(rank=a.rank, alpha=16))
-    adapters = lora.init(jax.random.key(0))
-    # B is zero at first, and adapters that do nothing would hide a mistake.
-    keys = dict(zip(adapters, jax.random.split(jax.random.key(1), len(adapters)), strict=True))
-    adapters = {
-        path: {"a": of["a"], "b": 1e-3 * jax.random.normal(keys[path], of["b"].shape)} for path, of in adapters.items()
-    }
-    run = Run("run", 0, lora.config, lora, variables, adapters)
-    scanned = LoadedRuns(model.family, config, variables, tokenizer, (run,), {})
-    looped = unrolled(scanned)
+    looped = looped_run(model, a.rank)
+    packed = looped_run(load_model(), a.rank) if a.packed else None
     size = sum(leaf.nbytes for leaf in jax.tree.leaves(variables))
     print(f"{size / 1e6:.0f} MB of weights, {a.prompt} tokens of prompt, {a.new} new, load {os.getloadavg()[0]:.2f}")
 
@@ -125,10 +133,19 @@ def main() -> None:
                 program(looped, its, merged=merged) if its else (Decoder(looped.config).apply, looped.variables)
             )
             ways[name] = ours(apply, held, prompts, looped.config, a.new)
+        if packed:
+            ways["adapters, packed"] = ours(
+                *program(packed, packed.runs[0], merged=False), prompts, packed.config, a.new
+            )
         if a.scanned:
             ways["base, scanned"] = ours(Decoder(config).apply, variables, prompts, config, a.new)
         tokens = {name: way()[2] for name, way in ways.items()}
-        for one, other in (("transformers", "base"), ("adapters", "merged"), ("base, scanned", "base")):
+        for one, other in (
+            ("transformers", "base"),
+            ("adapters", "merged"),
+            ("adapters, packed", "adapters"),
+            ("base, scanned", "base"),
+        ):
             if one in tokens and tokens[one] != tokens[other]:
                 pairs = zip(tokens[one], tokens[other], strict=True)
                 parted = [int(np.argmin(np.equal(x, y))) for x, y in pairs if x != y]
