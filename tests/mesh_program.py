@@ -24,7 +24,7 @@ STEPS, ROWS, LENGTH = 20, 8, 16
 CONFIG = DecoderConfig(
     vocab_size=96, width=64, mlp_width=128, num_layers=3, num_heads=8, num_kv_heads=4, scan_layers=True
 )
-MODEL, LOSS, OPTIMIZER = Decoder(CONFIG), token_loss(LENGTH), optax.adamw(3e-3)
+MODEL, LOSS, OPTIMIZER = Decoder(CONFIG), token_loss(LENGTH, chunk=LENGTH // 3), optax.adamw(3e-3)
 TOKENS = jax.ShapeDtypeStruct((1, 4), "int32")
 
 

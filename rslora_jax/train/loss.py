@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -11,6 +12,7 @@ import optax
 from jax import Array
 
 from rslora_jax.train.batches import Batch
+from rslora_jax.train.chunk_sum import chunk_sum
 
 # A loss takes a model whose parameters are bound (`run(tokens, ...)`) and a batch, and returns the sum of the
 # losses and their number. Sums add up over batches of unequal numbers; means do not.
@@ -19,15 +21,18 @@ from rslora_jax.train.batches import Batch
 Loss = Callable[..., tuple[Any, ...]]
 
 
-def token_loss(places: int) -> Loss:
+def token_loss(places: int, *, chunk: int | None = None) -> Loss:
     """Make the cross-entropy loss of a `rslora_jax.models.Decoder` over the tokens that a batch marks.
 
     Most tokens of a batch are prompt and carry no loss. The product with the vocabulary, the largest of all,
     is made only at `places` tokens of each row: `Rows.places` is enough for every row. What is marked beyond
-    that would be lost, so the loss is then NaN.
+    that would be lost, so the loss is then NaN. Of more tokens than a chunk has, logits are made and their gradient is
+    formed a chunk at a time (`chunk_sum`).
 
     Args:
       places: how many tokens of a row can carry a loss.
+      chunk: of how many tokens of each row logits are held at a time: by default 512 by all rows, but at least 128 of
+        each, with which the product is still worth a reading of the head on a device that has two rows.
 
     Returns:
       `loss(run, batch) -> (sum, count)`, both float32; the sum is in nats.
@@ -41,10 +46,29 @@ def token_loss(places: int) -> Loss:
             mask, at_BxP = jax.lax.top_k(mask, places)
             x_BxTxD = jnp.take_along_axis(x_BxTxD, at_BxP[..., None], axis=1)
             targets = jnp.take_along_axis(targets, at_BxP, axis=1)
-        total = cross_entropy(run(x_BxTxD, method="head"), targets, mask)
+        size = max(128, 512 // mask.shape[0]) if chunk is None else chunk
+        total = _in_chunks(functools.partial(run, method="head"), x_BxTxD, targets, mask, size)
         return jnp.where(jnp.sum(mask) == count, total, jnp.nan), count
 
     return loss
+
+
+def _in_chunks(head: Callable[[Array], Array], x_BxPxD: Array, targets: Array, mask: Array, size: int) -> Array:
+    """Sum the losses of tokens, at most `size` of each row at a time."""
+    count = -(-mask.shape[1] // size)
+
+    def chunks(array: Array) -> Array:
+        size = -(-array.shape[1] // count)
+        padding = [(0, 0), (0, count * size - array.shape[1]), *[(0, 0)] * (array.ndim - 2)]
+        whole = jnp.pad(array, padding).reshape(array.shape[0], count, size, *array.shape[2:])
+        return jnp.moveaxis(whole, 1, 0)
+
+    def value(x: Array, targets: Array, mask: Array) -> Array:
+        return cross_entropy(head(x), targets, mask)
+
+    if count <= 1:
+        return value(x_BxPxD, targets, mask)
+    return chunk_sum(value, chunks(x_BxPxD), chunks(targets), chunks(mask))
 
 
 def logits_loss(run: Callable[..., Any], batch: Batch) -> tuple[Array, Array]:
