@@ -15,6 +15,19 @@ import jax.numpy as jnp
 from jax import Array, lax
 
 
+def chunks(array_BxP: Array, size: int) -> Array:
+    """Give (C, B, S, ...) chunks of the second axis of (B, P, ...), alike and of at most `size`, filled up with zeros.
+
+    >>> chunks(jnp.arange(1, 6)[None], 3).tolist()
+    [[[1, 2, 3]], [[4, 5, 0]]]
+    """
+    B, P, *rest = array_BxP.shape
+    count = -(-P // size)
+    size = -(-P // count)
+    padding = [(0, 0), (0, count * size - P), *[(0, 0)] * len(rest)]
+    return jnp.moveaxis(jnp.pad(array_BxP, padding).reshape(B, count, size, *rest), 1, 0)
+
+
 def chunk_sum(value: Callable[..., Array], x_Cx: Array, *data_Cx: Any) -> Array:
     """Sum `value(x, *data)` over chunks.
 

@@ -12,7 +12,7 @@ import optax
 from jax import Array
 
 from rslora_jax.train.batches import Batch
-from rslora_jax.train.chunk_sum import chunk_sum
+from rslora_jax.train.chunk_sum import chunk_sum, chunks
 
 # A loss takes a model whose parameters are bound (`run(tokens, ...)`) and a batch, and returns the sum of the
 # losses and their number. Sums add up over batches of unequal numbers; means do not.
@@ -46,7 +46,7 @@ def token_loss(places: int, *, chunk: int | None = None) -> Loss:
             mask, at_BxP = jax.lax.top_k(mask, places)
             x_BxTxD = jnp.take_along_axis(x_BxTxD, at_BxP[..., None], axis=1)
             targets = jnp.take_along_axis(targets, at_BxP, axis=1)
-        size = max(128, 512 // mask.shape[0]) if chunk is None else chunk
+        size = _size(mask.shape[0]) if chunk is None else chunk
         total = _in_chunks(functools.partial(run, method="head"), x_BxTxD, targets, mask, size)
         return jnp.where(jnp.sum(mask) == count, total, jnp.nan), count
 
@@ -55,20 +55,35 @@ def token_loss(places: int, *, chunk: int | None = None) -> Loss:
 
 def _in_chunks(head: Callable[[Array], Array], x_BxPxD: Array, targets: Array, mask: Array, size: int) -> Array:
     """Sum the losses of tokens, at most `size` of each row at a time."""
-    count = -(-mask.shape[1] // size)
-
-    def chunks(array: Array) -> Array:
-        size = -(-array.shape[1] // count)
-        padding = [(0, 0), (0, count * size - array.shape[1]), *[(0, 0)] * (array.ndim - 2)]
-        whole = jnp.pad(array, padding).reshape(array.shape[0], count, size, *array.shape[2:])
-        return jnp.moveaxis(whole, 1, 0)
 
     def value(x: Array, targets: Array, mask: Array) -> Array:
         return cross_entropy(head(x), targets, mask)
 
-    if count <= 1:
+    if mask.shape[1] <= size:
         return value(x_BxPxD, targets, mask)
-    return chunk_sum(value, chunks(x_BxPxD), chunks(targets), chunks(mask))
+    return chunk_sum(value, *(chunks(array, size) for array in (x_BxPxD, targets, mask)))
+
+
+def token_losses(head: Callable[[Array], Array], x_BxPxD: Array, targets: Array) -> Array:
+    """Give the negative log-likelihood of each token's target, float32 (B, P), with logits as `token_loss` has them.
+
+    For evaluation: a gradient would keep the logits of all.
+    """
+
+    def losses(of: tuple[Array, Array]) -> Array:
+        x, targets = of
+        return optax.softmax_cross_entropy_with_integer_labels(head(x).astype(jnp.float32), targets)
+
+    size = _size(targets.shape[0])
+    if targets.shape[1] <= size:
+        return losses((x_BxPxD, targets))
+    found_CxBxS = jax.lax.map(losses, (chunks(x_BxPxD, size), chunks(targets, size)))
+    return jnp.moveaxis(found_CxBxS, 0, 1).reshape(targets.shape[0], -1)[:, : targets.shape[1]]
+
+
+def _size(rows: int) -> int:
+    """Return of how many tokens of each of so many rows logits are held at a time."""
+    return max(128, 512 // rows)
 
 
 def logits_loss(run: Callable[..., Any], batch: Batch) -> tuple[Array, Array]:

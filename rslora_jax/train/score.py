@@ -13,11 +13,11 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 from jax import Array
 
 from rslora_jax.pytrees import Params
 from rslora_jax.train.batches import Batch, Rows, heldout_batches
+from rslora_jax.train.loss import token_losses
 from rslora_jax.train.metrics import perplexity
 from rslora_jax.train.ratio import ratio
 from rslora_jax.train.tokens import Progress
@@ -105,9 +105,8 @@ def _make_score(apply: Callable[..., Any], places: int, segments: int) -> Callab
             return jnp.take_along_axis(jnp.asarray(values), at_BxP, axis=1)
 
         x_BxPxD = jnp.take_along_axis(x_BxTxD, at_BxP[..., None], axis=1)
-        logits_BxPxV = run(x_BxPxD, method="head").astype(jnp.float32)
-        found = optax.softmax_cross_entropy_with_integer_labels(logits_BxPxV, chosen(batch.targets_BxT))
-        losses_BxP = jnp.where(mask_BxP > 0, found, 0)
+        found_BxP = token_losses(functools.partial(run, method="head"), x_BxPxD, chosen(batch.targets_BxT))
+        losses_BxP = jnp.where(mask_BxP > 0, found_BxP, 0)
         # Segments count from 1; what belongs to none has no loss.
         own_BxPxK = chosen(batch.segment_ids_BxT)[..., None] == 1 + jnp.arange(segments)
         return jnp.sum(losses_BxP[..., None] * own_BxPxK, axis=1)

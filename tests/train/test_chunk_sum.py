@@ -16,6 +16,7 @@ from rslora_jax import train
 from rslora_jax.models.decoder import Decoder
 from rslora_jax.train.batches import Batch
 from rslora_jax.train.chunk_sum import chunk_sum
+from rslora_jax.train.loss import token_losses
 
 from ..reference import assert_near, trained
 from .tiny import CONFIG
@@ -128,3 +129,14 @@ def test_logits_are_formed_once():
     adapters = jax.eval_shape(lora.init, jax.random.key(0))
     counts = [train.step_flops(lora, train.token_loss(12, chunk=n), params, adapters, batch) for n in (12, 4)]
     assert counts[0] == counts[1]
+
+
+@pytest.mark.parametrize("places", [128, 129, 300])
+def test_the_losses_of_single_tokens_are_those_of_all_logits(places):
+    rng = np.random.default_rng(places)
+    x_BxPxD, head_DxV = rng.standard_normal((5, places, 4)), rng.standard_normal((4, 7))
+    targets = rng.integers(0, 7, (5, places))
+    found = token_losses(lambda x: x @ head_DxV, jnp.asarray(x_BxPxD), jnp.asarray(targets))
+    logits = x_BxPxD @ head_DxV
+    wanted = np.log(np.exp(logits).sum(-1)) - np.take_along_axis(logits, targets[..., None], -1)[..., 0]
+    np.testing.assert_allclose(found, wanted, atol=2e-6)
