@@ -31,8 +31,8 @@ def token_loss(places: int, *, chunk: int | None = None) -> Loss:
 
     Args:
       places: how many tokens of a row can carry a loss.
-      chunk: of how many tokens of each row logits are held at a time: by default 512 by all rows, but at least 128 of
-        each, with which the product is still worth a reading of the head on a device that has two rows.
+      chunk: of how many tokens of each row logits are held at a time: by default 128, of a single row 256, with which
+        the product is still worth a reading of the head on a device that has two rows.
 
     Returns:
       `loss(run, batch) -> (sum, count)`, both float32; the sum is in nats.
@@ -83,7 +83,7 @@ def token_losses(head: Callable[[Array], Array], x_BxPxD: Array, targets: Array)
 
 def _size(rows: int) -> int:
     """Return of how many tokens of each of so many rows logits are held at a time."""
-    return max(128, 512 // rows)
+    return max(128, 256 // rows)
 
 
 def logits_loss(run: Callable[..., Any], batch: Batch) -> tuple[Array, Array]:
