@@ -55,8 +55,8 @@ KINDS = {
     "PiSSA": Kind(start="pissa:16", rates=(3e-5, 1e-4, 3e-4)),
     "OLoRA": Kind(start="olora", rates=(1e-5, 3e-5, 1e-4)),
     "EVA": Kind(start="eva", rates=(3e-5, 1e-4, 3e-4)),
-    "LoRA-GA": Kind(start="lora-ga", rates=(1e-5, 3e-5, 1e-4)),
-    "full": Kind({"targets": (), "trained": LINEAR}, rates=(3e-6, 1e-5, 3e-5)),
+    "LoRA-GA": Kind(start="lora-ga", rates=(3e-5, 1e-4, 3e-4)),
+    "full": Kind({"targets": (), "trained": LINEAR}, rates=(1e-5, 3e-5, 1e-4)),
 }
 
 
@@ -185,16 +185,20 @@ def run_one(job: Job, trial: Trial, lora: rslora.Lora) -> dict[str, Any]:
         state, metrics = step(state, params, next(stream))
         losses.append(float(metrics["loss"]))
         seconds.append(time.monotonic() - begun)
-    evaluate = train.make_evaluate(lora, job.loss)
-    sums = [evaluate(params, state.adapters, batch) for batch in job.heldout]
     return {
-        "heldout_loss": sum(float(total) for total, _ in sums) / sum(float(count) for _, count in sums),
+        "heldout_loss": heldout_loss(job, lora, params, state.adapters),
         "losses": [float(f"{loss:.5g}") for loss in losses],
         "step_s": statistics.median(seconds[1:]),
         "start_s": start_s,
         "memory": int(memory.temp_size_in_bytes + memory.argument_size_in_bytes),
         "parameters": lora.num_parameters,
     }
+
+
+def heldout_loss(job: Job, lora: rslora.Lora, params: Any, adapters: Any) -> float:
+    evaluate = train.make_evaluate(lora, job.loss)
+    sums = [evaluate(params, adapters, batch) for batch in job.heldout]
+    return sum(float(total) for total, _ in sums) / sum(float(count) for _, count in sums)
 
 
 def left(a: argparse.Namespace, done: Mapping[Trial, Any]) -> list[Trial]:
@@ -235,7 +239,9 @@ def run(job: Job, done: dict[Trial, dict[str, Any]]) -> int:
             f"{found['heldout_loss']:.4f}, {found['step_s']:.3g} s a step; left: {clock(max(ahead, 0))}",
             flush=True,
         )
-    text = table(job, done)
+    untrained = wrapped(job, KINDS["rsLoRA"])
+    before = heldout_loss(job, untrained, job.variables, untrained.init(jax.random.key(0)))
+    text = f"{table(job, done)}\nBefore training the held-out loss is {before:.4f}.\n"
     (a.out / "table.md").write_text(text, encoding="utf-8")
     print(text)
     draw(a, done)
