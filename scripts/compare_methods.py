@@ -11,7 +11,8 @@ there, so that hours can be done in parts of --budget minutes. In --out are tria
 loss.png.
 
 "memory" is what the compiled step takes, arguments and temporaries; "step" the median of a run's steps, which says
-little where the machine did other things too: --time measures a few steps of each in turn, and the table has those.
+little where the machine did other things too: --time measures a few steps of each in turn, and the table has those,
+with their memory.
 """
 
 import argparse
@@ -179,7 +180,7 @@ def run_one(job: Job, trial: Trial, lora: rslora.Lora) -> dict[str, Any]:
     step = train.make_step(lora, job.loss, optimizer)
     state = train.TrainState.create(adapters, optimizer)
     stream, losses, seconds = batches(job, trial.seed), [], []
-    memory = step.lower(state, params, next(batches(job, trial.seed))).compile().memory_analysis()
+    memory = memory_of(step, state, params, next(batches(job, trial.seed)))
     for _ in range(job.a.steps):
         begun = time.monotonic()
         state, metrics = step(state, params, next(stream))
@@ -190,9 +191,15 @@ def run_one(job: Job, trial: Trial, lora: rslora.Lora) -> dict[str, Any]:
         "losses": [float(f"{loss:.5g}") for loss in losses],
         "step_s": statistics.median(seconds[1:]),
         "start_s": start_s,
-        "memory": int(memory.temp_size_in_bytes + memory.argument_size_in_bytes),
+        "memory": memory,
         "parameters": lora.num_parameters,
     }
+
+
+def memory_of(step: Any, *arguments: Any) -> int:
+    """Return the bytes that a compiled step takes, arguments and temporaries."""
+    memory = step.lower(*arguments).compile().memory_analysis()
+    return int(memory.temp_size_in_bytes + memory.argument_size_in_bytes)
 
 
 def heldout_loss(job: Job, lora: rslora.Lora, params: Any, adapters: Any) -> float:
@@ -266,24 +273,25 @@ def table(job: Job, done: Mapping[Trial, Any]) -> str:
         ]
         losses, rates = [of["heldout_loss"] for of in runs], KINDS[name].rates
         edge = {min(rates): " (the least)", max(rates): " (the largest)"}.get(best, "")
-        step = times.get(name, statistics.median(of["step_s"] for of in runs))
+        step, memory = times.get(name, (statistics.median(of["step_s"] for of in runs), runs[0]["memory"]))
         lines.append(
             f"| {name} | {runs[0]['parameters'] / 1e6:.2f} M | {best:g}{edge} | {np.mean(losses):.4f} | "
-            f"{', '.join(f'{loss:.4f}' for loss in losses)} | {step:.3g} s | {runs[0]['memory'] / 1e9:.2f} GB |"
+            f"{', '.join(f'{loss:.4f}' for loss in losses)} | {step:.3g} s | {memory / 1e9:.2f} GB |"
         )
     return "\n".join(lines) + "\n"
 
 
 def measure_times(job: Job) -> int:
     """Measure a few steps of each in turn, all in one process, and keep the median of each."""
-    steps = {}
+    steps, memory = {}, {}
+    batch = next(batches(job, 0))
     for name in job.a.kinds:
         kind = KINDS[name]
         lora = wrapped(job, kind)
         optimizer = optimizer_of(kind, lora, kind.rates[0])
         adapters = lora.init(jax.random.key(0), job.variables)  # however it starts, a step is the same
-        steps[name] = [train.make_step(lora, job.loss, optimizer), train.TrainState.create(adapters, optimizer), []]
-    batch = next(batches(job, 0))
+        step, state = train.make_step(lora, job.loss, optimizer), train.TrainState.create(adapters, optimizer)
+        steps[name], memory[name] = [step, state, []], memory_of(step, state, job.variables, batch)
     for turn in range(job.a.time + 1):
         for one in steps.values():
             begun = time.monotonic()
@@ -291,10 +299,10 @@ def measure_times(job: Job) -> int:
             metrics["loss"].block_until_ready()
             if turn:  # the first compiles
                 one[2].append(time.monotonic() - begun)
-    times = {name: statistics.median(seconds) for name, (_, _, seconds) in steps.items()}
+    times = {name: (statistics.median(seconds), memory[name]) for name, (_, _, seconds) in steps.items()}
     (job.a.out / "times.json").write_text(json.dumps(times), encoding="utf-8")
     for name, (_, _, seconds) in steps.items():
-        print(f"{name:12} {times[name]:.3f} s a step, {min(seconds):.3f} to {max(seconds):.3f}")
+        print(f"{name:12} {times[name][0]:.3f} s a step, {min(seconds):.3f} to {max(seconds):.3f}")
     return 0
 
 
