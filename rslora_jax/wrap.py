@@ -27,7 +27,7 @@ from rslora_jax.methods.random import site_key
 from rslora_jax.pytrees import Params
 from rslora_jax.selection import select
 from rslora_jax.sites import Site, from_paths, named_leaves, no_parameters
-from rslora_jax.stored.form import is_stored, like_dense
+from rslora_jax.stored.form import is_stored, like_dense, memory_of
 from rslora_jax.table import not_adapted, table
 from rslora_jax.transform.discover import discover
 from rslora_jax.transform.dropout import with_mask
@@ -208,6 +208,8 @@ class Lora:
         def one(leaf: Any, site: Site) -> Array:
             whole = leaf if is_stored(leaf) else jnp.asarray(leaf)
             merged = materialise(site.view(whole, adapters[site.path]))
+            if is_stored(leaf) and memory_of(leaf) != memory_of(merged):
+                merged = jax.device_put(merged, memory_of(leaf))
             concrete = isinstance(leaf, jax.Array) and not isinstance(leaf, jax.core.Tracer)
             return jax.device_put(merged, leaf.sharding) if concrete else merged
 

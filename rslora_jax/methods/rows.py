@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from jax import Array, lax
 
 from rslora_jax.methods.method import RANK, Axis
-from rslora_jax.stored.form import dense
+from rslora_jax.stored.form import dense, is_stored, on_device
 from rslora_jax.transform.renames import lay
 from rslora_jax.transform.views import View
 
@@ -62,8 +62,11 @@ class Rows:
         return lay(View(w, site.labels, w.dtype, (site.path,), pair), w)
 
     def _own(self, site: Site, w: Any) -> Array:
-        """Return the base's rows, with their number in front."""
-        return jnp.moveaxis(jnp.take(dense(w), jnp.asarray(self.ids, jnp.int32), row_axis(site)), row_axis(site), 0)
+        """Return the base's rows, with their number in front; of a stored table no others become dense."""
+        row, at = row_axis(site), jnp.asarray(self.ids, jnp.int32)
+        if is_stored(w) and row == 0 and not w.stack and (found := on_device(w).rows(at)) is not None:
+            return found
+        return jnp.moveaxis(jnp.take(dense(w), at, row), row, 0)
 
 
 def row_axis(site: Site) -> int:

@@ -88,14 +88,28 @@ def is_stored(node: Any) -> TypeGuard[Stored]:
 
 
 def dense(weight: Any) -> Array:
-    """Return a weight as an array."""
-    return weight.dense() if is_stored(weight) else weight
+    """Return a weight as an array; of a stored one, in the device's memory, wherever it waits."""
+    return on_device(weight).dense() if is_stored(weight) else weight
+
+
+def on_device(weight: Any) -> Any:
+    """Return a weight in the device's memory: a stored one comes packed from where it waits, as on the host."""
+
+    def one(array: Any) -> Any:
+        return array if memory_of(array) == jax.memory.Space.Device else jax.device_put(array, jax.memory.Space.Device)
+
+    return jax.tree.map(one, weight) if is_stored(weight) else weight
+
+
+def memory_of(weight: Any) -> Any:
+    """Return the kind of memory in which a weight's arrays lie."""
+    return jax.typeof(jax.tree.leaves(weight)[0]).memory_space
 
 
 def element(weight: Any, n: int) -> Any:
     """Return one element of a weight's first axis; of one that is stored, in its form, where that axis is a stack."""
     if is_stored(weight) and not weight.stack:
-        return weight.dense()[n]
+        return dense(weight)[n]
     return jax.tree.map(lambda array: array[n], weight)
 
 

@@ -8,7 +8,7 @@ import jax
 from jax import Array, lax
 from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec, Sharding
 
-from rslora_jax.stored.form import Stored, is_stored
+from rslora_jax.stored.form import Stored, dense, is_stored, on_device
 
 
 @jax.tree_util.register_dataclass
@@ -50,7 +50,7 @@ class Laid(Stored):
                 array, NamedSharding(to.mesh, PartitionSpec(*free, *to.spec[len(free) :]))
             )
 
-        return jax.tree.map(lay, self.w, shardings).dense()
+        return dense(jax.tree.map(lay, on_device(self.w), shardings))
 
 
 def laid(w: Stored, sharding: Any) -> Stored:

@@ -130,8 +130,13 @@ def _join_bases(parts: Sequence[View | Array], axis: int) -> View:
 
 def _fit(views: Sequence[View], axis: int) -> bool:
     """Say whether stored weights can be joined as they are: along their stack, and in one form."""
+
+    def form(w: Any) -> tuple[Any, ...]:
+        arrays = [(array.dtype, array.shape[:axis], array.shape[axis + 1 :]) for array in jax.tree.leaves(w)]
+        return (jax.tree.structure(w), *arrays)
+
     along_stack = all(is_stored(v.w) and axis < len(v.w.stack) for v in views)
-    return along_stack and len({jax.tree.structure(v.w) for v in views}) == 1
+    return along_stack and len({form(v.w) for v in views}) == 1
 
 
 def _concatenated(*arguments: Any) -> Array:

@@ -7,7 +7,7 @@ from typing import Any
 import jax.numpy as jnp
 from jax import Array
 
-from rslora_jax.stored.form import Stored
+from rslora_jax.stored.form import Stored, on_device
 from rslora_jax.transform.cost import Sizes
 from rslora_jax.transform.picks import Pick, picked, picked_gain
 from rslora_jax.transform.product import Product
@@ -54,7 +54,7 @@ class _Lookup:
         numbers = jnp.arange(w.shape[0], dtype=jnp.int32).reshape(-1, *(1,) * (w.ndim - 1))
         places = picked(numbers, indices, (True,) + (False,) * (w.ndim - 1), self.pick, -1)
         places = jnp.squeeze(places, self.pick.offset)
-        rows = w.rows(jnp.maximum(places.reshape(-1), 0))
+        rows = on_device(w).rows(jnp.maximum(places.reshape(-1), 0))
         if rows is None:
             return None
         fill = jnp.nan if p["fill_value"] is None else p["fill_value"]

@@ -18,7 +18,7 @@ from jax import Array, lax
 from jax.ad_checkpoint import checkpoint_name
 from jax.custom_derivatives import SymbolicZero
 
-from rslora_jax.stored.form import dense, is_stored
+from rslora_jax.stored.form import dense, is_stored, on_device
 from rslora_jax.transform import compat
 from rslora_jax.transform.contract import apart, gradient_apart, rank_first
 from rslora_jax.transform.cost import Plan, Sizes, plan
@@ -281,6 +281,7 @@ class Parts:
         XLA on CPUs drops the barriers of a remat: it would make one dense weight for a product and its gradients, and
         all of a program's at its start, since they wait for nothing. A branch waits for the data that meets the weight.
         """
+        w = on_device(w)
         arrays = [array for array in jax.tree.leaves(w) if array.size]
         # In a `shard_map` the branches would have to vary over the mesh alike.
         in_shard_map = any(map(compat.varying, (x, *arrays, *others)))

@@ -11,7 +11,9 @@ import numpy as np
 import rslora_jax as rslora
 from rslora_jax.methods import method_of
 from rslora_jax.sites import from_paths, named_leaves
+from rslora_jax.stored import dense
 from tests.methods.gained import Gained
+from tests.random_programs.formats import FORMATS
 from tests.stored.blocks import Blocks, blocks
 from tests.stored.eight_bits import EightBits
 
@@ -33,6 +35,8 @@ class Form:
     first_whole: bool = False
     first_rows: bool = False
     apart: bool = False
+    dropout: float = 0.0
+    name: str = ""  # of the format
 
     def of_layers(self, sites: Mapping[str, rslora.Site]) -> dict[str, Any]:
         """Return options that give layers ranks and alphas of their own, and one of three or more none."""
@@ -66,23 +70,16 @@ class Form:
         """
         if self.stored is None:
             return params, lambda params: params, lambda params: params
-        packed = {path: self.stored(w) for path, w in named_leaves(params).items() if eligible(w)}
-        loose = from_paths(params, named_leaves(params) | {path: w.scale for path, w in packed.items()})
+        leaves = named_leaves(params)
+        packed = {path: self.stored(w) if eligible(w) else w for path, w in leaves.items()}
 
         def held(loose: Any) -> Any:
-            leaves = named_leaves(loose)
-            return from_paths(
-                loose,
-                {
-                    path: dataclasses.replace(packed[path], scale=w) if path in packed else w
-                    for path, w in leaves.items()
-                },
-            )
+            return from_paths(params, {path: with_floating(w, loose[path]) for path, w in packed.items()})
 
         def arrays(loose: Any) -> Any:
-            return from_paths(loose, {path: by_hand(w) for path, w in named_leaves(held(loose)).items()})
+            return from_paths(params, {path: by_hand(w) for path, w in named_leaves(held(loose)).items()})
 
-        return loose, held, arrays
+        return {path: list(filter(is_floating, jax.tree.leaves(w))) for path, w in packed.items()}, held, arrays
 
 
 def of_layers(site: rslora.Site) -> list[tuple[int, float]]:
@@ -91,8 +88,18 @@ def of_layers(site: rslora.Site) -> list[tuple[int, float]]:
     return [(0 if n == 1 and count > 2 else 1 + n % 3, 3.0 + n) for n in range(count)]
 
 
+def is_floating(w: Any) -> bool:
+    return jnp.issubdtype(w.dtype, jnp.floating)
+
+
+def with_floating(w: Any, given: Any) -> Any:
+    """Return a weight with other floating arrays in place of its own, in their order."""
+    given = iter(given)
+    return jax.tree.map(lambda own: next(given) if is_floating(own) else own, w)
+
+
 def eligible(w: Any) -> bool:
-    return w.ndim >= 2 and jnp.issubdtype(w.dtype, jnp.floating)
+    return w.ndim >= 2 and is_floating(w)
 
 
 def eight_bits(w: Any) -> EightBits:
@@ -107,9 +114,12 @@ def matrices(w: Any) -> Blocks:
 
 
 def by_hand(w: Any) -> Any:
-    """Return what a stored weight stands for, from its arrays; an array as it is."""
+    """Return what a stored weight stands for, from its arrays; an array as it is.
+
+    The numbers of the package's formats are compared with independent ones in `tests/stored/test_formats.py`.
+    """
     if not isinstance(w, EightBits | Blocks):
-        return w
+        return dense(w)
     wide = jnp.promote_types(w.scale.dtype, jnp.float32)
     return jnp.reshape(w.codes * w.scale.astype(wide), w.shape).astype(w.dtype)
 
@@ -132,6 +142,13 @@ FORMS = [
     Form("dora", stored=eight_bits, first_whole=True),
     Form(first_rows=True),
 ]
+# And what is made of each of the package's own formats: the first twice, as it is the commonest.
+HOW = [
+    *({}, {}, {"method": "dora"}, {"first_whole": True}, {"first_rows": True}, {"apart": True}),
+    *({"method": "dora", "apart": True}, {"first_alone": True}, {"method": "dora", "first_whole": True}),
+]
+PACKED = [Form(stored=FORMATS[name], **how, name=name) for name in FORMATS for how in HOW]
+DROPPED = [dataclasses.replace(form, dropout=0.3) for form in PACKED]
 
 
 def row_axis(site: rslora.Site) -> int:

@@ -21,6 +21,7 @@ from hypothesis import strategies as st
 import rslora_jax as rslora
 from tests.random_programs.around import AROUND, PLACES, STACKS
 from tests.random_programs.changes import CHANGES
+from tests.random_programs.formats import BLOCK
 from tests.random_programs.forms import ALPHA, PLAIN, Form, has_rows, row_axis
 from tests.random_programs.scope import STACK, WIDEST, Scope, as_is, flat, widths
 from tests.random_programs.uses import USES
@@ -78,6 +79,13 @@ class Program:
             lines += [f"layer {number}: {stored}", *(f"    {line}" for line in said)]
         return "\n".join(lines)
 
+    def fitting(self, form: Form) -> "Program":
+        """The same program with weights that have an axis of the size that a format needs."""
+        if not form.name.startswith("Q"):
+            return self
+        layers = [dataclasses.replace(x, shape=(*x.shape[:-2], *_with(BLOCK, x.shape[-2:]))) for x in self.layers]
+        return dataclasses.replace(self, layers=tuple(layers))
+
     @property
     def names(self) -> set[str]:
         return {piece.name for layer in self.layers for piece in layer.pieces}
@@ -109,6 +117,11 @@ class Program:
 
         layers = (dataclasses.replace(x, changes=tuple(map(exact, x.changes)), dtype="float64") for x in self.layers)
         return dataclasses.replace(self, layers=tuple(layers))
+
+
+def _with(size: int, matrix: tuple[int, ...]) -> tuple[int, ...]:
+    rows, columns = matrix
+    return (size, columns) if rows % 2 else (rows, size)
 
 
 def stored_shape(layer: Layer, inner: tuple[int, ...]) -> tuple[int, ...]:
@@ -223,7 +236,7 @@ def adapt(
 ) -> tuple[rslora.Lora | None, list[str]]:
     """Wrap a program, every weight of it; return what was said, and None where no weight was found."""
     options: dict[str, Any] = {"targets": ["*"], "exclude": exclude, "trained": trained, "dtype": "float64"}
-    options |= {"allow_large_rank": True, "trained_rows": rows, **of_layers}
+    options |= {"allow_large_rank": True, "trained_rows": rows, "dropout": form.dropout, **of_layers}
     config = rslora.LoraConfig(rank=program.rank, alpha=ALPHA, method=form.method, **options)
     with warnings.catch_warnings(record=True) as said:
         warnings.simplefilter("always")

@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 from rslora_jax.sites import named_leaves, path_name
 from tests.random_programs.around import AROUND, FIRED
 from tests.random_programs.changes import CHANGES
-from tests.random_programs.forms import FORMS, PLAIN, Form, acting
+from tests.random_programs.forms import FORMS, PACKED, PLAIN, Form, acting
 from tests.random_programs.program import Program, adapt, alone, build, outcomes, programs
 from tests.random_programs.uses import USES
 
@@ -151,6 +151,7 @@ def check(program: Program, outer: str, op_by_op: bool, form: Form = PLAIN) -> N
     if "ragged_dot" in program.names:
         outer = "plain"  # JAX has no second derivative of it, and no vmap over all its axes
     COUNTED["programs"] += 1
+    program = program.fitting(form)
     fn, params, x = build(program)
     params, held, arrays = form.held(params)
     if form.stored is not None:
@@ -294,7 +295,7 @@ def test_every_law_on_random_programs(number):
 
 @pytest.mark.parametrize("number", [pytest.param(n, marks=HALVES[n].marks) for n in range(8)])
 def test_every_law_with_a_gain_and_on_stored_weights(number):
-    check_ten(1000 + number, most_layers=1, op_by_op=(False,), phases=(Phase.generate,), forms=FORMS)
+    check_ten(1000 + number, most_layers=1, op_by_op=(False,), phases=(Phase.generate,), forms=FORMS + PACKED)
 
 
 def check_chunk(chunk: int, again: str, forms: Sequence[Form]) -> None:
@@ -322,3 +323,9 @@ def test_every_law_on_thousands_of_random_programs(chunk, request):
 @pytest.mark.parametrize("chunk", range(200))
 def test_every_law_with_gains_and_stored_weights_on_thousands(chunk, request):
     check_chunk(chunk, request.node.nodeid, FORMS)
+
+
+@pytest.mark.nightly
+@pytest.mark.parametrize("chunk", range(200))
+def test_every_law_over_bases_in_few_bits_on_thousands(chunk, request):
+    check_chunk(chunk, request.node.nodeid, PACKED)
