@@ -98,7 +98,8 @@ def _check_flags(a: argparse.Namespace) -> None:
         raise ValueError(f"--batch-size {a.batch_size} is not a multiple of --accumulate {a.accumulate}")
     if jax.process_count() > 1 and not a.mesh:
         raise ValueError("several processes need a mesh that says how they share the work: give --mesh data=-1")
-    check_held(a.dequantize, a.quantize)
+    if not a.resume:  # of which one is the run's own, and the other is told from it below
+        check_held(a.dequantize, a.quantize)
     check_start(a)
     if a.tensorboard:
         check_installed("--tensorboard", ("tensorboardX",), extra="tensorboard")

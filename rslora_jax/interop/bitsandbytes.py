@@ -105,9 +105,9 @@ class FourBits:
         how = dict(is_flat=is_flat, block=self.block, levels=self.levels)
         return NF4(codes, absmax, nested, offset, inner, jnp.dtype(dtype), axis, **how)  # type: ignore[arg-type]
 
-    def is_finite(self) -> bool:
-        """Say whether all its numbers are finite."""
-        return bool(np.isfinite(self._magnitudes).all())
+    def is_finite(self, dtype: Any) -> bool:
+        """Say whether all its numbers are finite in a dtype."""
+        return _all_within(self._magnitudes, dtype)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -148,9 +148,9 @@ class EightBits:
         codes, scale = (np.ascontiguousarray(a.T) if is_turned else a for a in (codes, scale))
         return Int8(codes, scale, jnp.dtype(dtype))  # type: ignore[arg-type]
 
-    def is_finite(self) -> bool:
-        """Say whether all its numbers are finite."""
-        return bool(np.isfinite(self.most.whole()).all())
+    def is_finite(self, dtype: Any) -> bool:
+        """Say whether all its numbers are finite in a dtype."""
+        return _all_within(self.most.whole(), dtype)
 
 
 def check_method(path: Path, about: Mapping[str, Any]) -> bool:
@@ -209,13 +209,18 @@ def packing_of_bits(unpacked: list[str], broken: dict[str, Any]) -> Packing:
             return None
 
         def element(n: int) -> Stored:
-            if not tensors[n].is_finite():
+            if not tensors[n].is_finite(leaf.dtype):
                 broken[tensors[n].name] = tensors[n]
             return tensors[n].stored(leaf.dtype, source.is_turned)
 
         return Packed(stacked_shapes(element(0), len(tensors) if source.is_stack else None), element, source.is_stack)
 
     return packing
+
+
+def _all_within(magnitudes: np.ndarray, dtype: Any) -> bool:
+    """Say whether a dtype holds numbers of such magnitudes."""
+    return bool((np.abs(magnitudes) <= float(jnp.finfo(dtype).max)).all())  # which no NaN is
 
 
 def _companion(tensors: Mapping[str, Tensor], of: Tensor, name: str, used: set[str]) -> Tensor:

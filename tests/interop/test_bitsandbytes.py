@@ -1,6 +1,7 @@
 """Folders whose weights bitsandbytes wrote in 4 and 8 bits are held as they are, to the last bit."""
 
 import json
+import warnings
 
 import jax
 import numpy as np
@@ -161,3 +162,16 @@ def test_magnitudes_that_are_not_finite_are_named(tmp_path):
     (tmp_path / "model.safetensors").write_bytes(folders.safetensors(arrays))
     with pytest.warns(UserWarning, match=r"q_proj.weight holds numbers that are not finite"):
         load_model(tmp_path)
+
+
+@pytest.mark.parametrize("form", ["nf4 single", "int8"])
+def test_magnitudes_that_the_dtype_does_not_hold_are_named(tmp_path, form):
+    arrays = bits.write(tmp_path, *FORMS[form])
+    name = f"{ONE}.absmax" if form != "int8" else ONE.removesuffix("weight") + "SCB"
+    arrays[name][-1] = 1e5
+    (tmp_path / "model.safetensors").write_bytes(folders.safetensors(arrays))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        load_model(tmp_path)
+    with pytest.warns(UserWarning, match=r"q_proj.weight holds numbers that are not finite, or not in float16"):
+        load_model(tmp_path, param_dtype="float16")

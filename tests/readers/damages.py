@@ -211,6 +211,42 @@ _HEADERS = (
 )
 
 
+def companions(rng: random.Random, data: bytes) -> bytes:
+    """Change what lies beside a matrix that bitsandbytes wrote: its values, its size, its name, or whose it is."""
+    length = int.from_bytes(data[:8], "little")
+    header, body = json.loads(data[8 : 8 + length]), bytearray(data[8 + length :])
+    ends = (".absmax", ".nested_absmax", ".quant_map", ".nested_quant_map", ".SCB", "__nf4", "__fp4", "_format")
+    beside = [name for name in header if name.endswith(ends)]
+    for _ in range(rng.choice([1, 1, 2])):
+        one = rng.choice(beside)
+        start, stop = header[one]["data_offsets"]
+        alike = [name for name in beside if name != one and name.rpartition(".")[2] == one.rpartition(".")[2]]
+        kind = rng.choice(["values", "values", "values", "other's", "name", "dtype", "shape", "matrix"])
+        if kind == "values":
+            size = 4 if header[one]["dtype"] == "F32" else 1
+            numbers = (math.nan, math.inf, -math.inf, -1.0, 0.0, 3e38, 1e-45, 1e-38)
+            at = rng.randrange(start, stop, size)
+            body[at : at + size] = struct.pack("<f", rng.choice(numbers)) if size == 4 else rng.randbytes(1)
+        elif kind == "other's" and alike:
+            header[one] = copy.deepcopy(header[rng.choice(alike)])
+        elif kind == "name":
+            header[rng.choice([f"{one}2", one.replace("layers.0", "layers.1"), "SCB", f"x{one}"])] = header.pop(one)
+            break
+        elif kind == "dtype":
+            header[one]["dtype"] = rng.choice(["F16", "BF16", "U8", "I8", "F64", "F32"])
+        elif kind == "shape":
+            count = math.prod(header[one]["shape"])
+            header[one]["shape"] = rng.choice([[count, 1], [1, count], [count // 2, 2], [], [count + 1]])
+        elif kind == "matrix":
+            of = next(
+                name for name in header if one.startswith(name.removesuffix("weight")) and name.endswith("weight")
+            )
+            header[of]["shape"] = rng.choice([[1, *header[of]["shape"]], header[of]["shape"][::-1], [7], [2, 1]])
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)
+    return len(text).to_bytes(8, "little") + text + bytes(body)
+
+
 def gguf_parts_changed(rng: random.Random, data: bytes) -> bytes:
     """Change an entry or a tensor of a GGUF file."""
     entries, tensors = gguf_parts()

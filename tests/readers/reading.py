@@ -39,6 +39,7 @@ from tests.readers.damages import (
     Damage,
     array_file,
     blind,
+    companions,
     gguf_parts_changed,
     json_lines,
     json_object,
@@ -493,6 +494,7 @@ _MODEL = functools.partial(Kind, make=files.model, read=_read_model, check=_chec
 _SHARDS = functools.partial(Kind, make=functools.partial(files.model, shards=2), read=_read_model, check=_check_model)
 _FEW = functools.partial(Kind, make=files.model_in_few_bits, read=_read_model, check=_check_model)
 _STATE = within_safetensors("quant_state", json_object("nested_offset", "shape", "blocksize", "nested_blocksize"))
+_BITS = _both(safetensors_header, _STATE, _STATE, companions, companions, companions)
 _PEFT = functools.partial(Kind, make=files.adapter, read=_read_peft, check=_check_peft)
 _DATA = functools.partial(Kind, read=lambda folder: read_examples(next(folder.glob("a.*"))))
 _CONFIG = json_object(*_CONFIG_KEYS, values=_TYPES)
@@ -514,7 +516,7 @@ KINDS: tuple[Kind, ...] = (
     ),
     _MODEL("chat template", targets="chat_template.jinja", damages=(blind,)),
     _MODEL("safetensors", targets="model.safetensors", damages=_both(*[safetensors_header] * 3)),
-    _FEW("bitsandbytes", targets="model.safetensors", damages=_both(*[safetensors_header] * 2, *[_STATE] * 2)),
+    _FEW("bitsandbytes", targets="model.safetensors", damages=_BITS),
     _FEW("bitsandbytes' config.json", targets="config.json", damages=_both(_CONFIG, _CONFIG)),
     _SHARDS("index", targets="model.safetensors.index.json", damages=_both(json_object("weight_map"))),
     _SHARDS("shard", targets="model-00001-of-00002.safetensors", damages=_both(safetensors_header)),
