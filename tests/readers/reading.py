@@ -161,7 +161,9 @@ def _check_finite(config: Any) -> None:
 def _same(ours: dict[str, np.ndarray], theirs: dict[str, np.ndarray], may_be_left: Any = lambda name: False) -> None:
     assert set(ours) <= set(theirs) and all(map(may_be_left, set(theirs) - set(ours))), set(ours) ^ set(theirs)
     for name, array in ours.items():
-        np.testing.assert_array_equal(_flushed(array), _flushed(theirs[name].astype(np.float32)), err_msg=name)
+        wanted = theirs[name].astype(np.float32)
+        sound = np.isfinite(wanted)  # where a packed weight is not, nothing is said of what it is but a warning
+        np.testing.assert_array_equal(_flushed(array)[sound], _flushed(wanted)[sound], err_msg=name)
 
 
 def _flushed(array: np.ndarray) -> np.ndarray:

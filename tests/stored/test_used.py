@@ -46,8 +46,8 @@ def test_tokens_are_generated_with_adapters_unmerged(form, scan):
     def apply(both, *args, **kwargs):
         return lora.apply(*both, *args, **kwargs)
 
-    got = generate(apply, (small, adapters), prompts, config, max_new=5, bucket=8)
-    assert got == generate(model.apply, lora.merge(plain, adapters), prompts, config, max_new=5, bucket=8)
+    got = generate(apply, (small, adapters), prompts, config, max_new=3, bucket=8)
+    assert got == generate(model.apply, lora.merge(plain, adapters), prompts, config, max_new=3, bucket=8)
 
 
 @pytest.mark.by_day_on("oldest")
