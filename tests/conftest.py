@@ -26,8 +26,8 @@ gc.set_threshold(50_000, 20, 100)
 def pytest_configure(config):
     """Make a deprecated call from a script an error, as from the package and the tests; scripts go by bare names.
 
-    And take the files that are named folder by folder: pytest 9.1 loses the fixtures of one's conftest.py where a file of
-    the folder above is named between two of its own (pytest-dev/pytest#14635).
+    And take the files that are named folder by folder: pytest 9.1 loses the fixtures of a folder's conftest.py where a
+    file of the folder above is named between two of its own (pytest-dev/pytest#14635).
     """
     if config.args_source is config.ArgsSource.ARGS:
         config.args.sort()

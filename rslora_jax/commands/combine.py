@@ -78,7 +78,7 @@ def combine(a: argparse.Namespace) -> int:
     weights = a.weights or [1 / len(pairs)] * len(pairs)
     how = {"rank": a.rank, "density": a.density, "majority_sign_method": a.majority_sign}
     key = jax.random.key(a.seed) if "dare" in a.method else None
-    lora, adapters = combine(pairs, weights, a.method, key=key, **how)
+    lora, adapters = combine(pairs, weights, a.method, params=base.variables, key=key, **how)
     _print_sizes(a.folders, [*pairs, (lora, adapters)], weights)
     if a.to == "run":
         more = {"combined": [str(Path(folder).absolute()) for folder in a.folders], "weights": weights}

@@ -12,12 +12,14 @@ import numpy as np
 from jax import Array
 
 from rslora_jax.adapters import check_adapters
+from rslora_jax.config import LoraConfig
 from rslora_jax.layers import Layer
 from rslora_jax.methods.method import asked
 from rslora_jax.methods.random import site_key
+from rslora_jax.pytrees import Params
 from rslora_jax.several.join import joined
 from rslora_jax.several.merging import ELECTIONS, KINDS, Kind, merged
-from rslora_jax.sites import Site
+from rslora_jax.sites import Site, named_leaves
 from rslora_jax.wrap import Adapters, Lora
 
 # By which `combine` knows them: of factors, and with "svd" of whole updates.
@@ -60,6 +62,7 @@ def combine(
     weights: Sequence[float],
     method: str = "linear",
     *,
+    params: Params = None,
     rank: int | None = None,
     density: float | None = None,
     key: Array | None = None,
@@ -86,10 +89,14 @@ def combine(
     What is of A and B apart mixes those of different adapters, so that "linear" is none of the sum of updates; the sign
     of a negative weight goes to A.
 
+    What is trained whole, or by rows, becomes the base's value and the sum of w (value - base's), with changes pruned
+    and signs elected as whole updates are. It is to be trained alike by all that train it.
+
     Args:
       adapters: pairs of what `wrap` returns and its adapters.
       weights: a number for each, which may be negative.
       method: the way.
+      params: the base, where an adapter trains parameters whole or by rows.
       rank: of the result, for "svd" and what ends in it; at most a weight's full rank.
       density: the part of entries that pruning keeps, above 0 and at most 1.
       key: a PRNG key, for what drops at random.
@@ -100,8 +107,8 @@ def combine(
       adapters: numpy arrays of the widest dtype of all.
 
     Raises:
-      ValueError: the adapters are of different bases or cannot be joined (as of `stack`), are none of low rank, are not
-        finite, or what is asked for does not fit the method.
+      ValueError: the adapters are of different bases or cannot be joined (as of `stack`), are neither of low rank nor
+        values, are not finite, or what is asked for does not fit the method; or the base is needed.
 
     >>> import rslora_jax as rslora
     >>> params, x = {"w": jnp.ones((6, 4))}, jnp.ones((2, 6))
@@ -115,16 +122,19 @@ def combine(
     pairs = list(adapters)
     way = _Way(method, _kind_of(method), density, key, majority_sign_method)
     _check(way, pairs, weights, rank)
+    leaves = _leaves_of(pairs, params)
     paths = {path for own, _ in pairs for path in own.sites}
     lora = joined([own for own, _ in pairs], {path: _rank(path, pairs, way, rank) for path in paths})
     dtype = jnp.dtype(lora.config.dtype)
 
     def one(site: Site) -> dict[str, Any]:
+        if not site.scaled:
+            return {name: np.asarray(v, dtype) for name, v in _values(way, site, pairs, weights, leaves).items()}
         stack = site.sizes(site.stack_axes)
         each = enumerate(_by_element(site, pairs, weights))
         elements = [_of_rank(site, *_one(way, site, n, sources)) if sources else _zeros(site) for n, sources in each]
         first, second = (np.stack(parts).reshape(*stack, *parts[0].shape) for parts in zip(*elements, strict=True))
-        factors = asked(site.method, "of_low_rank", "be combined")(site, first, second)
+        factors = site.method.of_low_rank(site, first, second)  # type: ignore[attr-defined]
         return {name: np.asarray(factor, dtype) for name, factor in factors.items()}
 
     return lora, {path: one(site) for path, site in lora.sites.items()}
@@ -133,7 +143,7 @@ def combine(
 def norm_of_sum(adapters: Iterable[tuple[Lora, Adapters]], weights: Sequence[float]) -> float:
     """Return the Frobenius norm of the sum of all updates w gamma A B, of all weights together.
 
-    What cancels is known to about 1e-8 of what there was before.
+    What cancels is known to about 1e-8 of what there was before. What is trained whole or by rows does not count.
 
     Args:
       adapters: pairs of what `wrap` returns and its adapters, of one base.
@@ -150,7 +160,7 @@ def norm_of_sum(adapters: Iterable[tuple[Lora, Adapters]], weights: Sequence[flo
     7.3485
     """
     pairs = list(adapters)
-    sites = {path: site for own, _ in pairs for path, site in own.sites.items()}
+    sites = {path: site for own, _ in pairs for path, site in own.sites.items() if site.scaled}
     squares = 0.0
     for site in sites.values():
         for first, second in (_sum(sources) for sources in _by_element(site, pairs, weights) if sources):
@@ -177,7 +187,7 @@ def _check(way: _Way, pairs: Sequence[tuple[Lora, Adapters]], weights: Sequence[
         raise ValueError(f"the weight {wrong[0]} is not finite: give numbers")
     if rank is not None and not way.method.endswith("svd"):
         raise ValueError(f"{way.method!r} has a rank of its own: leave out rank={rank}, or take a method with 'svd'")
-    if rank is not None and rank < 1:
+    if rank is not None and (rank < 1 or rank != int(rank)):
         raise ValueError(f"rank={rank} is not a positive whole number: an adapter needs a rank of 1 or more")
     if (way.density is None) != (not way.kind.prunes):
         unless = f"leave out density={way.density}" if way.density else "pass density=, the part of entries to keep"
@@ -190,11 +200,34 @@ def _check(way: _Way, pairs: Sequence[tuple[Lora, Adapters]], weights: Sequence[
         raise ValueError(f"majority_sign_method={way.election!r} is not known: use {' or '.join(map(repr, ELECTIONS))}")
     for own, its in pairs:
         check_adapters(own.sites, its)
+        for site in own.sites.values():
+            if site.scaled and getattr(site.method, "of_low_rank", None) is None:
+                raise ValueError(
+                    f"the method {type(site.method).__name__} cannot be combined, as its update of {site.path} is no "
+                    "product of two factors: keep such adapters apart (rslora_jax.stack, rslora generate --adapters), "
+                    "or merge one into the base and train the next on that"
+                )
+
+
+def _leaves_of(pairs: Sequence[tuple[Lora, Adapters]], params: Params) -> Mapping[str, Any]:
+    """Return the base's parameters by path; raise a ValueError where they are needed and not given, or do not fit."""
+    for own, its in pairs:
+        valued = next((path for path, site in own.sites.items() if not site.scaled), None)
+        if params is not None:
+            own.check(params, its)
+        elif valued is not None:
+            raise ValueError(
+                f"an adapter trains {valued} itself, of which the change from the base is combined: give the base, "
+                "combine(..., params=params)"
+            )
+    return {} if params is None else named_leaves(params)
 
 
 def _rank(path: str, pairs: Sequence[tuple[Lora, Adapters]], way: _Way, rank: int | None) -> int:
     """Return the rank that the combined adapter has at a site."""
     sites = [own.sites[path] for own, _ in pairs if path in own.sites]
+    if not sites[0].scaled:
+        return sites[0].rank
     if way.method == "cat":
         elements = range(math.prod(sites[0].sizes(sites[0].stack_axes)))
         return max(sum(_layer(site, n).rank for site in sites) for n in elements)
@@ -231,11 +264,49 @@ def _by_element(
 
 def _matrices(site: Site, arrays: Mapping[str, Any]) -> _Pair:
     """Return an adapter as two factors, (elements, in, r) and (elements, r, out), in float64."""
+    low_rank = asked(site.method, "low_rank", "be measured, as only updates of two factors can")
+    first, second = low_rank(site, _wide(site, arrays))
+    return first.reshape(-1, *first.shape[-2:]), second.reshape(-1, *second.shape[-2:])
+
+
+def _wide(site: Site, arrays: Mapping[str, Any]) -> dict[str, np.ndarray]:
+    """Return an adapter's arrays in float64."""
     wide = {name: np.asarray(array).astype(np.float64) for name, array in arrays.items()}
     if wrong := [name for name, array in wide.items() if not np.isfinite(array).all()]:
         raise ValueError(f"adapter {site.path}/{wrong[0]} is not finite in all entries: it cannot be combined")
-    first, second = asked(site.method, "low_rank", "be combined, as only updates of two factors can")(site, wide)
-    return first.reshape(-1, *first.shape[-2:]), second.reshape(-1, *second.shape[-2:])
+    return wide
+
+
+def _values(
+    way: _Way,
+    site: Site,
+    pairs: Sequence[tuple[Lora, Adapters]],
+    weights: Sequence[float],
+    leaves: Mapping[str, Any],
+) -> dict[str, np.ndarray]:
+    """Return the values of a parameter: the base's, and what comes of the changes from them that several make."""
+    w = leaves[site.weight]
+    config = LoraConfig(dtype=str(jnp.promote_types(w.dtype, "float32")))
+    start = _wide(site, site.method.init(site, jax.random.key(0), w, config))
+    there = [
+        (n, weight, _wide(site, its[site.path]))
+        for n, ((own, its), weight) in enumerate(zip(pairs, weights, strict=True))
+        if site.path in own.sites
+    ]
+    elements = math.prod(site.sizes(site.stack_axes))
+
+    def one(name: str, base: np.ndarray) -> np.ndarray:
+        changes = [(its[name] - base).reshape(elements, -1) for _, _, its in there]
+        its_weights = [weight for _, weight, _ in there]
+
+        def change(element: int) -> np.ndarray:
+            own = [each[element] for each in changes]
+            keys = [_key(way, site, n, element, 0) for n, _, _ in there]
+            return merged(way.kind, own, its_weights, density=way.density, keys=keys, election=way.election)
+
+        return base + np.stack([change(n) for n in range(elements)]).reshape(base.shape)
+
+    return {name: one(name, base) for name, base in start.items()}
 
 
 def _one(way: _Way, site: Site, element: int, sources: Sequence[_Source]) -> _Pair:

@@ -16,12 +16,12 @@ from rslora_jax.wrap import Lora
 # What two sites of one weight are to have in common, and what it is called.
 _COMMON = {
     "shape": "the shape",
+    "method": "the method",
     "in_axes": "the in-axes",
     "out_axes": "the out-axes",
     "stack_axes": "the stacked axes",
     "layer_axis": "the axis of layers",
     "groups": "the number of groups",
-    "method": "the method",
 }
 
 

@@ -81,8 +81,8 @@ def _largest(array: np.ndarray, density: float | None) -> np.ndarray:
     if kept == array.size:
         return array
     flat = array.reshape(-1)
-    places = np.argpartition(np.abs(flat), array.size - kept)[array.size - kept :]
     sparse = np.zeros_like(flat)
+    places = np.argpartition(np.abs(flat), array.size - kept)[array.size - kept :] if kept else []
     sparse[places] = flat[places]
     return sparse.reshape(array.shape)
 

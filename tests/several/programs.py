@@ -68,24 +68,35 @@ configs = st.builds(
 )
 
 
-def updates_of(config: Any, adapters: Any, sites: Any) -> dict[str, np.ndarray]:
-    """Return gamma A B at each adapted weight, with each layer's own rank and gamma, from the config alone."""
-    found = {}
+def pieces_of(config: Any, adapters: Any, sites: Any) -> dict[str, dict[int, tuple]]:
+    """Return (gamma, A, B) of each element of a stack that is adapted, each layer's its own, from the config alone."""
+    found: dict[str, dict[int, tuple]] = {}
     for path, factors in adapters.items():
-        scanned = path.startswith("layers/")
-        total = 0.0
-        for n in range(LAYERS if scanned else 1):
+        site, scanned = sites[path], path.startswith("layers/")
+        a, b = (np.asarray(factors[name], np.float64) for name in "ab")
+        count = int(np.prod([site.shape[n] for n in site.stack_axes]))
+        a, b = a.reshape(count, -1, a.shape[-1]), b.reshape(count, a.shape[-1], -1)
+        for n in range(count):
             if path == "layers/up" and "layers/up" not in config["targets"] and n not in (0, 2):
                 continue
             rank = 2 if "layers/*" in config["rank_pattern"] and scanned else config["rank"]
             rank = 5 if "layers/{1..2}/up" in config["rank_pattern"] and path == "layers/up" and n > 0 else rank
             alpha = 7 if config["alpha_pattern"] and scanned else config["alpha"]
-            behind = factors["b"][:, :rank] if scanned or path == "experts" else factors["b"][:rank]
-            own = {"a": factors["a"][..., :rank], "b": behind}
-            one = update(sites[path], alpha * SCALES[config["scaling"]](rank), own)
-            only = (np.arange(LAYERS) == n)[:, None, None] if scanned else 1.0
-            total = total + only * one
-        found[path] = total
+            gamma = alpha * SCALES[config["scaling"]](rank)
+            found.setdefault(path, {})[n] = gamma, a[n, :, :rank], b[n, :rank]
+    return found
+
+
+def updates_of(config: Any, adapters: Any, sites: Any) -> dict[str, np.ndarray]:
+    """Return gamma A B at each adapted weight, with each layer's own rank and gamma, from the config alone."""
+    found = {}
+    for path, pieces in pieces_of(config, adapters, sites).items():
+        stack = [sites[path].shape[n] for n in sites[path].stack_axes]
+        _, a, b = next(iter(pieces.values()))
+        total = np.zeros((int(np.prod(stack)), len(a), b.shape[1]))
+        for n, (gamma, a, b) in pieces.items():
+            total[n] = gamma * a @ b
+        found[path] = total.reshape(*stack, *total.shape[1:])
     return found
 
 

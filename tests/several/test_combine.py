@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 import rslora_jax as rslora
 from rslora_jax.several.combine import METHODS
-from tests.several.programs import ALL, PARAMS, TOKENS, configs, drawn, kinds, update, updates_of, wrapped
+from tests.several.programs import ALL, PARAMS, TOKENS, configs, drawn, kinds, pieces_of, update, updates_of, wrapped
 
 # Adapters in float64 are said to be of more bits than JAX has, and ranks above a weight's own are said too.
 pytestmark = [pytest.mark.by_day_on("newest"), pytest.mark.filterwarnings("ignore")]
@@ -104,43 +104,98 @@ def test_a_weight_that_one_lacks_counts_as_zeros(method):
     assert_all_near(got, want, 1e-6)
 
 
-def by_loops(method, sources, weights, density):
+def by_loops(method, sources, weights, density, election="total"):
     """Merge arrays entry by entry, by the papers: 2306.01708, section 3, and what prunes by size alone."""
-    kept = []
+    shape, kept = np.max([source.shape for source in sources], 0), []
     for source in sources:
         order = np.argsort(-np.abs(source), axis=None)[: int(density * source.size)]
         kept.append({np.unravel_index(n, source.shape): source[np.unravel_index(n, source.shape)] for n in order})
-    out = np.zeros(sources[0].shape)
+    out = np.zeros(shape)
     for at in np.ndindex(*out.shape):
         there = [(w, k.get(at, 0.0)) for w, k in zip(weights, kept, strict=True)]
-        if method == "magnitude_prune":
+        if method in ("linear", "magnitude_prune"):
             out[at] = sum(w * v for w, v in there)
             continue
-        sign = 1 if sum(v for _, v in there) >= 0 else -1
+        sign = 1 if sum(v if election == "total" else np.sign(v) for _, v in there) >= 0 else -1
         agreeing = [w * v for w, v in there if v * sign > 0]
         out[at] = sum(agreeing) / max(len(agreeing), 1)
     return out
 
 
-@pytest.mark.parametrize("method", ["ties", "magnitude_prune", "ties_svd", "magnitude_prune_svd"])
-def test_pruned_and_elected_by_loops_over_entries_with_each_weights_own_scale(method):
+DTYPES = {"bfloat16": 3e-2, "float32": 1e-5, "float64": 1e-10}  # and what rounding once to them may cost
+BY_LOOPS = ["linear", *(f"{kind}{how}" for kind in ("ties", "magnitude_prune") for how in ("", "_svd"))]
+of_any = st.tuples(configs, st.sampled_from([-1.5, -0.3, 0.0, 0.7, 2.0]), st.sampled_from([*DTYPES]))
+
+
+def wanted(method, pieces, weights, density, election):
+    """The update of one element of a stack, from the (gamma, A, B) of each adapter that has one there."""
+    if method.endswith("svd"):
+        whole = [gamma * a @ b for gamma, a, b in pieces]
+        return by_loops(method.removesuffix("_svd"), whole, weights, density, election)
+    scales = [weight * gamma for weight, (gamma, _, _) in zip(weights, pieces, strict=True)]
+    sizes = [np.sqrt(abs(scale)) for scale in scales]
+    signed = [np.sign(scale) * size for scale, size in zip(scales, sizes, strict=True)]
+    first, second = ([piece[n] for piece in pieces] for n in (1, 2))
+    return by_loops(method, first, signed, density, election) @ by_loops(method, second, sizes, density, election)
+
+
+@given(
+    st.lists(of_any, min_size=1, max_size=3),
+    st.sampled_from(BY_LOOPS),
+    st.sampled_from([0.003, 0.4, 1.0]),
+    st.sampled_from(["total", "frequency"]),
+)
+@settings(max_examples=10, deadline=None, phases=[Phase.generate])
+def test_by_loops_over_entries_with_each_weights_own_scale(drawn_, method, density, election):
     """Of the update, or of the factors times the root of w gamma, layer by layer."""
-    loras = [wrapped(rank=4, alpha=alpha, scaling=s, targets=ALL[2:3]) for alpha, s in ((7, "rslora"), (3, "constant"))]
-    pairs = [(lora, drawn(lora, n)) for n, lora in enumerate(loras)]
-    gammas, weights = [7 / 2, 3], [0.8, -0.5]
-    _, adapters = rslora.combine(pairs, weights, method, density=0.55)
-    for layer in range(3):
-        a, b = ([its["layers/down"][name][layer].astype(float) for _, its in pairs] for name in "ab")
-        if method.endswith("svd"):
-            whole = [g * x @ y for g, x, y in zip(gammas, a, b, strict=True)]
-            u, s, v = np.linalg.svd(by_loops(method.removesuffix("_svd"), whole, weights, 0.55))
-            want = (u[:, :4] * s[:4]) @ v[:4]
-        else:
-            sizes = [np.sqrt(abs(w * g)) for w, g in zip(weights, gammas, strict=True)]
-            signed = [np.sign(w) * size for w, size in zip(weights, sizes, strict=True)]
-            want = by_loops(method, a, signed, 0.55) @ by_loops(method, b, sizes, 0.55)
-        got = adapters["layers/down"]["a"][layer] @ adapters["layers/down"]["b"][layer]
-        np.testing.assert_allclose(got, want, rtol=1e-4, atol=1e-5)
+    configs, weights, dtypes = zip(*drawn_, strict=True)
+    loras = [wrapped(**config, dtype=dtype) for config, dtype in zip(configs, dtypes, strict=True)]
+    pairs = [(lora, drawn(lora, n, jnp.dtype(lora.config.dtype))) for n, lora in enumerate(loras)]
+    each = [pieces_of(config, its, own.sites) for config, (own, its) in zip(configs, pairs, strict=True)]
+    pruned = {} if method == "linear" else {"density": density}
+    lora, adapters = rslora.combine(
+        pairs, weights, method, rank=60 if "svd" in method else None, majority_sign_method=election, **pruned
+    )
+    tolerance = min(DTYPES[dtype] for dtype in dtypes)
+    for path, got in updates(lora, adapters).items():
+        got = got.reshape(-1, *got.shape[-2:])
+        for n, one in enumerate(got):
+            there = [(pieces[path][n], w) for pieces, w in zip(each, weights, strict=True) if n in pieces.get(path, {})]
+            want = wanted(method, *zip(*there, strict=True), pruned.get("density", 1), election) if there else 0 * one
+            np.testing.assert_allclose(one, want, rtol=0, atol=tolerance * (1e-9 + np.abs(want).max()), err_msg=path)
+
+
+def some_whole(targets, n, trained="table", **config):
+    """An adapter that trains the table whole, rows of the head, and adapts what else is named."""
+    lora = wrapped(rank=3, alpha=7, targets=targets, trained=trained, trained_rows={"head": [3, 18]}, **config)
+    return lora, drawn(lora, n)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_changes_of_what_is_trained_are_merged_as_whole_updates_are(method):
+    first, second = some_whole(["kernel"], 0), some_whole(["experts"], 1, trained=["table", "layers/down"])
+    weights, options = [0.8, -0.5], {}
+    if method in PRUNE:  # what is dropped at random is told by the key, and here nothing is
+        options = {"density": 1.0 if "dare" in method else 0.55, "key": jax.random.key(0)}
+    lora, got = rslora.combine([first, second], weights, method, params=PARAMS, **options)
+    kind = method.removesuffix("_svd").replace("dare_", "")
+    kind = "linear" if kind in ("cat", "svd") else kind
+    both = [(adapters, w) for (_, adapters), w in zip([first, second], weights, strict=True)]
+
+    def changed(base, arrays, of):
+        sources = [np.asarray(array, float) - np.asarray(base, float) for array in arrays]
+        return base + by_loops(kind, sources, of, options.get("density", 1.0))
+
+    table = changed(PARAMS["table"], [its["table"]["value"] for its, _ in both], weights)
+    np.testing.assert_allclose(got["table"]["value"], table, atol=1e-5)
+    rows = changed(PARAMS["head"][:, np.array([3, 18])].T, [its["head"]["rows"] for its, _ in both], weights)
+    np.testing.assert_allclose(got["head"]["rows"], rows, atol=1e-5)
+    for n, base in enumerate(PARAMS["layers"]["down"]):  # the second's alone, layer by layer
+        one = changed(base, [second[1]["layers/down"]["value"][n]], weights[1:])
+        np.testing.assert_allclose(got["layers/down"]["value"][n], one, atol=1e-5)
+    assert {"kernel", "experts"} < lora.sites.keys() and lora.sites["head"].rank == 2
+    assert rslora.wrap(kinds, PARAMS, TOKENS, config=lora.config).sites == lora.sites
+    lora.check(PARAMS, got)
 
 
 def test_what_drops_at_random_keeps_a_part_and_makes_it_as_much_larger():
@@ -188,7 +243,22 @@ WRONG = {
         {"method": "dare_ties", "density": 0.5},
     ),
     "majority_sign_method='most' is not known": lambda: ([of_one()], [1], {"majority_sign_method": "most"}),
-    "the method DoRA cannot be combined": lambda: ([of_one(method="dora")], [1], {}),
+    "rank=2.5 is not a positive whole number": lambda: ([of_one()], [1], {"method": "svd", "rank": 2.5}),
+    "the method DoRA cannot be combined, as its update of head is no product of two factors: keep": lambda: (
+        [of_one(method="dora")],
+        [1],
+        {},
+    ),
+    "an adapter trains table itself, of which the change from the base is combined: give the base": lambda: (
+        [some_whole(["kernel"], 0)],
+        [1],
+        {},
+    ),
+    "table cannot be joined: the method of one adapter is Trained(), and of another LoRA()": lambda: (
+        [some_whole(["kernel"], 0), of_one(targets=["table"])],
+        [1, 1],
+        {"params": PARAMS},
+    ),
     "adapter head/b is not finite": lambda: ([with_nan()], [1], {"method": "svd"}),
     "the adapters are of different bases: parameter experts is (2, 8, 8)": lambda: (
         [
