@@ -127,12 +127,14 @@ class _Parser(argparse.ArgumentParser):
     """A parser whose complaints are errors like all others: one sentence, without the usage before it."""
 
     def error(self, message: str) -> NoReturn:
-        raise ValueError(f"{message}; `{self.prog} --help` shows the flags")
+        chosen = re.search(r"invalid choice: '(.*)' \(choose from (.*)\)", message)
+        hint = _near(chosen[1], re.findall(r"[\w./-]+", chosen[2])) if chosen else ""
+        raise ValueError(f"{message}; {hint or f'`{self.prog} --help` shows the flags'}")
 
 
 def _parse_with(settings: Mapping[str, Any], argv: Sequence[str]) -> tuple[Command | None, argparse.Namespace]:
     """Read a command line, with settings in place of the defaults."""
-    arguments, unknown = parser(settings).parse_known_args(argv)
+    arguments, unknown = parser(settings).parse_known_args(_with_negative(argv))
     command = COMMANDS.get(arguments.command)
     if unknown:
         raise ValueError(_no_place(command, unknown[0]))
@@ -140,6 +142,21 @@ def _parse_with(settings: Mapping[str, Any], argv: Sequence[str]) -> tuple[Comma
         return None, arguments
     del arguments.command, arguments.version
     return command, arguments
+
+
+def _with_negative(argv: Sequence[str]) -> list[str]:
+    """Give what begins with a minus and a number to the flag before it, which argparse does for a number alone.
+
+    >>> _with_negative(["combine", "one", "--weights", "-0.5,1"])
+    ['combine', 'one', '--weights=-0.5,1']
+    """
+    joined: list[str] = []
+    for argument in argv:
+        if joined and re.match(r"--[\w-]+$", joined[-1]) and re.match(r"-\.?\d", argument):
+            joined[-1] += f"={argument}"
+        else:
+            joined.append(argument)
+    return joined
 
 
 def _no_place(command: Command | None, argument: str) -> str:

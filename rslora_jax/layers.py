@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from rslora_jax.config import LoraConfig, matches_adapter
@@ -99,6 +99,27 @@ def layers_of_weights(
     return found
 
 
+def layers_left(
+    named: Iterable[frozenset[int] | bool], gone: Iterable[frozenset[int] | bool], count: int | None
+) -> frozenset[int] | None:
+    """Return which layers of a weight some patterns name and others leave out of these; None where it is all.
+
+    Args:
+      named, gone: what each pattern names of it: True for all, or the numbers of some.
+      count: how many layers it has; of one that holds no stack of them, None.
+
+    >>> layers_left([frozenset({0, 1}), frozenset({3})], [frozenset({1})], 4), layers_left([True], [], None)
+    (frozenset({0, 3}), None)
+    """
+    every = frozenset(range(1 if count is None else count))
+
+    def of(patterns: Iterable[frozenset[int] | bool]) -> frozenset[int]:
+        return frozenset().union(*(every if one is True else one or frozenset() for one in patterns))
+
+    left = of(named) - of(gone)
+    return None if left == every else left
+
+
 def with_layers(site: Site, own: Callable[[int | None], Layer | None]) -> Site:
     """Return a site with rank, alpha and gamma, and with those of each layer where they differ.
 
@@ -128,25 +149,24 @@ def site_by_arrays(
     return _as_configured(dataclasses.replace(site, layer_axis=site.stack_axes[0] if site.stack_axes else None), config)
 
 
+def _count(site: Site) -> int | None:
+    return None if site.layer_axis is None else site.shape[site.layer_axis]
+
+
 def _as_configured(site: Site, config: LoraConfig) -> Site:
     """Return a site that is known by the arrays of its adapter, with the ranks and scales of a config.
 
     The arrays have the largest rank; a config may ask for one that its weight was too narrow for.
     """
 
-    def targeted(layer: int) -> bool:
-        named, gone = (
-            [layers_named(site.path, pattern) for pattern in ((of,) if isinstance(of, str) else of)]
-            for of in (config.targets, config.exclude)
-        )
-        single = [one for one in named if not isinstance(one, bool)]
-        whole = True in named or not single  # as by "all-linear"
-        return (whole or any(layer in one for one in single)) and not any(
-            one is not True and one and layer in one for one in gone
-        )
+    named, gone = (
+        [found for pattern in ((of,) if isinstance(of, str) else of) if (found := layers_named(site.path, pattern))]
+        for of in (config.targets, config.exclude)
+    )
+    single = layers_left(named or [True], gone, _count(site))  # as by "all-linear", or a target whose weight is whole
 
     def own(layer: int | None) -> Layer | None:
-        if layer is not None and not targeted(layer):
+        if layer is not None and single is not None and layer not in single:
             return None
         rank = min(value_of_layer(site.path, layer, config.rank_pattern, config.rank), site.rank)
         alpha = value_of_layer(site.path, layer, config.alpha_pattern, config.alpha)
@@ -187,4 +207,30 @@ def pattern_of_layer(path: str, layer: int | None) -> str:
     >>> pattern_of_layer("params/layers/up", 3), pattern_of_layer("params/up", None)
     ('params/layers/up/{3}', 'params/up')
     """
-    return path if layer is None else f"{path}/{{{layer}}}".removeprefix("/")
+    return path if layer is None else pattern_of_layers(path, [layer])
+
+
+def pattern_of_layers(path: str, layers: Iterable[int]) -> str:
+    """Return a pattern for some layers of the weight of this path.
+
+    >>> pattern_of_layers("params/layers/up", [0, 2, 3, 4])
+    'params/layers/up/{0,2..4}'
+    """
+    runs: list[list[int]] = []
+    for n in sorted(layers):
+        if runs and n == runs[-1][-1] + 1:
+            runs[-1].append(n)
+        else:
+            runs.append([n])
+    text = ",".join(f"{run[0]}..{run[-1]}" if len(run) > 1 else f"{run[0]}" for run in runs)
+    return f"{path}/{{{text}}}".removeprefix("/")
+
+
+def weight_of_layers(pattern: str) -> str:
+    """Return the path of the weight that `pattern_of_layers` made a pattern of; of any other path, that itself.
+
+    >>> weight_of_layers("params/layers/up/{0,2..4}"), weight_of_layers("params/up")
+    ('params/layers/up', 'params/up')
+    """
+    found = _NUMBERS.search(pattern)
+    return pattern[: found.start()] if found and found.end() == len(pattern) else pattern

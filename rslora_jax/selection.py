@@ -12,11 +12,11 @@ from jax.extend.core import primitives
 
 from rslora_jax import scaling
 from rslora_jax.config import LoraConfig, matches, near_misses, split_use
-from rslora_jax.layers import Layer, layers_named, layers_of_weights, value_of_layer, with_layers
+from rslora_jax.layers import Layer, layers_named, layers_of_weights, value_of_layer, weight_of_layers, with_layers
 from rslora_jax.methods.method import method_of
 from rslora_jax.sites import Site
 from rslora_jax.table import not_adapted, shared_name
-from rslora_jax.targets import as_tuple, axes_line, layer_count, roles_by_use, targeted
+from rslora_jax.targets import NO_TARGET, as_tuple, axes_line, layer_count, roles_by_use, targeted
 from rslora_jax.trained import row_sites, trained_sites
 from rslora_jax.transform import compat
 from rslora_jax.transform.discover import Found, roles
@@ -34,7 +34,8 @@ class Selection:
 
     Attributes:
       sites: the adapted ones.
-      left_out: the reason for each that the outputs depend on and that is not adapted.
+      left_out: the reason for each that the outputs depend on and that is not adapted, and, by their pattern
+        (`path/{0,3}`), for the layers that are not of one that is.
       unused: those that no output depends on.
       notes: what the user is to be warned of.
       kinds: what each weight is, adapted or not, as `Site.kind` says.
@@ -82,6 +83,7 @@ def select(
     whole |= row_sites(config, shapes, weights, [*whole, *chosen])
     chosen = {one: layers for one, layers in chosen.items() if split_use(one)[0] not in whole and one not in whole}
     left = _left_out(leaves, {*chosen, *whole}, reasons | excluded)
+    left |= {one: why for one, why in excluded.items() if one not in leaves and weight_of_layers(one) in chosen}
     if not chosen and not whole:
         nothing = "no weight is left to adapt" + ("" if reasons else ": no output depends on a parameter")
         remedies = _warnings_of(config, left, shapes, stored, everything, found)
@@ -183,9 +185,7 @@ def _reason(
     """Say why a parameter that the outputs depend on has no adapter, unless a target names it."""
     leaf = leaves[path]
     if path in weights:
-        return (
-            "output head: by name only" if path in heads else _BY_NAME.get(weights[path]["kind"], "no target names it")
-        )
+        return "output head: by name only" if path in heads else _BY_NAME.get(weights[path]["kind"], NO_TARGET)
     if path in everything:
         return f"stored in {leaf.dtype}: an adapter is added to floating numbers alone"
     if not jnp.issubdtype(leaf.dtype, jnp.floating):

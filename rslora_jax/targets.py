@@ -6,11 +6,14 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from rslora_jax.config import LoraConfig, expand_braces, matches, near_misses, split_use
-from rslora_jax.layers import layers_of_weights
+from rslora_jax.layers import layers_left, layers_of_weights, pattern_of_layers
 from rslora_jax.transform.discover import Found, roles
 from rslora_jax.transform.uses import LOOKUP, PRODUCT
 
 _Roles = Mapping[str, Mapping[str, Any]]
+_Layers = frozenset[int] | bool  # those of a weight that a pattern names; True for all
+
+NO_TARGET = "no target names it"
 
 
 def as_tuple(patterns: str | Sequence[str]) -> tuple[str, ...]:
@@ -43,49 +46,82 @@ def targeted(
     heads: set[str],
     reasons: Mapping[str, str],
 ) -> tuple[dict[str, frozenset[int] | None], dict[str, str]]:
-    """Return the adapters that a config asks for, and why those that it excludes have none.
+    """Return the adapters that a config asks for, and why those that it leaves out have none.
 
-    The adapters are given by path, with the numbers of their layers where it asks for some of these alone.
+    The adapters are given by path, with the numbers of their layers where it asks for some of these alone; what is
+    left out, by path or, of single layers, by their pattern.
     """
     counts = {path: layer_count(shapes, weights, path) for path in weights}
-    chosen: set[str] = set()
-    some: dict[str, frozenset[int]] = {}
+    named: dict[str, list[_Layers]] = {}
     for pattern in as_tuple(config.targets):
         if pattern == "all-linear":
-            chosen |= {p for p, r in weights.items() if r["kind"] in ("linear", "expert")} - heads
-            continue
-        hit = _named(pattern, weights, by_use)
-        single = layers_of_weights(pattern, f"target {pattern!r}", counts, alone=not hit)
-        if not hit and not single:
-            raise ValueError(_no_target(pattern, shapes, weights, by_use, reasons))
-        chosen |= hit
-        some |= {path: layers | some.get(path, frozenset()) for path, layers in single.items()}
-    some = {path: layers for path, layers in some.items() if path not in chosen}
-    chosen |= some.keys()
+            hit = {p for p, r in weights.items() if r["kind"] in ("linear", "expert")} - heads
+            single: Mapping[str, frozenset[int]] = {}
+        else:
+            hit = _named(pattern, weights, by_use)
+            single = layers_of_weights(pattern, f"target {pattern!r}", counts, alone=not hit)
+            if not hit and not single:
+                raise ValueError(_no_target(pattern, shapes, weights, by_use, reasons))
+        _add(named, {**single, **dict.fromkeys(hit, True)})
+    gone: dict[str, list[_Layers]] = {}
     left: dict[str, str] = {}
     for pattern in as_tuple(config.exclude):
-        gone = _named(pattern, weights, by_use)
-        single = layers_of_weights(pattern, f"exclude {pattern!r}", counts, alone=not gone)
-        for path in single.keys() & chosen:
-            some[path] = some.get(path, frozenset(range(counts[path] or 0))) - single[path]
-            if not some[path]:
-                gone |= {path}
-        if not gone and not single and not any(matches(p, pattern) for p in shapes):
-            known = [*weights, *(one for own in by_use.values() for one in own)]
-            raise ValueError(f"exclude {pattern!r} matches no weight: did you mean {near_misses(pattern, known)}?")
-        for one in gone:  # of a weight that is adapted whole, the other use is left
+        found = _excluded(pattern, shapes, weights, by_use, counts)
+        for one in found:  # of a weight that is adapted whole, the other use is left
             whole, use = split_use(one)
-            if use and whole in chosen and one in by_use.get(whole, {}):
-                chosen = chosen - {whole} | set(by_use[whole])
-        of_gone = {one for p in gone for one in by_use.get(p, {})}
-        left |= {p: f"excluded by {pattern!r}" for p in (gone | of_gone) & chosen}
-        chosen -= gone | of_gone
+            there = whole in named and True not in gone.get(whole, ())
+            if use and there and whole not in found and one in by_use.get(whole, {}):
+                named |= dict.fromkeys(by_use[whole], named.pop(whole))
+        for path in found.keys() & named.keys():
+            now = layers_left(named[path], gone.get(path, ()), counts.get(path))
+            then = layers_left(named[path], [*gone.get(path, ()), found[path]], counts.get(path))
+            left |= _left(path, now, then, counts.get(path), f"excluded by {pattern!r}")
+        _add(gone, found)
+    chosen: dict[str, frozenset[int] | None] = {}
+    for path, of in named.items():
+        layers = layers_left(of, gone.get(path, ()), counts.get(path))
+        if layers is None or layers:
+            chosen[path] = layers
+            left |= _left(path, None, layers_left(of, (), counts.get(path)), counts.get(path), NO_TARGET)
     for path, own in by_use.items():
-        if path in chosen and (twice := chosen & own.keys()):
+        if path in chosen and (twice := chosen.keys() & own.keys()):
             raise ValueError(
                 f"targets name {path} whole, and {min(twice)} too, which is one use of it: name one of them"
             )
-    return {path: some.get(path) for path in chosen}, left
+    return chosen, left
+
+
+def _add(to: dict[str, list[_Layers]], found: Mapping[str, _Layers]) -> None:
+    for path, layers in found.items():
+        to.setdefault(path, []).append(layers)
+
+
+def _excluded(
+    pattern: str,
+    shapes: Mapping[str, tuple[int, ...]],
+    weights: _Roles,
+    by_use: Mapping[str, _Roles],
+    counts: Mapping[str, int | None],
+) -> dict[str, _Layers]:
+    """Return what a pattern takes out, by path: True for a whole weight and each of its uses, or layers."""
+    gone = _named(pattern, weights, by_use)
+    single = layers_of_weights(pattern, f"exclude {pattern!r}", counts, alone=not gone)
+    if not gone and not single and not any(matches(p, pattern) for p in shapes):
+        known = [*weights, *(one for own in by_use.values() for one in own)]
+        raise ValueError(f"exclude {pattern!r} matches no weight: did you mean {near_misses(pattern, known)}?")
+    whole = [*gone, *(one for p in gone for one in by_use.get(p, {}))]
+    return {**single, **dict.fromkeys(whole, True)}
+
+
+def _left(
+    path: str, before: frozenset[int] | None, after: frozenset[int] | None, count: int | None, why: str
+) -> dict[str, str]:
+    """Return the reason for what has no adapter after a step and had one before: the weight, or some layers of it."""
+    every = frozenset(range(1 if count is None else count))
+    had, has = (every if layers is None else layers for layers in (before, after))
+    if not had - has:
+        return {}
+    return {path if not has else pattern_of_layers(path, had - has): why}
 
 
 def layer_count(shapes: Mapping[str, tuple[int, ...]], weights: _Roles, path: str) -> int | None:

@@ -86,7 +86,8 @@ class Lora:
       fn: the function that was wrapped.
       config: what was asked for.
       sites: the adapted weights by path, in the order in which the function uses them.
-      left_out: the reason, by path, for each parameter on which the outputs depend and that is not adapted.
+      left_out: the reason, by path, for each parameter on which the outputs depend and that is not adapted; and, by
+        their pattern (`path/{0,3}`), for the layers that are not of a stacked one that is.
       unused: the paths of the parameters on which no output depends.
       kinds: what the weights among the parameters are, adapted or not, as `Site.kind` says, by path.
       tied: the paths of the parameters that are both looked up and multiplied, as a table that is the head too.

@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 
 import rslora_jax as rslora
 from rslora_jax.analysis import spectrum
+from rslora_jax.config import expand_braces
 from rslora_jax.models.layout import unstack_adapters
 from rslora_jax.train import Trial, scale_by_rank
 from rslora_jax.train.sweep import scaling_factors
@@ -104,14 +105,22 @@ def test_any_ranks_and_targets_of_single_layers(own, data):
     if not layers:
         return
     order = data.draw(st.permutations(layers))
+    named = data.draw(st.booleans())
     lora = wrap(
         scanned,
         STACK,
-        targets=[f"layers/{{{n}}}/up/kernel" for n in order] if data.draw(st.booleans()) else "*",
+        targets=[f"layers/{{{n}}}/up/kernel" for n in order] if named else "*",
         exclude=[f"*/{{{n}}}/up/*" for n in range(LAYERS) if n not in layers],
         rank_pattern=[*((f"layers/up/{{{n}}}/kernel", own[n][0]) for n in order), ("*", 2)],
         alpha_pattern=[(f"{{{n}}}/layers/*", own[n][1]) for n in order],
     )
+    left = {path: why for pattern, why in lora.left_out.items() for path in expand_braces(pattern)}
+    assert left == {
+        f"{PATH}/{n}": "no target names it" if named else f"excluded by '*/{{{n}}}/up/*'"
+        for n in range(LAYERS)
+        if n not in layers
+    }
+    assert not left or f"{PATH}/{{" in str(lora)
     site = lora.sites[PATH]
     for n in range(LAYERS):
         one = site.of_layer(n)
@@ -121,6 +130,18 @@ def test_any_ranks_and_targets_of_single_layers(own, data):
     assert site.rank == max(rank for rank, _ in own)
     assert all(not fresh["a"][n, :, own[n][0] :].any() for n in range(LAYERS))
     assert rslora.LoraConfig.from_json(lora.config.to_json()) == lora.config
+
+
+def test_layers_are_left_out_for_the_first_reason_and_a_weight_that_is_trained_whole_for_none():
+    lora = wrap(scanned, STACK, targets="layers/{0..2}/*", exclude=["*/{1}/*", "*/{1,2}/*"])
+    assert dict(lora.left_out) == {
+        f"{PATH}/{{1}}": "excluded by '*/{1}/*'",
+        f"{PATH}/{{2}}": "excluded by '*/{1,2}/*'",
+        f"{PATH}/{{3}}": "no target names it",
+    }
+    again = wrap(scanned, STACK, targets="*", exclude=list(lora.left_out))  # they are patterns
+    assert [layer.rank for layer in again.sites[PATH].layers] == [2, 0, 0, 0]
+    assert not wrap(scanned, STACK, targets="layers/{0..2}/*", trained="*").left_out
 
 
 def test_what_is_beyond_a_layers_rank_stays_at_zero_in_training():

@@ -128,11 +128,14 @@ def _print_sizes(folders: Sequence[str], pairs: Sequence[tuple[Any, Any]], weigh
     for title in ("weight", "weights adapted", "rank", "‖γAB‖"):
         table.add_column(title, justify="right", no_wrap=True)
     for name, (lora, adapters), weight in zip([*folders, "combined"], pairs, [*weights, None], strict=True):
-        ranks = sorted({site.rank for site in lora.sites.values()})
-        rank = f"{ranks[0]}" if len(ranks) == 1 else f"{ranks[0]} to {ranks[-1]}"
+        ranks = sorted({site.rank for site in lora.sites.values() if site.scaled})
+        rank = " to ".join(map(str, dict.fromkeys([*ranks[:1], *ranks[-1:]])))
         shown = "" if weight is None else f"{weight:g}"
-        table.add_row(name, shown, str(len(lora.sites)), rank, f"{norm_of_sum([(lora, adapters)], [1.0]):.3g}")
+        count = sum(site.scaled for site in lora.sites.values())
+        table.add_row(name, shown, str(count), rank, f"{norm_of_sum([(lora, adapters)], [1.0]):.3g}")
     print_table(table)
+    if values := [path for path, site in pairs[-1][0].sites.items() if not site.scaled]:
+        print(f"beside these, trained whole or by rows: {len(values)}, first {values[0]}")
     of_all = norm_of_sum(pairs[:-1], weights)
     off = norm_of_sum(pairs, [*(-weight for weight in weights), 1.0])
     said = f", from which the combined one differs by {off / of_all:.2g} of that" if of_all else ""

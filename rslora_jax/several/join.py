@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 
 from rslora_jax.config import LoraConfig
+from rslora_jax.layers import weight_of_layers
 from rslora_jax.methods.rows import Rows
 from rslora_jax.sites import Site
 from rslora_jax.wrap import Lora
@@ -48,7 +49,7 @@ def joined(loras: Sequence[Lora], ranks: Mapping[str, int] | None = None) -> Lor
             rank = ranks[path] if ranks else max(site.rank, sites[path].rank if path in sites else 0)
             sites[path] = dataclasses.replace(site, rank=rank, alpha=1.0, gamma=1.0, layers=())
     adapted = {name for site in sites.values() for name in (site.path, site.weight)}
-    left_out = {path: why for path, why in first.left_out.items() if path not in adapted}
+    left_out = {path: why for path, why in first.left_out.items() if weight_of_layers(path) not in adapted}
     return first.having(config=_config(loras, sites), sites=sites, left_out=left_out)
 
 

@@ -83,7 +83,9 @@ def save_run(folder, base, config, seed, settings):
     apply = Decoder(base.config).apply
     lora = rslora.wrap(apply, base.variables, jax.ShapeDtypeStruct((1, 8), "int32"), config=config)
     rng = np.random.default_rng(seed)
-    adapters = jax.tree.map(lambda leaf: 0.3 * rng.normal(size=leaf.shape).astype("f4"), lora.init(jax.random.key(0)))
+    adapters = jax.tree.map(
+        lambda leaf: 0.3 * rng.normal(size=leaf.shape).astype("f4"), lora.init(jax.random.key(0), base.variables)
+    )
     with checkpoint.open_checkpoints(folder) as checkpoints:
         about = checkpoint.describe(config, base.variables, settings)
         checkpoint.save(checkpoints, 5, adapters, {"count": np.zeros(1)}, about)

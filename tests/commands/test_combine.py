@@ -7,6 +7,7 @@ import jax
 import numpy as np
 import pytest
 
+import rslora_jax as rslora
 from rslora_jax.cli import main
 from rslora_jax.interop.adapter_folder import attach, load_base, open_adapters
 from tests.several.programs import update
@@ -42,8 +43,8 @@ def assert_sum(got, want):
 
 def test_runs_become_a_run_or_a_folder_of_peft_with_the_sum_of_their_updates(place, capsys, tmp_path):
     folders = [str(place.folder / name) for name in ("one", "two", "wide")]
-    want = sums(place, {"one": 0.7, "two": -0.3, "wide": 0.5})
-    flags = ["--weights", "0.7,-0.3,0.5", "--method", "cat"]
+    want = sums(place, {"one": -0.7, "two": 0.3, "wide": 0.5})
+    flags = ["--weights", "-0.7,0.3,0.5", "--method", "cat"]
     assert main(["combine", *folders, *flags, "--out", str(tmp_path / "run")]) == 0
     said = capsys.readouterr().out
     of = {name: np.sqrt(sum((one**2).sum() for one in sums(place, {name: 1}).values())) for name in GAMMAS}
@@ -53,7 +54,7 @@ def test_runs_become_a_run_or_a_folder_of_peft_with_the_sum_of_their_updates(pla
     assert f"‖ΣwγAB‖ {whole:.3g}" in said and "wrote " in said
     opened, _, got = read(tmp_path / "run")
     assert_sum(got, want)
-    assert opened.settings["weights"] == [0.7, -0.3, 0.5] and opened.base == open_adapters(folders[0]).base
+    assert opened.settings["weights"] == [-0.7, 0.3, 0.5] and opened.base == open_adapters(folders[0]).base
     assert (
         main(["combine", *folders, *flags, "--to", "peft", "--base-model", "me/it", "--out", str(tmp_path / "p")]) == 0
     )
@@ -74,6 +75,21 @@ def test_a_folder_of_peft_is_combined_as_the_run_that_it_was_exported_from(place
     assert "differs by" in capsys.readouterr().out
 
 
+def test_what_a_run_trains_whole_moves_by_its_weight_and_goes_to_peft(place, capsys, tmp_path):
+    model, scale = str(place.folder / "model.gguf"), "params/norm/scale"
+    config = rslora.LoraConfig(rank=2, alpha=7, trained=scale)
+    _, adapters = save_run(tmp_path / "whole", place.base, config, 3, {"model": model})
+    folders = [str(tmp_path / "whole"), str(place.folder / "one")]
+    flags = ["--weights", "0.5,2", "--method", "cat", "--to", "peft", "--out", str(tmp_path / "peft")]
+    assert main(["combine", *folders, *flags]) == 0
+    assert f"trained whole or by rows: 1, first {scale}" in capsys.readouterr().out
+    opened = open_adapters(tmp_path / "peft")
+    found = attach(opened, load_base(opened, model))
+    base = np.asarray(place.base.variables["params"]["norm"]["scale"])
+    want = base + 0.5 * (adapters[scale]["value"] - base)
+    np.testing.assert_allclose(found.adapters[scale]["value"], want, rtol=1e-6)
+
+
 def test_svd_of_a_rank_has_that_rank_and_the_default_is_an_equal_share(place, tmp_path):
     folders = [str(place.folder / name) for name in ("one", "two")]
     assert main(["combine", *folders, "--rank", "6", "--out", str(tmp_path / "run")]) == 0
@@ -90,6 +106,7 @@ REFUSED = {
     "--method cat prunes nothing: leave out --density": ["--method", "cat", "--density", "0.5"],
     "--method linear has a rank of its own": ["--method", "linear", "--rank", "3"],
     "argument --method: invalid choice: 'tise'": ["--method", "tise"],
+    "'magnitude_prune_svd'); did you mean ties?": ["--method", "tise"],
     "argument --density: 0 is not a number above 0": ["--density", "0"],
     "give --to peft too": ["--base-model", "me/it"],
     "is not empty: give another folder": ["--out", "FULL"],
