@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import re
 from pathlib import Path
 from typing import Any
 
 from rslora_jax.commands.devices import Placement, base_shardings
+
+_PART = re.compile(r"""\s*(?:"((?:[^"]|"")*)"|([^,]*?))\s*(,|\Z)""")
 
 
 def with_new_tokens(a: argparse.Namespace, base: Any, placement: Placement) -> tuple[Any, dict[str, Any]]:
@@ -16,8 +19,24 @@ def with_new_tokens(a: argparse.Namespace, base: Any, placement: Placement) -> t
 
     if not a.new_tokens:
         return base, {}
-    base, rows = with_tokens(base, [text.strip() for text in a.new_tokens.split(",")])
+    base, rows = with_tokens(base, tokens_of(a.new_tokens))
     return placed(base, placement), rows
+
+
+def tokens_of(text: str) -> list[str]:
+    """Read tokens with commas between them; in double quotes one may have commas, blanks at its ends, and quotes twice.
+
+    >>> tokens_of('<tool>, </tool>," a, b"')
+    ['<tool>', '</tool>', ' a, b']
+    """
+    found: list[str] = []
+    at, more = 0, True
+    while more:
+        part = _PART.match(text, at)
+        assert part is not None  # which takes any text
+        found.append(part[2] if part[1] is None else part[1].replace('""', '"'))
+        at, more = part.end(), bool(part[3])
+    return found
 
 
 def placed(base: Any, placement: Placement) -> Any:

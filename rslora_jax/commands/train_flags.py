@@ -56,8 +56,10 @@ def _add_adapter_flags(parser: argparse.ArgumentParser) -> None:
     add_flag(lora, "--alpha-pattern", [], f"alpha {own}32{several}", metavar="GLOB=A", action="append")
     whole = "parameters to train whole, a glob over their paths such as */norm/scale; as often as you like"
     add_flag(lora, "--trained", [], whole, metavar="GLOB", action="append")
-    new = "tokens to add, with commas between: table and head get rows for them, at the mean of the others, which are "
-    add_flag(lora, "--new-tokens", None, f"{new}trained", metavar="TOKENS")
+    new = (
+        "tokens to add, with commas between, or in double quotes: table and head get rows for them, at the mean of the "
+    )
+    add_flag(lora, "--new-tokens", None, f"{new}others, which are trained", metavar="TOKENS")
     method = "what an adapter is: W + gamma A B, or its direction with a magnitude for each output (DoRA)"
     add_flag(lora, "--method", "lora", method, choices=("lora", "dora"))
     drop = "part of what the adapters see that is set to zero in training, such as 0.05"

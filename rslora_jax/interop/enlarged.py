@@ -94,20 +94,34 @@ def with_tokens(model: Model, texts: Sequence[str]) -> tuple[Model, dict[str, tu
       texts: the tokens as they stand in a text; they are found there before it is split.
 
     Raises:
-      ValueError: one is a token already, empty or there twice.
+      ValueError: one is a token already, empty or there twice; or the tokenizer would write it as another text.
     """
     tokenizer = model.tokenizer
     for n, text in enumerate(texts):
-        if not text or text in texts[:n]:
+        if not text.strip() or text in texts[:n]:
             raise ValueError(f"the new tokens {quoted(list(texts))} have one that is empty or there twice")
-        if (known := tokenizer.backend.token_to_id(text)) is not None:
+        if (known := _known(tokenizer.backend, text)) is not None:
             raise ValueError(f"{quoted(text)} is a token of this model already, {known}: leave it out of the new ones")
     backend = Backend.from_str(tokenizer.backend.to_str())
     backend.add_tokens([AddedToken(text, normalized=False) for text in texts])
     ids = tuple(backend.token_to_id(text) for text in texts)
+    for text, number in zip(texts, ids, strict=True):
+        if (written := backend.decode([number])).strip() != text.strip():
+            raise ValueError(
+                f"the new token {quoted(text)} would be written as {quoted(written)}, since this tokenizer spells "
+                "bytes in such letters: take a token of ASCII characters"
+            )
     own = dataclasses.replace(tokenizer, backend=backend, vocab_size=backend.get_vocab_size())
     found = dataclasses.replace(_with_rows(model, max(ids) + 1), tokenizer=own)
     return found, {literal(path): ids for path in _vocabulary(found)}
+
+
+def _known(backend: Backend, text: str) -> int | None:
+    """Return the id of a text that is one token, as it stands in the vocabulary or as the tokenizer spells it there."""
+    ids = backend.encode(text, add_special_tokens=False).ids
+    spelt = ids[0] if len(ids) == 1 and backend.decode(ids, skip_special_tokens=False) == text else None
+    found = backend.token_to_id(text)
+    return spelt if found is None else found
 
 
 def first_rows(model: Model, rows: Mapping[str, Sequence[int]], adapters: Any) -> Any:

@@ -27,7 +27,8 @@ def eva(
 ) -> tuple[Params, Adapters]:
     """Start A at the leading singular vectors of the data that its weight meets, and B at zero.
 
-    The base stays. Data are taken as they are, not less their mean, as the paper has it (PEFT takes the mean off).
+    The base stays. Data are taken as they are, not less their mean, as the paper has it (PEFT takes the mean off), and
+    all of them, those of padded tokens too: no mask of the loss is known where a weight meets its data.
     A table that is looked up starts as without this: of indices, the directions would be the commonest tokens.
 
     Args:

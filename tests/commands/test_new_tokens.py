@@ -10,6 +10,7 @@ import pytest
 
 from rslora_jax.cli import main
 from rslora_jax.commands import runs
+from rslora_jax.commands.new_tokens import tokens_of
 from rslora_jax.interop.adapter_folder import attach, load_base, open_adapters
 from rslora_jax.interop.enlarged import of_file, with_tokens
 from rslora_jax.interop.huggingface import load_huggingface
@@ -53,6 +54,19 @@ def test_a_token_that_is_there_is_said(tmp_path):
     ):
         with pytest.raises(ValueError, match=said):
             with_tokens(model, texts)
+
+
+def test_tokens_stand_between_commas_or_in_quotes():
+    for text, want in {
+        "<a>": ["<a>"],
+        " <a> , b c ,d": ["<a>", "b c", "d"],
+        '"a,b"," c ",say "hi"': ["a,b", " c ", 'say "hi"'],
+        '"say ""hi"", "': ['say "hi", '],
+        '"a"b,"c': ['"a"b', '"c'],
+        "<a>,,<b>": ["<a>", "", "<b>"],
+        "日本, </é>": ["日本", "</é>"],
+    }.items():
+        assert tokens_of(text) == want
 
 
 @pytest.fixture(scope="module", params=BASES)
