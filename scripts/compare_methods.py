@@ -57,7 +57,7 @@ KINDS = {
     "OLoRA": Kind(start="olora", rates=(1e-5, 3e-5, 1e-4)),
     "EVA": Kind(start="eva", rates=(3e-5, 1e-4, 3e-4)),
     "LoRA-GA": Kind(start="lora-ga", rates=(3e-5, 1e-4, 3e-4)),
-    "full": Kind({"targets": (), "trained": LINEAR}, rates=(1e-5, 3e-5, 1e-4)),
+    "full": Kind({"targets": (), "trained": LINEAR}, rates=(3e-5, 1e-4, 3e-4)),
 }
 
 
