@@ -2,6 +2,7 @@
 
 import ast
 import collections
+import importlib.util
 import re
 import sys
 from collections.abc import Callable, Iterator
@@ -269,3 +270,25 @@ def test_the_house_keeps_to(rule, files, breaches):
 def test_a_breach_is_found(rule, files, breaches):
     for path, text in breaches:
         assert list(rule(path, text, ast.parse(text))), text
+
+
+def missing_names(text: str) -> list[str]:
+    """Give what a file imports from modules of the package that have no such name."""
+    imports = [
+        node
+        for node in ast.walk(ast.parse(text))
+        if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("rslora_jax")
+    ]
+
+    def is_there(module: str, name: str) -> bool:
+        found = importlib.import_module(module)
+        return hasattr(found, name) or bool(hasattr(found, "__path__") and importlib.util.find_spec(f"{module}.{name}"))
+
+    names = [(node.module or "", alias.name) for node in imports for alias in node.names]
+    return [f"{module}.{name}" for module, name in names if not is_there(module, name)]
+
+
+def test_what_the_scripts_import_of_the_package_is_there():
+    assert missing_names("from rslora_jax.models.places import Places, visible") == ["rslora_jax.models.places.visible"]
+    for path in (ROOT / "scripts").rglob("*.py"):
+        assert not missing_names(path.read_text()), path

@@ -12,8 +12,8 @@ from flax import linen as nn
 from flax import traverse_util
 from jax import Array
 
-from rslora_jax.models.attention import visible
 from rslora_jax.models.decoder import DecoderConfig, Layer, RMSNorm
+from rslora_jax.models.places import Places
 from rslora_jax.models.rope import rotary
 from rslora_jax.transform import cost
 
@@ -40,9 +40,9 @@ class Stack(nn.Module):
         c = self.config
         positions_BxT = jnp.broadcast_to(jnp.arange(x_BxTxD.shape[1]), x_BxTxD.shape[:2])
         rope = [rotary(positions_BxT, c.head_dim, c.rope_base)]
-        masks = {"new": visible(positions_BxT, positions_BxT)}
+        places = {"new": Places(positions_BxT), "window": None}
         for n in range(c.num_layers):
-            x_BxTxD, _ = Layer(c, name=f"layers_{n}")(x_BxTxD, rope, masks, None)
+            x_BxTxD, _ = Layer(c, name=f"layers_{n}")(x_BxTxD, rope, places, None)
         return RMSNorm(c, name="norm")(x_BxTxD)
 
 
