@@ -68,7 +68,7 @@ def _squares(site: Site, w: Any, factors: Mapping[str, Array]) -> Array:
 
     A stack that is stored in a form of its own is made dense one element at a time.
     """
-    if is_stored(w) and site.stack_axes[:1] == (0,):
+    if is_stored(w) and w.stack and site.stack_axes[:1] == (0,):
         one = site.element()
         return lax.map(lambda of: _squares(one, *of), (w, dict(factors)))
     w = dense(w)

@@ -102,6 +102,7 @@ def test_hundreds_of_programs_over_bases_in_few_bits(chunk):
         raise AssertionError(f"seed {number}, to be run again with RANDOM_PROGRAMS={number}: {found}") from found
 
 
+@pytest.mark.by_day_on("newest")
 def test_stacks_are_joined_as_they_are_only_where_their_arrays_fit():
     """Found by a random program: of one form by their fields, of other dtypes or tiles by their arrays."""
     w, x = normal(0, 2, 4, 6), normal(1, 3, 4)
@@ -119,3 +120,20 @@ def test_stacks_are_joined_as_they_are_only_where_their_arrays_fit():
         run = jax.jit(lora.apply)
         adapters = moved(lora.init(jax.random.key(0)))
         assert_near(run(base, adapters, x), run(plain, adapters, x), 1e-5)
+
+
+@pytest.mark.by_day_on("oldest")
+def test_norms_of_a_stack_that_is_none_in_its_form():
+    """Found by a random program: a weight used as a stack of two, and stored as one."""
+    base, x = {"w": FORMATS["nf4 whole"](normal(0, 2, 4, 6))}, normal(1, 2, 3, 4)
+
+    def fn(p: Any, x: Any) -> Any:
+        return jnp.einsum("sti,sio->sto", x, p["w"])
+
+    lora = rslora.wrap(fn, base, x, config=rslora.LoraConfig(rank=2, alpha=5, method="dora"))
+    assert lora.sites["w"].stack_axes == (0,) and not base["w"].stack
+    adapters = jax.tree.map(lambda v: v + 0.1, lora.init(jax.random.key(0), base))
+    a, b, m = (np.asarray(adapters["w"][name], np.float64) for name in "abm")
+    total = np.asarray(dense(base["w"]), np.float64) + 5 / np.sqrt(2) * (a @ b)
+    wanted = np.einsum("sti,sio,so->sto", x, total / np.linalg.norm(total, axis=1, keepdims=True), m)
+    assert_near(jax.jit(lora.apply)(base, adapters, x), wanted, 1e-5)
