@@ -1,12 +1,16 @@
-"""Compile the paper's own step, Llama 2 7B at rank 64 and 2048, for TPU slices, without one.
+"""Compile the steps of large decoders for TPU slices, without one: the paper's own, and those of a base in few bits.
 
     pip install ".[tpu-aot]"       # libtpu is large: an environment of its own is best
     JAX_PLATFORMS=cpu python scripts/paper_scale.py
+    JAX_PLATFORMS=cpu python scripts/paper_scale.py --missing    # what an earlier run did not come to
+    JAX_PLATFORMS=cpu python scripts/paper_scale.py --models "Llama 3.1 8B" --bases nf4
     JAX_PLATFORMS=cpu python scripts/paper_scale.py --topology v5e:4x4 --mesh fsdp=4,tensor=4 --ranks 64 --out .
 
-Nothing is run and no weight is made: the arguments are shapes that say where they lie. The step is that of
-`rslora_jax.train` with AdamW, a batch of 32 rows of 512 tokens. A compile takes a minute or two. Results go to
-`scale.csv` and to the table in `README.md`; a run replaces its own lines there. It ends with exit
+The paper's is Llama 2 7B at rank 64 and 2048, 32 rows of 512 tokens; the others are Llama 3.1 8B and Llama 3.3 70B at
+rank 64, over a base in bfloat16 and in NF4, a row of 2,048 or 4,096 tokens on each device. Nothing is run and no weight
+is made: the arguments are shapes that say where they lie. The step is that of `rslora_jax.train` with AdamW. A compile
+takes some minutes. Results go to `scale.csv` and to the tables in `README.md`; a run replaces its own lines there, each
+as soon as it is compiled. It ends with exit
 status 1 where the step gathers base weights that the base alone does not or moves more than its adapters explain, a
 device holds more than it has, or a case that is said to fit does not.
 """
@@ -20,6 +24,7 @@ import os
 import re
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -28,17 +33,20 @@ os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")  # there is no TPU to ask for i
 
 import jax
 from benchmarks import hlo, scale, scale_report
-from benchmarks.scale_report import Row
+from benchmarks.scale_report import PAPER, Row
 from jax.experimental import topologies
 from rich.console import Console
 from rich.table import Table
 
-from rslora_jax.models.configs import LLAMA2_7B
+from rslora_jax.models.configs import LLAMA2_7B, LLAMA31_8B, LLAMA33_70B
 from rslora_jax.models.decoder import REMAT_POLICIES
 from rslora_jax.parallel import sharding
 
 # What the compiler leaves to a program of a chip's 16 and 95 GB.
 MEMORY = {"TPU v5 lite": 15.75 * 2**30, "TPU v5": 95.74 * 2**30}
+
+
+MODELS = {PAPER: LLAMA2_7B, "Llama 3.1 8B": LLAMA31_8B, "Llama 3.3 70B": LLAMA33_70B}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -51,6 +59,10 @@ class Case:
     remat: str = "full"
     activations: str = "by rows"
     adapters: str = "as weights"
+    model: str = PAPER
+    base: str = "bfloat16"
+    rows: int = 32
+    length: int = 512
     fits: bool | None = None
 
 
@@ -69,10 +81,37 @@ CASES = (
     Case("v5e:2x4", "fsdp=8", 2048, fits=True, **SPLIT),
     Case("v5e:4x4", "fsdp=16", 2048, fits=True, **SPLIT),
     Case("v5e:4x4", "fsdp=16", 2048, "none", **SPLIT),
+    *(
+        Case(*place, 64, model="Llama 3.1 8B", base=base, rows=rows, length=length, fits=fits)
+        for length in (2048, 4096)
+        for *place, base, rows, fits in (
+            ("v5e:2x2", "fsdp=1", "nf4", 1, True),
+            ("v5e:2x2", "fsdp=1", "bfloat16", 1, None),
+            (ONE, "fsdp=1", "bfloat16", 1, True),
+            ("v5e:2x2", "fsdp=4", "bfloat16", 4, True),
+        )
+    ),
+    *(
+        Case(*place, 64, model="Llama 3.3 70B", base=base, rows=rows, length=2048, fits=fits)
+        for *place, rows, base, fits in (
+            ("v5e:4x4", "fsdp=16", 16, "nf4", True),
+            ("v5e:4x4", "fsdp=16", 16, "bfloat16", True),
+            ("v5e:4x4", "fsdp=4,tensor=4", 4, "nf4", True),
+            ("v5e:4x4", "fsdp=4,tensor=4", 4, "bfloat16", True),
+            ("v5e:2x4", "fsdp=8", 8, "nf4", None),
+            ("v5e:2x2", "fsdp=4", 4, "nf4", None),
+            (ONE, "fsdp=1", 1, "nf4", None),
+        )
+    ),
 )
 
 
-ORDER = [tuple(str(x) for x in dataclasses.astuple(case)[:6]) for case in CASES]
+def key(case: Case) -> tuple[str, ...]:
+    """Return what a case's line is found by."""
+    return tuple(str(x) for x in dataclasses.astuple(case)[: scale_report.KEY])
+
+
+ORDER = [key(case) for case in CASES]
 
 
 def weight_gathers(counts: hlo.Counts, params: Any) -> int:
@@ -101,16 +140,28 @@ def summary(counts: hlo.Counts) -> str:
     return ", ".join(f"{kind} {times[kind]:,} ({size[kind] / 1e9:.3g} GB)" for kind in hlo.KINDS if times[kind])
 
 
-def make_job(case: Case, arguments: argparse.Namespace) -> scale.Job:
-    devices = topologies.get_topology_desc(case.topology, platform="tpu").devices
+def make_job(case: Case, layers: int | None = None, devices: Sequence[Any] | None = None) -> scale.Job:
+    """Return the step of a case.
+
+    Args:
+      case: which.
+      layers: how many, in place of the model's own number.
+      devices: by default those of its topology, described.
+    """
+    devices = devices or topologies.get_topology_desc(case.topology, platform="tpu").devices
+    model = MODELS[case.model]
     config = dataclasses.replace(
-        LLAMA2_7B, remat=case.remat, dtype=arguments.dtype, param_dtype=arguments.dtype, num_layers=arguments.layers
+        model,
+        remat=case.remat,
+        num_layers=layers or model.num_layers,
+        attention="chunked" if case.length >= 2048 else "xla",  # "auto" of a TPU; here it would be that of a CPU
     )
     sizes = math.prod(int(n) for n in re.findall(r"=(\d+)", case.mesh))
     mesh = sharding.make_mesh(case.mesh, devices[:1] if sizes == 1 else devices)
     pin, split = case.activations == "by rows", case.adapters == "rank too"
+    base = None if case.base == "bfloat16" else case.base
     return scale.Job(
-        config, mesh, case.rank, arguments.batch, arguments.length, pin=pin, split_rank=split, platform="tpu"
+        config, mesh, case.rank, case.rows, case.length, pin=pin, split_rank=split, platform="tpu", base=base
     )
 
 
@@ -123,6 +174,7 @@ def compile_row(case: Case, job: scale.Job, base: tuple[int, int] | None, second
     inputs = memory and memory.argument_size_in_bytes + memory.output_size_in_bytes - memory.alias_size_in_bytes
     return Row(
         **{name: value for name, value in dataclasses.asdict(case).items() if name != "fits"},
+        attention=job.config.attention,
         device=device,
         devices=n,
         adapter_parameters=job.lora.num_parameters,
@@ -158,7 +210,7 @@ def compiled_or_not(lowered: Any) -> Any:
 
 def wrong(case: Case, row: Row) -> list[str]:
     """Return what is not as it must be."""
-    name = f"{case.topology} {case.mesh} rank {case.rank}"
+    name = f"{case.model} {case.base}, {case.topology} {case.mesh} rank {case.rank}"
     found = []
     if case.fits and row.flops is None:
         found.append(f"{name}: said to fit and does not: {row.complaint}")
@@ -179,66 +231,80 @@ def wrong(case: Case, row: Row) -> list[str]:
 def parser() -> argparse.ArgumentParser:
     out = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = out.add_argument
-    add("--topology", help="one slice as libtpu names it, in place of the table's own cases")
+    add("--ranks", help="of every adapter, with commas; in the tables, which cases (all)")
+    add("--models", help=f"which, with commas: {', '.join(MODELS)}")
+    add("--bases", help="which, with commas: bfloat16, nf4, int8, float8")
+    add("--missing", action="store_true", help="only what the file has no line of")
+    add("--topology", help="one slice as libtpu names it, in place of the tables' own cases")
     add("--mesh", help="its axes by name, such as fsdp=4,tensor=4 (fsdp=-1)", default="fsdp=-1")
-    add(
-        "--ranks",
-        default="64,2048",
-        help="of every adapter; or of the table's cases that are compiled (64,2048)",
-    )
     add("--remat", choices=("none", "full", *REMAT_POLICIES), default="full", help="with --topology (full)")
     add("--free", action="store_true", help="with --topology: let XLA place the activations")
     add("--split-rank", action="store_true", help="with --topology: let adapters lie along their rank too")
-    add("--batch", type=int, default=32, help="rows of a batch (32)")
-    add("--length", type=int, default=512, help="tokens of a row (512)")
-    add("--layers", type=int, default=32, help="(32)")
-    add("--dtype", default="bfloat16", help="of weights and products (bfloat16)")
+    add("--batch", type=int, default=32, help="with --topology: rows of a batch (32)")
+    add("--length", type=int, default=512, help="with --topology: tokens of a row (512)")
+    add("--layers", type=int, help="in place of the model's own")
     add("--out", type=Path, default=Path(__file__).parent.parent / "docs" / "scale", help="(docs/scale)")
     return out
 
 
+def chosen(arguments: argparse.Namespace) -> list[Case]:
+    """Return the cases that the command line names."""
+
+    def listed(text: str | None) -> list[str]:
+        return text.split(",") if text else []
+
+    models, bases, ranks = listed(arguments.models), listed(arguments.bases), listed(arguments.ranks)
+    cases: Sequence[Case] = CASES
+    if arguments.topology:
+        how = ["free" if arguments.free else "by rows", "rank too" if arguments.split_rank else "as weights"]
+        size = arguments.batch, arguments.length
+        cases = [
+            Case(arguments.topology, arguments.mesh, int(rank), arguments.remat, *how, model, base, *size)
+            for model in models or [PAPER]
+            for base in bases or ["bfloat16"]
+            for rank in ranks or ["64", "2048"]
+        ]
+    done = {row.key for row in scale_report.read_csv(arguments.out / "scale.csv")} if arguments.missing else set()
+    wanted = ((models, "model"), (bases, "base"), (ranks, "rank"))
+    return [
+        case
+        for case in cases
+        if key(case) not in done and all(not of or str(getattr(case, name)) in of for of, name in wanted)
+    ]
+
+
 def main() -> None:
     arguments = parser().parse_args()
-    ranks = [int(r) for r in arguments.ranks.split(",")]
-    cases = [case for case in CASES if case.rank in ranks]
-    if arguments.topology:
-        activations, adapters = (
-            "free" if arguments.free else "by rows",
-            "rank too" if arguments.split_rank else "as weights",
-        )
-
-        def of(rank):
-            return Case(arguments.topology, arguments.mesh, rank, arguments.remat, activations, adapters)
-
-        cases = [of(rank) for rank in ranks]
-    console, bases, found = Console(), {}, []
-    for case in cases:
-        job = make_job(case, arguments)
-        with console.status(f"{case.topology} {case.mesh} rank {case.rank}, {case.activations}, {case.adapters}"):
-            begun = time.perf_counter()
+    console, bases, found, rows, sections = Console(), {}, [], [], []
+    for case in chosen(arguments):
+        job = make_job(case, arguments.layers)
+        with console.status(" ".join(key(case))):
+            begun = time.process_time()  # the compiler has one thread, and what else the machine does is not its time
             compiled = compiled_or_not(job.train_step())
-            seconds, base = time.perf_counter() - begun, None
-            key = (case.topology, case.mesh, case.remat, case.activations)
-            if not isinstance(compiled, str) and job.mesh.devices.size > 1:
-                if key not in bases:
+            seconds, base = time.process_time() - begun, None
+            same = dataclasses.replace(case, rank=0, adapters="", fits=None)
+            if not isinstance(compiled, str) and job.mesh.devices.size > 1 and case.model == PAPER:
+                if same not in bases:
                     counts = hlo.count(job.base_step().compile().as_text())
                     moved = sum(c.bytes for c in counts.collectives)
-                    bases[key] = (moved, weight_gathers(counts, job.params))
-                base = bases[key]
+                    bases[same] = (moved, weight_gathers(counts, job.params))
+                base = bases[same]
         row = compile_row(case, job, base, seconds, compiled)
         found += wrong(case, row)
+        sections = list(dict.fromkeys([*sections, row.section]))
         arguments.out.mkdir(parents=True, exist_ok=True)
         rows = scale_report.merge_csv(
             arguments.out / "scale.csv", [row], ORDER
         )  # at once: a compile is long, and the next may be cut off
         scale_report.update_page(arguments.out / "README.md", rows)
-        head, (line,) = scale_report.table([row])
+        head, (line,) = scale_report.table([row], row.section)
         console.print("; ".join(f"{name}: {cell}" for name, cell in zip(head, line, strict=True) if cell))
-    head, lines = scale_report.table(rows)
-    shown = Table(*head, title=f"Llama 2 7B, {arguments.batch} x {arguments.length} tokens; JAX {jax.__version__}")
-    for line in lines:
-        shown.add_row(*line)
-    Console(width=max(console.width, 200)).print(shown)
+    for section in sections:
+        head, lines = scale_report.table(rows, section)
+        shown = Table(*head, title=f"{section}; JAX {jax.__version__}")
+        for line in lines:
+            shown.add_row(*line)
+        Console(width=max(console.width, 200)).print(shown)
     for text in found:
         console.print(text)
     sys.exit(1 if found else 0)

@@ -23,6 +23,7 @@ pytestmark = pytest.mark.by_day_on("newest")
 
 SCRIPTS = Path(__file__).parent.parent / "scripts"
 DOCS = SCRIPTS.parent / "docs" / "scale"
+PAPER = "Llama 2 7B"
 SMALL = DecoderConfig(
     vocab_size=40,
     width=16,
@@ -85,6 +86,44 @@ def test_the_flops_of_a_scanned_step_are_the_count_by_hand(parts, compile_fast, 
     assert counts.flops == by_hand
     assert counts.flops_once < counts.flops / 3  # five layers, counted once
     assert counts.collectives == ()
+
+
+@pytest.mark.parametrize("base", ["nf4", pytest.param("bfloat16", marks=pytest.mark.nightly)])
+def test_a_step_over_a_base_in_few_bits_is_lowered_and_counted(parts, compile_fast, monkeypatch, base):
+    hlo, scale, paper_scale = parts
+    tiny = dataclasses.replace(SMALL, width=64, mlp_width=128, num_layers=3, num_kv_heads=1, head_dim=32, max_len=4096)
+    monkeypatch.setitem(paper_scale.MODELS, "tiny", tiny)
+    case = paper_scale.Case("", "fsdp=1", 3, model="tiny", base=base, rows=1, length=2048)
+    job = paper_scale.make_job(case, devices=jax.devices()[:1])
+    # q and o (64, 64), k and v (64, 32), three of (64, 128); NF4: a scale of 8 bits for 64 numbers, and for each matrix
+    # one of 32 bits for 256 of these, and a mean.
+    numbers = 3 * (2 * 64 * 64 + 2 * 64 * 32 + 3 * 64 * 128)
+    nested = 3 * 4 * (7 * 1 + 7)
+    packed = numbers // 2 + numbers // 64 + nested if base == "nf4" else 2 * numbers
+    assert scale.bytes_on_a_device(job.params) == packed + 2 * (2 * 40 * 64 + 7 * 64)
+    counts = hlo.count(job.train_step().compile().as_text())
+    assert counts.flops == job.flops()[1]
+    assert counts.collectives == ()
+
+
+def test_a_run_can_go_on_and_name_what_it_compiles(parts, tmp_path):
+    _, _, paper_scale = parts
+
+    def chosen(*words):
+        return paper_scale.chosen(paper_scale.parser().parse_args([*words, "--out", str(tmp_path)]))
+
+    assert chosen() == list(paper_scale.CASES)
+    eight = chosen("--models", "Llama 3.1 8B", "--bases", "nf4")
+    assert {(c.model, c.base, c.mesh) for c in eight} == {("Llama 3.1 8B", "nf4", "fsdp=1")}
+    assert {case.length for case in eight} == {2048, 4096}
+    (one,) = chosen("--topology", "v5e:4x4", "--ranks", "8", "--models", "Llama 3.3 70B", "--length", "64")
+    assert (one.rank, one.model, one.base, one.length) == (8, "Llama 3.3 70B", "bfloat16", 64)
+    first, second = (r for r in paper_scale.scale_report.read_csv(DOCS / "scale.csv")[:2])
+    paper_scale.scale_report.merge_csv(tmp_path / "scale.csv", [second, first], paper_scale.ORDER)
+    rest = chosen("--missing")
+    assert [paper_scale.key(c) for c in rest] == paper_scale.ORDER[2:]
+    again = dataclasses.replace(first, compile_s=1.0)
+    assert paper_scale.scale_report.merge_csv(tmp_path / "scale.csv", [again], paper_scale.ORDER) == [again, second]
 
 
 def test_a_loop_that_xla_says_nothing_of_is_counted_by_its_counter(parts):
@@ -205,9 +244,10 @@ def test_what_is_not_as_it_must_be_is_said(parts):
 def test_the_page_shows_the_table_that_the_file_holds(parts):
     _, _, paper_scale = parts
     rows = paper_scale.scale_report.read_csv(DOCS / "scale.csv")
-    assert {row.key[:3] for row in rows} >= {(c.topology, c.mesh, str(c.rank)) for c in paper_scale.CASES}
+    assert {row.key for row in rows} >= {paper_scale.key(c) for c in paper_scale.CASES if c.model == PAPER}
     page = (DOCS / "README.md").read_text()
-    assert paper_scale.scale_report.markdown(rows) in page
+    for section in (PAPER, paper_scale.scale_report.BITS):
+        assert paper_scale.scale_report.markdown(rows, section) in page
     for row in rows:
         # What compiles fits; what a step needs is what lies there and what the compiler adds.
         assert (row.flops is None) == bool(row.complaint)

@@ -97,9 +97,10 @@ class NF4(Stored):
 
     def dense(self) -> Array:
         at = len(self.stack) + (0 if self.is_flat else self.axis)
-        levels = _of_levels(_taken_apart(self.codes, at), self.levels)
         shape = self.codes.shape
-        blocked = levels.reshape(*shape[:at], -1, self.block, *shape[at + 1 :])
+        # Block by block: of an axis as a whole XLA writes a TPU's program out line by line, minutes of compiling.
+        halves = self.codes.reshape(*shape[:at], -1, self.block // 2, *shape[at + 1 :])
+        blocked = _of_levels(_taken_apart(halves, at + 1), self.levels)
         scales = lax.optimization_barrier(self._scales())  # or each number would look up its own
         array = (blocked * jnp.expand_dims(scales, at + 1)).astype(self.dtype)
         if not self.is_flat:

@@ -16,6 +16,7 @@ BYTES = {"pred": 1, "s4": 0.5, "u4": 0.5, "f4": 0.5} | {
     f"{kind}{bits}": bits // 8 for kind in "suf" for bits in (8, 16, 32, 64)
 }
 BYTES |= {"bf16": 2, "c64": 8, "c128": 16}
+TUPLE_PART = "get-tuple-element"
 KINDS = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective-permute")
 
 _COMPUTATION = re.compile(r"^(ENTRY )?%([\w.-]+) \(.*\{$")
@@ -127,15 +128,21 @@ def _calls(body: dict[str, _Instruction], computations: dict) -> Iterator[tuple[
 
 
 def _turns(loop: _Instruction, around: dict[str, _Instruction], computations: dict) -> int:
-    """Return how often a loop turns: what XLA noted, or what its counter's start, bound and step say."""
+    """Return how often a loop turns: what XLA noted, or what its counter's start, bound and step say.
+
+    One that goes on while a bool is true, which its first turn makes false, turns once at most, and counts as one turn.
+    """
     if known := re.search(r'known_trip_count"?:\{"?n"?:"?(\d+)', loop.rest):
         return int(known[1])
     condition, body = (computations[re.search(rf"{n}=%([\w.-]+)", loop.rest)[1]] for n in ("condition", "body"))
+    flag = re.search(r"index=(\d+)", last.rest) if (last := list(condition.values())[-1]).opcode == TUPLE_PART else None
+    if flag and _is_false(_element(list(body.values())[-1], int(flag[1]), body)):
+        return 1
     compare = next((one for one in condition.values() if one.opcode == "compare"), None)
     if compare and "direction=LT" in compare.rest:
         counter, bound = (condition[name] for name in _operands(compare))
         place = re.search(r"index=(\d+)", counter.rest)
-        if place and counter.opcode == "get-tuple-element":
+        if place and counter.opcode == TUPLE_PART:
             start = _constant(_element(around[_operands(loop)[0]], int(place[1]), around), around)
             step = _element(list(body.values())[-1], int(place[1]), body)
             steps = [_constant(body[name], body) for name in _operands(step)] if step.opcode == "add" else []
@@ -161,6 +168,10 @@ def _constant(one: _Instruction, body: dict[str, _Instruction]) -> int | None:
     while one.opcode == "copy":
         one = body[_operands(one)[0]]
     return int(one.rest.split(")")[0]) if one.opcode == "constant" else None
+
+
+def _is_false(one: _Instruction) -> bool:
+    return one.opcode == "constant" and one.rest.startswith(("false", "0)"))
 
 
 def _made(one: _Instruction) -> tuple[tuple[str, tuple[int, ...]], ...]:

@@ -11,9 +11,10 @@ import optax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 import rslora_jax as rslora
+from rslora_jax.bare import Bare
 from rslora_jax.models.decoder import SHARDING_RULES, Decoder, DecoderConfig, Embed, Layer
 from rslora_jax.parallel import sharding
-from rslora_jax.sites import named_leaves, path_name
+from rslora_jax.sites import from_paths, named_leaves
 from rslora_jax.train import TrainState, make_step, token_loss
 from rslora_jax.train.batches import Batch
 from rslora_jax.transform import cost
@@ -31,6 +32,7 @@ class Job:
       pin: say where activations lie, by rows; else XLA finds a place for them.
       split_rank: let adapters lie along their rank too, over the axes that they do not use otherwise.
       platform: what is compiled for, where that is not JAX's backend.
+      base: the format of the layers' matrices, as `rslora_jax.quantize` names it, such as "nf4"; None leaves them be.
     """
 
     config: DecoderConfig
@@ -42,6 +44,7 @@ class Job:
     pin: bool = True
     split_rank: bool = False
     platform: str | None = None
+    base: str | None = None
 
     @property
     def tokens(self) -> int:
@@ -51,7 +54,8 @@ class Job:
     def params(self) -> Any:
         """The base's weights, by `SHARDING_RULES`."""
         shapes = jax.eval_shape(Decoder(self.config).init, jax.random.key(0), TOKENS)
-        return placed(shapes, sharding.param_shardings(shapes, self.mesh, SHARDING_RULES))
+        params = placed(shapes, sharding.param_shardings(shapes, self.mesh, SHARDING_RULES))
+        return rslora.quantize(params, self.base)[0] if self.base else params
 
     @functools.cached_property
     def lora(self) -> rslora.Lora:
@@ -85,9 +89,10 @@ class Job:
     def optimizer(self) -> optax.GradientTransformation:
         return optax.adamw(5e-5)
 
-    @property
+    @functools.cached_property
     def apply(self) -> Any:
-        return decoder(self.config, self.mesh if self.pin else None)
+        apply = decoder(self.config, self.mesh if self.pin else None)
+        return sharding.pin_packed(apply, self.params, sharding.batch_sharding(self.mesh)) if self.pin else apply
 
     def train_step(self) -> Any:
         """Lower the step of `rslora_jax.train.make_step`."""
@@ -96,11 +101,11 @@ class Job:
 
     def base_step(self) -> Any:
         """Lower what the base alone would do: its loss, and the gradient of its norms, which passes every layer."""
-        loss = token_loss(self.length)
+        loss, bare = token_loss(self.length), Bare(self.apply)
 
         def base_loss(scales: Any, params: Any, batch: Any) -> Any:
-            whole = jax.tree_util.tree_map_with_path(lambda path, w: scales.get(path_name(path), w), params)
-            return loss(functools.partial(self.apply, whole), batch)[0]
+            whole = from_paths(params, named_leaves(params) | scales)
+            return loss(functools.partial(bare, whole), batch)[0]
 
         scales = {path: w for path, w in named_leaves(self.params).items() if path.endswith("scale")}
         return jax.jit(jax.value_and_grad(base_loss)).lower(scales, self.params, self.batch)
@@ -109,11 +114,13 @@ class Job:
         """Return the FLOPs of the base's step and of the whole step, counted by hand from the sizes.
 
         With `remat="full"` a layer's forward pass is made again in the backward pass, all but the last product, whose
-        value no gradient needs.
+        value no gradient needs. Attention in chunks forms the scores once more in the backward pass. Scores of
+        keys that no query sees are counted as well, as in the compiled program.
         """
         c, t, again = self.config, self.tokens, self.config.remat == "full"
         scores = 4 * t * self.length * c.num_heads * c.head_dim  # queries with keys, and weights with values
-        base, more = 4 * t * c.width * c.vocab_size + c.num_layers * scores * (3 + again), 0
+        passes = 3 + again + (c.attention == "chunked") / 2
+        base, more = 4 * t * c.width * c.vocab_size + c.num_layers * int(scores * passes), 0
         summable = jnp.finfo(c.param_dtype).bits >= 32
         for site in self.lora.sites.values():
             layers, i, o = site.shape

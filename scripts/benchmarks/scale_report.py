@@ -5,7 +5,9 @@ import dataclasses
 from collections.abc import Sequence
 from pathlib import Path
 
-BEGIN, END = "<!-- the table of scripts/paper_scale.py -->", "<!-- end of the table -->"
+PAPER, BITS = "Llama 2 7B", "the base in few bits"  # the tables of the page
+KEY = 10  # how many columns say what was asked for
+BUDGET = 24e9  # of a card that the compiler at hand knows nothing of
 
 
 @dataclasses.dataclass(frozen=True)
@@ -18,6 +20,11 @@ class Row:
     remat: str
     activations: str
     adapters: str
+    model: str
+    base: str
+    rows: int
+    length: int
+    attention: str
     device: str
     devices: int
     adapter_parameters: int
@@ -39,31 +46,56 @@ class Row:
 
     @property
     def key(self) -> tuple[str, ...]:
-        return tuple(str(x) for x in dataclasses.astuple(self)[:6])
+        return tuple(str(x) for x in dataclasses.astuple(self)[:KEY])
+
+    @property
+    def section(self) -> str:
+        return PAPER if self.model == PAPER else BITS
 
 
-def table(rows: Sequence[Row]) -> tuple[list[str], list[list[str]]]:
-    """Return the table's head and its lines."""
-    head = "slice|mesh|rank|remat|activations|adapters|arguments GB|temporary GB|total of GB|TFLOPs a device"
-    head += "|to hand count|collectives a step|base alone moves GB|compile s"
-
-    def gb(n):
-        return "" if n is None else f"{n / 1e9:.2f}"
-
-    lines = []
-    for r in rows:
-        total = (
-            f"{gb(r.total_bytes)} of {gb(r.memory_bytes)}" if r.flops else f"no: {r.complaint} of {gb(r.memory_bytes)}"
-        )
-        flops = ("", "") if r.flops is None else (f"{r.flops / 1e12:.1f}", f"{r.flops / r.flops_by_hand:.3f}")
-        place = f"{r.topology} ({r.devices})"
-        cells = [place, r.mesh, str(r.rank), r.remat, r.activations, r.adapters, gb(r.argument_bytes), gb(r.temp_bytes)]
-        lines.append([*cells, total, *flops, r.collectives, gb(r.base_moved_bytes), f"{r.compile_s:.0f}"])
-    return head.split("|"), lines
+def table(rows: Sequence[Row], section: str = PAPER) -> tuple[list[str], list[list[str]]]:
+    """Return the head and the lines of one of the two tables."""
+    of = _paper if section == PAPER else _bits
+    found = [of(row) for row in rows if row.section == section]
+    return list(of(None)), [list(line.values()) for line in found]
 
 
-def markdown(rows: Sequence[Row]) -> str:
-    head, lines = table(rows)
+def _paper(r: Row | None) -> dict[str, str]:
+    names = "slice|mesh|rank|remat|activations|adapters|arguments GB|temporary GB|total of GB|TFLOPs a device"
+    names += "|to hand count|collectives a step|base alone moves GB|compile s"
+    if r is None:
+        return dict.fromkeys(names.split("|"), "")
+    cells = [f"{r.topology} ({r.devices})", r.mesh, str(r.rank), r.remat, r.activations, r.adapters]
+    cells += [gb(r.argument_bytes), gb(r.temp_bytes), total(r), *flops(r), r.collectives]
+    return dict(zip(names.split("|"), [*cells, gb(r.base_moved_bytes), f"{r.compile_s:.0f}"], strict=True))
+
+
+def _bits(r: Row | None) -> dict[str, str]:
+    names = "model|base|rows x tokens|slice|mesh|arguments GB|temporary GB|total of GB|in 24 GB|TFLOPs a device"
+    names += "|to hand count|XLA's own count, TFLOPs|compile s"
+    if r is None:
+        return dict.fromkeys(names.split("|"), "")
+    cells = [r.model, r.base, f"{r.rows} x {r.length:,}", f"{r.topology} ({r.devices})", r.mesh]
+    inside = "" if r.total_bytes is None else "yes" if r.total_bytes <= BUDGET else "no"
+    own = "" if r.flops_xla is None else f"{r.flops_xla / 1e12:.2f}"
+    cells += [gb(r.argument_bytes), gb(r.temp_bytes), total(r), inside, *flops(r), own, f"{r.compile_s:.0f}"]
+    return dict(zip(names.split("|"), cells, strict=True))
+
+
+def gb(n: int | None) -> str:
+    return "" if n is None else f"{n / 1e9:.2f}"
+
+
+def total(r: Row) -> str:
+    return f"{gb(r.total_bytes)} of {gb(r.memory_bytes)}" if r.flops else f"no: {r.complaint} of {gb(r.memory_bytes)}"
+
+
+def flops(r: Row) -> tuple[str, str]:
+    return ("", "") if r.flops is None else (f"{r.flops / 1e12:.1f}", f"{r.flops / r.flops_by_hand:.3f}")
+
+
+def markdown(rows: Sequence[Row], section: str = PAPER) -> str:
+    head, lines = table(rows, section)
     return "\n".join(f"| {' | '.join(line)} |" for line in (head, ["--"] * len(head), *lines)) + "\n"
 
 
@@ -86,10 +118,13 @@ def merge_csv(path: Path, rows: Sequence[Row], order: Sequence[tuple[str, ...]])
 
 
 def update_page(path: Path, rows: Sequence[Row]) -> None:
-    """Put the table in its place in a page, or make a page of it."""
-    page = path.read_text() if path.exists() else f"{BEGIN}\n{END}\n"
-    before, _, after = page.partition(BEGIN)
-    path.write_text(f"{before}{BEGIN}\n{markdown(rows)}{END}{after.partition(END)[2]}")
+    """Put the tables in their places in a page, or make a page of them."""
+    page = path.read_text() if path.exists() else ""
+    for section in (PAPER, BITS):
+        begin, end = (f"<!-- {word} of scripts/paper_scale.py: {section} -->" for word in ("the table", "end"))
+        before, _, after = (page if begin in page else f"{page}{begin}\n{end}\n").partition(begin)
+        page = f"{before}{begin}\n{markdown(rows, section)}{end}{after.partition(end)[2]}"
+    path.write_text(page)
 
 
 def parse(line: dict[str, str]) -> Row:
