@@ -92,15 +92,15 @@ CASES = (
         )
     ),
     *(
-        Case(*place, 64, model="Llama 3.3 70B", base=base, rows=rows, length=2048, fits=fits)
-        for *place, rows, base, fits in (
-            ("v5e:4x4", "fsdp=16", 16, "nf4", True),
-            ("v5e:4x4", "fsdp=16", 16, "bfloat16", True),
-            ("v5e:4x4", "fsdp=4,tensor=4", 4, "nf4", True),
-            ("v5e:4x4", "fsdp=4,tensor=4", 4, "bfloat16", True),
-            ("v5e:2x4", "fsdp=8", 8, "nf4", None),
-            ("v5e:2x2", "fsdp=4", 4, "nf4", None),
-            (ONE, "fsdp=1", 1, "nf4", None),
+        Case(*place, 64, model="Llama 3.3 70B", base=base, rows=rows, length=2048, fits=fits, **adapters)
+        for *place, adapters, rows, base, fits in (
+            ("v5e:4x4", "fsdp=16", SPLIT, 16, "nf4", True),
+            ("v5e:4x4", "fsdp=16", SPLIT, 16, "bfloat16", None),
+            ("v5e:4x4", "fsdp=4,tensor=4", {}, 4, "nf4", True),
+            ("v5e:4x4", "fsdp=4,tensor=4", {}, 4, "bfloat16", None),
+            ("v5e:2x4", "fsdp=8", SPLIT, 8, "nf4", None),
+            ("v5e:2x2", "fsdp=4", SPLIT, 4, "nf4", None),
+            (ONE, "fsdp=1", {}, 1, "nf4", None),
         )
     ),
 )

@@ -71,11 +71,13 @@ def _paper(r: Row | None) -> dict[str, str]:
 
 
 def _bits(r: Row | None) -> dict[str, str]:
-    names = "model|base|rows x tokens|slice|mesh|arguments GB|temporary GB|total of GB|in 24 GB|TFLOPs a device"
+    names = (
+        "model|base|rows x tokens|slice|mesh|adapters|arguments GB|temporary GB|total of GB|in 24 GB|TFLOPs a device"
+    )
     names += "|to hand count|XLA's own count, TFLOPs|compile s"
     if r is None:
         return dict.fromkeys(names.split("|"), "")
-    cells = [r.model, r.base, f"{r.rows} x {r.length:,}", f"{r.topology} ({r.devices})", r.mesh]
+    cells = [r.model, r.base, f"{r.rows} x {r.length:,}", f"{r.topology} ({r.devices})", r.mesh, r.adapters]
     inside = "" if r.total_bytes is None else "yes" if r.total_bytes <= BUDGET else "no"
     own = "" if r.flops_xla is None else f"{r.flops_xla / 1e12:.2f}"
     cells += [gb(r.argument_bytes), gb(r.temp_bytes), total(r), inside, *flops(r), own, f"{r.compile_s:.0f}"]
