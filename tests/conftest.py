@@ -35,6 +35,15 @@ def pytest_configure(config):
     config.addinivalue_line("filterwarnings", rf"error::DeprecationWarning:({'|'.join(names)})(\.|\Z)")
 
 
+@pytest.fixture
+def script(monkeypatch):
+    """The script that reproduces the paper's figures, which imports others beside it by their bare names."""
+    monkeypatch.syspath_prepend(str(Path(__file__).parent.parent / "scripts"))
+    import rank_sweep
+
+    return rank_sweep
+
+
 @pytest.fixture(scope="module")
 def compile_fast():
     """Compile without most optimisations, in modules whose programs are small and run once or twice."""

@@ -192,7 +192,7 @@ def others_private(path: str, text: str, tree: ast.Module) -> Found:
 
 
 RULES: list[tuple[Callable[[str, str, ast.Module], Found], list[str], list[tuple[str, str]]]] = [
-    (long_files, PACKAGE, [("rslora_jax/x.py", "\n" * (LINES + 1))]),
+    (long_files, ALL, [("rslora_jax/x.py", "\n" * (LINES + 1)), ("tests/x.py", "\n" * (LINES + 1))]),
     (long_functions, PACKAGE, [("rslora_jax/x.py", "def f():\n" + "    pass\n" * (BODY + 1))]),
     (
         documented,

@@ -15,7 +15,7 @@ from safetensors.numpy import load_file, save_file
 from rslora_jax import cli
 from rslora_jax.interop import load_model
 from tests.readers import files, worker
-from tests.readers.reading import KINDS
+from tests.readers.kinds import KINDS
 
 pytestmark = pytest.mark.by_day_on("newest")
 

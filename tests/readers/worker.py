@@ -24,7 +24,7 @@ from typing import Any
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 
 from tests.readers.damages import blind
-from tests.readers.reading import KINDS, Kind
+from tests.readers.kinds import KINDS, Kind
 
 SECONDS, BYTES, CHARACTERS = 10, 1 << 30, 300
 
