@@ -1,5 +1,6 @@
 """`rslora generate --adapters`: each prompt by its own adapter, as that adapter alone answers it."""
 
+import dataclasses
 import io
 import json
 import sys
@@ -8,13 +9,23 @@ import jax
 import pytest
 from safetensors.numpy import load_file, save_file
 
+import rslora_jax as rslora
 from rslora_jax.cli import main
 from rslora_jax.commands.choice import folders_by_name
 
+from .conftest import save_run
 from .test_generate import by_hand
 
 pytestmark = [pytest.mark.usefixtures("compile_fast"), pytest.mark.by_day_on("oldest")]
 NEW = ["--max-new", "9"]
+APART = {  # single layers of a rank and scale of their own, and a parameter that is trained whole
+    "rank": 2,
+    "alpha": 5,
+    "scaling": "lora",
+    "targets": ["*/layers/{1}/attn/q_proj/kernel", "*/down_proj/kernel"],
+    "rank_pattern": {"*/layers/{0}/mlp/*": 4},
+    "trained": "params/norm/scale",
+}
 
 
 def answered(capsys, *arguments):
@@ -42,13 +53,21 @@ def adapters_of(place, *more):
 
 def test_each_prompt_is_answered_by_the_adapter_that_it_names_within_one_batch(place, capsys, tmp_path):
     assert main(["export", str(place.folder / "wide"), "--out", str(tmp_path / "peft")]) == 0
-    names = ["two", "wide", None, "base", "one", "theirs", "two"]
+    model = place.folder / "model.gguf"
+    own = save_run(tmp_path / "apart", place.base, rslora.LoraConfig(**APART), 7, {"model": str(model)})
+    place = dataclasses.replace(place, runs=place.runs | {"apart": own})
+    names = ["two", "wide", None, "base", "one", "theirs", "apart", "two"]
     lines = [{"prompt": f"{n}+{n}="} | ({} if name is None else {"adapter": name}) for n, name in enumerate(names)]
     lines += [{"prompt": "hi", "adapter": None}]
     (tmp_path / "p.jsonl").write_text("\n".join(map(json.dumps, lines)))
-    flags = ["--adapters", adapters_of(place, f"theirs={tmp_path / 'peft'}"), "--prompts", tmp_path / "p.jsonl"]
+    flags = [
+        "--adapters",
+        adapters_of(place, f"theirs={tmp_path / 'peft'}", tmp_path / "apart"),
+        "--prompts",
+        tmp_path / "p.jsonl",
+    ]
     flags += ["--adapter", "wide", "--batch-size", 5, "--out", tmp_path / "out.jsonl"]
-    shown = answered(capsys, *flags, "--model", place.folder / "model.gguf").out
+    shown = answered(capsys, *flags, "--model", model).out
     records = [json.loads(line) for line in (tmp_path / "out.jsonl").read_text().splitlines()]
     by = [name or "wide" for name in names] + ["base"]
     assert [record["adapter"] for record in records] == by
