@@ -31,12 +31,12 @@ def folders_by_name(text: str) -> dict[str, str]:
     Raises:
       ValueError: two have one name, or a name stands for the base.
 
-    >>> folders_by_name("runs/sql,py=runs/python/checkpoints/40")
+    >>> folders_by_name("runs/sql, py=runs/python/checkpoints/40")
     {'sql': 'runs/sql', 'py': 'runs/python/checkpoints/40'}
     """
     found: dict[str, str] = {}
-    for part in text.split(","):
-        name, is_named, folder = part.partition("=")
+    for part in map(str.strip, text.split(",")):
+        name, is_named, folder = (piece.strip() for piece in part.partition("="))
         if not is_named or "/" in name or Path(part).exists():
             name, folder = _own_name(part), part
         if not name or not folder:
@@ -92,8 +92,9 @@ class Choice:
         if name == BASE:
             return -1
         if name not in names:
-            near = difflib.get_close_matches(name, [*names, BASE], n=1)
-            hint = f"did you mean {near[0]}?" if near else f"there are {', '.join(names)} and {BASE}"
+            known = {one.lower(): one for one in [BASE, *names]}
+            near = difflib.get_close_matches(name.lower(), known, n=1)
+            hint = f"did you mean {known[near[0]]}?" if near else f"there are {', '.join(names)} and {BASE}"
             raise ValueError(f"{asked.where} names an adapter {name!r} that --adapters does not have: {hint}")
         return names.index(name)
 

@@ -102,16 +102,17 @@ def generate(a: argparse.Namespace) -> int:
 
 def _check_flags(a: argparse.Namespace) -> Choice | None:
     """Return the adapters to choose among; raise a ValueError for flags that cannot be, before the model is read."""
-    if a.adapters and a.folder:
+    several = a.adapters is not None
+    if several and a.folder:
         raise ValueError(f"--adapters is in place of a folder: leave out {a.folder}, or put it into --adapters")
-    if a.adapters and a.merged:
+    if several and a.merged:
         raise ValueError("--merged makes one model, and with --adapters each prompt has its own: leave one of them out")
-    if a.adapter is not None and not a.adapters:
+    if a.adapter is not None and not several:
         raise ValueError("--adapter names one of --adapters: give these too, or the folder alone")
     if a.merged and not a.folder:
         raise ValueError("--merged needs a run whose adapters are to be merged: name its folder")
     check_new_file("--out", a.out)
-    return Choice.of(a.adapters, a.adapter) if a.adapters else None
+    return Choice.of(a.adapters, a.adapter) if several else None
 
 
 def _options(a: argparse.Namespace, folder: Path | None) -> dict[str, Any]:

@@ -82,8 +82,9 @@ def _largest(array: np.ndarray, density: float | None) -> np.ndarray:
         return array
     flat = array.reshape(-1)
     sparse = np.zeros_like(flat)
-    places = np.argpartition(np.abs(flat), array.size - kept)[array.size - kept :] if kept else []
-    sparse[places] = flat[places]
+    if kept:
+        places = np.argpartition(np.abs(flat), array.size - kept)[array.size - kept :]
+        sparse[places] = flat[places]
     return sparse.reshape(array.shape)
 
 

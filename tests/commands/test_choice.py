@@ -108,7 +108,7 @@ def test_the_first_answers_prompts_that_name_none(place, capsys):
 
 
 def test_names_of_folders():
-    assert folders_by_name("a/one,x=b/one/checkpoints/4,b/two/checkpoints/7") == {
+    assert folders_by_name("a/one, x = b/one/checkpoints/4,b/two/checkpoints/7 ") == {
         "one": "a/one",
         "x": "b/one/checkpoints/4",
         "two": "b/two/checkpoints/7",
@@ -125,6 +125,9 @@ REFUSED = {
     "--adapters is in place of a folder: leave out one": ["one"],
     "--merged makes one model": ["--merged"],
     "has an empty part": ["--adapters", "one,,two"],
+    "--adapters  has an empty part": ["--adapters", ""],
+    "'TWO' that --adapters does not have: did you mean two?": ["--adapter", "TWO"],
+    "p.txt holds no prompt: write one a line": ["--prompts", "p.txt"],
     "base is the name of no adapter at all": ["--adapters", "base=one"],
     "one and two are both named x": ["--adapters", "x=one,x=two"],
     "nowhere is not a folder": ["--adapters", "one,nowhere"],
@@ -135,6 +138,7 @@ REFUSED = {
 def test_what_cannot_be_is_one_sentence(said, place, tmp_path, capsys, monkeypatch):
     monkeypatch.chdir(place.folder)
     (place.folder / "p.jsonl").write_text('{"prompt": "hi", "adapter": "widde"}')
+    (place.folder / "p.txt").write_text("\n \n")
     (place.folder / "number.jsonl").write_text('{"prompt": "hi", "adapter": 3}')
     assert main(["generate", "--prompt", "hi", "--adapters", "one,two,wide", *REFUSED[said]]) == 2
     err = capsys.readouterr().err
