@@ -3,6 +3,7 @@
     pip install ".[tpu-aot]"       # libtpu is large: an environment of its own is best
     JAX_PLATFORMS=cpu python scripts/paper_scale.py
     JAX_PLATFORMS=cpu python scripts/paper_scale.py --missing    # what an earlier run did not come to
+    JAX_PLATFORMS=cpu python scripts/paper_scale.py --ask --missing --models "Llama 3.3 70B"  # memory alone: seconds
     JAX_PLATFORMS=cpu python scripts/paper_scale.py --models "Llama 3.1 8B" --bases nf4
     JAX_PLATFORMS=cpu python scripts/paper_scale.py --topology v5e:4x4 --mesh fsdp=4,tensor=4 --ranks 64 --out .
 
@@ -165,27 +166,32 @@ def make_job(case: Case, layers: int | None = None, devices: Sequence[Any] | Non
     )
 
 
-def compile_row(case: Case, job: scale.Job, base: tuple[int, int] | None, seconds: float, compiled: Any) -> Row:
-    """Put the figures of one case together; `compiled` is the program or what the compiler said against it."""
+def compile_row(case: Case, job: scale.Job, base: tuple[int, int] | None, seconds: float, made: Any) -> Row:
+    """Put the figures of one case together; `made` is from `make`."""
     device, n = job.mesh.devices.flat[0].device_kind, job.mesh.devices.size
-    counts = memory = None
-    if not isinstance(compiled, str):
-        counts, memory = hlo.count(compiled.as_text()), compiled.memory_analysis()
-    inputs = memory and memory.argument_size_in_bytes + memory.output_size_in_bytes - memory.alias_size_in_bytes
+    arguments = scale.bytes_on_a_device((job.state, job.params, job.batch))
+    counts = temp = total = None
+    if isinstance(made, int):
+        temp, total = made - arguments, made
+    elif not isinstance(made, str):
+        counts, memory = hlo.count(made.as_text()), made.memory_analysis()
+        inputs = memory.argument_size_in_bytes + memory.output_size_in_bytes - memory.alias_size_in_bytes
+        temp = memory.temp_size_in_bytes
+        total = inputs + temp + memory.generated_code_size_in_bytes
     return Row(
         **{name: value for name, value in dataclasses.asdict(case).items() if name != "fits"},
         attention=job.config.attention,
         device=device,
         devices=n,
         adapter_parameters=job.lora.num_parameters,
-        argument_bytes=scale.bytes_on_a_device((job.state, job.params, job.batch)),
-        temp_bytes=memory and memory.temp_size_in_bytes,
-        total_bytes=memory and inputs + memory.temp_size_in_bytes + memory.generated_code_size_in_bytes,
+        argument_bytes=arguments,
+        temp_bytes=temp,
+        total_bytes=total,
         memory_bytes=int(MEMORY[device]),
-        complaint=compiled if isinstance(compiled, str) else "",
+        complaint=made if isinstance(made, str) else "",
         flops=counts and counts.flops,
         flops_by_hand=job.flops()[1] // n,
-        flops_xla=None if counts is None else compiled.cost_analysis()["flops"],
+        flops_xla=None if counts is None else made.cost_analysis()["flops"],
         collectives=summary(counts) if counts else "",
         moved_bytes=counts and sum(c.bytes for c in counts.collectives),
         base_moved_bytes=base and base[0],
@@ -197,7 +203,7 @@ def compile_row(case: Case, job: scale.Job, base: tuple[int, int] | None, second
 
 
 def compiled_or_not(lowered: Any) -> Any:
-    """Compile, and return the program or, where memory is short, what the compiler says it needs."""
+    """Compile, and return the program or, where memory is short, the bytes that the compiler asks for (None)."""
     try:
         return lowered.compile()
     except jax.errors.JaxRuntimeError as error:
@@ -205,14 +211,31 @@ def compiled_or_not(lowered: Any) -> Any:
             raise
         # The compiler calls them temporaries, but the arguments are among them.
         needs = re.search(r"[Uu]sed ([\d.]+)G|HLO temporaries \(([\d.]+)G\)", str(error))
-        return "does not fit" if needs is None else f"needs {float(needs[1] or needs[2]) * 2**30 / 1e9:.1f} GB"
+        return None if needs is None else int(float(needs[1] or needs[2]) * 2**30)
+
+
+def make(job: scale.Job, ask: bool) -> Any:
+    """Compile a step: return the program, or what the compiler says against it.
+
+    With `ask` it is only asked how many bytes a step needs on a device, and they are returned if there are as many. It
+    is given a device with less than a GiB left, and refuses within seconds.
+    """
+    room = int(MEMORY[job.mesh.devices.flat[0].device_kind])
+    beside = room >> 30 << 30 if ask else 0
+    found = compiled_or_not(job.train_step(beside))
+    if found is None:
+        return "does not fit"
+    if not isinstance(found, int):
+        return found
+    needs = found - beside
+    return needs if ask and needs <= room else f"needs {needs / 1e9:.1f} GB"
 
 
 def wrong(case: Case, row: Row) -> list[str]:
     """Return what is not as it must be."""
     name = f"{case.model} {case.base}, {case.topology} {case.mesh} rank {case.rank}"
     found = []
-    if case.fits and row.flops is None:
+    if case.fits and row.total_bytes is None:
         found.append(f"{name}: said to fit and does not: {row.complaint}")
     if row.total_bytes is not None and row.total_bytes > row.memory_bytes:
         found.append(f"{name}: {row.total_bytes / 1e9:.2f} GB on a device of {row.memory_bytes / 1e9:.2f} GB")
@@ -235,6 +258,9 @@ def parser() -> argparse.ArgumentParser:
     add("--models", help=f"which, with commas: {', '.join(MODELS)}")
     add("--bases", help="which, with commas: bfloat16, nf4, int8, float8")
     add("--missing", action="store_true", help="only what the file has no line of")
+    add(
+        "--ask", action="store_true", help="ask the compiler how much memory a step needs, in seconds, and compile none"
+    )
     add("--topology", help="one slice as libtpu names it, in place of the tables' own cases")
     add("--mesh", help="its axes by name, such as fsdp=4,tensor=4 (fsdp=-1)", default="fsdp=-1")
     add("--remat", choices=("none", "full", *REMAT_POLICIES), default="full", help="with --topology (full)")
@@ -280,16 +306,16 @@ def main() -> None:
         job = make_job(case, arguments.layers)
         with console.status(" ".join(key(case))):
             begun = time.process_time()  # the compiler has one thread, and what else the machine does is not its time
-            compiled = compiled_or_not(job.train_step())
+            made = make(job, arguments.ask)
             seconds, base = time.process_time() - begun, None
             same = dataclasses.replace(case, rank=0, adapters="", fits=None)
-            if not isinstance(compiled, str) and job.mesh.devices.size > 1 and case.model == PAPER:
+            if not isinstance(made, str | int) and job.mesh.devices.size > 1 and case.model == PAPER:
                 if same not in bases:
                     counts = hlo.count(job.base_step().compile().as_text())
                     moved = sum(c.bytes for c in counts.collectives)
                     bases[same] = (moved, weight_gathers(counts, job.params))
                 base = bases[same]
-        row = compile_row(case, job, base, seconds, compiled)
+        row = compile_row(case, job, base, seconds, made)
         found += wrong(case, row)
         sections = list(dict.fromkeys([*sections, row.section]))
         arguments.out.mkdir(parents=True, exist_ok=True)

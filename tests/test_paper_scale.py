@@ -232,7 +232,7 @@ def test_what_is_not_as_it_must_be_is_said(parts):
     )
     assert paper_scale.wrong(case, good) == []
     for change, complaint in [
-        ({"flops": None, "complaint": "needs 9GiB"}, "said to fit and does not: needs 9GiB"),
+        ({"flops": None, "total_bytes": None, "complaint": "needs 9GiB"}, "said to fit and does not: needs 9GiB"),
         ({"total_bytes": good.memory_bytes + 1}, "on a device of"),
         ({"weights_gathered": good.base_weights_gathered + 8}, "of base weights that the base alone does not"),
         ({"moved_bytes": good.base_moved_bytes + 13 * 10**9}, "moves 13.000 GB beside the base alone"),
@@ -250,7 +250,8 @@ def test_the_page_shows_the_table_that_the_file_holds(parts):
         assert paper_scale.scale_report.markdown(rows, section) in page
     for row in rows:
         # What compiles fits; what a step needs is what lies there and what the compiler adds.
-        assert (row.flops is None) == bool(row.complaint)
+        assert (row.total_bytes is None) == bool(row.complaint)
+        assert row.flops is None or row.total_bytes is not None
         assert re.fullmatch(r"[\w.,=]+", row.mesh) and row.argument_bytes > 0
         if row.total_bytes is not None:
             assert row.argument_bytes < row.total_bytes <= row.memory_bytes

@@ -12,7 +12,10 @@ BUDGET = 24e9  # of a card that the compiler at hand knows nothing of
 
 @dataclasses.dataclass(frozen=True)
 class Row:
-    """What one case has shown: bytes and FLOPs of one device in one step; None where it did not compile."""
+    """What one case has shown: bytes and FLOPs of one device in one step; None where it did not compile.
+
+    Where the compiler was only asked for the memory, that is `total_bytes`, and there are no FLOPs.
+    """
 
     topology: str
     mesh: str
@@ -80,7 +83,15 @@ def _bits(r: Row | None) -> dict[str, str]:
     cells = [r.model, r.base, f"{r.rows} x {r.length:,}", f"{r.topology} ({r.devices})", r.mesh, r.adapters]
     inside = "" if r.total_bytes is None else "yes" if r.total_bytes <= BUDGET else "no"
     own = "" if r.flops_xla is None else f"{r.flops_xla / 1e12:.2f}"
-    cells += [gb(r.argument_bytes), gb(r.temp_bytes), total(r), inside, *flops(r), own, f"{r.compile_s:.0f}"]
+    cells += [
+        gb(r.argument_bytes),
+        gb(r.temp_bytes),
+        total(r),
+        inside,
+        *flops(r),
+        own,
+        f"{r.compile_s:.0f}" if r.flops else "",
+    ]
     return dict(zip(names.split("|"), cells, strict=True))
 
 
@@ -89,7 +100,9 @@ def gb(n: int | None) -> str:
 
 
 def total(r: Row) -> str:
-    return f"{gb(r.total_bytes)} of {gb(r.memory_bytes)}" if r.flops else f"no: {r.complaint} of {gb(r.memory_bytes)}"
+    if r.total_bytes is None:
+        return f"no: {r.complaint} of {gb(r.memory_bytes)}"
+    return f"{'' if r.flops else 'about '}{gb(r.total_bytes)} of {gb(r.memory_bytes)}"
 
 
 def flops(r: Row) -> tuple[str, str]:
