@@ -239,8 +239,8 @@ def wrong(case: Case, row: Row) -> list[str]:
         found.append(f"{name}: said to fit and does not: {row.complaint}")
     if row.total_bytes is not None and row.total_bytes > row.memory_bytes:
         found.append(f"{name}: {row.total_bytes / 1e9:.2f} GB on a device of {row.memory_bytes / 1e9:.2f} GB")
-    if row.weights_gathered and row.weights_gathered > (row.base_weights_gathered or 0):
-        more = row.weights_gathered - (row.base_weights_gathered or 0)
+    if row.base_weights_gathered is not None and (row.weights_gathered or 0) > row.base_weights_gathered:
+        more = (row.weights_gathered or 0) - row.base_weights_gathered
         found.append(f"{name}: gathers {more / 1e9:.3f} GB of base weights that the base alone does not")
     if row.moved_bytes is not None and row.base_moved_bytes is not None:
         # A weight may also be passed on in a ring, piece by piece. Adapters need no more than to be whole once in the

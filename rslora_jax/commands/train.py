@@ -243,7 +243,8 @@ def _prepare(
         of_heldout = batches.heldout_batches(held, batch_size=a.batch_size, share=placement.share)
         places = max(places, held.places)
     of_training = batches.train_batches(rows, batch_size=a.batch_size, seed=a.seed, share=placement.share)
-    return _Data(of_training, of_heldout, loss.token_loss(places), len(rows.rows) / a.batch_size)
+    of_tokens = loss.token_loss(places, chunk=loss.CHUNK_ON_MESH if placement.mesh else None)
+    return _Data(of_training, of_heldout, of_tokens, len(rows.rows) / a.batch_size)
 
 
 def _fit(

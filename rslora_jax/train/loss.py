@@ -20,6 +20,9 @@ from rslora_jax.train.chunk_sum import chunk_sum, chunks
 # and returns (sum, count, state); its model is `run(state, ...) -> (out, state)` (`fit(model_state=...)`).
 Loss = Callable[..., tuple[Any, ...]]
 
+# Tokens of a chunk on a mesh: a head that is split over devices is gathered anew for each chunk.
+CHUNK_ON_MESH = 512
+
 
 def token_loss(places: int, *, chunk: int | None = None) -> Loss:
     """Make the cross-entropy loss of a `rslora_jax.models.Decoder` over the tokens that a batch marks.
@@ -32,7 +35,8 @@ def token_loss(places: int, *, chunk: int | None = None) -> Loss:
     Args:
       places: how many tokens of a row can carry a loss.
       chunk: of how many tokens of each row logits are held at a time: by default 128, of a single row 256, with which
-        the product is still worth a reading of the head on a device that has two rows.
+        the product is still worth a reading of the head on a device that has two rows. Where the head is split over
+        devices, which gather it for each chunk, give `CHUNK_ON_MESH` or more.
 
     Returns:
       `loss(run, batch) -> (sum, count)`, both float32; the sum is in nats.

@@ -17,6 +17,7 @@ from rslora_jax.parallel import sharding
 from rslora_jax.sites import from_paths, named_leaves
 from rslora_jax.train import TrainState, make_step, token_loss
 from rslora_jax.train.batches import Batch
+from rslora_jax.train.loss import CHUNK_ON_MESH
 from rslora_jax.transform import cost
 
 
@@ -94,9 +95,14 @@ class Job:
         apply = decoder(self.config, self.mesh if self.pin else None)
         return sharding.pin_packed(apply, self.params, sharding.batch_sharding(self.mesh)) if self.pin else apply
 
+    @property
+    def loss(self) -> Any:
+        """The loss as `rslora train` has it."""
+        return token_loss(self.length, chunk=CHUNK_ON_MESH if self.mesh.size > 1 else None)
+
     def train_step(self, beside: int = 0) -> Any:
         """Lower the step of `rslora_jax.train.make_step`, with so many bytes of each device taken by something else."""
-        step = make_step(self.lora, token_loss(self.length), self.optimizer)
+        step = make_step(self.lora, self.loss, self.optimizer)
         if not beside:
             return step.lower(self.state, self.params, self.batch)
         where = NamedSharding(self.mesh, PartitionSpec())
@@ -109,7 +115,7 @@ class Job:
 
     def base_step(self) -> Any:
         """Lower what the base alone would do: its loss, and the gradient of its norms, which passes every layer."""
-        loss, bare = token_loss(self.length), Bare(self.apply)
+        loss, bare = self.loss, Bare(self.apply)
 
         def base_loss(scales: Any, params: Any, batch: Any) -> Any:
             whole = from_paths(params, named_leaves(params) | scales)
