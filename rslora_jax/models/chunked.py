@@ -4,7 +4,8 @@ The value is that of arXiv 2112.05682 and 2205.14135 (algorithm 1), the derivati
 scores are formed again there, from the queries, the keys and the logarithm of each query's normaliser. Memory grows
 with queries plus keys, not with their product.
 
-Shapes in names are those of `rslora_jax.models.decoder`; C is a chunk of queries, D one of keys.
+Shapes in names are those of `rslora_jax.models.decoder`; C is a chunk of queries, D one of keys, M are all
+the rows of C queries.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array, lax
 
-from rslora_jax.models.places import Places, scores_of, seen
+from rslora_jax.models.places import Places, level_off, seen
 
 _NONE = -1e30  # the score of a key that is not seen
 
@@ -59,27 +60,29 @@ def _forward(
     q: Array, k: Array, v: Array, queries: Places, keys: Places, window: Any, scale: float, cap: Any, chunk: int
 ) -> tuple[Array, Array]:
     """Return the value, and the logarithm of each query's normaliser (B, K, G, T)."""
-    q_chunks, k_chunks = _cut((q, queries), chunk), _cut((k, v, keys), chunk)
+    q_chunks, k_chunks = _cut((q, queries), chunk), _by_head(_cut((k, v, keys), chunk))
+    G = q.shape[3]
 
     def of_queries(_: None, mine: Any) -> tuple[None, tuple[Array, Array]]:
         (q, queries), may_see = mine
-        B, C, K, G, H = q.shape
+        q_BxKxMxH = _rows(q)
 
         def with_keys(n: Array, carry: Any) -> Any:
             most, total, out = carry
             k, v, keys = _chunk(k_chunks, n)
-            is_seen = seen(queries, keys, window)[:, None, None]
-            scores = jnp.where(is_seen, scores_of(q, k, scale, cap), _NONE)
+            is_seen = _each(seen(queries, keys, window), G)
+            scores = jnp.where(is_seen, level_off(_product("bkmh,bkdh->bkmd", q_BxKxMxH, k) * scale, cap), _NONE)
             more = jnp.maximum(most, scores.max(-1))
             weights = jnp.where(is_seen, jnp.exp(scores - more[..., None]), 0)
             kept = jnp.exp(most - more)
-            part = jnp.einsum("bkgts,bskh->bkgth", weights.astype(q.dtype), v, preferred_element_type=jnp.float32)
+            part = _product("bkmd,bkdh->bkmh", weights.astype(q.dtype), v)
             return more, total * kept + weights.sum(-1), out * kept[..., None] + part
 
-        start = jnp.full((B, K, G, C), _NONE), jnp.zeros((B, K, G, C)), jnp.zeros((B, K, G, C, H))
+        start = jnp.full(q_BxKxMxH.shape[:3], _NONE), jnp.zeros(q_BxKxMxH.shape[:3]), jnp.zeros(q_BxKxMxH.shape)
         most, total, out = _over(may_see, with_keys, start)
         safe = jnp.maximum(total, jnp.finfo(total.dtype).tiny)
-        return None, (jnp.moveaxis(out / safe[..., None], 3, 1).astype(q.dtype), most + jnp.log(safe))
+        normaliser = (most + jnp.log(safe)).reshape(*most.shape[:2], G, -1)
+        return None, (_tokens((out / safe[..., None]).astype(q.dtype), G), normaliser)
 
     _, (out, normaliser) = lax.scan(of_queries, None, (q_chunks, _may_see(q_chunks[1], k_chunks[2], window)))
     return _joined(out, q.shape[1], 1), _joined(normaliser, q.shape[1], 3)
@@ -96,37 +99,68 @@ def _backward(scale: float, cap: float | None, chunk: int, kept: Any, dout: Arra
     q, k, v, queries, keys, window, out, normaliser = kept
     delta = jnp.einsum("btkgh,btkgh->bkgt", dout, out, preferred_element_type=jnp.float32)
     q_chunks = _cut((q, dout, queries), chunk), _cut((normaliser, delta), chunk, axis=3)
-    k_chunks = _cut((k, v, keys), chunk)
-    product = partial(jnp.einsum, preferred_element_type=jnp.float32)
+    k_chunks, G = _by_head(_cut((k, v, keys), chunk)), q.shape[3]
 
     def of_queries(sums: Any, mine: Any) -> tuple[Any, Array]:
-        ((q, dout, queries), (normaliser, delta)), may_see = mine
+        ((q, dout, queries), of_rows), may_see = mine
+        q, dout = _rows(q), _rows(dout)
+        normaliser, delta = (array.reshape(*q.shape[:3], 1) for array in of_rows)
 
         def with_keys(n: Array, carry: Any) -> Any:
             dq, sums = carry
             k, v, keys = _chunk(k_chunks, n)
-            scores = scores_of(q, k, scale, cap)
-            is_seen = seen(queries, keys, window)[:, None, None]
-            weights = jnp.where(is_seen, jnp.exp(scores - normaliser[..., None]), 0)
-            dv = product("bkgts,btkgh->bskh", weights.astype(q.dtype), dout)
-            dscores = weights * (product("btkgh,bskh->bkgts", dout, v) - delta[..., None])
+            scores = level_off(_product("bkmh,bkdh->bkmd", q, k) * scale, cap)
+            weights = jnp.where(_each(seen(queries, keys, window), G), jnp.exp(scores - normaliser), 0)
+            dv = _product("bkmd,bkmh->bkdh", weights.astype(q.dtype), dout)
+            dscores = weights * (_product("bkmh,bkdh->bkmd", dout, v) - delta)
             if cap is not None:
                 dscores = dscores * (1 - (scores / cap) ** 2)
             dscores = (dscores * scale).astype(q.dtype)
-            dk = product("bkgts,btkgh->bskh", dscores, q)
+            dk = _product("bkmd,bkmh->bkdh", dscores, q)
             sums = jax.tree.map(lambda sums, more: sums.at[n].add(more), sums, (dk, dv))
-            return dq + product("bkgts,bskh->btkgh", dscores, k), sums
+            return dq + _product("bkmd,bkdh->bkmh", dscores, k), sums
 
         dq, sums = _over(may_see, with_keys, (jnp.zeros(q.shape, jnp.float32), sums))
-        return sums, dq.astype(q.dtype)
+        return sums, _tokens(dq.astype(q.dtype), G)
 
     start = jax.tree.map(lambda chunks: jnp.zeros(chunks.shape, jnp.float32), k_chunks[:2])
     sums, dq = lax.scan(of_queries, start, (q_chunks, _may_see(q_chunks[0][2], k_chunks[2], window)))
-    dk, dv = (_joined(of_all, k.shape[1], 1).astype(of.dtype) for of_all, of in zip(sums, (k, v), strict=True))
+    dk, dv = (
+        _joined(jnp.swapaxes(of_all, 2, 3), k.shape[1], 1).astype(of.dtype)
+        for of_all, of in zip(sums, (k, v), strict=True)
+    )
     return _joined(dq, q.shape[1], 1), dk, dv, *jax.tree.map(_no_tangent, (queries, keys, window))
 
 
 chunked.defvjp(_with_residuals, _backward)
+
+
+# Within the loops a head's rows are one after the other, those of its G queries too (M of them: G times C), so that
+# each product is one of matrices as they lie; of other layouts each turn would turn its arrays around.
+_product = partial(jnp.einsum, preferred_element_type=jnp.float32)
+
+
+def _rows(q_BxCxKxGxH: Array) -> Array:
+    """Return (B, K, M, H)."""
+    B, C, K, G, H = q_BxCxKxGxH.shape
+    return jnp.transpose(q_BxCxKxGxH, (0, 2, 3, 1, 4)).reshape(B, K, G * C, H)
+
+
+def _tokens(rows_BxKxMxH: Array, G: int) -> Array:
+    """Return (B, C, K, G, H), as `_rows` had it."""
+    B, K, M, H = rows_BxKxMxH.shape
+    return jnp.transpose(rows_BxKxMxH.reshape(B, K, G, M // G, H), (0, 3, 1, 2, 4))
+
+
+def _by_head(chunks: tuple[Array, Array, Places]) -> tuple[Array, Array, Places]:
+    """Return chunks of keys and values (n, B, D, K, H) as (n, B, K, D, H)."""
+    k, v, keys = chunks
+    return jnp.swapaxes(k, 2, 3), jnp.swapaxes(v, 2, 3), keys
+
+
+def _each(seen_BxCxD: Array, G: int) -> Array:
+    """Return which keys the rows of each head see, (B, 1, M, D)."""
+    return jnp.tile(seen_BxCxD, (1, G, 1))[:, None]
 
 
 def _no_tangent(integers: Array) -> np.ndarray:
