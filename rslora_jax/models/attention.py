@@ -69,7 +69,8 @@ def attend(
         # Places are the same in all layers, and JAX would take what depends on them alone, who sees whom, out of a scan
         # over these, and keep it. So they are made to depend on the queries.
         q_BxTxKxGxH, queries, keys, window = lax.optimization_barrier((q_BxTxKxGxH, queries, keys, window))
-        chunk = 128 if S <= 1024 else 256
+        # Large enough that its products are, and small enough that on CPUs its scores stay near (`attention_cost.py`).
+        chunk = 128 if S <= 1024 else max(256, 512 * K // N)
         out = chunked(q_BxTxKxGxH, k_BxSxKxH, v_BxSxKxH, queries, keys, window, scale, cap, chunk)
     else:
         out = _whole(q_BxTxKxGxH, queries, blocks, window, scale, cap)
