@@ -145,7 +145,7 @@ def wanted(method, pieces, weights, density, election):
     st.sampled_from([0.003, 0.4, 1.0]),
     st.sampled_from(["total", "frequency"]),
 )
-@settings(max_examples=10, deadline=None, phases=[Phase.generate])
+@settings(max_examples=10, deadline=None, phases=[Phase.generate], derandomize=True)
 def test_by_loops_over_entries_with_each_weights_own_scale(drawn_, method, density, election):
     """Of the update, or of the factors times the root of w gamma, layer by layer."""
     configs, weights, dtypes = zip(*drawn_, strict=True)
