@@ -13,6 +13,7 @@ import jax.numpy as jnp
 from jax import Array, lax
 from jax.extend.core import primitives
 
+from rslora_jax.chunk_sum import recomputed
 from rslora_jax.pytrees import Params
 from rslora_jax.sites import Site
 from rslora_jax.transform import compat
@@ -89,7 +90,8 @@ def measure(
 
         return loss(run, *args)
 
-    grads, readings = jax.grad(value, (0, 1))(_widened(adapters), meters)
+    with recomputed():  # moments of a gradient are not linear in it
+        grads, readings = jax.grad(value, (0, 1))(_widened(adapters), meters)
     return {path: _stability(site, grads[path], readings[path]) for path, site in sites.items()}
 
 

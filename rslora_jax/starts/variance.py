@@ -16,6 +16,7 @@ import jax.numpy as jnp
 from jax import Array
 
 from rslora_jax.adapters import Adapters
+from rslora_jax.chunk_sum import recomputed
 from rslora_jax.pytrees import Params
 from rslora_jax.starts.passes import Matrices, Passes, drawn, filled, listed, split, summed, with_rank
 from rslora_jax.starts.stream import Progress
@@ -80,7 +81,8 @@ def spread(
 
             return summed(run(*batch) if loss is None else loss(run, batch))
 
-        return jax.grad(value)(adapters)
+        with recomputed():  # what is given back does not depend on what arrives
+            return jax.grad(value)(adapters)
 
     going = Passes(act, listed(batches, "this start"), passes, progress)
     block = drawn(wider, key, first=True)

@@ -11,8 +11,8 @@ import jax.numpy as jnp
 import optax
 from jax import Array
 
+from rslora_jax.chunk_sum import chunk_sum, chunks
 from rslora_jax.train.batches import Batch
-from rslora_jax.train.chunk_sum import chunk_sum, chunks
 
 # A loss takes a model whose parameters are bound (`run(tokens, ...)`) and a batch, and returns the sum of the
 # losses and their number. Sums add up over batches of unequal numbers; means do not.

@@ -13,9 +13,10 @@ from hypothesis import strategies as st
 
 import rslora_jax as rslora
 from rslora_jax import train
+from rslora_jax.analysis.stability import measure
+from rslora_jax.chunk_sum import chunk_sum
 from rslora_jax.models.decoder import Decoder
 from rslora_jax.train.batches import Batch
-from rslora_jax.train.chunk_sum import chunk_sum
 from rslora_jax.train.loss import token_losses
 
 from ..reference import assert_near, trained
@@ -100,6 +101,25 @@ def test_adapters_of_head_and_table_get_the_gradients_of_all_logits(config):
     wanted = gradient(adapters, of_all_logits)
     for loss in (train.token_loss(11, chunk=4), train.token_loss(9, chunk=4)):
         assert_near(gradient(adapters, loss), wanted, 5e-6)
+
+
+def test_what_is_read_as_a_gradient_of_a_head_is_that_of_all_logits():
+    """Moments of its gradients are not linear in what a sum is multiplied by, and EVA's data do not depend on it."""
+    config = dataclasses.replace(CONFIG, num_layers=1, tie_head=False)
+    model, batches = Decoder(config), [batch_of(2, 12, config.vocab_size, seed) for seed in (0, 1)]
+    params = model.init(jax.random.key(0), batches[0].tokens_BxT)
+    head = rslora.LoraConfig(rank=3, alpha=7, targets="*lm_head*")
+    lora = rslora.wrap(model.apply, params, batches[0].tokens_BxT, config=head)
+
+    def read(chunk):
+        def mean(run, batch):
+            total, count = train.token_loss(12, chunk=chunk)(run, batch)
+            return total / count**2  # so that batches differ in what it is multiplied by
+
+        eva = rslora.starts.eva(lora, params, jax.random.key(2), batches, loss=mean)[1]
+        return measure(lora, mean, params, trained(lora), batches[0]), jax.tree.map(jnp.abs, eva)
+
+    assert_near(read(5), read(12), 1e-4)
 
 
 def test_a_step_holds_one_chunks_logits_and_nothing_of_a_frozen_heads_size():

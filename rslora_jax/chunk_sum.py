@@ -6,13 +6,35 @@ A loss over a large vocabulary is such a sum: no more than one chunk's logits ar
 
 from __future__ import annotations
 
+import contextlib
+import contextvars
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax import Array, lax
+
+_RECOMPUTED = contextvars.ContextVar("recomputed", default=False)
+
+
+@contextlib.contextmanager
+def recomputed() -> Iterator[None]:
+    """Trace the body with sums whose gradient is formed after their value, from each chunk again.
+
+    For readings that are taken as gradients and are not linear in what arrives: a gradient formed with the value meets
+    1, and only then what its sum is multiplied by.
+
+    >>> with recomputed():
+    ...     float(jax.grad(lambda w: chunk_sum(lambda x: w * jnp.sum(x), jnp.ones((3, 2))))(2.0))
+    6.0
+    """
+    token = _RECOMPUTED.set(True)
+    try:
+        yield
+    finally:
+        _RECOMPUTED.reset(token)
 
 
 def chunks(array_BxP: Array, size: int) -> Array:
@@ -48,6 +70,8 @@ def chunk_sum(value: Callable[..., Array], x_Cx: Array, *data_Cx: Any) -> Array:
     (450.0, 150.0, [30.0, 30.0])
     """
     chunks = (x_Cx, *data_Cx)
+    if _RECOMPUTED.get():
+        return jnp.sum(lax.map(jax.checkpoint(lambda chunk: value(*chunk)), chunks))
     # What the function closes over becomes arguments, whatever is differentiated, vectorised or split over devices.
     program = jax.make_jaxpr(value)(*jax.tree.map(lambda array: array[0], chunks))
     return _summed(functools.partial(jax.core.eval_jaxpr, program.jaxpr), tuple(program.consts), chunks)
