@@ -76,14 +76,14 @@ def merged(
 
 
 def _largest(array: np.ndarray, density: float | None) -> np.ndarray:
-    """Return an array of which the largest entries are kept, as many as the density says."""
+    """Return an array of which the largest entries are kept, as many as the density says; of equals the first."""
     kept = int((density or 0) * array.size)
     if kept == array.size:
         return array
     flat = array.reshape(-1)
     sparse = np.zeros_like(flat)
     if kept:
-        places = np.argpartition(np.abs(flat), array.size - kept)[array.size - kept :]
+        places = np.argsort(-np.abs(flat), kind="stable")[:kept]
         sparse[places] = flat[places]
     return sparse.reshape(array.shape)
 
