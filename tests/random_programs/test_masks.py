@@ -1,8 +1,6 @@
 """An adapter that does not see all of its data, in random programs: one mask in the value and in all derivatives."""
 
 import functools
-import os
-import random
 import warnings
 from typing import Any
 
@@ -15,6 +13,7 @@ from jax import lax
 
 from tests.methods.test_mask import Dropping
 from tests.random_programs.forms import Form
+from tests.random_programs.night import check_at_night
 from tests.random_programs.program import Program, adapt, build, programs
 from tests.random_programs.test_random_programs import HALVES, QUICK, error, finite
 
@@ -91,12 +90,5 @@ def test_a_program_has_one_mask(number):
 
 @pytest.mark.nightly
 @pytest.mark.parametrize("chunk", range(50))
-def test_hundreds_of_programs_have_one_mask(chunk):
-    fixed = os.environ.get("RANDOM_PROGRAMS")
-    number = int(fixed) + chunk if fixed else random.SystemRandom().getrandbits(32)
-    if chunk % 10 == 0:
-        jax.clear_caches()
-    try:
-        check_ten(number, most_layers=3, phases=(Phase.generate, Phase.shrink) if fixed else (Phase.generate,))
-    except Exception as found:
-        raise AssertionError(f"seed {number}, to be run again with RANDOM_PROGRAMS={number}: {found}") from found
+def test_hundreds_of_programs_have_one_mask(chunk, request):
+    check_at_night(chunk, request.node.nodeid, lambda number, phases: check_ten(number, most_layers=3, phases=phases))

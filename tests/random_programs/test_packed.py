@@ -1,8 +1,6 @@
 """Random programs over bases in the package's own formats: as over the arrays that these stand for."""
 
 import dataclasses
-import os
-import random
 import warnings
 from collections.abc import Callable
 from typing import Any
@@ -22,6 +20,7 @@ from tests.methods.gained import trained as moved
 from tests.program_models import normal
 from tests.random_programs.formats import FORMATS
 from tests.random_programs.forms import DROPPED, PACKED, Form
+from tests.random_programs.night import check_at_night
 from tests.random_programs.program import Program, adapt, build, programs
 from tests.random_programs.test_random_programs import HALVES, QUICK, error, finite
 from tests.reference import assert_near
@@ -91,15 +90,8 @@ def test_a_base_in_few_bits_is_as_that_of_the_arrays(number):
 
 @pytest.mark.nightly
 @pytest.mark.parametrize("chunk", range(100))
-def test_hundreds_of_programs_over_bases_in_few_bits(chunk):
-    fixed = os.environ.get("RANDOM_PROGRAMS")
-    number = int(fixed) + chunk if fixed else random.SystemRandom().getrandbits(32)
-    if chunk % 10 == 0:
-        jax.clear_caches()
-    try:
-        check_some(number, 10, 3, chunk % 4 == 0, (Phase.generate, Phase.shrink) if fixed else (Phase.generate,))
-    except Exception as found:
-        raise AssertionError(f"seed {number}, to be run again with RANDOM_PROGRAMS={number}: {found}") from found
+def test_hundreds_of_programs_over_bases_in_few_bits(chunk, request):
+    check_at_night(chunk, request.node.nodeid, lambda number, phases: check_some(number, 10, 3, chunk % 4 == 0, phases))
 
 
 @pytest.mark.by_day_on("newest")

@@ -3,8 +3,6 @@
 import collections
 import dataclasses
 import itertools
-import os
-import random
 from collections.abc import Sequence
 from typing import Any
 
@@ -19,6 +17,7 @@ from rslora_jax.sites import named_leaves, path_name
 from tests.random_programs.around import AROUND, FIRED
 from tests.random_programs.changes import CHANGES
 from tests.random_programs.forms import FORMS, PACKED, PLAIN, Form, acting
+from tests.random_programs.night import check_at_night
 from tests.random_programs.program import Program, adapt, alone, build, outcomes, programs
 from tests.random_programs.uses import USES
 
@@ -303,17 +302,12 @@ def test_every_law_with_a_gain_and_on_stored_weights(number):
 
 def check_chunk(chunk: int, again: str, forms: Sequence[Form]) -> None:
     """Check ten programs of a random seed, or of that which is given."""
-    fixed = os.environ.get("RANDOM_PROGRAMS")
-    number = int(fixed) + chunk if fixed else random.SystemRandom().getrandbits(32)
-    if chunk % 10 == 0:  # op by op, programs share what is compiled; but nothing is ever freed
-        jax.clear_caches()
-    try:
-        # A program that fails is shrunk when it is run again: that can take minutes.
-        phases = (Phase.generate, Phase.shrink) if fixed else (Phase.generate,)
-        check_ten(number, most_layers=3, op_by_op=(False, False, False, True), phases=phases, forms=forms)
-    except Exception as error:
-        again = f"RANDOM_PROGRAMS={number} pytest -m nightly '{again.split('[')[0]}[0]'"
-        raise AssertionError(f"seed {number}, to be run again by {again}: {error}") from error
+    op_by_op = (False, False, False, True)
+    check_at_night(
+        chunk,
+        again,
+        lambda number, phases: check_ten(number, most_layers=3, op_by_op=op_by_op, phases=phases, forms=forms),
+    )
 
 
 @pytest.mark.nightly
