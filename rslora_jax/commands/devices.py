@@ -20,6 +20,14 @@ class Placement(NamedTuple):
     share: slice | None = None
 
 
+def check_attention(how: str) -> None:
+    """Raise a ValueError where attention is to be by a kernel that the device does not run."""
+    from rslora_jax.models import kernels
+
+    if how in kernels.KERNELS and (reason := kernels.not_here(how)):
+        raise ValueError(f"--attention {how} {reason}: leave it out, for the best that there is, or say chunked")
+
+
 def join_processes(text: str) -> None:
     """Join the other processes of the run; all but the first fall silent.
 
@@ -62,9 +70,16 @@ def base_shardings(placement: Placement, family: Any) -> Callable[[Any], Any]:
 
 def placed_apply(base: Any, placement: Placement) -> Callable[..., Any]:
     """Return a model's `apply`, which keeps the rows of a batch where they lie; packed weights come to it packed."""
+    import jax
+
     from rslora_jax.parallel import sharding
 
     if placement.batch is None:
-        return base.apply
+
+        def on_one(*args: Any, **kwargs: Any) -> Any:
+            with jax.default_device(jax.local_devices()[0]):  # one of those that there are, which lets kernels run
+                return base.apply(*args, **kwargs)
+
+        return on_one
     pinned = sharding.pin_rows(base.apply, placement.batch, base.family.blocks)
     return sharding.pin_packed(pinned, base.variables, placement.batch)

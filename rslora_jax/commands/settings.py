@@ -21,7 +21,19 @@ _OF_A_CALL = ("config", "resume", "override")  # flags of one call of the comman
 _PATHS = ("data", "model", "cache", "adapters")
 # Flags that decide nothing of what is learnt; --steps does by its schedule, and is what a run is gone on with by.
 _FREE = (
-    *("out", "model", "cache", "steps", "patience", "on_nonfinite", "remat", "mesh", "split_rank", "distributed"),
+    *(
+        "out",
+        "model",
+        "cache",
+        "steps",
+        "patience",
+        "on_nonfinite",
+        "remat",
+        "attention",
+        "mesh",
+        "split_rank",
+        "distributed",
+    ),
     *("eval_every", "save_every", "keep", "tensorboard"),
 )
 _OF_THE_ADAPTERS = (

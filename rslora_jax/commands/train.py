@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 from rslora_jax.commands import settings
 from rslora_jax.commands.answers import answerer, show_answers
 from rslora_jax.commands.command import FOR_MODELS, Command, check_installed, default_arguments
-from rslora_jax.commands.devices import Placement, base_shardings, join_processes, place, placed_apply
+from rslora_jax.commands.devices import Placement, base_shardings, check_attention, join_processes, place, placed_apply
 from rslora_jax.commands.flags import Number, pairs
 from rslora_jax.commands.new_tokens import keep_new_tokens, placed, with_new_tokens
 from rslora_jax.commands.output import model_name
@@ -101,6 +101,7 @@ def _check_flags(a: argparse.Namespace) -> None:
     if not a.resume:  # of which one is the run's own, and the other is told from it below
         check_held(a.dequantize, a.quantize)
     check_start(a)
+    check_attention(a.attention)
     if a.tensorboard:
         check_installed("--tensorboard", ("tensorboardX",), extra="tensorboard")
     processes.first_decides(lambda: _check_out(a))
@@ -176,6 +177,7 @@ def _read_base(a: argparse.Namespace, start: Any, placement: Placement) -> Any:
     base = load_model(
         a.model,
         remat=a.remat,
+        attention=a.attention,
         param_dtype=a.param_dtype,
         dtype=a.dtype,
         shardings=base_shardings(placement, find_family(a.model)) if placement.mesh else None,

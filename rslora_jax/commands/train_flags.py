@@ -6,6 +6,14 @@ import argparse
 
 from rslora_jax.commands.flags import add_flag, shared
 
+ATTENTION = (
+    "auto",
+    "xla",
+    "chunked",
+    "cudnn",
+    "pallas",
+)  # as of `models.decoder_config`, without importing JAX for help
+
 
 def add_flags(parser: argparse.ArgumentParser) -> None:
     """Add the flags of `rslora train`."""
@@ -104,6 +112,9 @@ def _add_device_flags(parser: argparse.ArgumentParser) -> None:
     )
     remat += "full or a policy of jax.checkpoint_policies"
     add_flag(where, "--remat", "products", remat, metavar="POLICY")
+    attention = "chunked (memory grows with the tokens, and not with their square), xla (the scores of all tokens at "
+    attention += "once), cudnn (NVIDIA GPUs, bfloat16), pallas (TPUs; GPUs by tokamax) or auto, the best for the device"
+    add_flag(where, "--attention", "auto", attention, choices=ATTENTION)
     mesh = "devices by name, such as data=2,fsdp=4,tensor=1 (default: one device)"
     add_flag(where, "--mesh", None, mesh, metavar="AXES")
     split = "on a mesh, split adapters along their rank too: less memory at high rank"

@@ -56,6 +56,7 @@ def load_gguf(
     text: bool = True,
     dequantize: bool = False,
     quantize: str | None = None,
+    attention: str | None = None,
 ) -> Model:
     """Load (config, variables, tokenizer) from a GGUF file of a Llama, Mistral, Qwen 2 or 3, or Gemma 1 to 3.
 
@@ -73,6 +74,7 @@ def load_gguf(
       text: as of `load_model`.
       dequantize: make arrays of all weights.
       quantize: as of `load_model`; of numbers of which the quantisation of the file is undone.
+      attention: as of `load_model`.
 
     Raises:
       ValueError: the file is missing, truncated or not GGUF, or holds what the family would compute wrongly: another
@@ -90,7 +92,8 @@ def load_gguf(
     family = family or family_of_gguf(path, metadata)
     if (form := family.gguf) is None:
         raise ValueError(f"{path} is a GGUF file, from which this family is not read: give a Hugging Face folder")
-    how = dict(scan_layers=scan_layers, remat=remat, param_dtype=param_dtype, dtype=dtype)
+    how: dict[str, Any] = dict(scan_layers=scan_layers, remat=remat, param_dtype=param_dtype, dtype=dtype)
+    how |= {"attention": attention} if attention else {}  # a family need not know of it
     config = form.read_config(path, metadata, tensors, **how)
     tokenizer = read_or_none(lambda: _tokenizer(path, metadata, config.vocab_size), text)
     check_sizes(tensors, family.outline(config), form.names, str(path))

@@ -45,6 +45,7 @@ def load_huggingface(
     text: bool = True,
     dequantize: bool = False,
     quantize: str | None = None,
+    attention: str | None = None,
 ) -> Model:
     """Load (config, variables, tokenizer) from a folder of the families Llama, Mistral, Qwen 2 and 3, and Gemma 1 to 3.
 
@@ -58,14 +59,15 @@ def load_huggingface(
       family: which family's folder it is; by default the one of `families.FAMILIES` that reads its `model_type`.
       names: the table of names, where it is not the family's.
       progress: called with the bytes that are done, and all.
-      text, dequantize, quantize: as of `load_model`.
+      text, dequantize, quantize, attention: as of `load_model`.
 
     Raises:
       ValueError: the folder is no whole model, or one that would be computed wrongly here; file and field or tensor are
         named. Dropout, which transformers applies in training alone, is not looked at.
     """
     folder = Path(folder)
-    how = dict(scan_layers=scan_layers, remat=remat, param_dtype=param_dtype, dtype=dtype)
+    how: dict[str, Any] = dict(scan_layers=scan_layers, remat=remat, param_dtype=param_dtype, dtype=dtype)
+    how |= {"attention": attention} if attention else {}  # a family need not know of it
     family, config = read_model_config(folder, family, **how)
     tokenizer = read_or_none(lambda: _tokenizer(folder, config.vocab_size), text)
     is_packed = is_quantised(folder)

@@ -30,6 +30,7 @@ def load_model(
     text: bool = True,
     dequantize: bool = False,
     quantize: str | None = None,
+    attention: str | None = None,
 ) -> Model:
     """Load (config, variables, tokenizer) from wherever a model is.
 
@@ -50,6 +51,7 @@ def load_model(
         stay as they are, and become dense where they are used.
       quantize: "nf4", "int8" or "float8": round the matrices of the layers to it as they are read, one tensor at a
         time; tables, heads and norms stay arrays.
+      attention: as in `DecoderConfig`; None for what the family has by itself.
 
     Raises:
       ValueError: there is no such model, it cannot be fetched, or `load_huggingface` or `load_gguf` refuses it.
@@ -62,7 +64,7 @@ def load_model(
     path = _find(where)
     how: dict[str, Any] = dict(scan_layers=scan_layers, remat=remat, param_dtype=param_dtype, dtype=dtype)
     how |= dict(shardings=shardings, family=family, progress=progress, text=text)
-    how |= dict(dequantize=dequantize, quantize=quantize)
+    how |= dict(dequantize=dequantize, quantize=quantize, attention=attention)
     # Only what is needed is imported: a GGUF file takes another library.
     if path.is_dir():
         from rslora_jax.interop.huggingface import load_huggingface

@@ -5,6 +5,7 @@ Shapes in names are those of `rslora_jax.models.decoder`.
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Sequence
 from functools import partial
 from typing import TYPE_CHECKING, Any
@@ -15,6 +16,8 @@ from jax import lax
 from jax.typing import DTypeLike
 
 from rslora_jax.models.chunked import chunked
+from rslora_jax.models.decoder_config import LARGEST_SIZE
+from rslora_jax.models.kernels import KERNELS, attend_by, best, cannot
 from rslora_jax.models.places import Places, scores_of, seen
 
 if TYPE_CHECKING:
@@ -25,6 +28,7 @@ Cache = dict[str, Array]
 Block = tuple[Array, Array, Places]  # keys, values, where they stand
 
 _NONE = -1e30  # the score of a key that is not seen
+_FEW = 64  # queries up to which all their scores are held, as of a token in generation
 
 # Where the rows lie in a cache, as `rslora_jax.per_example` and `jax.vmap` ask.
 CACHE_ROWS = {"k": 1, "v": 1, "positions": 0, "index": None}
@@ -34,8 +38,9 @@ def attend(
     q_BxTxNxH: Array,
     queries: Places,
     blocks: Sequence[Block],
-    window: Any = None,
+    window: int | None = None,
     *,
+    windowed: Array | None = None,
     size: float | None = None,
     cap: float | None = None,
     how: str = "auto",
@@ -47,10 +52,13 @@ def attend(
       queries: where they stand.
       blocks: keys_BxSxKxH, values_BxSxKxH and where they stand, of each, with N a multiple of K. They stay apart, as
         joining a cache with the new keys would copy the cache at every token.
-      window: among how many positions that end with its own a query sees keys; a number, or a scalar array.
+      window: among how many positions that end with its own a query sees keys; None for all.
+      windowed: a scalar bool that says whether there is the window, where layers of one program differ in it.
       size: scores are divided by its root, by default that of H.
       cap: scores become cap * tanh(scores / cap).
-      how: "xla", all scores at once; "chunked", some at a time; or "auto", what is better for shape and platform.
+      how: a name of `decoder_config.ATTENTION`: "xla", all scores at once; "chunked", some at a time; a kernel; or
+        "auto", what is best for shape, dtype and platform. What a kernel cannot do is done in chunks, with a warning
+        if it was named, and a few queries, as in generation, with all their scores.
 
     Returns:
       (B, T, N, H) in the queries' dtype; scores and softmax are float32. A query that sees no key gets zeros.
@@ -60,31 +68,45 @@ def attend(
     (1, 2, 4, 8)
     """
     B, T, N, H = q_BxTxNxH.shape
+    blocks = [block for block in blocks if block[0].shape[1]] or blocks  # a cache may have no slots yet
     K, S = blocks[0][0].shape[2], sum(k.shape[1] for k, _, _ in blocks)
+    scale, form = (size or H) ** -0.5, form_of(how, q_BxTxNxH, S, queries, blocks, windowed is not None, cap)
+    if form in KERNELS:
+        return attend_by(form, q_BxTxNxH, *blocks[0][:2], queries, window, windowed, scale, cap)
+    limit = window if windowed is None or window is None else jnp.where(windowed, window, LARGEST_SIZE // 2)
     q_BxTxKxGxH = q_BxTxNxH.reshape(B, T, K, N // K, H)
-    scale = (size or H) ** -0.5
-    if how == "chunked" or (how == "auto" and _pays(T, S)):
+    if form == "chunked":
         k_BxSxKxH, v_BxSxKxH, keys = blocks[0] if len(blocks) == 1 else _joined(blocks)
-        window = None if window is None else jnp.asarray(window, jnp.int32)
+        limit = None if limit is None else jnp.asarray(limit, jnp.int32)
         # Places are the same in all layers, and JAX would take what depends on them alone, who sees whom, out of a scan
         # over these, and keep it. So they are made to depend on the queries.
-        q_BxTxKxGxH, queries, keys, window = lax.optimization_barrier((q_BxTxKxGxH, queries, keys, window))
+        q_BxTxKxGxH, queries, keys, limit = lax.optimization_barrier((q_BxTxKxGxH, queries, keys, limit))
         # Large enough that its products are, and small enough that on CPUs its scores stay near (`attention_cost.py`).
         chunk = 128 if S <= 1024 else max(256, 512 * K // N)
-        out = chunked(q_BxTxKxGxH, k_BxSxKxH, v_BxSxKxH, queries, keys, window, scale, cap, chunk)
+        out = chunked(q_BxTxKxGxH, k_BxSxKxH, v_BxSxKxH, queries, keys, limit, scale, cap, chunk)
     else:
-        out = _whole(q_BxTxKxGxH, queries, blocks, window, scale, cap)
+        out = _whole(q_BxTxKxGxH, queries, blocks, limit, scale, cap)
     return out.reshape(B, T, N, H)
 
 
-def _pays(T: int, S: int) -> bool:
-    """Say whether chunks are the better form of so many queries and keys.
-
-    On CPUs they are from 256 of each (`scripts/attention_cost.py`). Elsewhere a chunk is too little work up to some
-    thousand, and beyond that the scores of all are too much memory.
-    """
+def form_of(
+    how: str, q_BxTxNxH: Array, keys: int, queries: Places, blocks: Sequence[Block], by_layer: bool, cap: float | None
+) -> str:
+    """Return in which form to attend: the one that is named, where it can and is for so many tokens."""
+    if how in ("xla", "chunked"):
+        return how
+    is_same = len(blocks) == 1 and blocks[0][2].positions is queries.positions
+    T, kernel = q_BxTxNxH.shape[1], best() if how == "auto" else how
+    reason = cannot(kernel, q_BxTxNxH, is_same, by_layer or not queries.is_plain, cap) if kernel else None
+    if kernel and not reason and T > _FEW:
+        return kernel
+    if how != "auto" and T > _FEW:
+        warnings.warn(f"attention {how!r} {reason}: it is done in chunks", stacklevel=3)
+        return "chunked"
+    # On CPUs chunks are better from 256 queries and keys (`scripts/attention_cost.py`). Elsewhere a chunk is too little
+    # work up to some thousand, and beyond that the scores of all are too much memory.
     least = 256**2 if jax.default_backend() == "cpu" else 2048**2
-    return least <= T * S and T > 64
+    return "chunked" if least <= T * keys and T > _FEW else "xla"
 
 
 def _joined(blocks: Sequence[Block]) -> Block:

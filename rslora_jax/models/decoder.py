@@ -20,7 +20,7 @@ from jax import lax
 from jax.ad_checkpoint import checkpoint_name
 
 from rslora_jax.models.attention import Array, Cache, attend, extend, init_cache, lengthen
-from rslora_jax.models.decoder_config import LARGEST_SIZE, REMAT_POLICIES, DecoderConfig
+from rslora_jax.models.decoder_config import REMAT_POLICIES, DecoderConfig
 from rslora_jax.models.places import Places, level_off
 from rslora_jax.models.rope import rotary, rotate
 from rslora_jax.transform.product import MET
@@ -68,7 +68,9 @@ class Attention(nn.Module):
     config: DecoderConfig
 
     @nn.compact
-    def __call__(self, x_BxTxD: Array, rope: Any, places: Any, cached: Any) -> tuple[Array, Any]:
+    def __call__(
+        self, x_BxTxD: Array, rope: Any, places: Any, cached: Any, has_window: Any = None
+    ) -> tuple[Array, Any]:
         c = self.config
 
         def heads(count: int, name: str) -> Array:
@@ -82,8 +84,8 @@ class Attention(nn.Module):
         blocks = [(k, v, places["new"])]
         if cached is not None:
             blocks.insert(0, (cached["k"], cached["v"], places["cached"]))
-        at, window = places["new"], places["window"]
-        out = attend(q, at, blocks, window, size=c.score_size, cap=c.score_cap, how=c.attention)
+        how: dict[str, Any] = dict(windowed=has_window, size=c.score_size, cap=c.score_cap, how=c.attention)
+        out = attend(q, places["new"], blocks, c.window, **how)
         return _dense(c, c.width, "o_proj")(out.reshape(*x_BxTxD.shape[:-1], -1)), {"k": k, "v": v}
 
 
@@ -104,8 +106,8 @@ class MLP(nn.Module):
 class Layer(nn.Module):
     """One residual layer. The stream is the carry of a scan, the new keys and values its stacked result.
 
-    `places` says where new and cached tokens stand, and what window there is. `has_window` (bool, a scalar) is given
-    where layers differ in it. `rope` is a list of one, or of two where the second is for layers with a window.
+    `places` says where new and cached tokens stand. `has_window` (bool, a scalar) is given where layers differ in it.
+    `rope` is a list of one, or of two where the second is for layers with a window.
     """
 
     config: DecoderConfig
@@ -115,10 +117,8 @@ class Layer(nn.Module):
         self, x_BxTxD: Array, rope: Any, places: Any, cached: Any, has_window: Any = None
     ) -> tuple[Array, Any]:
         c = self.config
-        if has_window is not None:
-            places = places | {"window": jnp.where(has_window, c.window or 0, LARGEST_SIZE // 2)}
-            if len(rope) > 1:
-                rope = [jax.tree.map(partial(jnp.where, has_window), rope[1], rope[0])]
+        if len(rope) > 1:
+            rope = [jax.tree.map(partial(jnp.where, has_window), rope[1], rope[0])]
 
         def norm(name: str) -> RMSNorm:
             return RMSNorm(c, name=name)
@@ -126,7 +126,7 @@ class Layer(nn.Module):
         def after(name: str, out: Array) -> Array:
             return norm(name)(out) if c.post_norms else out
 
-        out, new = Attention(c, name="attn")(norm("attn_norm")(x_BxTxD), rope[0], places, cached)
+        out, new = Attention(c, name="attn")(norm("attn_norm")(x_BxTxD), rope[0], places, cached, has_window)
         x_BxTxD = x_BxTxD + after("attn_post_norm", out)
         out = MLP(c, name="mlp")(norm("mlp_pre_norm" if c.post_norms else "mlp_norm")(x_BxTxD))
         x_BxTxD = x_BxTxD + after("mlp_post_norm", out)
@@ -250,12 +250,13 @@ class Decoder(nn.Module):
         if c.max_len < T:
             raise ValueError(f"{T} tokens are more than max_len={c.max_len}: cut them or raise max_len")
         slots = 0 if cache is None else cache["positions"].shape[1]
+        is_plain = positions_BxT is None and segments_BxT is None and not slots
         if positions_BxT is None:
             first_Bx1 = 0 if cache is None or not slots else cache["positions"].max(axis=1, keepdims=True) + 1
             positions_BxT = jnp.broadcast_to(first_Bx1 + jnp.arange(T, dtype=jnp.int32), (B, T))
         if segments_BxT is not None and cache is not None:
             raise ValueError("segments cannot be used with a cache: decode packed documents apart")
-        places: dict[str, Any] = {"new": Places(positions_BxT, segments_BxT), "window": c.window}
+        places: dict[str, Any] = {"new": Places(positions_BxT, segments_BxT, is_plain)}
         if cache is not None:
             places["cached"] = Places(cache["positions"])
         cached = None

@@ -25,7 +25,7 @@ REMAT_POLICIES = (
 )
 
 
-ATTENTION = ("auto", "xla", "chunked")
+ATTENTION = ("auto", "xla", "chunked", "cudnn", "pallas")
 
 # What depends on these figures is made before weights of their sizes are looked at.
 LARGEST_SIZE = 2**31 - 1
@@ -50,9 +50,13 @@ class DecoderConfig:
     `param_dtype` is what weights are stored in, `dtype` what products are computed in; normalisation,
     rotation, softmax and logits are float32 whatever `dtype` is. `remat` is None or "none" (keep all
     activations), "full" (keep none inside a layer) or a name in `REMAT_POLICIES`. `scan_layers` stacks the
-    layers' weights on a leading axis and compiles one layer in place of `num_layers`. `attention` is "xla" (the scores
-    of all tokens at once, as XLA compiles it), "chunked" (some at a time: memory that grows with the tokens and not
-    with their square) or "auto", the better of the two for the shape and the platform.
+    layers' weights on a leading axis and compiles one layer in place of `num_layers`.
+
+    `attention` is "xla" (the scores of all tokens at once, as XLA compiles it), "chunked" (some at a time: memory that
+    grows with the tokens and not with their square), "cudnn" (on NVIDIA GPUs, in bfloat16 and float16), "pallas" (JAX's
+    splash attention on TPUs, tokamax's on GPUs) or "auto", what is best for shape, dtype and platform: the default
+    device's, so a program that is compiled for another platform has to name it. To a kernel rows come in order, as
+    `rslora_jax.train` and `generate` have them (`models.kernels.in_order`); of others the result is NaN.
 
     Raises:
       ValueError: the sizes do not fit together, or `remat` is unknown.

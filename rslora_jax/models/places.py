@@ -2,17 +2,25 @@
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+import dataclasses
+from typing import Any
 
+import jax
 import jax.numpy as jnp
 from jax import Array
 
 
-class Places(NamedTuple):
-    """Where tokens stand: positions (B, T), negative for padding, and segments (B, T) or None."""
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Places:
+    """Where tokens stand: positions (B, T), negative for padding, and segments (B, T) or None.
+
+    `is_plain` promises that the positions of each row are 0, 1, 2, ..., and that there are no segments.
+    """
 
     positions: Array
     segments: Array | None = None
+    is_plain: bool = dataclasses.field(default=False, metadata={"static": True})
 
 
 def seen(queries: Places, keys: Places, window: Any = None) -> Array:

@@ -3,6 +3,7 @@
 `jit` does the rest: from where its arguments lie, XLA's partitioner finds where everything else does.
 """
 
+import contextlib
 import itertools
 import math
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
@@ -22,7 +23,7 @@ from rslora_jax.stored.laid import dividing, sharding_of, stored_shardings
 # them is whole on every device.
 Rules = Sequence[tuple[str, tuple[Any, ...]]]
 
-_BATCH_AXES = ("data", "fsdp")  # the mesh axes along which the rows of a batch are split
+BATCH_AXES = ("data", "fsdp")  # the mesh axes along which the rows of a batch are split
 
 
 def make_mesh(text: str, devices: Sequence[jax.Device] | None = None) -> Mesh:
@@ -152,7 +153,7 @@ def batch_sharding(mesh: Mesh, rows: int | None = None) -> NamedSharding:
     Raises:
       ValueError: the rows cannot be split evenly.
     """
-    names = tuple(name for name in _BATCH_AXES if name in mesh.shape)
+    names = tuple(name for name in BATCH_AXES if name in mesh.shape)
     parts = math.prod(mesh.shape[name] for name in names)
     if rows is not None and rows % parts:
         raise ValueError(f"a batch of {rows} rows cannot be split in {parts} ({' x '.join(names)}): give a multiple")
@@ -164,7 +165,8 @@ def pin_rows(apply: Callable[..., Any], where: Sharding, modules: tuple[type, ..
 
     Where weights and rows are both split along an axis ("fsdp"), XLA may as well leave the weights where they are and
     move the activations of all rows: correct, and several times dearer. Told where a few activations lie, such as those
-    between layers, it moves the weights. Of a module that returns a tuple, the first is meant.
+    between layers, it moves the weights. Of a module that returns a tuple, the first is meant. The mesh is in context
+    while `apply` is traced, as attention by a kernel asks for it (`models.kernels`).
 
     Args:
       apply: `model.apply`; give `wrap` what this returns.
@@ -183,10 +185,17 @@ def pin_rows(apply: Callable[..., Any], where: Sharding, modules: tuple[type, ..
         return (pin(out[0]), *out[1:]) if isinstance(out, tuple) else pin(out)
 
     def pinned(*args: Any, **kwargs: Any) -> Any:
-        with nn.intercept_methods(interceptor):
+        with nn.intercept_methods(interceptor), _in_context(where):
             return apply(*args, **kwargs)
 
     return pinned
+
+
+def _in_context(where: Sharding) -> contextlib.AbstractContextManager[None]:
+    """Return the context of a sharding's mesh, for what is traced; of one that has no mesh, no context."""
+    if not isinstance(where, NamedSharding):
+        return contextlib.nullcontext()
+    return jax.sharding.use_abstract_mesh(where.mesh.abstract_mesh)
 
 
 def pin_packed(apply: Callable[..., Any], params: Params, where: Sharding) -> Callable[..., Any]:

@@ -40,7 +40,7 @@ class Stack(nn.Module):
         c = self.config
         positions_BxT = jnp.broadcast_to(jnp.arange(x_BxTxD.shape[1]), x_BxTxD.shape[:2])
         rope = [rotary(positions_BxT, c.head_dim, c.rope_base)]
-        places = {"new": Places(positions_BxT), "window": None}
+        places = {"new": Places(positions_BxT, is_plain=True)}
         for n in range(c.num_layers):
             x_BxTxD, _ = Layer(c, name=f"layers_{n}")(x_BxTxD, rope, places, None)
         return RMSNorm(c, name="norm")(x_BxTxD)
