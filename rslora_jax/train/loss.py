@@ -43,7 +43,7 @@ def token_loss(places: int, *, chunk: int | None = None) -> Loss:
     """
 
     def loss(run: Callable[..., Any], batch: Batch) -> tuple[Array, Array]:
-        x_BxTxD = run(batch.tokens_BxT, batch.positions_BxT, batch.segment_ids_BxT, method="hidden")
+        x_BxTxD = states(run, batch)
         mask, targets = jnp.asarray(batch.loss_mask_BxT), jnp.asarray(batch.targets_BxT)
         count = jnp.sum(mask)
         if places < mask.shape[1]:
@@ -55,6 +55,16 @@ def token_loss(places: int, *, chunk: int | None = None) -> Loss:
         return jnp.where(jnp.sum(mask) == count, total, jnp.nan), count
 
     return loss
+
+
+def states(run: Callable[..., Any], batch: Batch) -> Array:
+    """Give the states (B, T, D) of a batch by a `rslora_jax.models.Decoder`.
+
+    It is told where there is no example: to a kernel rows come in order, which positions that are all 0 are not.
+    """
+    is_token = jnp.asarray(batch.segment_ids_BxT) > 0
+    positions_BxT = jnp.where(is_token, batch.positions_BxT, -1)
+    return run(batch.tokens_BxT, positions_BxT, batch.segment_ids_BxT, method="hidden")
 
 
 def _in_chunks(head: Callable[[Array], Array], x_BxPxD: Array, targets: Array, mask: Array, size: int) -> Array:

@@ -17,7 +17,7 @@ from jax import Array
 
 from rslora_jax.pytrees import Params
 from rslora_jax.train.batches import Batch, Rows, heldout_batches
-from rslora_jax.train.loss import token_losses
+from rslora_jax.train.loss import states, token_losses
 from rslora_jax.train.metrics import perplexity
 from rslora_jax.train.ratio import ratio
 from rslora_jax.train.tokens import Progress
@@ -98,7 +98,7 @@ def _make_score(apply: Callable[..., Any], places: int, segments: int) -> Callab
     @jax.jit
     def score(variables: Params, batch: Batch) -> Array:
         run = functools.partial(apply, variables)
-        x_BxTxD = run(batch.tokens_BxT, batch.positions_BxT, batch.segment_ids_BxT, method="hidden")
+        x_BxTxD = states(run, batch)
         mask_BxP, at_BxP = jax.lax.top_k(jnp.asarray(batch.loss_mask_BxT), min(places, x_BxTxD.shape[1]))
 
         def chosen(values: Any) -> Array:

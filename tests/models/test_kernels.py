@@ -22,6 +22,10 @@ from rslora_jax.models.attention import attend
 from rslora_jax.models.decoder import Decoder, DecoderConfig, init_cache
 from rslora_jax.models.decoder_config import ATTENTION
 from rslora_jax.models.places import Places, seen
+from rslora_jax.train.batches import heldout_batches, prepare
+from rslora_jax.train.bytelevel import ByteTokenizer
+from rslora_jax.train.examples import Example
+from rslora_jax.train.loss import states
 from tests.devices import run_on
 
 pytestmark = pytest.mark.by_day_on("newest")
@@ -134,7 +138,28 @@ def sees(row, window):
     np.testing.assert_array_equal(in_kernel[is_token], np.asarray(seen(at, at, window)[0])[is_token])
 
 
-def test_rows_as_training_and_generation_have_them_are_in_order():
+@pytest.mark.parametrize("packed", [True, False])
+def test_rows_of_a_batch_reach_a_decoder_in_order(packed):
+    lines = [Example("1+1=", "2" * n) for n in (1, 9, 30, 4, 4, 17)]
+    rows = prepare(ByteTokenizer(), lines, max_len=40, packed=packed)
+    (batch,) = heldout_batches(rows, batch_size=7)
+    assert (batch.segment_ids_BxT == 0).any() and (batch.segment_ids_BxT.max() > 1) == packed
+    given = {}
+
+    def run(tokens, positions, segments, method):
+        given.update(at=Places(positions, jnp.asarray(segments)))
+        return jnp.zeros((*tokens.shape, 4))
+
+    as_it_is = Places(jnp.asarray(batch.positions_BxT), jnp.asarray(batch.segment_ids_BxT))
+    assert not kernels.in_order(as_it_is, window=None).all()
+    states(run, batch)
+    assert kernels.in_order(given["at"], window=None).all() and kernels.in_order(given["at"], window=5).all()
+    np.testing.assert_array_equal(
+        given["at"].positions[batch.segment_ids_BxT > 0], batch.positions_BxT[batch.segment_ids_BxT > 0]
+    )
+
+
+def test_padding_may_be_on_either_side():
     for kind in ("plain", "padded", "packed"):
         assert kernels.in_order(places(kind, 300), window=None).all()
         assert kernels.in_order(places(kind, 300), window=20).all()
