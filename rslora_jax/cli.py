@@ -23,6 +23,7 @@ from typing import Any, NoReturn
 
 from rslora_jax.commands import combine, evaluate, export_peft, generate, import_peft, inspect, merge, train
 from rslora_jax.commands.command import Command, check_installed
+from rslora_jax.commands.habits import in_our_words
 from rslora_jax.terminal import one_line, shown
 
 # In the order in which the help lists them.
@@ -134,7 +135,10 @@ class _Parser(argparse.ArgumentParser):
 
 def _parse_with(settings: Mapping[str, Any], argv: Sequence[str]) -> tuple[Command | None, argparse.Namespace]:
     """Read a command line, with settings in place of the defaults."""
-    arguments, unknown = parser(settings).parse_known_args(_with_negative(argv))
+    words = _with_negative(argv)
+    if words and (named := COMMANDS.get(words[0])):
+        words = [words[0], *in_our_words(words[1:], _flags_of(named), named.name == "train")]
+    arguments, unknown = parser(settings).parse_known_args(words)
     command = COMMANDS.get(arguments.command)
     if unknown:
         raise ValueError(_no_place(command, unknown[0]))
@@ -161,13 +165,21 @@ def _with_negative(argv: Sequence[str]) -> list[str]:
 
 def _no_place(command: Command | None, argument: str) -> str:
     """Say that nothing takes an argument, and which flag comes close."""
-    prog, its = "rslora", parser()
+    prog, flags = "rslora", re.findall(r"--[\w-]+", parser().format_usage())
     if command:
-        prog, its = f"rslora {command.name}", argparse.ArgumentParser()
-        command.add_flags(its)
-    hint = _near(argument.partition("=")[0], re.findall(r"--[\w-]+", its.format_usage()))
+        prog, flags = f"rslora {command.name}", _flags_of(command)
+    flag = argument.partition("=")[0]
+    others = [f"`rslora {other.name}`" for other in COMMANDS.values() if flag in _flags_of(other)]
+    hint = f"it is a flag of {' and '.join(others[:2])}" if others else _near(flag, flags)
     what = f"no flag {argument}" if argument.startswith("-") else f"no place for {argument}"
     return f"`{prog}` has {what}; {hint or f'`{prog} --help` shows what it takes'}"
+
+
+def _flags_of(command: Command) -> list[str]:
+    """Return the flags of a command."""
+    its = argparse.ArgumentParser()
+    command.add_flags(its)
+    return re.findall(r"--[\w-]+", its.format_usage())
 
 
 def _near(word: str, words: Iterable[str]) -> str:

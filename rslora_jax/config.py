@@ -30,7 +30,8 @@ class LoraConfig:
       scaling: "rslora" (alpha / sqrt(r), the default), "lora" (alpha / r), "constant" (alpha), or a
         function from r to gamma / alpha.
       targets: "all-linear" (every weight used in a matrix product, without embeddings and the output
-        head), or globs over paths such as "*/{q,v}_proj/kernel"; `*` also crosses "/". Of a tied weight, which is
+        head), or globs over paths such as "*/{q,v}_proj/kernel"; `*` also crosses "/". A name such as "q_proj" is that
+        of a module, as PEFT has it, here and in all other patterns (`module_names`). Of a tied weight, which is
         looked up and is the head too, "*/embedding@lookup" adapts the one use and "*/embedding@product" the other, as
         two adapters of PEFT do; without either, one adapter is that of both.
       exclude: globs over paths to leave out of `targets`.

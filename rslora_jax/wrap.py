@@ -24,6 +24,7 @@ from rslora_jax.adapters import (
 )
 from rslora_jax.config import LoraConfig
 from rslora_jax.methods.random import site_key
+from rslora_jax.module_names import with_globs
 from rslora_jax.pytrees import Params
 from rslora_jax.selection import select
 from rslora_jax.sites import Site, from_paths, named_leaves, no_parameters
@@ -290,7 +291,7 @@ def wrap(fn: Callable[..., Any], params: Params, *args: Any, config: LoraConfig 
       *args, **kwargs: an example of its other arguments; arrays or `jax.ShapeDtypeStruct`s. What is not
         an array (`train=True`, 3, None, a string) is static: another value, or an equal one of another type, is
         another trace. A float is traced, as by `jax.jit`, unless the function needs to know it.
-      config: which weights, which rank, which scale.
+      config: which weights, which rank, which scale. Names of modules in it, such as "q_proj", become globs.
 
     Raises:
       ValueError: where the config does not fit the function; it says what would.
@@ -311,6 +312,7 @@ def wrap(fn: Callable[..., Any], params: Params, *args: Any, config: LoraConfig 
     jaxpr, _, leaves = program.trace(params, args, kwargs)
     given = array_leaves(params)
     shapes = {name: tuple(leaf.shape) for name, leaf in given.items()}
+    config = with_globs(config, shapes)
     found = discover(jaxpr, list(shapes), [like_dense(leaf) for leaf in leaves])
     selection = select(config, given, found, no_parameters(params))
     sites, notes = selection.sites, selection.notes

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import math
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -81,6 +82,32 @@ class Number:
         bounds = [("of at least", self.least), ("above", self.above), ("below", self.below), ("of at most", self.most)]
         wanted = " and ".join(f"{word} {bound:g}" for word, bound in bounds if math.isfinite(bound))
         raise argparse.ArgumentTypeError(f"{text} is not a {'whole ' if self.kind is int else ''}number {wanted}")
+
+
+class Several(argparse.Action):
+    """Take patterns with commas between them, as often as the flag is given; they take the place of its default.
+
+    >>> parser = argparse.ArgumentParser()
+    >>> _ = parser.add_argument("--targets", default="all-linear", action=Several)
+    >>> parser.parse_args("--targets q_proj,v_proj --targets */{o,up}_proj/*".split()).targets
+    ['q_proj', 'v_proj', '*/{o,up}_proj/*']
+    >>> parser.parse_args(["--targets", "*/q/*"]).targets
+    '*/q/*'
+    """
+
+    def __init__(self, *args: Any, **kwargs: Any):
+        super().__init__(*args, **kwargs)
+        self.given: list[str] = []
+        self.to: argparse.Namespace | None = None
+
+    def __call__(self, parser: Any, namespace: argparse.Namespace, values: Any, option_string: Any = None) -> None:
+        """Take those of one flag."""
+        if self.to is not namespace:  # another command line
+            self.given, self.to = [], namespace
+        parts = (part.strip() for part in re.split(r",(?![^{]*\})", values))
+        self.given += [part for part in parts if part]
+        one = self.given[0] if len(self.given) == 1 and isinstance(self.default, str) else list(self.given)
+        setattr(namespace, self.dest, one)
 
 
 def add_flag(group: Any, flag: str, default: Any, text: str, **options: Any) -> None:

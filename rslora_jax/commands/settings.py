@@ -7,38 +7,25 @@ import dataclasses
 import difflib
 import hashlib
 import json
+import math
 import shlex
-import tomllib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from rslora_jax.commands.train_flags import add_flags
+from rslora_jax.commands import config_file
 from rslora_jax.interop.held import held_as
-from rslora_jax.shown import quoted, reason_of, shown
 
-_OF_A_CALL = ("config", "resume", "override")  # flags of one call of the command, and not of a run
+OF_A_CALL = ("config", "set", "resume", "override")  # flags of one call of the command, and not of a run
 _PATHS = ("data", "model", "cache", "adapters")
 # Flags that decide nothing of what is learnt; --steps does by its schedule, and is what a run is gone on with by.
 _FREE = (
-    *(
-        "out",
-        "model",
-        "cache",
-        "steps",
-        "patience",
-        "on_nonfinite",
-        "remat",
-        "attention",
-        "mesh",
-        "split_rank",
-        "distributed",
-    ),
-    *("eval_every", "save_every", "keep", "tensorboard"),
+    *("out", "model", "cache", "steps", "epochs", "patience", "on_nonfinite", "remat", "attention", "mesh"),
+    *("split_rank", "distributed", "eval_every", "save_every", "keep", "tensorboard"),
 )
 _OF_THE_ADAPTERS = (
     *("rank", "alpha", "scaling", "targets", "exclude", "rank_pattern", "alpha_pattern", "trained", "new_tokens"),
-    *("method", "start", "dropout"),
+    *("method", "start", "dropout", "init", "allow_large_rank"),
     *("adapters", "param_dtype", "quantize", "dequantize"),
 )
 # What of a run `fit` is to let differ for a flag; for all others that decide, the data and what is held out.
@@ -65,68 +52,15 @@ _OF_FIT: Mapping[str, tuple[str, ...]] = {
 
 
 def file_settings(arguments: argparse.Namespace) -> Mapping[str, Any]:
-    """Return the settings of the file --config."""
-    return _read_settings(arguments.config, vars(arguments)) if arguments.config else {}
+    """Return the settings of the file --config, and those of --set, which go before them."""
+    flags = {name: value for name, value in vars(arguments).items() if name not in OF_A_CALL}
+    of_file = config_file.read(arguments.config, flags) if arguments.config else {}
+    return {**of_file, **config_file.given(arguments.set, flags)}
 
 
 def resumed_settings(arguments: argparse.Namespace) -> Mapping[str, Any]:
     """Return the settings of the run that --resume goes on with; a file that is given too goes before them."""
     return {**_saved_settings(arguments.out), **file_settings(arguments)} if arguments.resume else {}
-
-
-def _read_settings(path: str, flags: Mapping[str, Any]) -> dict[str, Any]:
-    """Read flags from a TOML file, by their names with or without the leading dashes, as the command line takes them.
-
-    Args:
-      path: where the file is.
-      flags: every flag and its value where it is not given.
-
-    Raises:
-      ValueError: the file cannot be read, or has a key that is no flag or a value that its flag does not take.
-    """
-    try:
-        found = tomllib.loads(Path(path).read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
-        raise ValueError(f"{path} cannot be read as TOML: {reason_of(error)}") from error
-    parser = argparse.ArgumentParser(add_help=False, exit_on_error=False, allow_abbrev=False)
-    add_flags(parser)
-    settings = {}
-    for key, value in found.items():
-        name = key.lstrip("-").replace("-", "_")
-        if name not in flags or name in _OF_A_CALL:
-            close = difflib.get_close_matches(name, flags, n=1)
-            hint = f"; did you mean {close[0].replace('_', '-')}?" if close else "; `rslora train --help` lists them"
-            raise ValueError(f"{path} has {shown(key)}, which is no flag of `rslora train`{hint}")
-        flag, default = f"--{name.replace('_', '-')}", flags[name]
-        words = _words(flag, value, default)
-        if words is None:
-            raise ValueError(f"{path}: {shown(key)} = {quoted(value)} is not of the kind that {flag} takes")
-        try:
-            settings[name] = getattr(parser.parse_args(words), name)
-        except argparse.ArgumentError as error:
-            raise ValueError(f"{path}: {shown(key)} = {quoted(value)}: {reason_of(error)}") from error
-    return settings
-
-
-def _words(flag: str, value: Any, default: Any) -> list[str] | None:
-    """Write a value of a file as the words of a command line; None where it is not of the kind of the flag's default.
-
-    A table is what is given as NAME=VALUE on the command line.
-
-    >>> _words("--rank", 3, 32), _words("--resume", True, False), _words("--prompt", ["a", "b"], [])
-    (['--rank=3'], ['--resume'], ['--prompt=a', '--prompt=b'])
-    >>> _words("--rank-pattern", {"*/mlp/*": 8}, [])
-    ['--rank-pattern=*/mlp/*=8']
-    """
-    if isinstance(default, bool) or isinstance(value, bool):
-        return ([flag] if value else []) if isinstance(default, bool) and isinstance(value, bool) else None
-    if isinstance(default, list):
-        if isinstance(value, dict):
-            value = [f"{name}={one}" for name, one in value.items() if isinstance(one, (str, int, float))] or value
-        is_list = isinstance(value, list) and all(isinstance(one, str) for one in value)
-        return [f"{flag}={one}" for one in value] if is_list else None
-    kinds = (int, float) if isinstance(default, (int, float)) else str
-    return [f"{flag}={value}"] if isinstance(value, kinds) else None
 
 
 def _saved_settings(out: str) -> dict[str, Any]:
@@ -139,6 +73,7 @@ def _saved_settings(out: str) -> dict[str, Any]:
 
     checkpoint.check_folder(out, resume=True)
     settings = {name: value for name, value in _settings_of(checkpoint.load_about(out)).items() if name != "examples"}
+    settings.pop("epochs", None)  # --steps says how many those were
     if "imported" in settings:
         raise ValueError(
             f"{out} was imported and has no training to resume: start from it in another folder, with "
@@ -163,7 +98,7 @@ def check_course(arguments: argparse.Namespace) -> None:
     overridden = _overridden(arguments)
     about = checkpoint.load_about(arguments.out)
     here, saved = _absolute(vars(arguments)), _settings_of(about)
-    decide = [name for name in here if name in saved and name not in (*_FREE, *_OF_A_CALL, "examples")]
+    decide = [name for name in here if name in saved and name not in (*_FREE, *OF_A_CALL, "examples")]
     if "examples" in saved:
         decide.remove("data")  # the examples are compared, wherever they lie
     differing = [name for name in decide if here[name] != saved[name]]
@@ -175,8 +110,27 @@ def check_course(arguments: argparse.Namespace) -> None:
             )
         if name not in overridden:
             raise ValueError(_refused(said, name, arguments))
-    if (step := about.get("data", {}).get("batch", 0)) >= arguments.steps:
+    if arguments.epochs is None:
+        _check_steps(arguments)
+
+
+def _check_steps(arguments: argparse.Namespace) -> None:
+    """Raise a ValueError where a run that is resumed has no step left to do."""
+    from rslora_jax.store import checkpoint
+
+    step = checkpoint.load_about(arguments.out).get("data", {}).get("batch", 0)
+    if step >= arguments.steps:
         raise ValueError(f"{arguments.out} is already at step {step}: ask for more than {step} --steps to go on")
+
+
+def settle_steps(arguments: argparse.Namespace, steps_an_epoch: float) -> None:
+    """Make --steps of --epochs, where these are asked for."""
+    if arguments.epochs is None:
+        return
+    arguments.steps = math.ceil(arguments.epochs * steps_an_epoch)
+    print(f"{arguments.epochs:g} epochs are {arguments.steps:,} steps", flush=True)
+    if arguments.resume:
+        _check_steps(arguments)
 
 
 def check_examples(arguments: argparse.Namespace, examples: Mapping[str, str]) -> None:
@@ -221,7 +175,7 @@ def _overridden(arguments: argparse.Namespace) -> set[str]:
         raise ValueError("--override is for --resume: a new run takes what it is given")
     for name in sorted(names):
         flag = name.replace("_", "-")
-        if name not in vars(arguments) or name in _OF_A_CALL:
+        if name not in vars(arguments) or name in OF_A_CALL:
             close = difflib.get_close_matches(name, vars(arguments), n=1)
             hint = f"; did you mean {close[0].replace('_', '-')}?" if close else ""
             raise ValueError(f"--override {flag} names no flag of `rslora train`{hint}")
@@ -277,7 +231,7 @@ def settings_to_save(arguments: argparse.Namespace, config: Any) -> dict[str, An
 
     Paths are absolute, so that a run can be resumed from another folder.
     """
-    kept = {name: value for name, value in vars(arguments).items() if name not in (*_OF_A_CALL, "out")}
+    kept = {name: value for name, value in vars(arguments).items() if name not in (*OF_A_CALL, "out")}
     return _absolute(kept | {name: getattr(config, name) for name in ("rank", "alpha", "scaling", "dropout")})
 
 

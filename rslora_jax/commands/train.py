@@ -26,7 +26,10 @@ from rslora_jax.commands.train_flags import add_flags
 from rslora_jax.terminal import one_line
 
 # What is said of new adapters, by flags of the names that `LoraConfig` has.
-_OF_NEW = ("rank", "alpha", "scaling", "targets", "exclude", "rank_pattern", "alpha_pattern", "trained", "method")
+_OF_NEW = (
+    *("rank", "alpha", "scaling", "targets", "exclude", "rank_pattern", "alpha_pattern", "trained", "method"),
+    *("init", "allow_large_rank"),
+)
 
 
 def train(a: argparse.Namespace) -> int:
@@ -40,6 +43,8 @@ def train(a: argparse.Namespace) -> int:
     from rslora_jax.commands.data import examples
     from rslora_jax.train import NonFiniteLoss
 
+    if a.bf16:
+        a.dtype = a.param_dtype = "bfloat16"
     _check_flags(a)
     placement = place(a.mesh, a.batch_size)
     _make_optimizer(a), _config_of(a)  # refused before all else
@@ -51,6 +56,7 @@ def train(a: argparse.Namespace) -> int:
     base, rows = with_new_tokens(a, _read_base(a, start, placement), placement)
     lora, found = _wrap(a, base, start, placement, rows)
     data = _prepare(a, base, training, heldout, placement)
+    settings.settle_steps(a, data.steps_an_epoch)
     lora = share_ranks(a, lora, base.variables, data, placement)
     optimizer = _make_optimizer(a, lora)
     print(lora, flush=True)
@@ -345,9 +351,9 @@ COMMAND = Command(
             "Start from the adapters of another run, or of a folder that PEFT saved.",
         ),
         (
-            'rslora train --model Qwen/Qwen2.5-0.5B --targets "*/{q,v}_proj/kernel"',
+            "rslora train --model Qwen/Qwen2.5-0.5B --targets q_proj,v_proj --epochs 3",
             "A model of the Hugging Face hub (a folder or a .gguf file will do), and adapters on two of each layer's "
-            "weights.",
+            "weights, three times through the data.",
         ),
         ("rslora train --start pissa:16", "Start at the principal part of each weight, in place of A at random."),
         (

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 
-from rslora_jax.commands.flags import add_flag, shared
+from rslora_jax.commands.flags import Several, add_flag, shared
 
 ATTENTION = (
     "auto",
@@ -17,8 +17,12 @@ ATTENTION = (
 
 def add_flags(parser: argparse.ArgumentParser) -> None:
     """Add the flags of `rslora train`."""
-    config = "a TOML file of these flags by their names, such as configs/rslora_paper.toml; flags given here go first"
-    add_flag(parser, "--config", None, config, metavar="FILE")
+    config = (
+        "a TOML or YAML file of these flags by their names, such as configs/rslora_paper.toml; flags given here go "
+    )
+    add_flag(parser, "--config", None, f"{config}first", metavar="FILE")
+    one = "a flag by its name in such a file, which goes before the file's; as often as you like"
+    add_flag(parser, "--set", [], one, metavar="NAME=VALUE", action="append")
     what = parser.add_argument_group("model and data")
     families = "a Hugging Face folder (Llama, Mistral, Qwen, Gemma), its name on the hub (owner/name or "
     families += "owner/name@revision), or a .gguf file of one"
@@ -52,18 +56,20 @@ def _add_adapter_flags(parser: argparse.ArgumentParser) -> None:
     add_flag(lora, "--rank", 32, "rank r of every adapter", metavar="R", least=1)
     add_flag(lora, "--alpha", 16.0, "numerator of the scale", metavar="A", above=0)
     add_flag(lora, "--scaling", "rslora", "alpha/sqrt(r), alpha/r or alpha", choices=("rslora", "lora", "constant"))
-    add_flag(
-        lora, "--targets", "all-linear", 'weights to adapt: "all-linear" or a glob over their paths', metavar="GLOB"
-    )
-    add_flag(
-        lora, "--exclude", [], "weights to leave out, a glob; as often as you like", metavar="GLOB", action="append"
-    )
+    what = 'weights to adapt: "all-linear", names of modules with commas between, such as q_proj,v_proj, or globs over '
+    add_flag(lora, "--targets", "all-linear", f"{what}paths; as often as you like", metavar="NAMES", action=Several)
+    left = "weights to leave out, names or globs with commas between; as often as you like"
+    add_flag(lora, "--exclude", [], left, metavar="NAMES", action=Several)
     own = "of the weights that match, or of single layers, such as */layers_{0..3}/mlp/*="
     several = "; as often as you like, the first match wins"
     add_flag(lora, "--rank-pattern", [], f"rank {own}64{several}", metavar="GLOB=R", action="append")
     add_flag(lora, "--alpha-pattern", [], f"alpha {own}32{several}", metavar="GLOB=A", action="append")
-    whole = "parameters to train whole, a glob over their paths such as */norm/scale; as often as you like"
-    add_flag(lora, "--trained", [], whole, metavar="GLOB", action="append")
+    whole = "parameters to train whole, names of modules or globs over paths such as */norm/scale; as often as you like"
+    add_flag(lora, "--trained", [], whole, metavar="NAMES", action=Several)
+    large = "let a rank be above a weight's full one, which --rank is cut down to and a pattern may not exceed"
+    lora.add_argument("--allow-large-rank", action="store_true", help=large)
+    first = "how A starts: uniform, of variance 1/(3 in), as PEFT's default, or gaussian, of variance 1/in"
+    add_flag(lora, "--init", "uniform", first, choices=("uniform", "gaussian"))
     new = (
         "tokens to add, with commas between, or in double quotes: table and head get rows for them, at the mean of the "
     )
@@ -86,6 +92,8 @@ def _add_adapter_flags(parser: argparse.ArgumentParser) -> None:
 def _add_training_flags(parser: argparse.ArgumentParser) -> None:
     how = parser.add_argument_group("optimisation")
     add_flag(how, "--steps", 40, "optimiser steps", metavar="N", least=1)
+    whole = "in place of --steps: so many times through the data"
+    add_flag(how, "--epochs", None, whole, metavar="X", type=float, above=0)
     shared(how, "--batch-size", default=2, text="rows in a step")
     add_flag(how, "--accumulate", 1, "parts in which to take a batch, for less memory", metavar="N", least=1)
     add_flag(how, "--optimizer", "adamw", "any optimiser of optax, by name", metavar="NAME")
@@ -107,6 +115,8 @@ def _add_device_flags(parser: argparse.ArgumentParser) -> None:
     where = parser.add_argument_group("devices")
     shared(where, "--dtype", default="float32", text="dtype to compute in")
     shared(where, "--param-dtype")
+    half = "compute in bfloat16, and hold the base in it: --dtype bfloat16 --param-dtype bfloat16"
+    where.add_argument("--bf16", action="store_true", help=half)
     remat = (
         "activations to compute again in the backward pass: none, products (all but what products with weights give), "
     )

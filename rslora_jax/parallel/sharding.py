@@ -53,7 +53,13 @@ def make_mesh(text: str, devices: Sequence[jax.Device] | None = None) -> Mesh:
     if free:
         sizes[free[0]] = max(1, len(devices) // known)
     if math.prod(sizes.values()) != len(devices):
-        raise ValueError(f"mesh {text!r} is of {math.prod(sizes.values())} devices, and there are {len(devices)}")
+        asked, there = (
+            math.prod(sizes.values()),
+            f"{len(devices)} {devices[0].platform} device{'s'[: len(devices) > 1]}",
+        )
+        more = f"; to try it on a CPU, set XLA_FLAGS=--xla_force_host_platform_device_count={asked}"
+        is_few = asked > len(devices) and devices[0].platform == "cpu"
+        raise ValueError(f"mesh {text!r} is of {asked} devices, and JAX sees {there}{more if is_few else ''}")
     return jax.make_mesh(tuple(sizes.values()), tuple(sizes), axis_types=(AxisType.Auto,) * len(sizes), devices=devices)
 
 

@@ -10,7 +10,7 @@ from hypothesis import given, settings
 
 from rslora_jax.cli import COMMANDS, main
 from rslora_jax.commands.flags import Number
-from rslora_jax.commands.settings import file_settings
+from rslora_jax.commands.settings import OF_A_CALL, file_settings
 
 
 class Recorder:
@@ -40,7 +40,7 @@ NUMBERS = [
     (command, a) for command, a in FLAGS if isinstance(a.default, (int, float)) and not isinstance(a.default, bool)
 ]
 # Flags of one call of the command alone, which no file may hold.
-OF_TRAIN = [a for command, a in FLAGS if command == "train" and a.dest not in ("config", "resume", "override")]
+OF_TRAIN = [a for command, a in FLAGS if command == "train" and a.dest not in OF_A_CALL]
 
 
 def given_by(command, words):

@@ -106,7 +106,7 @@ def test_no_weight_is_gathered_that_the_base_alone_would_not(mesh):
         ("data=2,data=4", "'data=4' is not a new name=size"),
         ("data=0", "not a new name=size"),
         ("data=-1,fsdp=-1", "-1 for one axis at most"),
-        ("data=3", "is of 3 devices, and there are"),
+        ("data=3", "is of 3 devices, and JAX sees"),
     ],
 )
 def test_a_mesh_that_cannot_be_is_refused(text, complaint):
