@@ -21,7 +21,7 @@ import threading
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, NoReturn
 
-from rslora_jax.commands import combine, evaluate, export_peft, generate, import_peft, inspect, merge, train
+from rslora_jax.commands import chat, combine, evaluate, export_peft, generate, import_peft, inspect, merge, train
 from rslora_jax.commands.command import Command, check_installed
 from rslora_jax.commands.habits import in_our_words
 from rslora_jax.terminal import one_line, shown
@@ -29,7 +29,7 @@ from rslora_jax.terminal import one_line, shown
 # In the order in which the help lists them.
 COMMANDS: Mapping[str, Command] = {
     file.COMMAND.name: file.COMMAND
-    for file in (train, generate, evaluate, inspect, merge, combine, export_peft, import_peft)
+    for file in (train, generate, chat, evaluate, inspect, merge, combine, export_peft, import_peft)
 }
 
 _EXAMPLES = (

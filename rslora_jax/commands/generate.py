@@ -8,32 +8,14 @@ import functools
 import json
 import sys
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from pathlib import Path
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 from rslora_jax.commands.choice import Asked, Choice, program_of
 from rslora_jax.commands.command import FOR_MODELS, Command
 from rslora_jax.commands.flags import add_flag, check_new_file, shared
 from rslora_jax.commands.output import tell, write_text_whole
-
-_CHOOSING: tuple[tuple[str, type, dict[str, float], str], ...] = (
-    (
-        "--temperature",
-        float,
-        {"least": 0},
-        "0 takes the likeliest token; above, one is drawn (default: the model's own, or 0)",
-    ),
-    ("--top-k", int, {"least": 0}, "draw among so many of the likeliest tokens; 0 for all"),
-    ("--top-p", float, {"above": 0, "most": 1}, "draw among the likeliest tokens that hold so much of the probability"),
-    ("--min-p", float, {"least": 0, "most": 1}, "draw among tokens that are at least so likely beside the likeliest"),
-    (
-        "--repetition-penalty",
-        float,
-        {"above": 0},
-        "divide the logits of tokens that are there already by so much; 1 for none",
-    ),
-)
+from rslora_jax.commands.writing import Speed, add_answer_flags, answer_options, unfolding, until_stop
 
 
 def _add_flags(parser: argparse.ArgumentParser) -> None:
@@ -56,11 +38,7 @@ def _add_flags(parser: argparse.ArgumentParser) -> None:
     shared(prompts, "--template-option")
     shared(prompts, "--batch-size", text="prompts that are answered together")
     how = parser.add_argument_group("answers")
-    shared(how, "--max-new", default=None, text="most tokens of an answer (default: the model's own, or 256)", type=int)
-    # What is not said is as the model's generation_config.json has it.
-    for flag, kind, bounds, text in _CHOOSING:
-        add_flag(how, flag, None, text, metavar="N" if kind is int else "X", type=kind, **bounds)
-    add_flag(how, "--seed", 0, "seed of what is drawn", metavar="N", least=0)
+    add_answer_flags(how)
     shared(how, "--out", text="write prompts and answers as JSON lines too", metavar="FILE")
 
 
@@ -85,7 +63,7 @@ def generate(a: argparse.Namespace) -> int:
         template_options=a.template_option,
         together=choice is not None,
     )
-    options = _options(a, loaded.folder)
+    options = answer_options(a, loaded.folder)
     ids = functools.partial(prompt_ids, loaded.tokenizer, plain=a.plain)
     writer = _Writer.of(loaded, a, options, choice)
     # All are encoded first: a mistake in the last shows before the first is answered.
@@ -115,22 +93,6 @@ def _check_flags(a: argparse.Namespace) -> Choice | None:
     return Choice.of(a.adapters, a.adapter) if several else None
 
 
-def _options(a: argparse.Namespace, folder: Path | None) -> dict[str, Any]:
-    """Give how tokens are chosen, by the flags and the model's generation_config.json, and say what that decides."""
-    from rslora_jax.interop.generation_config import read_generation
-
-    asked = read_generation(folder)
-    flags = [flag.removeprefix("--").replace("-", "_") for flag, *_ in _CHOOSING]
-    how, used = asked.how({name: getattr(a, name) for name in flags})
-    max_new = a.max_new or asked.obeyed.get("max_new_tokens")
-    used += [f"max_new_tokens={max_new}"] if max_new and not a.max_new else []
-    said = f"as generation_config.json asks: {', '.join(used)}" if used else "of generation_config.json"
-    said += f"; not obeyed: {', '.join(asked.ignored)}" if asked.ignored else ""
-    if used or asked.ignored:
-        tell(said)
-    return {"max_new": max_new or 256, **how}
-
-
 @dataclasses.dataclass
 class _Writer:
     """Answer prompts, and show the answers."""
@@ -142,6 +104,7 @@ class _Writer:
     batch_size: int
     seed: int
     choice: Choice | None = None
+    stops: Sequence[str] = ()
     count: int = 0
 
     @classmethod
@@ -150,9 +113,9 @@ class _Writer:
         from rslora_jax.commands.runs import program
 
         if choice:
-            return cls(*program_of(loaded), loaded, options, a.batch_size, a.seed, choice)
+            return cls(*program_of(loaded), loaded, options, a.batch_size, a.seed, choice, a.stop)
         apply, variables = program(loaded, loaded.runs[0] if loaded.runs else None, merged=a.merged)
-        return cls(apply, lambda numbers: variables, loaded, options, a.batch_size, a.seed)
+        return cls(apply, lambda numbers: variables, loaded, options, a.batch_size, a.seed, stops=a.stop)
 
     def number(self, asked: Asked) -> int:
         """Return the number of the adapter that a prompt has; 0 where there are none to choose among."""
@@ -188,7 +151,7 @@ class _Writer:
             yield prompts[0], self.shown_as_it_comes(prompts[0], ids[0])
             return
         numbers = [self.number(one) for one in prompts]
-        speed, done = _Speed(), 0
+        speed, done = Speed(), 0
         progress = progress_line("answering")
         # One length for all batches, so that they share what is compiled.
         bucket = -(-max(map(len, ids)) // 64) * 64
@@ -204,7 +167,8 @@ class _Writer:
             done += real
             progress(done, len(prompts))
             for prompt, row in zip(prompts[done - real : done], rows, strict=False):
-                answer = self.loaded.tokenizer.decode(row, skip_special=True).strip()
+                answer = self.loaded.tokenizer.decode(row, skip_special=True)
+                answer = "".join(until_stop([answer], self.stops)).strip()
                 by = f"[{self.choice.name(prompt)}] " if self.choice else ""
                 print(f"> {by}{_text_of(prompt.prompt)}\n{answer}\n", flush=True)
                 yield prompt, answer
@@ -217,83 +181,18 @@ class _Writer:
 
     def shown_as_it_comes(self, asked: Asked, ids: list[int]) -> str:
         """Answer one prompt, and print each piece as soon as later tokens cannot change it."""
-        speed = _Speed()
+        speed = Speed()
         begun = time.perf_counter()
         going = self.start([ids], [self.number(asked)])
         speed.compiling = time.perf_counter() - begun
         decode = functools.partial(self.loaded.tokenizer.decode, skip_special=True)
         text = ""
-        for part in unfolding((new for (new,) in speed.of(going, [ids], chunk=4)), decode):
+        for part in until_stop(unfolding((new for (new,) in speed.of(going, [ids], chunk=4)), decode), self.stops):
             print(part, end="", flush=True)
             text += part
         print(flush=True)
         tell(str(speed))
         return text.strip()
-
-
-@dataclasses.dataclass
-class _Speed:
-    """Count tokens and seconds, those of compiling apart."""
-
-    compiling: float = 0.0
-    reading: float = 0.0
-    writing: float = 0.0
-    read: int = 0
-    new: int = 0
-
-    def of(self, going: Any, prompts: Sequence[list[int]], chunk: int) -> Iterator[list[list[int]]]:
-        """Give the pieces of a compiled batch, whose first rows are for `prompts`, and count tokens and seconds."""
-        import jax
-
-        from rslora_jax.models.generation import pieces
-
-        begun = time.perf_counter()
-        state = jax.block_until_ready(going.read())
-        self.reading += time.perf_counter() - begun
-        self.read += sum(map(len, prompts))
-        begun = time.perf_counter()
-        for piece in pieces(going, state, chunk):
-            self.writing += time.perf_counter() - begun
-            self.new += sum(map(len, piece[: len(prompts)]))
-            yield piece
-            begun = time.perf_counter()
-
-    def __str__(self) -> str:
-        return (
-            f"prompt tokens {_rate(self.read, self.reading)}, new tokens {_rate(self.new, self.writing)}, "
-            f"after {self.compiling:.1f} s to compile"
-        )
-
-
-def _rate(count: int, seconds: float) -> str:
-    """Write a number of tokens, and how many that is in a second.
-
-    >>> _rate(30, 2.0)
-    '30 (15/s)'
-    """
-    return f"{count} ({count / max(seconds, 1e-9):.0f}/s)"
-
-
-def unfolding(pieces: Iterable[Sequence[int]], decode: Callable[[list[int]], str]) -> Iterator[str]:
-    """Give a text part by part as its tokens come; the parts, joined, are the text of all tokens.
-
-    What more tokens may change is held back: half a character at the end, which decodes to U+FFFD.
-
-    >>> halves = [[0x63, 0xC3], [0xA9], [0xC3]]
-    >>> list(unfolding(halves, lambda row: bytes(row).decode(errors="replace")))
-    ['c', 'é', '\ufffd']
-    """
-    row: list[int] = []
-    shown = ""
-    for piece in pieces:
-        row += piece
-        text = decode(row).rstrip("\ufffd")
-        if len(text) > len(shown) and text.startswith(shown):
-            yield text[len(shown) :]
-            shown = text
-    whole = decode(row)
-    if whole.removeprefix(shown):
-        yield whole.removeprefix(shown)
 
 
 def _text_of(prompt: Any) -> str:

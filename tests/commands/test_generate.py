@@ -8,8 +8,8 @@ import jax
 import pytest
 
 from rslora_jax.cli import main
-from rslora_jax.commands.generate import unfolding
 from rslora_jax.commands.prompts import prompt_ids, read_prompts
+from rslora_jax.commands.writing import unfolding
 from rslora_jax.models.decoder import Decoder
 from rslora_jax.models.generation import generate
 from rslora_jax.train.bytelevel import ByteTokenizer

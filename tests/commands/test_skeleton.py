@@ -33,11 +33,13 @@ NEEDED = {
 }
 # The flags that scripts and notebooks of users may have: a command may get more, and keeps these.
 FLAGS = {
-    "train": "config model data cache max-len heldout template-option rank alpha scaling targets adapters steps "
+    "train": "config set epochs bf16 attention init allow-large-rank exclude model data cache max-len heldout template-option rank alpha scaling targets adapters steps "
     "batch-size accumulate optimizer optimizer-option learning-rate schedule warmup clip patience on-nonfinite "
     "seed dtype param-dtype remat mesh split-rank distributed out eval-every save-every keep tensorboard resume",
     "generate": "model step merged dtype prompt prompts plain template-option batch-size max-new temperature top-k "
-    "top-p min-p repetition-penalty seed out",
+    "top-p min-p repetition-penalty stop seed out",
+    "chat": "model step adapters dtype system template-option max-new temperature top-k top-p min-p repetition-penalty "
+    "stop seed",
     "eval": "model step dtype data all heldout max-len template-option batch-size exact-match max-new json",
     "inspect": "step model no-base all out",
     "merge": "out dtype step model max-shard-size",
@@ -102,7 +104,7 @@ def test_a_line_of_anything_is_read_or_refused_in_a_sentence(words):
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
-        (["nothing-like-it"], "there are train, generate, eval"),
+        (["nothing-like-it"], "there are train, generate, chat, eval"),
         (["--verzion"], "did you mean --version?"),
         (["merge", "in"], "the following arguments are required: --out; `rslora merge --help`"),
         (["export", "a", "b", "--out", "c"], "`rslora export` has no place for b"),
