@@ -73,7 +73,7 @@ class Feed:
     def _remember(self) -> None:
         if self._iterator is not None:
             self._states[self._number] = _as_json(self._iterator.get_state())
-            self._states.pop(self._number - _REMEMBERED, None)
+            self._states.pop(self._number - REMEMBERED, None)
 
     def place(self, number: int | None = None) -> dict[str, Any]:
         """Say how many batches were given, and the iterator's own state where there is one; or of so many, as it was.
@@ -114,8 +114,8 @@ class Feed:
             self._remember()
 
 
-# The step that is not finite is noticed when the one after it has begun, and its batch is to be given again.
-_REMEMBERED = 4
+# A step that is not finite is noticed when some after it have begun, and its batch is to be given again.
+REMEMBERED = 20
 
 
 def _as_json(state: Any) -> Any:

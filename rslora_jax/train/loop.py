@@ -6,7 +6,6 @@ import dataclasses
 import functools
 import math
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
-from concurrent.futures import Future
 from pathlib import Path
 from typing import Any, Literal
 
@@ -20,10 +19,10 @@ from rslora_jax.store import checkpoint
 from rslora_jax.store.arrays import check_dtypes
 from rslora_jax.store.start import Start, described, save_start
 from rslora_jax.train import course
+from rslora_jax.train.ahead import Ahead, Ended
 from rslora_jax.train.batch_stream import Batches, Feed, lay_out
 from rslora_jax.train.curves import loss_picture
 from rslora_jax.train.events import event_files
-from rslora_jax.train.flops import peak_flops
 from rslora_jax.train.given_back import give_back
 from rslora_jax.train.loss import Loss
 from rslora_jax.train.metrics import metrics_file, of_one_set, perplexity, read_metrics
@@ -31,7 +30,7 @@ from rslora_jax.train.pace import Pace, since_least
 from rslora_jax.train.rates import rates_of
 from rslora_jax.train.report import Display
 from rslora_jax.train.saving import Saver, training
-from rslora_jax.train.speed import Stopwatch, count_flops, speed
+from rslora_jax.train.speed import count_flops
 from rslora_jax.train.state import Step, TrainState, make_evaluate, make_step
 from rslora_jax.train.update import rehearse
 from rslora_jax.train.writers import Record, RunInfo, Writer, open_writers
@@ -226,10 +225,11 @@ class _Run:
       skip: whether batches that are not finite are passed over.
       rates, steps_an_epoch: the learning rate of each step, and how many take each row once, where they are known.
       records: all until now.
+      passed: how many of them are of batches that were passed over.
       at: how many steps are begun.
-      pending: the metrics of a step that is not recorded: the device may still be at work on it.
+      ahead: those that are not recorded: the device may still be at work on them.
       flops: of a step, once there was one.
-      watch: takes the seconds of the steps.
+      given_up: whether the held-out loss has not fallen for too long.
     """
 
     info: RunInfo
@@ -249,10 +249,12 @@ class _Run:
 
     def __post_init__(self) -> None:
         self.records = list(self.info.records)
+        self.passed = sum(bool(record.get("skipped")) for record in self.records)
         self.at = self.info.start
-        self.pending: tuple[Mapping[str, jax.Array], int, Future[float]] | None = None
+        # What is to be passed over as it comes may not be begun far ahead either: the tenth in a row ends the run.
+        self.ahead = Ahead(alone=self.skip or jax.process_count() > 1)
         self.flops: int | None = None
-        self.watch = Stopwatch()
+        self.given_up = self.pace.gives_up(self.records)
 
     def go(self) -> int | None:
         """Take the steps and save the end, whatever comes; return the signal that stopped them, if one did."""
@@ -265,11 +267,9 @@ class _Run:
             ):
                 self.look()
             give_back()
-            self.watch.restart()
+            self.ahead.watch.restart()
             came = None
-            while self.at < self.pace.steps and not (came := self.asked(self.at)):
-                if self.pace.gives_up(self.records):
-                    break
+            while self.at < self.pace.steps and not (came := self.asked(self.at)) and not self.given_up:
                 self.advance()
             self.finish()
             return came
@@ -278,17 +278,22 @@ class _Run:
             # Ctrl-C struck while the step had the state's memory.
             if not any(leaf.is_deleted() for leaf in jax.tree.leaves(self.state)):
                 self.saver.save_last(self.state, self.feed)
-            self.watch.close()
+            self.ahead.watch.close()
 
     def advance(self) -> None:
-        """Begin a step, record the one before it, and evaluate and save where that is due."""
-        batch = next(self.feed)
+        """Begin a step, record some that are done, and evaluate and save where that is due."""
+        try:
+            batch = next(self.feed)
+        except Exception:
+            self.finish()  # what was learnt will be saved
+            raise
         if self.flops is None:
             self.flops = self.count(self.state, batch)
         self.state, metrics = self.step(self.state, self.params, batch)
-        self.finish()
         self.at += 1
-        self.pending = metrics, np.size(getattr(batch, "tokens_BxT", ())), self.watch.begun(metrics)
+        self.ahead.begin(self.at, np.size(getattr(batch, "tokens_BxT", ())), metrics)
+        for ended in self.ahead.ended():
+            self.recorded(ended)
         looks, saves = self.pace.looks(self.at), self.pace.saves(self.at)
         if self.at == self.info.start + 1:  # it was compiled
             give_back()
@@ -298,30 +303,34 @@ class _Run:
             if saves or (value is not None and since_least(self.records) == 0):
                 self.saver.save(self.state, self.feed, value)
             give_back()
-            self.watch.restart()
+            self.ahead.watch.restart()
 
     def finish(self) -> None:
-        """Wait for the step that is not recorded, if there is one, and record it.
+        """Wait for all steps that are not recorded, and record them.
+
+        Raises:
+          NonFiniteLoss: one was not finite, and is not to be skipped.
+        """
+        for ended in self.ahead.ended(everything=True):
+            self.recorded(ended)
+
+    def recorded(self, ended: Ended) -> None:
+        """Record a step.
 
         Raises:
           NonFiniteLoss: it was not finite, and is not to be skipped.
         """
-        if self.pending is None:
-            return
-        (metrics, size, end), self.pending = self.pending, None
-        numbers = {name: float(metrics[name]) for name in ("loss", "grad_norm", "tokens", "skipped")}
-        record = _step_record(self.at, numbers, size, self.watch.seconds(end), self.flops) | self.rate()
-        skipped = int(numbers["skipped"])
+        record = ended.record(self.flops) | self.rate(ended.number)
+        skipped = int(ended.metrics["skipped"])
         self.record(record | ({"skipped": True} if skipped and self.skip else {}))
         if skipped:
             self.pass_over(record, skipped)
 
-    def rate(self) -> Record:
-        """Return the learning rate of the last step and the epochs that are done, where they are known."""
+    def rate(self, number: int) -> Record:
+        """Return the learning rate of a step and the epochs that are done after it, where they are known."""
         # The optimiser counts the steps in which it moved.
-        moved = self.at - 1 - sum(bool(record.get("skipped")) for record in self.records)
-        found = {} if self.rates is None else {"learning_rate": float(self.rates[moved])}
-        return found | ({"epoch": round(self.at / self.steps_an_epoch, 4)} if self.steps_an_epoch else {})
+        found = {} if self.rates is None else {"learning_rate": float(self.rates[number - 1 - self.passed])}
+        return found | ({"epoch": round(number / self.steps_an_epoch, 4)} if self.steps_an_epoch else {})
 
     def pass_over(self, record: Record, skipped: int) -> None:
         """Say that a step was not finite, the last of so many in a row."""
@@ -346,6 +355,9 @@ class _Run:
     def record(self, record: Record) -> None:
         """Keep a record and hand it to the writers."""
         self.records.append(record)
+        self.passed += bool(record.get("skipped"))
+        if "loss" not in record:
+            self.given_up = self.pace.gives_up(self.records)
         self.write(record)
 
     def result(self, came: int | None) -> Result:
@@ -354,21 +366,6 @@ class _Run:
         early, last_saved = self.at < self.pace.steps and came is None, on_disk[-1] if on_disk else None
         records = tuple(self.records)
         return Result(state.to_use, int(state.step), records, came, early, last_saved, state.model_state)
-
-
-def _step_record(number: int, numbers: Mapping[str, float], size: int, seconds: float, flops: int | None) -> Record:
-    """Return the record of a step; `size` is how many tokens its batch has, with loss or not, where that is known."""
-    value, tokens = numbers["loss"], numbers["tokens"]
-    return {
-        "step": number,
-        "loss": value,
-        "perplexity": perplexity(value),
-        "grad_norm": numbers["grad_norm"],
-        "tokens": int(tokens),
-        "seconds": round(seconds, 4),
-        "tokens_per_second": round((size or tokens) / max(seconds, 1e-9), 1),
-        **speed(flops, seconds, peak_flops(jax.devices()[0])),
-    }
 
 
 def _mean_heldout_loss(

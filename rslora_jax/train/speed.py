@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
@@ -16,12 +17,15 @@ from rslora_jax.train.loss import Loss
 from rslora_jax.train.state import TrainState
 from rslora_jax.wrap import Lora
 
+_End = tuple[float, dict[str, float]]  # when a step ended, and what it gave
+
 
 class Stopwatch:
     """Take the seconds of each step, from the end of the one before it to its own, whenever that is asked for.
 
     Ends are noted by a thread that waits for them: a step may be at an end long before the loop comes to look at it, or
-    hold up the loop that begins the next one, which on a CPU differs from step to step.
+    hold up the loop that begins the next one, which on a CPU differs from step to step. It reads the results too, which
+    takes a turn to the device for each.
     """
 
     def __init__(self) -> None:
@@ -32,23 +36,25 @@ class Stopwatch:
         """Let the next step begin now."""
         self._last = time.monotonic()
 
-    def begun(self, results: Any) -> Future[float]:
-        """Note when the results of a step are there; give it to `seconds`."""
+    def begun(self, results: Mapping[str, jax.Array]) -> Future[_End]:
+        """Note when the results of a step are there, and what they are; give it to `seconds`."""
         return self._waits.submit(_end_of, results)
 
-    def seconds(self, end: Future[float]) -> float:
-        """Return the seconds of a step, which is waited for."""
-        seconds, self._last = end.result() - self._last, end.result()
-        return seconds
+    def seconds(self, end: Future[_End]) -> tuple[float, dict[str, float]]:
+        """Return the seconds of a step, which is waited for, and its results."""
+        at, numbers = end.result()
+        seconds, self._last = at - self._last, at
+        return seconds, numbers
 
     def close(self) -> None:
         """End the thread."""
         self._waits.shutdown()
 
 
-def _end_of(results: Any) -> float:
+def _end_of(results: Mapping[str, jax.Array]) -> _End:
     jax.block_until_ready(results)
-    return time.monotonic()
+    at = time.monotonic()
+    return at, {name: float(value) for name, value in results.items()}
 
 
 def count_flops(lora: Lora, loss: Loss, params: Params, state: TrainState, batch: PyTree, accumulate: int) -> int:

@@ -300,8 +300,9 @@ def test_an_error_in_a_writer_ends_the_run_and_loses_nothing(run, tmp_path, when
 
     with pytest.raises(OSError, match="the service is gone"):
         run.fit(tmp_path, 6, writers=[writer], save_every=100, eval_every=100)
-    saved = {"start": None, "record": 5, "end": 6}[when]  # the step behind the recorded one had begun
-    assert checkpoint.steps_in(tmp_path)[-1:] == ([saved] if saved else [])
+    # At least the step behind the recorded one had begun.
+    saved = {"start": [[]], "record": [[5], [6]], "end": [[6]]}[when]
+    assert checkpoint.steps_in(tmp_path)[-1:] in saved
     lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
     steps = [line["step"] for line in lines if "loss" in line]
     assert steps == list(range(1, {"start": 0, "record": 4, "end": 6}[when] + 1))
