@@ -61,7 +61,11 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     add = parser.add_argument
-    add("--preset", choices=PRESETS, help="the layers of Llama 3.2 1B or Llama 2 7B, in bfloat16, 4096 tokens: a GPU")
+    add(
+        "--preset",
+        choices=PRESETS,
+        help="the layers of Llama 3.2 1B or Llama 2 7B, in bfloat16, 4096 tokens: a GPU; or tiny ones",
+    )
     add("--width", type=int, default=1024, help="of the residual stream (1024)")
     add("--mlp-width", type=int, help="of the MLP (2.75 times the width)")
     add("--layers", type=int, default=2, help="(2)")
@@ -73,7 +77,9 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     add("--alpha", type=float, default=16.0, help="the scale is alpha / sqrt(rank) in every method (16)")
     add("--dtype", choices=measure.TOLERANCE, default="float32", help="of weights and products (float32)")
     add("--repeats", type=int, default=5, help="timings of each method at each rank, of 8 steps but on a CPU (5)")
-    add("--methods", type=names, default=list(methods.METHODS), help="several with commas (all that are installed)")
+    usual = [name for name in methods.METHODS if name not in methods.BY_NAME]
+    said = f"several with commas (all that are installed, but {' and '.join(methods.BY_NAME)})"
+    add("--methods", type=names, default=usual, help=said)
     add(
         "--out",
         type=Path,
@@ -124,7 +130,7 @@ def prepare_all(problem: Problem, data: Data, wanted: list[str], kept: dict) -> 
 
 
 def prepare(name: str, problem: Problem, data: Data) -> measure.Ready:
-    if name in ("peft", "peft-dora", "torch"):
+    if name in methods.ON_TORCH:
         from benchmarks import torch_peft
 
         return torch_peft.prepare(name, problem, data)

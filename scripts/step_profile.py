@@ -26,7 +26,7 @@ from rslora_jax.models.decoder import DecoderConfig
 def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
-    add("--preset", choices=PRESETS, default="7b", help="the layers of Llama 3.2 1B or Llama 2 7B, in bfloat16 (7b)")
+    add("--preset", choices=PRESETS, default="7b", help="layers of Llama 3.2 1B, Llama 2 7B or tiny, in bfloat16 (7b)")
     add("--layers", type=int, default=2, help="(2)")
     add("--tokens", type=int, default=4096, help="tokens a step, in rows of 512 (4096)")
     add("--ranks", default="64", help="several with commas (64)")
@@ -37,7 +37,7 @@ def parse() -> argparse.Namespace:
 def main() -> None:
     arguments, console = parse(), Console(width=150)
     if jax.default_backend() != "gpu":
-        raise SystemExit("This reads the kernels of a GPU, and JAX finds none here.")
+        console.print("JAX finds no GPU here, and of a CPU these are the instructions of several threads.")
     sizes = PRESETS[arguments.preset]
     config = DecoderConfig(
         vocab_size=1,
@@ -51,7 +51,7 @@ def main() -> None:
     )
     columns = {}
     for rank in map(int, arguments.ranks.split(",")):
-        problem = Problem(config, arguments.tokens, 512, rank, 16.0)
+        problem = Problem(config, arguments.tokens, min(512, arguments.tokens), rank, 16.0)
         data = make_data(problem)
         for method in ("floor", "rslora"):
             title = method if method == "floor" else f"{method}, rank {rank}"

@@ -19,10 +19,11 @@ from rslora_jax.transform import cost
 
 Adapters = dict[str, dict[str, Array]]
 
-# Llama 3.2 1B and Llama 2 7B.
+# Llama 3.2 1B and Llama 2 7B; and what is done at once, to try a script out.
 PRESETS: dict[str, dict[str, Any]] = {
     "1b": {"width": 2048, "mlp_width": 8192, "layers": 16, "heads": 32, "kv_heads": 8},
     "7b": {"width": 4096, "mlp_width": 11008, "layers": 32, "heads": 32, "kv_heads": 32},
+    "tiny": {"width": 64, "mlp_width": 160, "layers": 2, "heads": 4, "kv_heads": 2},
 }
 
 

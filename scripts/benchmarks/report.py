@@ -13,7 +13,7 @@ from benchmarks.measure import Ready, Timing
 from benchmarks.problem import Problem
 
 # Whose least FLOPs are not known: torch's counter leaves some out, and DoRA has its norms beside the products.
-_UNCOUNTED = ("peft", "peft-dora", "torch", "dora")
+_UNCOUNTED = ("peft", "peft-compiled", "peft-dora", "torch", "dora")
 
 
 @dataclasses.dataclass(frozen=True)

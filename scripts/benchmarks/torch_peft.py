@@ -90,13 +90,14 @@ def prepare(method: str, problem: Problem, data: Data) -> Ready:
     modules = dict(model.base_model.model.named_modules())
     if method == "torch":  # PEFT has switched off the gradients of the base
         model = model.unload()
+    run = torch.compile(model) if method == "peft-compiled" else model
     x = to_torch(data.x, dtype, device).requires_grad_()
     target = to_torch(data.target, torch.float32, device)
 
     def step() -> Any:
         model.zero_grad(set_to_none=True)
         x.grad = None
-        out = model(inputs_embeds=x, use_cache=False).last_hidden_state
+        out = run(inputs_embeds=x, use_cache=False).last_hidden_state
         value = 0.5 * (out.float() - target).square().sum(-1).mean()
         value.backward()
         return value.detach()
@@ -115,7 +116,7 @@ def prepare(method: str, problem: Problem, data: Data) -> Ready:
         adapted = {path: modules[module_of(path)] for path in problem.kernels}
         return {p: {"a": grad(m.lora_A["default"]), "b": grad(m.lora_B["default"])} for p, m in adapted.items()}
 
-    flops, temp = count_flops(step), None
+    flops, temp = None if run is not model else count_flops(step), None
     if device == "cuda":
         model.zero_grad(set_to_none=True)
         before = torch.cuda.memory_allocated()

@@ -47,9 +47,13 @@ def kernels(compiled: Any, arguments: Any, steps: int = 3) -> list[Kernel]:
 
 
 def events(profile: Any) -> list[tuple[str, float]]:
-    """Return (instruction, seconds) of every kernel that a GPU ran."""
-    lines = [line for plane in profile.planes if "GPU" in plane.name for line in plane.lines]
+    """Return (instruction, seconds) of every kernel that a GPU ran; without one, of every instruction of a program."""
+    planes = list(profile.planes)
+    lines = [line for plane in planes if "GPU" in plane.name for line in plane.lines]
     found = [event for line in lines if line.name.startswith("Stream") for event in line.events]
+    if not lines:
+        every = (event for plane in planes for line in plane.lines for event in line.events)
+        found = [event for event in every if "hlo_op" in dict(event.stats)]
     return [(str(dict(event.stats).get("hlo_op", event.name)), event.duration_ns / 1e9) for event in found]
 
 
