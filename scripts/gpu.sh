@@ -42,7 +42,7 @@ if [ "$SMOKE" ]; then
   LAWS='law_2 and mlp' REAL='--model tiny --length 48 --rank 3 --steps 1 --repeats 1 --matrix 64'
   HEADS='--heads 2 --kv-heads 1 --width 8 --repeats 1' LENGTHS=24 LONG=32
   STEP='--preset tiny --tokens 24 --length 12 --repeats 1' RANKS=3 RANKS1=3,9 LAYERS='--layers 1' LAYERS1='--layers 2'
-  LOSS='--width 16 --vocabulary 64 --lengths 24,48 --repeats 1' PROFILE='--preset tiny --layers 1 --tokens 12 --ranks 3'
+  LOSS='--width 16 --vocabulary 64 --lengths 24,300 --repeats 1' PROFILE='--preset tiny --layers 1 --tokens 12 --ranks 3'
   TRAIN='--steps 2 --batch-size 1 --max-len 48 --rank 3'
   SWEEP='--model tiny --ranks 3 --optimizers adamw --seeds 1 --steps 2 --max-len 32 --heldout 4 --budget 0.5'
 else
@@ -76,21 +76,22 @@ run() {
 # keep FILE NAME: of a part's folder what is to be looked at later.
 keep() { if [ -z "$SHOW" ] && [ -e "$1" ]; then cp "$1" "$OUT/$2"; fi; }
 
-# The names of attention's forms that the device has, but those of a library that runs on CPUs.
+# The names of attention's forms that the device has, but for torch, which is on the CPU there, and those that are named.
 forms() {
+  grep -q '"--forms"' scripts/attention_cost.py || return
+  if [ "$SHOW" ]; then echo chunked; return; fi
   "$PYTHON" -c "
 import sys
 sys.path.insert(0, 'scripts')
-import attention_cost
-names = getattr(attention_cost, 'here', list)()
-print(*[','.join(n for n in names if n not in ('torch', *sys.argv[1:]))][:bool(names)])" "$@" 2>/dev/null
+from attention_cost import here
+print(','.join(n for n in here() if n not in sys.argv[1:]))" torch "$@" 2>/dev/null
 }
 
 # compared SECONDS RANKS LAYERS METHODS [SUFFIX]: scripts/benchmark.py.
 compared() {
   run "$1" "$PYTHON" scripts/benchmark.py $3 $STEP --ranks "$2" --methods "$4" --out "$WORK/$part$5"
   keep "$WORK/$part$5/benchmark.csv" "$part$5.csv"
-  keep "$WORK/$part$5/benchmark.png" "$part$5.png"
+  if [ -z "$5" ]; then keep "$WORK/$part/benchmark.png" "$part.png"; fi
 }
 
 one() {
@@ -117,7 +118,7 @@ one() {
     profile) run 50 "$PYTHON" scripts/step_profile.py $PROFILE --top 5 ;;
     train)
       run 90 "$PYTHON" -m rslora_jax train $TRAIN --out "$WORK/train"
-      keep "$WORK/train/metrics.jsonl" train.jsonl ;;
+      if [ -e "$WORK/train/metrics.jsonl" ]; then say "$(tail -n 2 "$WORK/train/metrics.jsonl")"; fi ;;
     sweep)
       run 90 "$PYTHON" scripts/rank_sweep.py $SWEEP --together 8 --out "$WORK/sweep"
       keep "$WORK/sweep/trials.jsonl" sweep.jsonl ;;

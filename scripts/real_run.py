@@ -17,6 +17,7 @@ data are, which not every attention can take. A line is added to --out/real.csv.
 import argparse
 import csv
 import dataclasses
+import importlib.util
 import os
 import statistics
 import time
@@ -152,6 +153,10 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
 
 def main(argv: list[str] | None = None) -> None:
     a = parse(argv)
+    needed = ("torch", "transformers", "peft", *(["bitsandbytes"] if a.base != "bfloat16" else []))
+    if a.by == "peft" and (missing := [name for name in needed if not importlib.util.find_spec(name)]):
+        print(f"left out: PEFT over {a.base}, which needs {', '.join(missing)}: pip install them")
+        return
     sizes = dataclasses.replace(MODELS[a.model], remat=a.remat, attention=a.attention)
     config = dataclasses.replace(sizes, num_layers=a.layers or sizes.num_layers, max_len=max(a.length, sizes.max_len))
     shapes = jax.eval_shape(Decoder(config).init, jax.random.key(0), TOKENS)
