@@ -1,9 +1,9 @@
 #!/bin/sh
 # All that is measured on a GPU, in parts, each of its commands within a time of its own: what one comes to a card with.
 #
-#   scripts/gpu.sh                        the parts in the order below, as far as nine minutes go
-#   scripts/gpu.sh real loss              these
-#   BUDGET_S=1800 scripts/gpu.sh          half an hour: every command may take longer, too
+#   scripts/gpu.sh                        the parts in the order below, as far as nine minutes go: about the first three
+#   scripts/gpu.sh 7b loss profile        these, and then 1b, train and sweep
+#   BUDGET_S=1800 scripts/gpu.sh          half an hour: all of them, and every command may take longer
 #   scripts/gpu.sh --smoke [PART ...]     each part tiny, on a CPU, to see that it runs
 #   scripts/gpu.sh --show [--smoke]       only show the commands
 #
@@ -106,7 +106,7 @@ one() {
       run 40 "$PYTHON" scripts/attention_cost.py $HEADS --lengths $LENGTHS ${all:+--forms $all}
       if [ "$few" ]; then run 30 "$PYTHON" scripts/attention_cost.py $HEADS --lengths $LONG --forms "$few"; fi ;;
     real)
-      for base in nf4 bfloat16; do run 60 "$PYTHON" scripts/real_run.py $REAL --base $base --out "$WORK"; done
+      for base in nf4 bfloat16; do run 100 "$PYTHON" scripts/real_run.py $REAL --base $base --out "$WORK"; done
       for base in nf4 bfloat16; do run 60 "$PYTHON" scripts/real_run.py $REAL --base $base --by peft --out "$WORK"; done
       keep "$WORK/real.csv" real.csv ;;
     7b)
