@@ -70,21 +70,23 @@ run() {
   tail -n 60 "$OUT/.out" | tee -a "$OUT/log.txt"
   say "-- exit status $status after $(($(date +%s) - started)) s"
   # Out of time is no failure on a card: what is written until then is kept.
-  if [ $status -ne 0 ] && { [ "$SMOKE" ] || [ $status -ne 124 ]; }; then failed="$failed $part"; fi
+  if [ $status -eq 0 ] || { [ -z "$SMOKE" ] && [ $status -eq 124 ]; }; then return; fi
+  case " $failed " in *" $part "*) ;; *) failed="$failed $part" ;; esac
 }
 
 # keep FILE NAME: of a part's folder what is to be looked at later.
 keep() { if [ -z "$SHOW" ] && [ -e "$1" ]; then cp "$1" "$OUT/$2"; fi; }
 
 # The names of attention's forms that the device has, but for torch, which is on the CPU there, and those that are named.
+# On a GPU "pallas" is tokamax's.
 forms() {
-  grep -q '"--forms"' scripts/attention_cost.py || return
   if [ "$SHOW" ]; then echo chunked; return; fi
   "$PYTHON" -c "
-import sys
+import importlib.util, sys
 sys.path.insert(0, 'scripts')
 from attention_cost import here
-print(','.join(n for n in here() if n not in sys.argv[1:]))" torch "$@" 2>/dev/null
+without = {'torch', *sys.argv[1:], *([] if importlib.util.find_spec('tokamax') else ['pallas'])}
+print(','.join(n for n in here() if n not in without))" "$@" 2>/dev/null
 }
 
 # compared SECONDS RANKS LAYERS METHODS [SUFFIX]: scripts/benchmark.py.
@@ -102,9 +104,8 @@ one() {
         run 40 "$PYTHON" -m pytest -q -x -p no:cacheprovider -n 0 tests/models/test_kernels.py
       fi ;;
     attention)
-      all=$(forms) few=$(forms xla)
-      run 40 "$PYTHON" scripts/attention_cost.py $HEADS --lengths $LENGTHS ${all:+--forms $all}
-      if [ "$few" ]; then run 30 "$PYTHON" scripts/attention_cost.py $HEADS --lengths $LONG --forms "$few"; fi ;;
+      run 40 "$PYTHON" scripts/attention_cost.py $HEADS --lengths $LENGTHS --forms "$(forms)"
+      run 30 "$PYTHON" scripts/attention_cost.py $HEADS --lengths $LONG --forms "$(forms xla)" ;;
     real)
       for base in nf4 bfloat16; do run 100 "$PYTHON" scripts/real_run.py $REAL --base $base --out "$WORK"; done
       for base in nf4 bfloat16; do run 60 "$PYTHON" scripts/real_run.py $REAL --base $base --by peft --out "$WORK"; done

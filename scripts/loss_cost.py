@@ -42,7 +42,7 @@ def measure(length: int, a: argparse.Namespace) -> None:
     hidden = jax.random.normal(keys[0], (1, length, a.width), a.dtype)
     head = (jax.random.normal(keys[1], (a.width, a.vocabulary), jnp.float32) / a.width**0.5).astype(a.dtype)
     tokens = jax.random.randint(keys[2], (1, length), 0, a.vocabulary)
-    batch = Batch(tokens, tokens, jnp.ones((1, length)), tokens, tokens)
+    batch = Batch(tokens, tokens, jnp.ones((1, length)), tokens, tokens + 1)
     found: dict[str, tuple[Any, int]] = {}
     for form in ("chunks", "all"):
         try:

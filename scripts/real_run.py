@@ -64,12 +64,19 @@ def batch_of(config: DecoderConfig, a: argparse.Namespace) -> train.Batch:
     """Return rows of random tokens, all with loss: of one text, or packed."""
     shape = (a.rows, a.length)
     tokens = np.random.default_rng(0).integers(0, config.vocab_size, (2, *shape), np.int32)
-    places: tuple[Any, Any] = (None, None)  # so that the model knows the row for plain
-    if a.packed:
-        at = np.arange(a.length) * a.packed // a.length
-        starts = np.searchsorted(at, at)
-        places = tuple(np.broadcast_to(x.astype(np.int32), shape) for x in (np.arange(a.length) - starts, at + 1))
-    return train.Batch(*tokens, np.ones(shape, np.float32), *places)
+    text_T = np.arange(a.length) * max(a.packed, 1) // a.length
+    places = (np.arange(a.length) - np.searchsorted(text_T, text_T), text_T + 1)
+    return train.Batch(*tokens, np.ones(shape, np.float32), *(np.broadcast_to(x.astype("i4"), shape) for x in places))
+
+
+def loss_of(a: argparse.Namespace) -> Any:
+    """Return the loss of all tokens, by a model that is told of a row of one text that it is one."""
+    loss = train.token_loss(a.length)
+
+    def plain(run: Any, batch: train.Batch) -> Any:
+        return loss(lambda tokens, *places, method: run(tokens, method=method), batch)
+
+    return loss if a.packed else plain
 
 
 def matrix_rate(size: int) -> float:
@@ -106,7 +113,7 @@ def ours(config: DecoderConfig, a: argparse.Namespace) -> dict[str, Any]:
     state = train.TrainState.create(lora.init(jax.random.key(1)), optimizer)
     batch = jax.tree.map(jnp.asarray, batch)
     begun = time.perf_counter()
-    compiled = train.make_step(lora, train.token_loss(a.length), optimizer).lower(state, params, batch).compile()
+    compiled = train.make_step(lora, loss_of(a), optimizer).lower(state, params, batch).compile()
     compile_s = time.perf_counter() - begun
     memory, device = compiled.memory_analysis(), jax.devices()[0]
     held = (device.memory_stats() or {}).get("bytes_in_use")
@@ -162,7 +169,7 @@ def main(argv: list[str] | None = None) -> None:
     shapes = jax.eval_shape(Decoder(config).init, jax.random.key(0), TOKENS)
     lora = wrapped(config, shapes, a)
     adapters = jax.eval_shape(lora.init, jax.random.key(0))
-    flops = train.step_flops(lora, train.token_loss(a.length), shapes, adapters, batch_of(config, a))
+    flops = train.step_flops(lora, loss_of(a), shapes, adapters, batch_of(config, a))
     rate = matrix_rate(a.matrix)
     if a.by == "peft":
         from benchmarks import torch_real
