@@ -102,7 +102,8 @@ def join(tokenizer: Tokenizer, before: str, learnt: str) -> tuple[list[int], lis
     part go on from these, as is possible if the boundary is inside a token, the boundary is moved before that token.
 
     Raises:
-      ValueError: the tokenizer has no tokens for a part of the text.
+      ValueError: the tokenizer has no tokens for a part of the text, or the parts make a token between them at which
+        generation stops.
 
     >>> from rslora_jax.train.bytelevel import ByteTokenizer
     >>> join(ByteTokenizer(), "a", "b")
@@ -114,6 +115,10 @@ def join(tokenizer: Tokenizer, before: str, learnt: str) -> tuple[list[int], lis
     before_ids = tokenizer.encode(before)
     size = len(os.path.commonprefix([before_ids, joint]))
     if size < len(before_ids):
+        apart = Counter([*before_ids, *tokenizer.encode(learnt)])
+        if made := [i for i in tokenizer.stop_ids if joint.count(i) > apart[i]]:
+            what = f"{tokenizer.decode(made[:1])!r}, at which generation stops"
+            raise ValueError(f"the end of the prompt and the begin of the answer make {what}; put a space between them")
         for anchor in _ANCHORS:
             start, both = tokenizer.encode(anchor), tokenizer.encode(anchor + learnt)
             rest = both[len(start) :]

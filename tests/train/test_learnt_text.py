@@ -14,7 +14,7 @@ import unicodedata
 import jinja2
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from tokenizers import Tokenizer as Backend
 
 from rslora_jax.train.encode import encode_example
@@ -136,13 +136,15 @@ def test_many_chats_are_learnt_as_the_template_renders_them_or_refused(kind, nam
 @pytest.mark.parametrize("kind", chats.KINDS)
 @chats.some(100)
 @given(prompt=chats.TEXTS, completion=chats.TEXTS)
+@example(prompt="</", completion="s>")
+@example(prompt="</", completion="s>Paris")
 def test_without_a_template_what_is_learnt_is_the_completion_and_the_end(kind, prompt, completion):
     tokenizer = chats.tokenizer(kind, None)
     body = completion.removesuffix("</s>")
     try:
         (encoded,) = encode_example(tokenizer, Example(prompt, completion))
     except ValueError:
-        assert "</s>" in body
+        assert "</s>" in body or (prompt + body).count("</s>") > prompt.count("</s>")
         return
     ids, ((start, stop),) = encoded.ids_N.tolist(), runs(encoded.is_learnt_N)
     assert stop == len(ids) and ids[-1] == tokenizer.eos_id and tokenizer.eos_id not in ids[start:-1]
