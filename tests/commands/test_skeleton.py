@@ -33,7 +33,8 @@ NEEDED = {
 }
 # The flags that scripts and notebooks of users may have: a command may get more, and keeps these.
 FLAGS = {
-    "train": "config set epochs bf16 attention init allow-large-rank exclude model data cache max-len heldout template-option rank alpha scaling targets adapters steps "
+    "train": "config set epochs bf16 attention init allow-large-rank exclude "
+    "model data cache max-len heldout template-option rank alpha scaling targets adapters steps "
     "batch-size accumulate optimizer optimizer-option learning-rate schedule warmup clip patience on-nonfinite "
     "seed dtype param-dtype remat mesh split-rank distributed out eval-every save-every keep tensorboard resume",
     "generate": "model step merged dtype prompt prompts plain template-option batch-size max-new temperature top-k "
