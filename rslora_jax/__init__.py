@@ -30,8 +30,10 @@ __all__ = [
     "combine",
     "from_nnx",
     "gamma",
+    "load",
     "per_example",
     "quantize",
+    "save",
     "stack",
     "wrap",
 ]
@@ -39,7 +41,9 @@ __version__ = "0.1.0"
 
 
 def __getattr__(name: str) -> Any:
-    """Give the room `starts` when it is first asked for."""
+    """Give the room `starts`, and what writes and reads folders, when they are first asked for."""
     if name == "starts":
         return importlib.import_module("rslora_jax.starts")
+    if name in ("save", "load"):
+        return getattr(importlib.import_module("rslora_jax.store.one_call"), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -23,6 +23,7 @@ from rslora_jax.adapters import (
     views_of,
 )
 from rslora_jax.config import LoraConfig
+from rslora_jax.described import described
 from rslora_jax.methods.random import site_key
 from rslora_jax.module_names import with_globs
 from rslora_jax.pytrees import Params
@@ -272,8 +273,21 @@ class Lora:
     def __reduce__(self) -> tuple[Any, ...]:
         return restored, (self._known(),)
 
+    def describe(self) -> dict[str, Any]:
+        """Return what `print(lora)` shows as a dict of plain values: config, sites, left_out, unused, parameters.
+
+        >>> lora = wrap(lambda p, x: x @ p["w"], {"w": jnp.ones((8, 5))}, jnp.ones((1, 8)), config=LoraConfig(rank=2))
+        >>> lora.describe()["sites"]["w"]["rank"], lora.describe()["parameters"]["trained"]
+        (2, 26)
+        """
+        return described(self.config, self.sites, self.left_out, self.unused, self._num_base)
+
+    @property
+    def _num_base(self) -> int:
+        return sum(math.prod(shape) for shape in self.shapes.values())
+
     def __str__(self) -> str:
-        text = table(self.sites, sum(math.prod(shape) for shape in self.shapes.values()))
+        text = table(self.sites, self._num_base)
         return "\n".join(part for part in (text, not_adapted(self.left_out, self.unused)) if part)
 
     __repr__ = __str__

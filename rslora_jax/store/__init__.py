@@ -3,6 +3,7 @@
 from rslora_jax.store import checkpoint
 from rslora_jax.store.checkpoint import Damaged, load_about, load_adapters, load_model_state
 from rslora_jax.store.checksum import checksums
+from rslora_jax.store.one_call import load, save
 from rslora_jax.store.start import Start, load_start
 
 __all__ = [
@@ -10,8 +11,10 @@ __all__ = [
     "Start",
     "checkpoint",
     "checksums",
+    "load",
     "load_about",
     "load_adapters",
     "load_model_state",
     "load_start",
+    "save",
 ]

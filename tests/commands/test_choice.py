@@ -171,3 +171,19 @@ def test_adapters_that_bring_weights_or_name_other_bases_are_refused(place, caps
     save_file(tensors, tmp_path / "a" / "adapter_model.safetensors")
     assert main(["generate", "--adapters", f"{one},{tmp_path / 'a'}", *model]) == 2
     assert "a replaces weights of the base" in capsys.readouterr().err
+
+
+def test_a_folder_of_one_call_is_read_by_the_commands(place, capsys, tmp_path):
+    lora, adapters = place.runs["one"]
+    folder = tmp_path / "mine"
+    rslora.save(folder, lora, adapters, params=place.base.variables, model=str(place.folder / "model.gguf"))
+    said = []
+    for run in (folder, place.folder / "one"):
+        assert main(["generate", str(run), "--prompt", "hi", "--max-new", "9"]) == 0
+        said.append(capsys.readouterr().out)
+        assert main(["inspect", str(run)]) == 0
+        capsys.readouterr()
+        assert main(["export", str(run), "--out", str(tmp_path / f"peft-{run.name}")]) == 0
+    assert said[0] == said[1]
+    one, other = (tmp_path / f"peft-{name}" / "adapter_model.safetensors" for name in ("mine", "one"))
+    assert one.read_bytes() == other.read_bytes()
