@@ -44,8 +44,10 @@ def first_decides(check: Callable[[], Any]) -> None:
 
 
 @contextlib.contextmanager
-def stop_requests() -> Iterator[Callable[[int], int | None]]:
+def stop_requests(said: str = "") -> Iterator[Callable[[int], int | None]]:
     """Turn the first Ctrl-C or SIGTERM into a request to stop; the second acts as it always does.
+
+    At the first Ctrl-C `said` is written to the standard error at once, however long what is under way takes.
 
     Gives `asked(step)`: the signal that came, or None, the same in every process that asks for the same step. Of
     several processes, one signalled is enough: JAX's pre-emption service finds a step that all can stop at.
@@ -63,6 +65,9 @@ def stop_requests() -> Iterator[Callable[[int], int | None]]:
     def take(kind: int, frame: Any) -> None:
         came.append(kind)
         signal.signal(kind, before[signal.Signals(kind)])
+        if said and kind == signal.SIGINT:  # a handler may strike within a print, so it does not print itself
+            line = "\n" if os.isatty(2) else ""  # there ^C stands in the line
+            os.write(2, f"{line}{said}\n".encode())
 
     for kind in before:
         signal.signal(kind, take)

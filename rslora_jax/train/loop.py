@@ -36,6 +36,7 @@ from rslora_jax.train.update import rehearse
 from rslora_jax.train.writers import Record, RunInfo, Writer, open_writers
 from rslora_jax.wrap import Adapters, Lora
 
+_STOPPING = "stopping after the steps under way; press Ctrl-C again to quit at once"
 _MOST_SKIPPED = 10  # batches in a row that are not finite: then it is the state, not a batch
 
 
@@ -177,10 +178,13 @@ def fit(
     judge = functools.partial(_mean_heldout_loss, evaluate, params, heldout, batch_sharding)
     count = functools.partial(count_flops, lora, loss, params, accumulate=accumulate)
     pace = Pace(steps, eval_every or None, save_every or None, patience)
-    with checkpoint.open_checkpoints(folder, resume=resume, keep=keep) as saved, stop_requests() as asked:
+    said = _STOPPING if show and is_first() else ""
+    with checkpoint.open_checkpoints(folder, resume=resume, keep=keep) as saved, stop_requests(said) as asked:
         display = Display(steps, show and is_first())
         saver = Saver(saved, about, display.line, override)
         state = saver.restore(state, feed) if resume else state
+        if resume:
+            display.line(f"resuming from step {int(state.step)} of {steps}")
         if start and not resume:
             save_start(folder, start)
         info = _begin(folder, int(state.step), steps, lora, settings or {}, display)

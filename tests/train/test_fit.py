@@ -227,7 +227,7 @@ def test_an_error_in_the_data_loses_nothing(run, tmp_path):
 
 
 @pytest.mark.parametrize("kind", [signal.SIGINT, signal.SIGTERM])
-def test_an_interrupt_saves_and_the_run_can_go_on(run, whole, tmp_path, kind):
+def test_an_interrupt_saves_and_the_run_can_go_on(run, whole, tmp_path, kind, capfd):
     class Batches:
         def __getitem__(self, n):
             if n == 6:
@@ -235,11 +235,16 @@ def test_an_interrupt_saves_and_the_run_can_go_on(run, whole, tmp_path, kind):
             return run.batches[n]
 
     assert threading.current_thread() is threading.main_thread()
-    stopped = run.fit(tmp_path, 12, batches=Batches())
+    stopped = run.fit(tmp_path, 12, batches=Batches(), show=True)
+    said = capfd.readouterr().err
+    assert (said == "stopping after the steps under way; press Ctrl-C again to quit at once\n") == (
+        kind == signal.SIGINT
+    )
     assert stopped.signal == kind and stopped.step == 7 and checkpoint.steps_in(tmp_path)[-1] == 7
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
     assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
-    equal(run.fit(tmp_path, 12, resume=True).adapters, whole[0].adapters)
+    equal(run.fit(tmp_path, 12, resume=True, show=True).adapters, whole[0].adapters)
+    assert "resuming from step 7 of 12\n" in capfd.readouterr().out
 
 
 def test_progress_goes_to_the_terminal_as_plain_lines_when_it_is_none(run, tmp_path, capsys):
