@@ -136,5 +136,5 @@ def _words(flag: str, value: Any, default: Any) -> list[str] | None:
             value = [f"{name}={one}" for name, one in value.items() if isinstance(one, (str, int, float))] or value
         is_list = isinstance(value, list) and all(isinstance(one, str) for one in value)
         return [f"{flag}={one}" for one in value] if is_list else None
-    kinds = (int, float) if isinstance(default, (int, float)) else str
+    kinds = (int, float) if isinstance(default, (int, float)) and value != "auto" else str
     return [f"{flag}={value}"] if isinstance(value, kinds) else None

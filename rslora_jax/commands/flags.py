@@ -56,6 +56,7 @@ class Number:
       least: the smallest that is taken.
       above, below: what it is to be greater and smaller than.
       most: the largest that is taken.
+      word: what is taken in place of a number.
 
     >>> Number(int, least=1)("3"), Number(float, least=0, below=1)("0.5")
     (3, 0.5)
@@ -69,9 +70,12 @@ class Number:
     above: float = -math.inf
     below: float = math.inf
     most: float = math.inf
+    word: str | None = None
 
     def __call__(self, text: str) -> Any:
-        """Return the number that a text is."""
+        """Return the number that a text is, or the word."""
+        if text == self.word:
+            return text
         try:
             value = self.kind(text)
         except ValueError:
@@ -81,6 +85,7 @@ class Number:
             return value
         bounds = [("of at least", self.least), ("above", self.above), ("below", self.below), ("of at most", self.most)]
         wanted = " and ".join(f"{word} {bound:g}" for word, bound in bounds if math.isfinite(bound))
+        wanted += f", or {self.word}" if self.word else ""
         raise argparse.ArgumentTypeError(f"{text} is not a {'whole ' if self.kind is int else ''}number {wanted}")
 
 

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import atexit
+import contextlib
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 from rslora_jax.terminal import bar_console, printable, start_bar
 
@@ -30,3 +31,21 @@ def progress_line(what: str, after: float = 2.0) -> Callable[[int, int], None]:
             atexit.unregister(bar.stop)
 
     return progress
+
+
+@contextlib.contextmanager
+def status_line() -> Iterator[Callable[[str], None]]:
+    """Give `say(text)`, which shows on a terminal what is under way; afterwards nothing of it is left."""
+    from rich.markup import escape
+    from rich.status import Status
+
+    console = bar_console()
+    if not console.is_terminal:
+        yield lambda text: None
+        return
+    line = Status("", console=console)
+    start_bar(line)
+    try:
+        yield lambda text: line.update(escape(printable(text)))
+    finally:
+        line.stop()

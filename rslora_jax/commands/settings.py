@@ -16,7 +16,7 @@ from typing import Any
 from rslora_jax.commands import config_file
 from rslora_jax.interop.held import held_as
 
-OF_A_CALL = ("config", "set", "resume", "override")  # flags of one call of the command, and not of a run
+OF_A_CALL = ("config", "set", "resume", "override", "plan")  # flags of one call of the command, and not of a run
 _PATHS = ("data", "model", "cache", "adapters")
 # Flags that decide nothing of what is learnt; --steps does by its schedule, and is what a run is gone on with by.
 _FREE = (

@@ -20,6 +20,7 @@ from rslora_jax.commands.devices import Placement, base_shardings, check_attenti
 from rslora_jax.commands.flags import Number, pairs
 from rslora_jax.commands.new_tokens import keep_new_tokens, placed, with_new_tokens
 from rslora_jax.commands.output import model_name
+from rslora_jax.commands.plan import settle_parts, show_plan
 from rslora_jax.commands.start import Begun, begin, check_start, read_dense, share_ranks
 from rslora_jax.commands.train_end import outcome, peak_memory, sizes
 from rslora_jax.commands.train_flags import add_flags
@@ -59,6 +60,9 @@ def train(a: argparse.Namespace) -> int:
     settings.settle_steps(a, data.steps_an_epoch)
     lora = share_ranks(a, lora, base.variables, data, placement)
     optimizer = _make_optimizer(a, lora)
+    if a.plan:
+        first = begin(a, lora, base, found, data, placement, rows)
+        return show_plan(a, lora, first, data, training, optimizer, placement)
     print(lora, flush=True)
     _keep_tokens(a, base, start, rows)
     # Of several processes none holds the whole of what the model writes.
@@ -68,6 +72,7 @@ def train(a: argparse.Namespace) -> int:
     show_answers(asked, {"base model": before})
     first = begin(a, lora, base, found, data, placement, rows)
     base = first.base  # which a start may have changed
+    settle_parts(a, lora, first, data, optimizer, placement)
     try:
         result = _fit(a, lora, first, data, optimizer, placement, of_examples)
     except NonFiniteLoss as error:
@@ -91,6 +96,7 @@ class _Data(NamedTuple):
     heldout: Any  # None where nothing is held out
     loss: Any
     steps_an_epoch: float
+    rows: Any
 
 
 def _check_flags(a: argparse.Namespace) -> None:
@@ -100,7 +106,7 @@ def _check_flags(a: argparse.Namespace) -> None:
     from rslora_jax.interop.held import check_held
     from rslora_jax.parallel import processes
 
-    if a.batch_size % a.accumulate:
+    if a.accumulate != "auto" and a.batch_size % a.accumulate:
         raise ValueError(f"--batch-size {a.batch_size} is not a multiple of --accumulate {a.accumulate}")
     if jax.process_count() > 1 and not a.mesh:
         raise ValueError("several processes need a mesh that says how they share the work: give --mesh data=-1")
@@ -252,7 +258,7 @@ def _prepare(
         places = max(places, held.places)
     of_training = batches.train_batches(rows, batch_size=a.batch_size, seed=a.seed, share=placement.share)
     of_tokens = loss.token_loss(places, chunk=loss.CHUNK_ON_MESH if placement.mesh else None)
-    return _Data(of_training, of_heldout, of_tokens, len(rows.rows) / a.batch_size)
+    return _Data(of_training, of_heldout, of_tokens, len(rows.rows) / a.batch_size, rows)
 
 
 def _fit(
@@ -340,6 +346,10 @@ COMMAND = Command(
             'Your own data, one JSON object a line: {"prompt", "completion"}, {"question", "answer"}, {"messages"} or '
             '{"text"}. The loss is on the completion only. Every tenth line is held out. Also .parquet, and .txt as '
             "one text.",
+        ),
+        (
+            "rslora train --data mine.jsonl --batch-size 32 --accumulate auto --plan",
+            "What that run would be: the data as the model sees them, memory, FLOPs and time; nothing is written.",
         ),
         ("rslora train --resume --out my-run", "Go on from the last checkpoint, with the settings of the run."),
         (

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 
-from rslora_jax.commands.flags import Several, add_flag, shared
+from rslora_jax.commands.flags import Number, Several, add_flag, shared
 
 ATTENTION = (
     "auto",
@@ -17,6 +17,7 @@ ATTENTION = (
 
 def add_flags(parser: argparse.ArgumentParser) -> None:
     """Add the flags of `rslora train`."""
+    parser.add_argument("--plan", action="store_true", help="say what the run would be, write nothing, and exit")
     config = (
         "a TOML or YAML file of these flags by their names, such as configs/rslora_paper.toml; flags given here go "
     )
@@ -95,7 +96,8 @@ def _add_training_flags(parser: argparse.ArgumentParser) -> None:
     whole = "in place of --steps: so many times through the data"
     add_flag(how, "--epochs", None, whole, metavar="X", type=float, above=0)
     shared(how, "--batch-size", default=2, text="rows in a step")
-    add_flag(how, "--accumulate", 1, "parts in which to take a batch, for less memory", metavar="N", least=1)
+    parts = "parts in which to take a batch, for less memory; auto for the fewest with which a step fits the device"
+    add_flag(how, "--accumulate", 1, parts, metavar="N|auto", type=Number(int, least=1, word="auto"))
     add_flag(how, "--optimizer", "adamw", "any optimiser of optax, by name", metavar="NAME")
     add_flag(
         how, "--optimizer-option", [], "an option of it, as often as you like", metavar="NAME=VALUE", action="append"

@@ -9,10 +9,12 @@ from rslora_jax.train.carry import with_state
 from rslora_jax.train.docstrings import docstring_pairs
 from rslora_jax.train.examples import Example, Message, read_jsonl
 from rslora_jax.train.flops import peak_flops, step_flops
+from rslora_jax.train.glance import glance
 from rslora_jax.train.loop import NonFiniteLoss, Result, fit
 from rslora_jax.train.loss import Loss, cross_entropy, logits_loss, token_loss
 from rslora_jax.train.masters import float32_masters
 from rslora_jax.train.optimizers import make_optimizer, make_schedule, muon_axes
+from rslora_jax.train.planning import Plan, parts_that_fit, plan
 from rslora_jax.train.rates import frozen, lora_plus, scale_by_rank
 from rslora_jax.train.reading import read_examples
 from rslora_jax.train.state import TrainState, make_evaluate, make_pmap_step, make_step, replicate
@@ -27,6 +29,7 @@ __all__ = [
     "Message",
     "NonFiniteLoss",
     "Outcome",
+    "Plan",
     "Record",
     "Result",
     "Rows",
@@ -39,6 +42,7 @@ __all__ = [
     "fit",
     "float32_masters",
     "frozen",
+    "glance",
     "heldout_batches",
     "logits_loss",
     "lora_plus",
@@ -48,7 +52,9 @@ __all__ = [
     "make_schedule",
     "make_step",
     "muon_axes",
+    "parts_that_fit",
     "peak_flops",
+    "plan",
     "prepare",
     "read_examples",
     "read_jsonl",

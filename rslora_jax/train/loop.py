@@ -31,7 +31,7 @@ from rslora_jax.train.rates import rates_of
 from rslora_jax.train.report import Display
 from rslora_jax.train.saving import Saver, training
 from rslora_jax.train.speed import count_flops
-from rslora_jax.train.state import Step, TrainState, make_evaluate, make_step
+from rslora_jax.train.state import Step, TrainState, first_state, lies, make_evaluate, make_step
 from rslora_jax.train.update import rehearse
 from rslora_jax.train.writers import Record, RunInfo, Writer, open_writers
 from rslora_jax.wrap import Adapters, Lora
@@ -168,12 +168,10 @@ def fit(
     of_course = course.describe(optimizer, accumulate, course.digest(heldout, batch_sharding))
     described_base = params if base is None or start else base
     about = described(checkpoint.describe(lora.config, described_base, settings), start) | {"course": of_course}
-    if lora.config.dropout and dropout_key is None:
-        dropout_key = jax.random.key(0)
-    state = TrainState.create(adapters, optimizer, key, model_state, dropout_key if lora.config.dropout else None)
+    state = first_state(lora, adapters, optimizer, key=key, model_state=model_state, dropout_key=dropout_key)
     check_dtypes({"adapters": state.to_use, "training": training(state)})
     skip, feed = on_nonfinite == "skip", Feed(batches, batch_sharding)
-    step = make_step(lora, loss, optimizer, accumulate=accumulate, skip=skip, shardings=_shardings(state))
+    step = make_step(lora, loss, optimizer, accumulate=accumulate, skip=skip, shardings=lies(state))
     evaluate = make_evaluate(lora, heldout_loss or loss, keyed=key is not None)
     judge = functools.partial(_mean_heldout_loss, evaluate, params, heldout, batch_sharding)
     count = functools.partial(count_flops, lora, loss, params, accumulate=accumulate)
@@ -194,12 +192,6 @@ def fit(
             run = _Run(*parts, rates_of(schedule, steps), steps_an_epoch)
             came = run.go()
     return run.result(came)
-
-
-def _shardings(state: TrainState) -> TrainState | None:
-    """Return where each array of a state lies, if it lies on a mesh."""
-    on_mesh = all(isinstance(leaf.sharding, jax.sharding.NamedSharding) for leaf in jax.tree.leaves(state))
-    return jax.tree.map(lambda leaf: leaf.sharding, state) if on_mesh else None
 
 
 def _begin(folder: Path, start: int, steps: int, lora: Lora, settings: Mapping[str, Any], display: Display) -> RunInfo:

@@ -217,6 +217,30 @@ def _keep(moves: Array, new: Any, old: Any) -> Any:
     return jax.tree.map(one, new, old)
 
 
+def first_state(
+    lora: Lora,
+    adapters: Adapters,
+    optimizer: optax.GradientTransformation,
+    *,
+    key: Array | None = None,
+    model_state: PyTree = None,
+    dropout_key: Array | None = None,
+) -> TrainState:
+    """Start a run at step 0, as `TrainState.create`, with the key for dropout where the config asks for it.
+
+    Without one that is `jax.random.key(0)`.
+    """
+    if lora.config.dropout and dropout_key is None:
+        dropout_key = jax.random.key(0)
+    return TrainState.create(adapters, optimizer, key, model_state, dropout_key if lora.config.dropout else None)
+
+
+def lies(state: TrainState) -> TrainState | None:
+    """Return where each array of a state lies, if it lies on a mesh."""
+    on_mesh = all(isinstance(leaf.sharding, NamedSharding) for leaf in jax.tree.leaves(state))
+    return jax.tree.map(lambda leaf: leaf.sharding, state) if on_mesh else None
+
+
 def make_pmap_step(
     lora: Lora, loss: Loss, optimizer: optax.GradientTransformation, *, accumulate: int = 1, skip: bool = False
 ) -> Step:
