@@ -7,7 +7,7 @@ import math
 import re
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import jax
 import numpy as np
@@ -176,8 +176,9 @@ def plan(
     state = first_state(lora, adapters, optimizer, key=key, model_state=model_state, dropout_key=dropout_key)
     rehearsal = Rehearsal(lora, loss, optimizer, state, params, batch, skip, say)
     choices = divisors(rows_each(batch))
-    parts = fewest_parts(rehearsal.memory, choices, limit) if accumulate == "auto" else accumulate
-    memory, scored = rehearsal.memory(parts), None
+    parts = fewest_parts(rehearsal.memory, choices, limit) if accumulate == "auto" else int(accumulate)
+    memory = rehearsal.memory(parts)
+    scored: Scored | None = None
     flops = count_flops(lora, loss, params, state, batch, parts)
     does = memory is not None and fits(memory.total, limit) is not False
     if memory is not None and does and heldout is not None:
@@ -256,17 +257,18 @@ def _largest(rehearsal: Rehearsal, taken: Sequence[Taken], limit: int, deadline:
 
     def total(rows: int) -> int | None:
         memory = rehearsal.memory(1, rows)
-        return memory and memory.total
+        return None if memory is None else memory.total
 
     return largest_batch(total, known, unit, limit, deadline) if known else None
 
 
 def _tokens(batches: Batches, done: int, steps: int) -> Tokens | None:
     """Count the tokens of a run's steps, of a long one from its first; None where the batches do not tell."""
-    if not hasattr(batches, "__getitem__") or not hasattr(batches[done], "segment_ids_BxT"):
+    numbered: Any = batches
+    if not hasattr(batches, "__getitem__") or not hasattr(numbered[done], "segment_ids_BxT"):
         return None
     some = min(steps, done + _BATCHES)
-    each = map(batches.__getitem__, range(done, some))
+    each = (numbered[n] for n in range(done, some))
     counts = [((batch.segment_ids_BxT > 0).sum(), batch.loss_mask_BxT.sum()) for batch in each]
     share = (steps - done) / (some - done) * jax.process_count()  # each has its own rows
     read, learnt = (round(share * float(total)) for total in np.sum(counts, axis=0, dtype=np.float64))

@@ -105,7 +105,7 @@ def largest_batch(
         if fits(found[guess], limit):
             return Largest(guess, True)
         guess = _told(found, limit, unit)
-    return guess and Largest(guess, guess in found)
+    return Largest(guess, guess in found) if guess else None
 
 
 def _told(found: Mapping[int, int], limit: int, unit: int) -> int | None:
