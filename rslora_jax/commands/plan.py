@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,15 +10,7 @@ from rslora_jax.commands.devices import Placement
 from rslora_jax.commands.progress import status_line
 
 
-def show_plan(
-    a: argparse.Namespace,
-    lora: Any,
-    first: Any,
-    data: Any,
-    examples: Sequence[Any],
-    optimizer: Any,
-    placement: Placement,
-) -> int:
+def show_plan(a: argparse.Namespace, lora: Any, first: Any, data: Any, optimizer: Any, placement: Placement) -> int:
     """Print what the run of these flags would be; nothing is written."""
     import jax
 
@@ -43,7 +34,7 @@ def show_plan(
             eval_every=a.eval_every or None,
             steps_an_epoch=data.steps_an_epoch,
             done=steps_in(Path(a.out))[-1] if a.resume else 0,
-            data=glance(data.rows, examples, first.base.tokenizer),
+            data=glance(data.rows, data.examples, first.base.tokenizer),
             say=say,
         )
     _print(found)

@@ -61,8 +61,7 @@ def train(a: argparse.Namespace) -> int:
     lora = share_ranks(a, lora, base.variables, data, placement)
     optimizer = _make_optimizer(a, lora)
     if a.plan:
-        first = begin(a, lora, base, found, data, placement, rows)
-        return show_plan(a, lora, first, data, training, optimizer, placement)
+        return show_plan(a, lora, begin(a, lora, base, found, data, placement, rows), data, optimizer, placement)
     print(lora, flush=True)
     _keep_tokens(a, base, start, rows)
     # Of several processes none holds the whole of what the model writes.
@@ -72,7 +71,6 @@ def train(a: argparse.Namespace) -> int:
     show_answers(asked, {"base model": before})
     first = begin(a, lora, base, found, data, placement, rows)
     base = first.base  # which a start may have changed
-    settle_parts(a, lora, first, data, optimizer, placement)
     try:
         result = _fit(a, lora, first, data, optimizer, placement, of_examples)
     except NonFiniteLoss as error:
@@ -97,6 +95,7 @@ class _Data(NamedTuple):
     loss: Any
     steps_an_epoch: float
     rows: Any
+    examples: Sequence[Any]  # of which the rows are
 
 
 def _check_flags(a: argparse.Namespace) -> None:
@@ -258,7 +257,7 @@ def _prepare(
         places = max(places, held.places)
     of_training = batches.train_batches(rows, batch_size=a.batch_size, seed=a.seed, share=placement.share)
     of_tokens = loss.token_loss(places, chunk=loss.CHUNK_ON_MESH if placement.mesh else None)
-    return _Data(of_training, of_heldout, of_tokens, len(rows.rows) / a.batch_size, rows)
+    return _Data(of_training, of_heldout, of_tokens, len(rows.rows) / a.batch_size, rows, training)
 
 
 def _fit(
@@ -276,6 +275,7 @@ def _fit(
     from rslora_jax.interop.enlarged import of_file
     from rslora_jax.train import fit
 
+    settle_parts(a, lora, first, data, optimizer, placement)
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="step .* could not be saved")  # said at the end, in our own words
         return fit(

@@ -36,7 +36,7 @@ FLAGS = {
     "train": "config set epochs bf16 attention init allow-large-rank exclude "
     "model data cache max-len heldout template-option rank alpha scaling targets adapters steps "
     "batch-size accumulate optimizer optimizer-option learning-rate schedule warmup clip patience on-nonfinite "
-    "seed dtype param-dtype remat mesh split-rank distributed out eval-every save-every keep tensorboard resume",
+    "seed dtype param-dtype remat mesh split-rank distributed out eval-every save-every keep tensorboard resume plan",
     "generate": "model step merged dtype prompt prompts plain template-option batch-size max-new temperature top-k "
     "top-p min-p repetition-penalty stop seed out",
     "chat": "model step adapters dtype system template-option max-new temperature top-k top-p min-p repetition-penalty "
