@@ -46,7 +46,7 @@ class Bin(NamedTuple):
 
     first: int
     last: int
-    count: int
+    sequences: int
 
 
 @dataclasses.dataclass(frozen=True)

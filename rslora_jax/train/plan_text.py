@@ -165,14 +165,14 @@ def _cells(text: str) -> int:
 
 def _histogram(bins: Sequence[Bin], row_length: int, width: int) -> Iterator[str]:
     """Draw a histogram of lengths."""
-    most = max(one.count for one in bins)
+    most = max(one.sequences for one in bins)
     numbers = [f"{one.first:,} to {one.last:,}" if one.last > one.first else f"{one.first:,}" for one in bins]
-    left, right = max(map(len, numbers)), max(len(f"{one.count:,}") for one in bins)
+    left, right = max(map(len, numbers)), max(len(f"{one.sequences:,}") for one in bins)
     room = min(width - left - right - 25, 50)  # 20 of which are for what may stand behind
     for one, number in zip(bins, numbers, strict=True):
-        bar = "#" * -(-room * one.count // most)
+        bar = "#" * -(-room * one.sequences // most)
         beyond = "  too long for a row" if one.first > row_length else ""
-        yield f"  {number:>{left}}  {one.count:>{right},} {bar}{beyond}".rstrip()
+        yield f"  {number:>{left}}  {one.sequences:>{right},} {bar}{beyond}".rstrip()
 
 
 def _run(plan: Plan) -> str:

@@ -10,7 +10,6 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, Literal, NamedTuple
 
 import jax
-import numpy as np
 import optax
 
 from rslora_jax.pytrees import Params, PyTree
@@ -160,7 +159,7 @@ def plan(
       ValueError: the optimiser cannot train adapters, or no step is left to do; or with "auto", no number of parts
         fits, or the device does not tell its memory.
 
-    >>> import jax.numpy as jnp, rslora_jax as rslora
+    >>> import jax.numpy as jnp, numpy as np, rslora_jax as rslora
     >>> params, batches = {"w": jnp.ones((8, 16))}, [np.ones((4, 8), np.float32)] * 3
     >>> lora = rslora.wrap(lambda p, x: x @ p["w"], params, batches[0], config=rslora.LoraConfig(rank=2, alpha=3))
     >>> squares = lambda run, x: (jnp.sum(run(x) ** 2), jnp.float32(4))
@@ -271,7 +270,7 @@ def _tokens(batches: Batches, done: int, steps: int) -> Tokens | None:
     each = (numbered[n] for n in range(done, some))
     counts = [((batch.segment_ids_BxT > 0).sum(), batch.loss_mask_BxT.sum()) for batch in each]
     share = (steps - done) / (some - done) * jax.process_count()  # each has its own rows
-    read, learnt = (round(share * float(total)) for total in np.sum(counts, axis=0, dtype=np.float64))
+    read, learnt = (round(share * float(sum(of))) for of in zip(*counts, strict=True))
     return Tokens(read, learnt, some == steps and jax.process_count() == 1)
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sized
 from typing import Any, NamedTuple
 
 import jax
@@ -106,7 +106,7 @@ class Rehearsal:
         given = (self.params, self.state.to_use, batch, self.state.model_state)
         compiled = evaluate.lower(*given).compile()
         took = Took(_median_seconds(lambda: compiled(*given)), time.monotonic() - began)
-        batches = len(heldout) if hasattr(heldout, "__len__") else sum(1 for _ in heldout)
+        batches = len(heldout) if isinstance(heldout, Sized) else sum(1 for _ in heldout)
         return Scored(took, compiled.memory_analysis().temp_size_in_bytes, batches)
 
 

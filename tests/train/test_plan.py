@@ -159,13 +159,13 @@ def test_pieces_are_the_decoded_text_in_parts_that_are_learnt_and_not(text, data
 @given(st.lists(st.integers(1, 300), min_size=1, max_size=50), st.integers(1, 200))
 def test_a_histogram_counts_each_sequence_once_and_shows_what_is_too_long_apart(lengths, row_length):
     bins = histogram(np.array(lengths), row_length)
-    assert sum(one.count for one in bins) == len(lengths)
+    assert sum(one.sequences for one in bins) == len(lengths)
     for one, after in zip(bins, [*bins[1:], None], strict=True):
-        assert one.count == sum(one.first <= n <= one.last for n in lengths)
+        assert one.sequences == sum(one.first <= n <= one.last for n in lengths)
         assert after is None or after.first == one.last + 1
     assert bins[0].first == 1 and bins[-1].last == max(lengths)
     beyond = [n for n in lengths if n > row_length]
-    assert not beyond or (bins[-1].first, bins[-1].count) == (row_length + 1, len(beyond))
+    assert not beyond or (bins[-1].first, bins[-1].sequences) == (row_length + 1, len(beyond))
 
 
 def test_what_is_cut_is_named_and_lengths_are_those_before_the_cut():
