@@ -1,8 +1,11 @@
 """Train a small Llama on eight virtual devices in several ways and print what the tests compare.
 
 python -m tests.mesh_program WAY [WAY ...]      each a mesh, "one" (device), "pmap", or "MESH then MESH" (a resume)
+
+A mesh may go on with " of N", for the first N devices, and then with " remat NAME".
 """
 
+import dataclasses
 import json
 import re
 import sys
@@ -24,7 +27,7 @@ STEPS, ROWS, LENGTH = 20, 8, 16
 CONFIG = DecoderConfig(
     vocab_size=96, width=64, mlp_width=128, num_layers=3, num_heads=8, num_kv_heads=4, scan_layers=True
 )
-MODEL, LOSS, OPTIMIZER = Decoder(CONFIG), token_loss(LENGTH, chunk=LENGTH // 3), optax.adamw(3e-3)
+LOSS, OPTIMIZER = token_loss(LENGTH, chunk=LENGTH // 3), optax.adamw(3e-3)
 TOKENS = jax.ShapeDtypeStruct((1, 4), "int32")
 
 
@@ -47,13 +50,15 @@ class Setup:
     """The base, the adapters and the batches' place, on a mesh or on one device."""
 
     def __init__(self, mesh_text: str | None):
-        variables, apply, self.where = MODEL.init(jax.random.key(0), jnp.zeros((1, 4), jnp.int32)), MODEL.apply, None
+        mesh_text, _, remat = (mesh_text or "").partition(" remat ")
+        model = Decoder(dataclasses.replace(CONFIG, remat=remat or None))
+        variables, apply, self.where = model.init(jax.random.key(0), jnp.zeros((1, 4), jnp.int32)), model.apply, None
         if mesh_text:
             mesh_text, _, number = mesh_text.partition(" of ")  # "fsdp=4 of 4": on the first four devices
             mesh = sharding.make_mesh(mesh_text, jax.devices()[: int(number or 8)])
             variables = jax.device_put(variables, sharding.param_shardings(variables, mesh, SHARDING_RULES))
             self.where = sharding.batch_sharding(mesh, ROWS)
-            apply = sharding.pin_rows(MODEL.apply, self.where, (Embed, Layer))
+            apply = sharding.pin_rows(model.apply, self.where, (Embed, Layer))
         self.variables, self.apply = variables, apply
         self.lora = rslora.wrap(apply, variables, TOKENS, config=rslora.LoraConfig(rank=6, alpha=10))
         self.adapters = self.lora.init(jax.random.key(1))

@@ -18,6 +18,7 @@ from rslora_jax.commands.answers import answerer, show_answers
 from rslora_jax.commands.command import FOR_MODELS, Command, check_installed, default_arguments
 from rslora_jax.commands.devices import Placement, base_shardings, check_attention, join_processes, place, placed_apply
 from rslora_jax.commands.flags import Number, pairs
+from rslora_jax.commands.memory import check_memory
 from rslora_jax.commands.new_tokens import keep_new_tokens, placed, with_new_tokens
 from rslora_jax.commands.output import model_name
 from rslora_jax.commands.plan import settle_parts, show_plan
@@ -113,6 +114,7 @@ def _check_flags(a: argparse.Namespace) -> None:
         check_held(a.dequantize, a.quantize)
     check_start(a)
     check_attention(a.attention)
+    check_memory(a)
     if a.tensorboard:
         check_installed("--tensorboard", ("tensorboardX",), extra="tensorboard")
     processes.first_decides(lambda: _check_out(a))

@@ -14,6 +14,15 @@ ATTENTION = (
     "pallas",
 )  # as of `models.decoder_config`, without importing JAX for help
 
+_REMAT = (
+    "what of a layer is kept for the backward pass, where the rest is computed again: none (all is kept: fastest, most "
+    "memory), products (what products with weights give: little is computed again), full (what a layer takes in alone: "
+    "its forward pass twice, least memory without a host's), offload (as full, and what a layer takes in waits in the "
+    "host's memory: least on a GPU or TPU), or a policy of jax.checkpoint_policies: dots_saveable (all products, also "
+    "those of attention), dots_with_no_batch_dims_saveable (those with weights alone), everything_saveable (as none), "
+    "nothing_saveable (as full)"
+)
+
 
 def add_flags(parser: argparse.ArgumentParser) -> None:
     """Add the flags of `rslora train`."""
@@ -119,11 +128,7 @@ def _add_device_flags(parser: argparse.ArgumentParser) -> None:
     shared(where, "--param-dtype")
     half = "compute in bfloat16, and hold the base in it: --dtype bfloat16 --param-dtype bfloat16"
     where.add_argument("--bf16", action="store_true", help=half)
-    remat = (
-        "activations to compute again in the backward pass: none, products (all but what products with weights give), "
-    )
-    remat += "full or a policy of jax.checkpoint_policies"
-    add_flag(where, "--remat", "products", remat, metavar="POLICY")
+    add_flag(where, "--remat", "products", _REMAT, metavar="POLICY")
     attention = "chunked (memory grows with the tokens, and not with their square), xla (the scores of all tokens at "
     attention += "once), cudnn (NVIDIA GPUs, bfloat16), pallas (TPUs; GPUs by tokamax) or auto, the best for the device"
     add_flag(where, "--attention", "auto", attention, choices=ATTENTION)

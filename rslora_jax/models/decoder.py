@@ -17,19 +17,14 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 from jax import lax
-from jax.ad_checkpoint import checkpoint_name
 
 from rslora_jax.models.attention import Array, Cache, attend, extend, init_cache, lengthen
-from rslora_jax.models.decoder_config import REMAT_POLICIES, DecoderConfig
+from rslora_jax.models.decoder_config import DecoderConfig
 from rslora_jax.models.places import Places, level_off
+from rslora_jax.models.remat import REMAT_POLICIES, named_input, named_product, policy_of
 from rslora_jax.models.rope import rotary, rotate
-from rslora_jax.transform.product import MET
 
 __all__ = ["REMAT_POLICIES", "Decoder", "DecoderConfig", "init_cache", "lengthen"]
-
-# What a product with a weight gives, with its adapter's part, and what data give in an adapter's first factor.
-_PRODUCT = "decoder_product"
-_PRODUCTS = jax.checkpoint_policies.save_only_these_names(_PRODUCT, MET)
 
 # Where the weights lie on a mesh (`parallel.sharding.param_shardings`): those that widen are split by column,
 # those that narrow by row, so that a layer needs one sum over "tensor" for each pair; the rest of each by "fsdp".
@@ -59,7 +54,7 @@ class RMSNorm(nn.Module):
 
 def _dense(config: DecoderConfig, features: int, name: str, bias: bool = False) -> Callable[[Array], Array]:
     layer = nn.Dense(features, use_bias=bias, dtype=config.dtype, param_dtype=config.param_dtype, name=name)
-    return lambda x: checkpoint_name(layer(x), _PRODUCT)  # with its adapter in it, of which a policy sees the parts
+    return lambda x: named_product(layer(x))  # with its adapter in it, of which a policy sees the parts
 
 
 class Attention(nn.Module):
@@ -116,7 +111,7 @@ class Layer(nn.Module):
     def __call__(
         self, x_BxTxD: Array, rope: Any, places: Any, cached: Any, has_window: Any = None
     ) -> tuple[Array, Any]:
-        c = self.config
+        c, x_BxTxD = self.config, named_input(x_BxTxD)
         if len(rope) > 1:
             rope = [jax.tree.map(partial(jnp.where, has_window), rope[1], rope[0])]
 
@@ -165,10 +160,9 @@ class Embed(nn.Module):
 def _layer_class(config: DecoderConfig) -> Any:
     if config.remat in (None, "none"):
         return Layer
-    policy = None if config.remat == "full" else getattr(jax.checkpoint_policies, str(config.remat), _PRODUCTS)
     # The body of a scan is compiled apart, so common-subexpression elimination cannot undo the remat there
     # and the barriers that guard against it would only cost.
-    return nn.remat(Layer, policy=policy, prevent_cse=not config.scan_layers)
+    return nn.remat(Layer, policy=policy_of(config.remat), prevent_cse=not config.scan_layers)
 
 
 class Decoder(nn.Module):

@@ -8,22 +8,9 @@ from typing import Any
 
 import jax.numpy as jnp
 
+from rslora_jax.models.remat import check_remat
 from rslora_jax.models.rope import RopeScaling
 from rslora_jax.shown import quoted
-
-# "products" is our own: keep what products with weights give, which costs most to compute again and is a third of all.
-# Of the policies of jax.checkpoint_policies only those that take no argument: the others are factories, which a bare
-# name in a configuration file cannot call.
-REMAT_POLICIES = (
-    "products",
-    "everything_saveable",
-    "nothing_saveable",
-    "dots_saveable",
-    "dots_with_no_batch_dims_saveable",
-    "checkpoint_dots",
-    "checkpoint_dots_with_no_batch_dims",
-)
-
 
 ATTENTION = ("auto", "xla", "chunked", "cudnn", "pallas")
 
@@ -47,10 +34,11 @@ class DecoderConfig:
     off as cap * tanh(x / cap) (Gemma 2, arXiv 2408.00118); and `window_rope_base`, the base of rotary embedding where
     there is a window, without scaling (Gemma 3, arXiv 2503.19786).
 
-    `param_dtype` is what weights are stored in, `dtype` what products are computed in; normalisation,
-    rotation, softmax and logits are float32 whatever `dtype` is. `remat` is None or "none" (keep all
-    activations), "full" (keep none inside a layer) or a name in `REMAT_POLICIES`. `scan_layers` stacks the
-    layers' weights on a leading axis and compiles one layer in place of `num_layers`.
+    `param_dtype` is what weights are stored in, `dtype` what products are computed in; normalisation, rotation, softmax
+    and logits are float32 whatever `dtype` is. `remat` is None or "none" (keep all activations), "full" (keep none
+    inside a layer), "offload" (as "full", and what a layer takes in waits in pinned host memory; on a CPU, whose memory
+    that is, it takes what "full" takes) or a name in `REMAT_POLICIES`. `scan_layers` stacks the layers' weights on a
+    leading axis and compiles one layer in place of `num_layers`.
 
     `attention` is "xla" (the scores of all tokens at once, as XLA compiles it), "chunked" (some at a time: memory that
     grows with the tokens and not with their square), "cudnn" (on NVIDIA GPUs, in bfloat16 and float16), "pallas" (JAX's
@@ -115,8 +103,7 @@ class DecoderConfig:
                 f"rope_scaling has {len(self.rope_scaling.divisors)} divisors and head_dim={self.head_dim} has "
                 f"{self.head_dim // 2} frequencies: one is needed for each"
             )
-        if self.remat not in (None, "none", "full", *REMAT_POLICIES):
-            raise ValueError(f"remat={self.remat!r} is unknown: use None, 'full' or one of {', '.join(REMAT_POLICIES)}")
+        check_remat(self.remat)
         if self.attention not in ATTENTION:
             raise ValueError(f"attention={self.attention!r} is unknown: use one of {', '.join(ATTENTION)}")
         if self.activation not in ("silu", "gelu_tanh"):
