@@ -90,11 +90,31 @@ def _beside_arrays(leaf: Any) -> str:
     return repr({name: getattr(leaf, name) for name in fields})
 
 
+def _word_of_array(x: Any) -> Array:
+    """Sum an array's bits, each element mixed with its place, modulo 2^32.
+
+    XLA on CPUs makes 4 bytes of every element before it sums them: of a stack of matrices, one after the other, unless
+    a mesh has taken the stack apart.
+    """
+    apart = isinstance(x, Array) and x.ndim > 0 and x.sharding.shard_shape(x.shape)[0] != x.shape[0]
+    if is_key(x) or x.ndim < 3 or apart:
+        return _sum(x, np.uint32(0))
+    on_host = isinstance(x, np.ndarray)
+    words = [_sum(x[n], np.uint32(n)) if on_host else _sum_of_slice(x, np.uint32(n)) for n in range(len(x))]
+    return jnp.sum(jnp.stack(words), dtype=jnp.uint32) if words else jnp.uint32(0)
+
+
 @jax.jit
-def _word_of_array(x: Array) -> Array:
-    """Sum an array's bits, each element mixed with its place, modulo 2^32."""
-    x = jax.random.key_data(x) if is_key(x) else x
-    return jnp.sum(_mix(_bits_of(x) + _places(_bits_of(x).shape) * np.uint32(0x9E3779B9)), dtype=jnp.uint32)
+def _sum_of_slice(x: Array, number: Any) -> Array:
+    return _sum(lax.dynamic_index_in_dim(x, number, keepdims=False), number)
+
+
+@jax.jit
+def _sum(x: Array, number: Any) -> Array:
+    """Sum the bits of an array, which has this number in a stack."""
+    bits = _bits_of(jax.random.key_data(x) if is_key(x) else x)
+    places = _places(bits.shape) + number * np.uint32(bits.size % 2**32)
+    return jnp.sum(_mix(bits + places * np.uint32(0x9E3779B9)), dtype=jnp.uint32)
 
 
 def _bits_of(x: Array) -> Array:

@@ -41,3 +41,10 @@ def test_a_change_a_swap_and_another_shape_are_seen(dtype):
 def test_signs_of_zero_and_kinds_of_nan_are_bits_too():
     nan = np.array([0x7FC00000, 0x7FC00001], np.uint32).view(np.float32)
     assert len({checksums(np.float32([v]))[""] for v in (0.0, -0.0, *nan)}) == 4
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_a_stack_is_summed_slice_by_slice_and_is_what_its_rows_are(dtype):
+    x = jnp.asarray(np.random.default_rng(0).integers(0, 2, (3, 5, 2))).astype(dtype)
+    assert checksums(x)[""].split()[1] == checksums(x.reshape(15, 2))[""].split()[1]
+    assert checksums(x)[""] == checksums(np.asarray(x))[""]
