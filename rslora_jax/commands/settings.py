@@ -45,6 +45,7 @@ _OF_FIT: Mapping[str, tuple[str, ...]] = {
             "clip",
             "optimizer",
             "optimizer_option",
+            "moments",
         ),
         ("optimizer",),
     ),

@@ -135,14 +135,15 @@ def _make_optimizer(a: argparse.Namespace, lora: Any = None) -> Any:
     """Make the optimiser that the flags describe."""
     import optax
 
-    from rslora_jax.train import frozen, lora_plus, optimizers
+    from rslora_jax.train import frozen, lora_plus, low_moments, optimizers
 
     how: dict[str, Any] = {"schedule": _make_schedule(a), "clip": a.clip, "lora": lora}
     made = optimizers.make_optimizer(a.optimizer, options=optimizers.parse_options(a.optimizer_option), **how)
     if lora is None:
         return made
     made = frozen(lora, made, *a.freeze) if a.freeze else made
-    return optax.chain(made, lora_plus(lora, a.lora_plus)) if a.lora_plus != 1 else made
+    made = optax.chain(made, lora_plus(lora, a.lora_plus)) if a.lora_plus != 1 else made
+    return low_moments(made, a.moments)
 
 
 def _make_schedule(a: argparse.Namespace) -> Callable[[Any], Any]:

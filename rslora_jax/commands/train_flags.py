@@ -111,6 +111,11 @@ def _add_training_flags(parser: argparse.ArgumentParser) -> None:
     add_flag(
         how, "--optimizer-option", [], "an option of it, as often as you like", metavar="NAME=VALUE", action="append"
     )
+    held = (
+        "what the optimiser's moments are held in between steps, of any optimiser: bfloat16 halves them, int8 leaves "
+    )
+    held += "a quarter and some noise; each step computes in float32"
+    add_flag(how, "--moments", "float32", held, choices=("float32", "bfloat16", "int8"))
     add_flag(how, "--learning-rate", 1e-3, "peak of the schedule", metavar="X", above=0)
     add_flag(how, "--schedule", "cosine", "after the warm-up", choices=("cosine", "linear", "constant"))
     rises = "part of the steps in which the rate rises to its peak"

@@ -13,6 +13,7 @@ from rslora_jax.train.glance import glance
 from rslora_jax.train.loop import NonFiniteLoss, Result, fit
 from rslora_jax.train.loss import Loss, cross_entropy, logits_loss, token_loss
 from rslora_jax.train.masters import float32_masters
+from rslora_jax.train.moments import low_moments
 from rslora_jax.train.optimizers import make_optimizer, make_schedule, muon_axes
 from rslora_jax.train.planning import Plan, parts_that_fit, plan
 from rslora_jax.train.rates import frozen, lora_plus, scale_by_rank
@@ -46,6 +47,7 @@ __all__ = [
     "heldout_batches",
     "logits_loss",
     "lora_plus",
+    "low_moments",
     "make_evaluate",
     "make_optimizer",
     "make_pmap_step",

@@ -120,16 +120,21 @@ def _call(optimizer: optax.GradientTransformation, state: Any, params: Any, meas
         "grad_fn": lambda adapters, _=None: jax.grad(value_fn)(adapters),
         "obj_fn": measured.value_fn,
     }
-    takes = inspect.signature(optimizer.update).parameters
-    if all(parameter.kind is not parameter.VAR_KEYWORD for parameter in takes.values()):
-        extra = {name: what for name, what in extra.items() if name in takes}
     try:
-        return optimizer.update(measured.grads, state, params, **extra)
+        return optimizer.update(measured.grads, state, params, **taken_by(optimizer, extra))
     except TypeError as error:
         if "unexpected keyword" not in str(error):
             raise
         # Not all of optax keeps to its protocol: sam, in a chain, takes this one and no other.
         return optimizer.update(measured.grads, state, params, grad_fn=extra["grad_fn"])
+
+
+def taken_by(optimizer: optax.GradientTransformation, extra: dict[str, Any]) -> dict[str, Any]:
+    """Return those extra arguments that an optimiser's update takes."""
+    takes = inspect.signature(optimizer.update).parameters
+    if any(parameter.kind is parameter.VAR_KEYWORD for parameter in takes.values()):
+        return extra
+    return {name: what for name, what in extra.items() if name in takes}
 
 
 def averages(opt_state: Any) -> bool:

@@ -33,7 +33,7 @@ NEEDED = {
 }
 # The flags that scripts and notebooks of users may have: a command may get more, and keeps these.
 FLAGS = {
-    "train": "config set epochs bf16 attention init allow-large-rank exclude "
+    "train": "config set epochs bf16 attention init allow-large-rank exclude moments "
     "model data cache max-len heldout template-option rank alpha scaling targets adapters steps "
     "batch-size accumulate optimizer optimizer-option learning-rate schedule warmup clip patience on-nonfinite "
     "seed dtype param-dtype remat mesh split-rank distributed out eval-every save-every keep tensorboard resume plan",
