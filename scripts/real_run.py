@@ -34,8 +34,7 @@ import optax
 import rslora_jax as rslora
 from rslora_jax import train
 from rslora_jax.models.configs import LLAMA2_7B, LLAMA31_8B
-from rslora_jax.models.decoder import Decoder, DecoderConfig
-from rslora_jax.models.decoder import REMAT_POLICIES
+from rslora_jax.models.decoder import REMAT_POLICIES, Decoder, DecoderConfig
 from rslora_jax.models.decoder_config import ATTENTION
 from rslora_jax.sites import from_paths, named_leaves
 from rslora_jax.stored.quantize import kept_leaves
