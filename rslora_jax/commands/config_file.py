@@ -15,6 +15,9 @@ from rslora_jax.commands.train_flags import add_flags
 from rslora_jax.shown import quoted, reason_of, shown
 
 
+_NUMBERS = ("heldout", "epochs")  # flags that are numbers where they are given, and none by default
+
+
 def read(path: str, flags: Mapping[str, Any]) -> dict[str, Any]:
     """Read flags from a file, by their names with or without the leading dashes, as the command line takes them.
 
@@ -90,7 +93,7 @@ def _settings(path: str, found: Mapping[str, Any], flags: Mapping[str, Any]) -> 
             hint = f"; did you mean {close[0].replace('_', '-')}?" if close else "; `rslora train --help` lists them"
             raise ValueError(f"{path} has {shown(key)}, which is no flag of `rslora train`{hint}")
         flag = f"--{name.replace('_', '-')}"
-        words = _words(flag, value, flags[name])
+        words = _words(flag, value, 0 if flags[name] is None and name in _NUMBERS else flags[name])
         if words is None:
             raise ValueError(f"{path}: {shown(key)} = {quoted(value)} is not of the kind that {flag} takes")
         try:

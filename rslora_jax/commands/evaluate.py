@@ -24,8 +24,8 @@ def _add_flags(parser: argparse.ArgumentParser) -> None:
     shared(what, "--dtype", text="dtype to compute in (default: the first run's, or float32)")
     data = parser.add_argument_group("data")
     shared(data, "--data", text="a .jsonl, .parquet or .txt file (default: the first run's, or docstrings of Python)")
-    data.add_argument("--all", action="store_true", help="all of the file, not only what `rslora train` holds out")
-    most = "at most so many examples, spread evenly (default 32; with --all, all)"
+    data.add_argument("--all", action="store_true", help="all of it, with what the runs have learnt from")
+    most = "at most so many examples, spread evenly (default: as many as the first run; of --data all)"
     shared(data, "--heldout", default=None, text=most, type=int)
     longest = "tokens in a row, as in training (default: the first run's, or 256)"
     shared(data, "--max-len", default=None, text=longest, type=int)
@@ -41,24 +41,26 @@ def _add_flags(parser: argparse.ArgumentParser) -> None:
 def evaluate(a: argparse.Namespace) -> int:
     """Run `rslora eval`."""
     from rslora_jax.commands import runs
+    from rslora_jax.commands.data import all_of
     from rslora_jax.commands.progress import progress_line
     from rslora_jax.train import batches
 
     check_new_file("--json", a.json)
     # Before the model, which takes seconds to read: the data may be wrong.
-    given = _chosen(a, {}) if a.data else None
+    given = all_of(a.data) if a.data else None
     tell("reading the model")
     options = {"to_write": a.exact_match, "template_options": a.template_option}
     loaded = runs.load_runs(a.folders, model=a.model, step=a.step, dtype=a.dtype, **options)
-    source = a.data or loaded.settings.get("data")
-    examples = given or _chosen(a, loaded.settings)
+    started = [one.settings for one in loaded.runs]
+    source, examples = _chosen(a, given, started)
     max_len = min(a.max_len or loaded.settings.get("max_len", 256), loaded.config.max_len)
     rows = batches.prepare(loaded.tokenizer, examples, max_len=max_len, progress=progress_line("tokenising"))
-    print(f"{'all' if a.all else 'held out'} of {source or 'the docstrings of Python'}: {rows.statistics}", flush=True)
+    is_all = a.all or (given is not None and len(examples) == len(given))
+    print(f"{'all' if is_all else 'held out'} of {source or 'the docstrings of Python'}: {rows.statistics}", flush=True)
     found = _scored(a, loaded, rows, examples)
     _print_scores(found)
     if a.json:
-        stated = {"data": source, "all": a.all, "examples": len(examples), "max_len": max_len, "models": found}
+        stated = {"data": source, "all": is_all, "examples": len(examples), "max_len": max_len, "models": found}
         write_text_whole(a.json, json.dumps(_plain(stated), indent=1) + "\n")
         tell(f"wrote {a.json}")
     return 0
@@ -85,20 +87,21 @@ def _scored(a: argparse.Namespace, loaded: Any, rows: Any, examples: Sequence[An
     return found
 
 
-def _chosen(a: argparse.Namespace, settings: Mapping[str, Any]) -> list[Any]:
-    """Give the examples to score."""
-    from rslora_jax.commands.data import examples, spread
-    from rslora_jax.train import docstring_pairs, read_examples
+def _chosen(
+    a: argparse.Namespace, given: Sequence[Any] | None, started: Sequence[Mapping[str, Any]]
+) -> tuple[str | None, list[Any]]:
+    """Give the file to score and its examples; `given` are those of --data, `started` is what runs were started with.
 
-    source = a.data or settings.get("data")
-    if not a.all:
-        # As many as in training, so that the figure is training's own.
-        held = examples(source, a.heldout or settings.get("heldout") or 32)[1]
-        if not held:
-            raise ValueError(f"{source} is one example, of which none is held out: score it with --all")
-        return held
-    everything = read_examples(source) if source else [*docstring_pairs("train"), *docstring_pairs("heldout")]
-    return spread(everything, a.heldout or len(everything))
+    What a run has learnt from is left out: of their own data, and of --data where that is theirs.
+    """
+    from rslora_jax.commands.data import all_of, spread, to_score
+
+    first = started[0] if started else {}
+    source = a.data or first.get("eval_data") or first.get("data")
+    if a.all:
+        found = list(given or all_of(source))
+        return source, spread(found, a.heldout or len(found))
+    return source, to_score(source, given or (all_of(source) if source else None), started, a.heldout)
 
 
 def _about(run: Any) -> dict[str, Any]:

@@ -37,7 +37,7 @@ _SHARED: Mapping[str, Mapping[str, Any]] = {
         "metavar": "NAME=VALUE",
         "action": "append",
     },
-    "--heldout": {"default": 32, "text": "at most so many held-out examples", "metavar": "N", "least": 1},
+    "--heldout": {"text": "at most so many held-out examples", "metavar": "N", "least": 1},
     "--batch-size": {"default": 8, "text": "rows or prompts that are taken together", "metavar": "N", "least": 1},
     "--max-new": {"default": 256, "text": "most tokens of an answer", "metavar": "N", "least": 1},
     "--out": {"text": "new folder to write", "metavar": "FOLDER"},

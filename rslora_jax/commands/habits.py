@@ -15,6 +15,7 @@ SAME: Mapping[str, str] = {
     **dict.fromkeys(("modules-to-save", "lora-modules-to-save"), "trained"),
     **dict.fromkeys(("model-name-or-path", "base-model", "model-name"), "model"),
     **dict.fromkeys(("dataset", "train-file", "data-path"), "data"),
+    **dict.fromkeys(("eval-file", "validation-file", "eval-dataset", "val-data"), "eval-data"),
     **dict.fromkeys(("max-length", "max-seq-length", "max-seq-len", "sequence-len", "cutoff-len"), "max-len"),
     "max-steps": "steps",
     **dict.fromkeys(("num-train-epochs", "num-epochs", "epoch"), "epochs"),

@@ -35,6 +35,7 @@ class Run:
     lora: Lora
     variables: Any  # the base, with what the folder has in place of some of its weights
     adapters: Adapters
+    settings: Mapping[str, Any]  # what it was started with
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -101,7 +102,9 @@ def load_runs(
         known = next((other for other in loras if _same_shapes(other, lora)), lora)
         loras.append(known)
         its_step = int(one.source.name) if one.source.parent.name == "checkpoints" else None
-        loaded.append(Run(folder, its_step, lora.config, known, variables, _rescaled(adapters, lora, known)))
+        loaded.append(
+            Run(folder, its_step, lora.config, known, variables, _rescaled(adapters, lora, known), one.settings)
+        )
     at = folder_of(place_of_base(opened[0], model) if opened else model)
     found = LoadedRuns(base.family, base.config, base.variables, base.tokenizer, tuple(loaded), first, at)
     return unrolled(found) if looped and getattr(base.config, "scan_layers", False) else found

@@ -17,7 +17,7 @@ from rslora_jax.commands import config_file
 from rslora_jax.interop.held import held_as
 
 OF_A_CALL = ("config", "set", "resume", "override", "plan")  # flags of one call of the command, and not of a run
-_PATHS = ("data", "model", "cache", "adapters")
+_PATHS = ("data", "eval_data", "model", "cache", "adapters")
 # Flags that decide nothing of what is learnt; --steps does by its schedule, and is what a run is gone on with by.
 _FREE = (
     *("out", "model", "cache", "steps", "epochs", "patience", "on_nonfinite", "remat", "attention", "mesh"),
@@ -31,7 +31,7 @@ _OF_THE_ADAPTERS = (
 # What of a run `fit` is to let differ for a flag; for all others that decide, the data and what is held out.
 _OF_FIT: Mapping[str, tuple[str, ...]] = {
     "accumulate": ("accumulate",),
-    "heldout": ("heldout",),
+    "heldout": ("heldout", "data"),
     "seed": ("data",),
     "dtype": (),
     **dict.fromkeys(
@@ -101,7 +101,8 @@ def check_course(arguments: argparse.Namespace) -> None:
     here, saved = _absolute(vars(arguments)), _settings_of(about)
     decide = [name for name in here if name in saved and name not in (*_FREE, *OF_A_CALL, "examples")]
     if "examples" in saved:
-        decide.remove("data")  # the examples are compared, wherever they lie
+        # The examples are compared, wherever they lie.
+        decide = [name for name in decide if name not in ("data", "eval_data")]
     differing = [name for name in decide if here[name] != saved[name]]
     for name in differing:
         said = f"{_said(name, here[name])} here, {_said(name, saved[name], flag=False)} was saved"
@@ -134,7 +135,7 @@ def settle_steps(arguments: argparse.Namespace, steps_an_epoch: float) -> None:
         _check_steps(arguments)
 
 
-def check_examples(arguments: argparse.Namespace, examples: Mapping[str, str]) -> None:
+def check_examples(arguments: argparse.Namespace, examples: Mapping[str, Any]) -> None:
     """Compare the examples of a run that is resumed (`examples_to_save`) with those that it was started with.
 
     Raises:
@@ -144,8 +145,8 @@ def check_examples(arguments: argparse.Namespace, examples: Mapping[str, str]) -
 
     saved = checkpoint.load_about(arguments.out)["settings"]
     before, overridden = saved.get("examples", examples), _overridden(arguments)
-    names = {"training": ("data",), "heldout": ("data", "heldout")}
-    differing = [kind for kind in names if before[kind] != examples[kind] and not {*names[kind]} & overridden]
+    may = {"data", "eval_data", "heldout"} & overridden
+    differing = [kind for kind in ("training", "heldout") if before[kind] != examples[kind] and not may]
     if differing:
         here, there = _absolute(vars(arguments))["data"], saved["data"]
         what = f"--data {arguments.data}" if arguments.data else "the library of this Python"
@@ -208,7 +209,16 @@ def _refused(said: str, name: str, arguments: argparse.Namespace) -> str:
     )
 
 
-def examples_to_save(training: Sequence[Any], heldout: Sequence[Any]) -> dict[str, str]:
+def rule_of(arguments: argparse.Namespace) -> int:
+    """Return by which rule examples are held out (`commands.data.Asked`): a run that is resumed keeps its own."""
+    from rslora_jax.store import checkpoint
+
+    if not arguments.resume:
+        return 2
+    return int(checkpoint.load_about(arguments.out)["settings"].get("examples", {}).get("rule", 1))
+
+
+def examples_to_save(training: Sequence[Any], heldout: Sequence[Any], rule: int = 2) -> dict[str, Any]:
     """Return a checksum of the examples of each kind, in their order: of the files' content and of how it was split.
 
     >>> from rslora_jax.train import Example
@@ -216,7 +226,7 @@ def examples_to_save(training: Sequence[Any], heldout: Sequence[Any]) -> dict[st
     >>> examples_to_save(one, []) == examples_to_save(two, []), examples_to_save(one, two) == examples_to_save(two, [])
     (True, False)
     """
-    return {"training": _digest(training), "heldout": _digest(heldout)}
+    return {"training": _digest(training), "heldout": _digest(heldout), "rule": rule}
 
 
 def _digest(examples: Sequence[Any]) -> str:

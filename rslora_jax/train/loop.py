@@ -173,12 +173,12 @@ def fit(
     skip, feed = on_nonfinite == "skip", Feed(batches, batch_sharding)
     step = make_step(lora, loss, optimizer, accumulate=accumulate, skip=skip, shardings=lies(state))
     evaluate = make_evaluate(lora, heldout_loss or loss, keyed=key is not None)
-    judge = functools.partial(_mean_heldout_loss, evaluate, params, heldout, batch_sharding)
     count = functools.partial(count_flops, lora, loss, params, accumulate=accumulate)
     pace = Pace(steps, eval_every or None, save_every or None, patience)
     said = _STOPPING if show and is_first() else ""
     with checkpoint.open_checkpoints(folder, resume=resume, keep=keep) as saved, stop_requests(said) as asked:
         display = Display(steps, show and is_first())
+        judge = functools.partial(_mean_heldout_loss, evaluate, params, heldout, batch_sharding, display.scoring)
         saver = Saver(saved, about, display.line, override)
         state = saver.restore(state, feed) if resume else state
         if resume:
@@ -369,6 +369,7 @@ def _mean_heldout_loss(
     params: Params,
     batches: Iterable[PyTree] | None,
     sharding: jax.sharding.Sharding | None,
+    scoring: Callable[..., Iterable[PyTree]],
     state: TrainState,
     stopped: Callable[[], Any],
 ) -> float | None:
@@ -379,8 +380,8 @@ def _mean_heldout_loss(
     """
     if batches is None:
         return None
-    sums, adapters = [], state.to_use
-    for batch in batches:
+    sums, adapters = list[Any](), state.to_use
+    for batch in scoring(batches, lambda: jax.block_until_ready(sums[:-1])):
         sums.append(evaluate(params, adapters, lay_out(batch, sharding), state.model_state))
         if stopped():
             return None

@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import contextlib
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sized
+from typing import TypeVar
 
 from rslora_jax.terminal import bar_console, printable, start_bar
 from rslora_jax.train.metrics import perplexity
 from rslora_jax.train.writers import Record, RunInfo
+
+_LONG = 2.0  # seconds of an evaluation after which its progress is shown
+_T = TypeVar("_T")
 
 
 def clock(seconds: float) -> str:
@@ -64,6 +68,22 @@ class Display:
         """Print a line that stays."""
         if self.show:
             self.console.print(printable(text) if self.console.is_terminal else text, markup=False)
+
+    def scoring(self, batches: Iterable[_T], wait: Callable[[], object]) -> Iterator[_T]:
+        """Give held-out batches one by one, and show how many are left of those that take long.
+
+        `wait` waits for those that were given before the last one: without it what is only begun would count as done.
+        """
+        total, begun = len(batches) if isinstance(batches, Sized) else 0, time.monotonic()
+        for done, batch in enumerate(batches):
+            wait()
+            if done and total and self.show and (seconds := time.monotonic() - begun) > _LONG:
+                text = f"held-out batch {done}/{total}  {clock(seconds / done * (total - done))} left"
+                self.bar.update(self.task, description=text)
+                if not self.console.is_terminal and time.monotonic() - self.said >= self.every:
+                    self.said = time.monotonic()
+                    self.line(text)
+            yield batch
 
     @contextlib.contextmanager
     def running(self, run: RunInfo) -> Iterator[Callable[[Record], None]]:

@@ -10,7 +10,7 @@ import pytest
 from rslora_jax import train
 from rslora_jax.cli import main
 from rslora_jax.commands import runs
-from rslora_jax.commands.data import examples
+from rslora_jax.commands.data import Asked, examples
 from rslora_jax.models.decoder import Decoder
 from rslora_jax.train import score
 from rslora_jax.train.encode import encode_example
@@ -45,7 +45,7 @@ def scored(place, capsys, tmp_path, *flags):
 
 def test_perplexity_and_its_error_equal_float64_by_hand(place, capsys, tmp_path):
     found, shown = scored(place, capsys, tmp_path, place.folder / "one", place.folder / "two")
-    _, held = examples(str(place.folder / "sums.jsonl"), 32)
+    _, held = examples(Asked(str(place.folder / "sums.jsonl")))
     assert found["examples"] == len(held) == 4
     base, base_tokens = by_hand(place, place.base.variables, held, 48)
     records = {record["model"].rsplit("/")[-1]: record for record in found["models"]}
@@ -102,7 +102,7 @@ def test_runs_of_one_rank_share_what_is_compiled_and_keep_their_own_gamma(place)
         traces.append(1)
         return apply(*args, **kwargs)
 
-    rows = train.prepare(loaded.tokenizer, examples(str(place.folder / "sums.jsonl"), 32)[1], max_len=48)
+    rows = train.prepare(loaded.tokenizer, examples(Asked(str(place.folder / "sums.jsonl")))[1], max_len=48)
     lost, seen = {}, []
     for its in (None, one, two):
         apply_, variables = runs.program(loaded, its)
@@ -148,7 +148,7 @@ def test_an_answer_matches_by_its_number(answer, wanted, same):
 def test_exact_match_counts_what_the_models_write(place, capsys, tmp_path):
     # What the run answers is made the right answer of every other line.
     lines = (place.folder / "sums.jsonl").read_text().splitlines()[:5]
-    path, flags = tmp_path / "five.jsonl", ["--all", "--exact-match", "--max-new", "6", "--batch-size", "2"]
+    path, flags = tmp_path / "five.jsonl", ["--exact-match", "--max-new", "6", "--batch-size", "2"]
     path.write_text("\n".join(lines))
     run = place.folder / "one"
     found, _ = scored(place, capsys, tmp_path, run, "--data", path, *flags)
@@ -166,7 +166,9 @@ def test_exact_match_counts_what_the_models_write(place, capsys, tmp_path):
 
 
 def test_the_base_alone_can_be_scored(place, capsys, tmp_path):
-    data = ["--data", place.folder / "sums.jsonl", "--max-len", 48]
+    lines = (place.folder / "sums.jsonl").read_text().splitlines()
+    (tmp_path / "held.jsonl").write_text("\n".join(lines[9::10]))
+    data = ["--data", tmp_path / "held.jsonl", "--max-len", 48]
     found, _ = scored(place, capsys, tmp_path, "--model", place.folder / "model.gguf", *data)
     beside, _ = scored(place, capsys, tmp_path, place.folder / "wide")
     assert [record["model"] for record in found["models"]] == ["base"]
@@ -178,8 +180,7 @@ def test_the_base_alone_can_be_scored(place, capsys, tmp_path):
     [
         (["nowhere"], "nowhere is not a folder: give that of a run"),
         (["one", "--data", "nowhere.jsonl"], "nowhere.jsonl cannot be read"),
-        (["one", "--data", "one.jsonl"], "score it with --all"),
-        (["one", "--data", "text.txt", "--all", "--exact-match"], "these examples are plain text"),
+        (["one", "--data", "text.txt", "--exact-match"], "these examples are plain text"),
         (["one", "--heldout", "0"], "--heldout: 0 is not a whole number of at least 1"),
         (["one", "--json", "no/where.json"], "no is no folder"),
         (["one", "--exact-match", "--max-new", "127"], "exceed max_len=128"),

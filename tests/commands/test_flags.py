@@ -112,7 +112,7 @@ def test_a_file_of_settings_takes_what_the_command_line_takes_and_nothing_else(t
         ('dtype = "float64"', "invalid choice: 'float64'"),
         ('on-nonfinite = "skpi"', "invalid choice: 'skpi'"),
         ("patience = -1", "-1 is not a whole number of at least 0"),
-        ("heldout = -5", "-5 is not a whole number of at least 1"),
+        ("heldout = -5", "-5 is not a whole number of at least 0"),
         ("steps = 2.5", "2.5 is not a whole number of at least 1"),
         ("learning-rate = nan", "nan is not a number above 0"),
     ],
