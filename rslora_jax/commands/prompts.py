@@ -7,7 +7,8 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from rslora_jax.commands.choice import BASE, Asked
-from rslora_jax.train.examples import ROLES, decode_line
+from rslora_jax.train.examples import ROLES
+from rslora_jax.train.records import decode_line
 
 _T = TypeVar("_T")
 Prompt = str | tuple[Mapping[str, str], ...]  # text, or the turns of a chat

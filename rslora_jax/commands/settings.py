@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import dataclasses
 import difflib
 import hashlib
 import json
@@ -230,10 +229,11 @@ def examples_to_save(training: Sequence[Any], heldout: Sequence[Any], rule: int 
 
 
 def _digest(examples: Sequence[Any]) -> str:
+    from rslora_jax.train.examples import as_plain
+
     every = hashlib.sha256()
     for example in examples:
-        compared = [getattr(example, field.name) for field in dataclasses.fields(example) if field.compare]
-        every.update(json.dumps(compared, default=dataclasses.asdict).encode() + b"\n")
+        every.update(json.dumps(as_plain(example)).encode() + b"\n")
     return every.hexdigest()
 
 

@@ -350,8 +350,8 @@ COMMAND = Command(
         (
             "rslora train --data mine.jsonl --out my-run --rank 64 --steps 200",
             'Your own data, one JSON object a line: {"prompt", "completion"}, {"question", "answer"}, {"messages"} or '
-            '{"text"}. The loss is on the completion only. Every tenth line is held out and scored. Also .parquet, and .txt '
-            "as one text.",
+            '{"text"}. The loss is on the completion only. Every tenth line is held out and scored. Also .parquet, '
+            "and .txt as one text.",
         ),
         (
             "rslora train --data mine.jsonl --batch-size 32 --accumulate auto --plan",

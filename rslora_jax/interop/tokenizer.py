@@ -91,8 +91,16 @@ class Tokenizer:
         """
         return self.backend.decode([int(i) for i in ids], skip_special_tokens=skip_special)
 
-    def chat(self, messages: Sequence[Mapping[str, str]], *, add_generation_prompt: bool = True) -> str:
+    def chat(
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        *,
+        add_generation_prompt: bool = True,
+        tools: Sequence[Mapping[str, Any]] | None = None,
+    ) -> str:
         """Write messages ({"role": ..., "content": ...}) as one text, by the file's own template.
+
+        `tools` are descriptions of those that the model may call, where the template writes such.
 
         Raises:
           ValueError: the file has no template, or the template refuses the messages.
@@ -111,7 +119,7 @@ class Tokenizer:
                 **self.options,
                 "messages": messages,
                 "add_generation_prompt": add_generation_prompt,
-                "tools": None,
+                "tools": list(tools) if tools else None,
                 "documents": None,
             },
             self.source,

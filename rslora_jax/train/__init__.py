@@ -7,7 +7,7 @@ from rslora_jax.train.batch_stream import Feed
 from rslora_jax.train.batches import Batch, Rows, heldout_batches, prepare, train_batches
 from rslora_jax.train.carry import with_state
 from rslora_jax.train.docstrings import docstring_pairs
-from rslora_jax.train.examples import Example, Message, read_jsonl
+from rslora_jax.train.examples import Example, Message
 from rslora_jax.train.flops import peak_flops, step_flops
 from rslora_jax.train.glance import glance
 from rslora_jax.train.loop import NonFiniteLoss, Result, fit
@@ -18,6 +18,7 @@ from rslora_jax.train.optimizers import make_optimizer, make_schedule, muon_axes
 from rslora_jax.train.planning import Plan, parts_that_fit, plan
 from rslora_jax.train.rates import frozen, lora_plus, scale_by_rank
 from rslora_jax.train.reading import read_examples
+from rslora_jax.train.records import read_jsonl
 from rslora_jax.train.state import TrainState, make_evaluate, make_pmap_step, make_step, replicate
 from rslora_jax.train.sweep import Outcome, Trial, sweep
 from rslora_jax.train.writers import Record, RunInfo, Writer

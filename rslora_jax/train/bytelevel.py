@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
 
 
 class ByteTokenizer:
@@ -30,6 +31,8 @@ class ByteTokenizer:
         """Give the text of tokens; the special ones have none, and broken UTF-8 becomes U+FFFD."""
         return bytes(i for i in ids if i < 256).decode("utf-8", errors="replace")
 
-    def chat(self, messages: Sequence[Mapping[str, str]], *, add_generation_prompt: bool = True) -> str:
+    def chat(
+        self, messages: Sequence[Mapping[str, Any]], *, add_generation_prompt: bool = True, tools: Any = None
+    ) -> str:
         """Raise ValueError, for want of a chat template."""
         raise ValueError("bytes have no chat template; use a model that has one, or {prompt, completion} lines")

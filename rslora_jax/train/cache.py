@@ -14,7 +14,7 @@ import numpy as np
 
 from rslora_jax.shown import reason_of
 from rslora_jax.train.encode import Tokenizer, Tokens
-from rslora_jax.train.examples import Example
+from rslora_jax.train.examples import Example, as_plain
 
 # To be raised with every change to encode.py and turns.py that gives other tokens.
 _FORMAT = 2
@@ -54,9 +54,7 @@ def file_for(folder: str | Path, tokenizer: Tokenizer, examples: Sequence[Exampl
     digest = hashlib.sha256(content)
     digest.update(json.dumps(about).encode())
     for example in examples:
-        prompt = example.prompt
-        turns = prompt if isinstance(prompt, str) else [[message.role, message.content] for message in prompt]
-        digest.update(json.dumps([turns, example.completion]).encode())
+        digest.update(json.dumps(as_plain(example)).encode())
     return Path(folder) / f"tokens-{digest.hexdigest()[:32]}.npz"
 
 

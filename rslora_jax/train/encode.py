@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from rslora_jax.train.examples import Example, Message
+from rslora_jax.train.examples import Example
 from rslora_jax.train.turns import Tokenizer, find_turn, join
 
 
@@ -156,6 +156,8 @@ def windows(encoded: Encoded, limit: int) -> list[Encoded]:
 
 def _encode_plain(tokenizer: Tokenizer, example: Example) -> Encoded:
     prompt = example.prompt
+    if example.tools or example.more:
+        raise ValueError("it has tools and the model has no chat template to write them; use one that has")
     if not isinstance(prompt, str):
         if [message.role for message in prompt] != ["user"]:
             raise ValueError(
@@ -167,14 +169,12 @@ def _encode_plain(tokenizer: Tokenizer, example: Example) -> Encoded:
 
 
 def _encode_chat(tokenizer: Tokenizer, example: Example) -> list[Encoded]:
-    prompt = example.prompt
-    before = (Message("user", prompt),) if isinstance(prompt, str) else prompt
-    messages = (*before, Message("assistant", example.completion))
+    messages = example.messages
     sequences: list[Encoded] = []
     for end, message in enumerate(messages):
-        if message.role != "assistant":
+        if message.role != "assistant" or not message.is_learnt:
             continue
-        turn = _encoded(tokenizer, *find_turn(tokenizer, messages[: end + 1]))
+        turn = _encoded(tokenizer, *find_turn(tokenizer, messages[: end + 1], example.tools))
         if sequences and _begins_with(turn, sequences[-1]):
             turn.is_learnt_N[: len(sequences[-1].ids_N)] |= sequences[-1].is_learnt_N
             sequences[-1] = turn

@@ -11,9 +11,10 @@ from typing import Any
 
 from rslora_jax.confined import Confined, Exceeded
 from rslora_jax.shown import reason_of, shown
-from rslora_jax.train.examples import FORMS, FORMS_HELP, Example, parse_all, read_jsonl
+from rslora_jax.train.examples import Example
+from rslora_jax.train.forms import FORMS_HELP, KEYS
+from rslora_jax.train.records import parse_all, read_jsonl
 
-_KEYS = [key for form in FORMS for key in form]
 # A file may unpack to any size: how long one batch of rows may take, the bytes of all rows and of one batch.
 _SECONDS, _KEPT, _AT_ONCE = 5.0, 500_000_000, 256_000_000
 
@@ -74,8 +75,8 @@ def _parquet_rows(path: str | PathLike[str]) -> Iterator[tuple[int, dict[str, An
         raise _unreadable(path, error.strerror or str(error)) from error
     reader = Confined("parquet", seconds=_SECONDS, memory=_KEPT + 4 * size, most=_AT_ONCE)
     with contextlib.closing(reader):
-        names = _asked(reader, path, (str(path), _KEYS))
-        columns = [name for name in names if name in _KEYS]
+        names = _asked(reader, path, (str(path), KEYS))
+        columns = [name for name in names if name in KEYS]
         if not columns:
             found = ", ".join(f'"{name}"' for name in names[:20]) or "none"
             raise ValueError(f"{path} has the columns {shown(found, 120)}; name them as {FORMS_HELP}")

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import functools
+import json
 import os
 import re
 import unicodedata
 from collections import Counter
-from collections.abc import Iterable, Sequence
-from typing import NamedTuple, Protocol
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any, NamedTuple, Protocol
 
 from rslora_jax.train.examples import Message
+from rslora_jax.train.tool_calls import name_of, with_arguments
 
 # Put in place of an answer to see what a template writes around it: of the private use area, hence no white space,
 # no part of a tag, and nothing that a template looks for.
@@ -52,8 +55,10 @@ class Tokenizer(Protocol):
     def decode(self, ids: Iterable[int], *, skip_special: bool = ...) -> str:
         """Return the text of token ids, with special tokens written out unless they are to be skipped."""
 
-    def chat(self, messages: list[dict[str, str]], *, add_generation_prompt: bool = True) -> str:
-        """Return a chat as text."""
+    def chat(
+        self, messages: list[dict[str, Any]], *, add_generation_prompt: bool = True, tools: Sequence[Any] | None = None
+    ) -> str:
+        """Return a chat as text; `tools` are given only where there are some."""
 
 
 class Turn(NamedTuple):
@@ -63,23 +68,27 @@ class Turn(NamedTuple):
     learnt: str
 
 
-def find_turn(tokenizer: Tokenizer, messages: Sequence[Message]) -> Turn:
+def find_turn(tokenizer: Tokenizer, messages: Sequence[Message], tools: Sequence[Mapping[str, Any]] = ()) -> Turn:
     """Find the last message, of the assistant, in what the template renders.
 
     Rendered with a mark in its place, the chat shows what the template writes before and after any answer. The turn
     begins where the request for an answer ends, and ends with the first token after it at which generation stops.
+    A turn that calls tools has no such place for a mark: it ends with the last such token that it renders.
 
     Raises:
       ValueError: the template leaves out a part of the answer, or the turn has no certain place.
     """
-    turns = [{"role": message.role, "content": message.content} for message in messages]
-    whole = tokenizer.chat(turns, add_generation_prompt=False)
-    request = tokenizer.chat(turns[:-1], add_generation_prompt=True)
-    marked = tokenizer.chat([*turns[:-1], {**turns[-1], "content": _MARK}], add_generation_prompt=False)
+    chat = functools.partial(tokenizer.chat, tools=tools) if tools else tokenizer.chat
+    turns = [{"role": message.role, "content": message.content, **message.more} for message in messages]
+    whole = chat(turns, add_generation_prompt=False)
+    request = chat(turns[:-1], add_generation_prompt=True)
+    if turns[-1].get("tool_calls"):
+        return _calls(tokenizer, chat, turns, request, whole)
+    marked = chat([*turns[:-1], {**turns[-1], "content": _MARK}], add_generation_prompt=False)
     head, *tails = marked.split(_MARK)
     if len(tails) != 1:
         raise ValueError(f"the chat template writes an answer {len(tails)} times; use one that writes it once")
-    before = _before(tokenizer, turns[:-1], request, head)
+    before = _before(chat, turns[:-1], request, head)
     stop, after = len(whole) - len(tails[0]), tails[0]
     if not (whole.startswith(before) and whole.endswith(after) and len(before) <= stop):
         raise ValueError("the chat template writes other things around this answer than around others; use another one")
@@ -87,11 +96,7 @@ def find_turn(tokenizer: Tokenizer, messages: Sequence[Message]) -> Turn:
     if alike(answer) not in alike(whole[len(before) : stop]):
         before = _without_start(before, answer)
     kept = whole[len(before) : stop]
-    if alike(answer) not in alike(kept):
-        raise ValueError(
-            f"the chat template leaves out a part of the answer {_short(answer)}, of which it keeps {_short(kept)}; "
-            "use a template that keeps all of an answer, or take that part out"
-        )
+    _check_kept(turns[-1], kept)
     return Turn(before, kept + _end(tokenizer, after))
 
 
@@ -136,14 +141,48 @@ def alike(text: str) -> str:
     return "".join(part.strip() for part in _TAGS.split(unicodedata.normalize("NFC", text)))
 
 
-def _before(tokenizer: Tokenizer, turns: list[dict[str, str]], request: str, head: str) -> str:
+def _calls(
+    tokenizer: Tokenizer, chat: Callable[..., str], turns: list[dict[str, Any]], request: str, whole: str
+) -> Turn:
+    """Find a turn that calls tools, as `find_turn` does one that answers."""
+    before = _before(chat, turns[:-1], request, whole)
+    rest = whole[len(before) :]
+    stops = [tokenizer.decode([i]) for i in tokenizer.stop_ids]
+    ends = [rest.rindex(stop) + len(stop) for stop in stops if stop and stop in rest]
+    learnt = rest[: max(ends)] if ends else rest.rstrip()
+    _check_kept(turns[-1], learnt)
+    calls = turns[-1]["tool_calls"]
+    asked = [with_arguments(call, {"x": _MARK}) for call in calls]
+    marked = chat([*turns[:-1], {**turns[-1], "tool_calls": asked}], add_generation_prompt=False)
+    written = marked.count(_MARK) + marked.count(json.dumps(_MARK)[1:-1])
+    if written < len(calls) or not all(name_of(call) in learnt for call in calls):
+        raise ValueError(
+            f"the chat template leaves out the call of {name_of(calls[0])!r} or its arguments; use one that writes the "
+            "calls of tools, or write them into the content"
+        )
+    return Turn(before, learnt)
+
+
+def _check_kept(turn: Mapping[str, Any], kept: str) -> None:
+    """Raise a ValueError where a template keeps less than all of a turn's answer and of the reasoning before it."""
+    for key in ("content", "reasoning_content", "thinking"):
+        if (answer := turn.get(key, "")) and alike(answer) not in alike(kept):
+            what = "answer" if key == "content" else f'"{key}"'
+            raise ValueError(
+                f"the chat template leaves out a part of the {what} {_short(answer)}, of which it keeps "
+                f"{_short(kept)}; "
+                "use a template that keeps all of an answer, or take that part out"
+            )
+
+
+def _before(chat: Callable[..., str], turns: list[dict[str, Any]], request: str, head: str) -> str:
     """Give what stands before an answer and is not learnt, of what a template writes before it."""
     before = os.path.commonprefix([request, head])
     if before == request:
         return before
     # A request may open the answer in a way that a finished turn does not show (a reasoning block, say). But where the
     # turns before are written otherwise, what they have in common ends somewhere in them.
-    asked = tokenizer.chat(turns, add_generation_prompt=False)
+    asked = chat(turns, add_generation_prompt=False)
     return before if len(before) >= len(os.path.commonprefix([request, asked])) else head
 
 

@@ -40,6 +40,12 @@ TEMPLATES = {
     "smollm3": Template("<|im_end|>", "<|im_end|>"),
     "phi3": Template("<|end|>", "<|endoftext|>"),
 }
+# Those that write calls of tools: each by one, by one without text, as a list.
+WITH_TOOLS = {
+    "hermes_tools": Template("<|im_end|>", "<|endoftext|>"),
+    "llama3_tools": Template("<|eot_id|>", "<|endoftext|>"),
+    "mistral_tools": Template("</s>", "</s>", has_system=False),
+}
 SPECIALS = [
     *("<s>", "</s>", "<eos>", "<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|eot_id|>", "<|end|>"),
     *("<|start_header_id|>", "<|end_header_id|>", "<start_of_turn>", "<end_of_turn>", "<|user|>", "<|assistant|>"),
@@ -97,7 +103,7 @@ def backend(kind: str) -> Backend:
 def tokenizer(kind: str, name: str | None, **options) -> Tokenizer:
     """Make the tokenizer of a kind with a template, or with none."""
     its = backend(kind)
-    template = TEMPLATES[name or "llama2"]
+    template = {**TEMPLATES, **WITH_TOOLS}[name or "llama2"]
     made = Tokenizer(
         backend=its,
         eos_id=its.token_to_id(template.eos),

@@ -5,7 +5,8 @@ import re
 
 import pytest
 
-from rslora_jax.train.examples import Example, Message, read_jsonl
+from rslora_jax.train.examples import Example, Message
+from rslora_jax.train.records import read_jsonl
 
 GOOD = '{"prompt": "p", "completion": "c"}'
 
@@ -60,7 +61,7 @@ BAD = {
     "deep": ("[" * 100_000, "is nested too deeply"),
     "latin-1": (b'{"text": "caf\xe9"}', "is not UTF-8 at byte 14; save the file as UTF-8"),
     "no keys": ("{}", "has the keys none; write it as"),
-    "other keys": ('{"input": "i", "output": "o"}', 'has the keys "input", "output"; write it as'),
+    "other keys": ('{"words": "i", "deeds": "o"}', 'has the keys "words", "deeds"; write it as'),
     "half": ('{"question": "q"}', 'lacks the key "answer"; write it as'),
     "two forms": (
         '{"prompt": "p", "completion": "c", "text": "t"}',
@@ -79,10 +80,10 @@ BAD = {
     "no messages": ('{"messages": []}', 'has "messages" that is empty; write a list'),
     "message": ('{"messages": ["hi"]}', "has in message 1 a string; give it"),
     "message keys": (
-        '{"messages": [{"from": "user", "value": "v"}]}',
-        'has in message 1 the keys "from", "value"; give it "role" and "content"',
+        '{"messages": [{"speaker": "user", "words": "v"}]}',
+        'has in message 1 the keys "speaker", "words"; give it "role" and "content"',
     ),
-    "role": (turns("user", "asistant"), "has in message 2 the role 'asistant'; use one of system, user"),
+    "role": (turns("user", "asistant"), "has in message 2 the role 'asistant'; use one of system, developer, user"),
     "content": (
         '{"messages": [{"role": "user", "content": null}]}',
         "has the content of message 1 that is null; make it a string",

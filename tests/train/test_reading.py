@@ -7,8 +7,9 @@ import pyarrow as pa
 import pytest
 from pyarrow import parquet
 
-from rslora_jax.train.examples import Example, Message, read_jsonl
+from rslora_jax.train.examples import Example, Message
 from rslora_jax.train.reading import read_examples
+from rslora_jax.train.records import read_jsonl
 
 pytestmark = pytest.mark.by_day_on("newest")
 
@@ -66,7 +67,7 @@ BAD_TABLES = {
         ":1 has in message 1 the role 'usr'; use one of",
     ),
     "no rows": ({"text": pa.array([], pa.string())}, " holds no examples; write one example a row, as {{prompt"),
-    "other columns": ({"input": ["i"]}, ' has the columns "input"; name them as {{prompt'),
+    "other columns": ({"words": ["i"]}, ' has the columns "words"; name them as {{prompt'),
     "no columns": ({}, " has the columns none; name them as"),
 }
 
