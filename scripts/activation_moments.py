@@ -30,7 +30,7 @@ from rank_sweep import cost_of_a_rank, load_model
 import rslora_jax as rslora
 from rslora_jax import train
 from rslora_jax.analysis.stability import measure
-from rslora_jax.commands.data import examples
+from rslora_jax.commands.heldout import Asked, split
 from rslora_jax.train.report import clock
 
 DOCS = Path(__file__).parent.parent / "docs" / "paper"
@@ -63,7 +63,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
 def main(argv: Sequence[str] | None = None) -> int:
     a = parse(argv)
     model, variables, tokenizer = load_model(a)
-    rows = train.prepare(tokenizer, examples(a.data, 0)[0], max_len=a.max_len)
+    rows = train.prepare(tokenizer, split(Asked(a.data)).training, max_len=a.max_len)
     batches = list(itertools.islice(train.train_batches(rows, batch_size=a.batch_size, seed=a.seed), a.steps))
     loss, measured = train.token_loss(rows.places), []
     runs, begun = list(itertools.product(a.ranks, SCALINGS)), time.monotonic()

@@ -34,7 +34,7 @@ from rank_sweep import load_model
 
 import rslora_jax as rslora
 from rslora_jax import train
-from rslora_jax.commands.data import examples
+from rslora_jax.commands.heldout import Asked, split
 from rslora_jax.train.report import clock
 
 
@@ -124,7 +124,8 @@ def main(argv: list[str] | None = None) -> int:
 def prepared(a: argparse.Namespace) -> Job:
     """Load the model and the data."""
     model, variables, tokenizer = load_model(a)
-    training, held = examples(a.data, a.heldout)
+    found = split(Asked(a.data, a.heldout, rule=1))  # as in the runs that were measured before
+    training, held = found.training, found.heldout
     rows, held = (train.prepare(tokenizer, part, max_len=a.max_len) for part in (training, held))
     print(f"training data: {rows.statistics}\nheld-out data: {held.statistics}", flush=True)
     loss = train.token_loss(max(rows.places, held.places))

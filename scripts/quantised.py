@@ -79,13 +79,13 @@ def steps_in_turn(forms: list[str], a: argparse.Namespace) -> dict[str, list[flo
 
     import rslora_jax as rslora
     from rslora_jax import train
-    from rslora_jax.commands.data import examples
+    from rslora_jax.commands.heldout import Asked, split
     from rslora_jax.interop import load_model
 
     one = {}
     for form in forms:
         model = load_model(a.model, remat="products", **LOADED[form])
-        rows = train.prepare(model.tokenizer, examples(a.data, 1)[0][:64], max_len=256)
+        rows = train.prepare(model.tokenizer, split(Asked(a.data)).training[:64], max_len=256)
         batch = next(iter(train.train_batches(rows, batch_size=2, seed=0)))
         config = rslora.LoraConfig(rank=a.rank, alpha=16.0)
         lora = rslora.wrap(model.apply, model.variables, jax.ShapeDtypeStruct((1, 8), "int32"), config=config)

@@ -30,7 +30,7 @@ from paper.plan import GAMMAS, INIT_ONLY, Grid, Spec
 
 import rslora_jax as rslora
 from rslora_jax import train
-from rslora_jax.commands.data import examples
+from rslora_jax.commands.heldout import Asked, split
 from rslora_jax.interop.load import load_model as load_file
 from rslora_jax.methods.random import uniform
 from rslora_jax.models.decoder import Decoder, DecoderConfig
@@ -141,7 +141,8 @@ def run(a: argparse.Namespace) -> int:
     store.begin(trials, {name: getattr(a, name) for name in names} | {"data": digest}, a.start)
 
     model, variables, tokenizer = load_model(a)
-    training, held = examples(a.data, a.heldout)
+    found = split(Asked(a.data, a.heldout, rule=1))  # as in the runs that were measured before
+    training, held = found.training, found.heldout
     rows, held = (train.prepare(tokenizer, part, max_len=a.max_len) for part in (training, held))
     print(f"training data: {rows.statistics}\nheld-out data: {held.statistics}", flush=True)
     loss = train.token_loss(max(rows.places, held.places))

@@ -13,7 +13,7 @@ import time
 import pytest
 
 from rslora_jax.cli import main, parser
-from rslora_jax.commands.data import examples
+from rslora_jax.commands.heldout import Asked, split
 from rslora_jax.store import checkpoint
 from tests.commands.conftest import SUMS, tiny_model
 
@@ -88,7 +88,8 @@ def test_every_flag_can_be_a_setting_of_a_resumed_run():
 def test_ones_own_data_are_split_and_nothing_is_lost(count, tmp_path):
     path = tmp_path / "mine.jsonl"
     path.write_text("".join(json.dumps({"text": f"line {n}"}) + "\n" for n in range(count)))
-    training, held = examples(str(path), limit=100)
+    found = split(Asked(str(path)))
+    training, held = found.training, found.heldout
     texts = [example.completion for example in (*training, *held)]
     assert sorted(texts) == sorted(f"line {n}" for n in range(count))
     assert len(held) == max(count // 10, min(count - 1, 1))

@@ -14,7 +14,6 @@ from rslora_jax.commands.habits import our_name
 from rslora_jax.commands.train_flags import add_flags
 from rslora_jax.shown import quoted, reason_of, shown
 
-
 _NUMBERS = ("heldout", "epochs")  # flags that are numbers where they are given, and none by default
 
 
@@ -131,6 +130,9 @@ def _words(flag: str, value: Any, default: Any) -> list[str] | None:
     """
     if isinstance(default, bool) or isinstance(value, bool):
         return ([flag] if value else []) if isinstance(default, bool) and isinstance(value, bool) else None
+    if flag == "--data" and isinstance(value, dict | list):  # of which a command line takes several
+        value = [f"{name}={one}" for name, one in value.items()] if isinstance(value, dict) else value
+        return [flag, *value] if value and all(isinstance(one, str) for one in value) else None
     if isinstance(value, list) and isinstance(default, str):  # of --targets
         return [f"{flag}={one}" for one in value] if value and all(isinstance(one, str) for one in value) else None
     if isinstance(default, list):

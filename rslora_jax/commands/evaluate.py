@@ -23,7 +23,10 @@ def _add_flags(parser: argparse.ArgumentParser) -> None:
     shared(what, "--step", text="checkpoint of each run (default: the last)")
     shared(what, "--dtype", text="dtype to compute in (default: the first run's, or float32)")
     data = parser.add_argument_group("data")
-    shared(data, "--data", text="a .jsonl, .parquet or .txt file (default: the first run's, or docstrings of Python)")
+    shared(
+        data, "--data", text="a file or folder of examples, as in training (default: the first run's, or docstrings)"
+    )
+    shared(data, "--columns")
     data.add_argument("--all", action="store_true", help="all of it, with what the runs have learnt from")
     most = "at most so many examples, spread evenly (default: as many as the first run; of --data all)"
     shared(data, "--heldout", default=None, text=most, type=int)
@@ -41,13 +44,14 @@ def _add_flags(parser: argparse.ArgumentParser) -> None:
 def evaluate(a: argparse.Namespace) -> int:
     """Run `rslora eval`."""
     from rslora_jax.commands import runs
-    from rslora_jax.commands.data import all_of
+    from rslora_jax.commands.heldout import all_of
     from rslora_jax.commands.progress import progress_line
+    from rslora_jax.commands.sources import shown_data
     from rslora_jax.train import batches
 
     check_new_file("--json", a.json)
     # Before the model, which takes seconds to read: the data may be wrong.
-    given = all_of(a.data) if a.data else None
+    given = all_of(a.data, a.columns) if a.data else None
     tell("reading the model")
     options = {"to_write": a.exact_match, "template_options": a.template_option}
     loaded = runs.load_runs(a.folders, model=a.model, step=a.step, dtype=a.dtype, **options)
@@ -56,7 +60,7 @@ def evaluate(a: argparse.Namespace) -> int:
     max_len = min(a.max_len or loaded.settings.get("max_len", 256), loaded.config.max_len)
     rows = batches.prepare(loaded.tokenizer, examples, max_len=max_len, progress=progress_line("tokenising"))
     is_all = a.all or (given is not None and len(examples) == len(given))
-    print(f"{'all' if is_all else 'held out'} of {source or 'the docstrings of Python'}: {rows.statistics}", flush=True)
+    print(f"{'all' if is_all else 'held out'} of {shown_data(source)}: {rows.statistics}", flush=True)
     found = _scored(a, loaded, rows, examples)
     _print_scores(found)
     if a.json:
@@ -89,19 +93,21 @@ def _scored(a: argparse.Namespace, loaded: Any, rows: Any, examples: Sequence[An
 
 def _chosen(
     a: argparse.Namespace, given: Sequence[Any] | None, started: Sequence[Mapping[str, Any]]
-) -> tuple[str | None, list[Any]]:
+) -> tuple[Any, list[Any]]:
     """Give the file to score and its examples; `given` are those of --data, `started` is what runs were started with.
 
     What a run has learnt from is left out: of their own data, and of --data where that is theirs.
     """
-    from rslora_jax.commands.data import all_of, spread, to_score
+    from rslora_jax.commands.heldout import all_of, spread, to_score
 
     first = started[0] if started else {}
     source = a.data or first.get("eval_data") or first.get("data")
-    if a.all:
-        found = list(given or all_of(source))
-        return source, spread(found, a.heldout or len(found))
-    return source, to_score(source, given or (all_of(source) if source else None), started, a.heldout)
+    if given is None and (a.all or source):
+        skipped = list[str]() if first.get("skip_bad") else None
+        given = all_of(source, a.columns or first.get("columns"), skipped)
+    if a.all and given is not None:
+        return source, spread(list(given), a.heldout or len(given))
+    return source, to_score(source, given, started, a.heldout)
 
 
 def _about(run: Any) -> dict[str, Any]:

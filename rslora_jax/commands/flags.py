@@ -24,7 +24,14 @@ _SHARED: Mapping[str, Mapping[str, Any]] = {
         "text": "dtype to hold the base in",
         "choices": ("float32", "bfloat16"),
     },
-    "--data": {"text": "a .jsonl, .parquet or .txt file (default: docstrings of Python)", "metavar": "FILE"},
+    "--data": {
+        "text": "a file or folder of examples, as in training (default: docstrings of Python)",
+        "metavar": "FILE",
+    },
+    "--columns": {
+        "text": "what the keys of the examples are called in the files, such as prompt=question,completion=answer",
+        "metavar": "KEY=COLUMN",
+    },
     "--max-len": {
         "default": 256,
         "text": "tokens in a row; longer examples are cut, longer text is split",

@@ -7,17 +7,19 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from rslora_jax.commands.choice import BASE, Asked
-from rslora_jax.train.examples import ROLES
+from rslora_jax.train.forms import alpaca_prompt, turns_of
 from rslora_jax.train.records import decode_line
 
 _T = TypeVar("_T")
-Prompt = str | tuple[Mapping[str, str], ...]  # text, or the turns of a chat
+Prompt = str | tuple[Mapping[str, Any], ...]  # text, or the turns of a chat
+_KEYS = ("prompt", "question", "messages", "conversations", "instruction")
 
 
 def read_prompts(path: str) -> list[Asked]:
     """Read prompts from a file: of JSON objects (.jsonl, .json), one a line, or of lines of text.
 
-    An object has "prompt", "question" or "messages", and may have "adapter", a name, or null for the base alone; its
+    An object has "prompt", "question" or "messages", or "conversations" or "instruction" as training reads them
+    (`train.forms`), and may have "adapter", a name, or null for the base alone; its
     other keys are not read. A chat that ends with the assistant is asked again: that last turn is not part of the
     prompt. So a file to train on is one of prompts too.
 
@@ -59,33 +61,29 @@ def _parse(line: str, where: str) -> Asked:
 
 def _prompt_of(record: Mapping[str, Any], where: str) -> Prompt:
     """Return the prompt that an object has."""
-    found = [key for key in ("prompt", "question", "messages") if key in record]
+    found = [key for key in _KEYS if key in record]
     if len(found) != 1:
         raise ValueError(f'{where} is not {{"prompt": ...}}, {{"question": ...}} or {{"messages": [...]}}: write one')
-    value = record[found[0]]
-    if found == ["messages"]:
-        return _chat(value, where)
+    (key,), value = found, record[found[0]]
+    if key in ("messages", "conversations") or isinstance(value, list):
+        return _chat(value, key, where)
     if not _is_text(value) or not value.strip():
-        raise ValueError(f'{where} has "{found[0]}" that is no text: fill it in')
-    return value
+        raise ValueError(f'{where} has "{key}" that is no text: fill it in')
+    more = record.get("input")
+    return alpaca_prompt(value, str(more) if _is_text(more) else "") if key == "instruction" else value
 
 
-def _chat(value: Any, where: str) -> tuple[Mapping[str, str], ...]:
-    """Check the turns of a chat."""
-    turns = value if isinstance(value, list) else []
-    if not all(map(_is_turn, turns)):
-        raise ValueError(f'{where} has a message that is not {{"role", "content"}} with a role of {", ".join(ROLES)}')
-    if turns and turns[-1]["role"] == "assistant":
+def _chat(value: Any, key: str, where: str) -> tuple[Mapping[str, Any], ...]:
+    """Read the turns of a chat."""
+    try:
+        turns = turns_of(value, key)
+    except ValueError as error:
+        raise ValueError(f"{where} {error}") from error
+    if turns[-1].role == "assistant":
         turns = turns[:-1]
     if not turns:
-        raise ValueError(f'{where} has "messages" without one to answer: write a list of {{role, content}}')
-    return tuple(turns)
-
-
-def _is_turn(turn: Any) -> bool:
-    if not isinstance(turn, dict) or set(turn) != {"role", "content"}:
-        return False
-    return turn["role"] in ROLES and _is_text(turn["content"])
+        raise ValueError(f'{where} has "{key}" without one to answer: write a list of {{role, content}}')
+    return tuple({"role": turn.role, "content": turn.content, **turn.more} for turn in turns)
 
 
 def _is_text(value: Any) -> bool:

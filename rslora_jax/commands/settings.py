@@ -13,10 +13,11 @@ from pathlib import Path
 from typing import Any
 
 from rslora_jax.commands import config_file
+from rslora_jax.commands.sources import rewritten, shown_data
 from rslora_jax.interop.held import held_as
 
 OF_A_CALL = ("config", "set", "resume", "override", "plan")  # flags of one call of the command, and not of a run
-_PATHS = ("data", "eval_data", "model", "cache", "adapters")
+_PATHS, _NAMES = ("cache", "adapters"), ("data", "eval_data", "model")
 # Flags that decide nothing of what is learnt; --steps does by its schedule, and is what a run is gone on with by.
 _FREE = (
     *("out", "model", "cache", "steps", "epochs", "patience", "on_nonfinite", "remat", "attention", "mesh"),
@@ -100,8 +101,8 @@ def check_course(arguments: argparse.Namespace) -> None:
     here, saved = _absolute(vars(arguments)), _settings_of(about)
     decide = [name for name in here if name in saved and name not in (*_FREE, *OF_A_CALL, "examples")]
     if "examples" in saved:
-        # The examples are compared, wherever they lie.
-        decide = [name for name in decide if name not in ("data", "eval_data")]
+        # The examples are compared, wherever they lie and whatever their keys are called.
+        decide = [name for name in decide if name not in ("data", "eval_data", "columns", "skip_bad")]
     differing = [name for name in decide if here[name] != saved[name]]
     for name in differing:
         said = f"{_said(name, here[name])} here, {_said(name, saved[name], flag=False)} was saved"
@@ -144,12 +145,16 @@ def check_examples(arguments: argparse.Namespace, examples: Mapping[str, Any]) -
 
     saved = checkpoint.load_about(arguments.out)["settings"]
     before, overridden = saved.get("examples", examples), _overridden(arguments)
-    may = {"data", "eval_data", "heldout"} & overridden
+    may = {"data", "eval_data", "heldout", "columns", "skip_bad"} & overridden
     differing = [kind for kind in ("training", "heldout") if before[kind] != examples[kind] and not may]
+    mixed = [of.get("mixed") for of in (before, examples)]
+    if mixed[0] != mixed[1] and not may:
+        said = f"{shown_data(arguments.data)} mixes its files by other shares than when the run was saved"
+        raise ValueError(_refused(said, "data", arguments))
     if differing:
         here, there = _absolute(vars(arguments))["data"], saved["data"]
-        what = f"--data {arguments.data}" if arguments.data else "the library of this Python"
-        where = f"than {there}" if here != there else "than when the run was saved"
+        what = f"--data {shown_data(arguments.data)}" if arguments.data else "the library of this Python"
+        where = f"than {shown_data(there)}" if here != there else "than when the run was saved"
         kind = "holds other examples" if "training" in differing else "holds out other examples"
         raise ValueError(_refused(f"{what} {kind} {where}", "data", arguments))
 
@@ -209,7 +214,7 @@ def _refused(said: str, name: str, arguments: argparse.Namespace) -> str:
 
 
 def rule_of(arguments: argparse.Namespace) -> int:
-    """Return by which rule examples are held out (`commands.data.Asked`): a run that is resumed keeps its own."""
+    """Return by which rule examples are held out (`heldout.Asked`): a run that is resumed keeps its own."""
     from rslora_jax.store import checkpoint
 
     if not arguments.resume:
@@ -217,15 +222,21 @@ def rule_of(arguments: argparse.Namespace) -> int:
     return int(checkpoint.load_about(arguments.out)["settings"].get("examples", {}).get("rule", 1))
 
 
-def examples_to_save(training: Sequence[Any], heldout: Sequence[Any], rule: int = 2) -> dict[str, Any]:
+def examples_to_save(
+    training: Sequence[Any], heldout: Sequence[Any], rule: int = 2, mixed: Sequence[float] = ()
+) -> dict[str, Any]:
     """Return a checksum of the examples of each kind, in their order: of the files' content and of how it was split.
+
+    `mixed` are the weights of files that are mixed by such.
 
     >>> from rslora_jax.train import Example
     >>> one, two = [Example("1+1=", "2", origin="a:1")], [Example("1+1=", "2", origin="b:7")]
     >>> examples_to_save(one, []) == examples_to_save(two, []), examples_to_save(one, two) == examples_to_save(two, [])
     (True, False)
     """
-    return {"training": _digest(training), "heldout": _digest(heldout), "rule": rule}
+    return {"training": _digest(training), "heldout": _digest(heldout), "rule": rule} | (
+        {"mixed": list(mixed)} if mixed else {}
+    )
 
 
 def _digest(examples: Sequence[Any]) -> str:
@@ -248,6 +259,10 @@ def settings_to_save(arguments: argparse.Namespace, config: Any) -> dict[str, An
 
 def _absolute(flags: Mapping[str, Any]) -> dict[str, Any]:
     """Return flags with absolute paths."""
-    # A model may be a name on the hub, which is no path.
-    paths = [name for name in _PATHS if flags[name] and (name != "model" or Path(flags["model"]).exists())]
-    return {**flags, **{name: str(Path(flags[name]).absolute()) for name in paths}}
+
+    def one(path: str) -> str:
+        return str(Path(path).absolute()) if Path(path).exists() else path
+
+    # A model and data may be names on the hub, which are no paths.
+    named = {name: rewritten(flags[name], one) for name in _NAMES}
+    return {**flags, **named, **{name: str(Path(flags[name]).absolute()) for name in _PATHS if flags[name]}}

@@ -8,12 +8,12 @@ import shlex
 import sys
 import time
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any, NamedTuple
+from typing import Any
 
-from rslora_jax.commands import settings
+from rslora_jax.commands import run_data, settings
 from rslora_jax.commands.answers import answerer, show_answers
 from rslora_jax.commands.command import FOR_MODELS, Command, check_installed, default_arguments
 from rslora_jax.commands.devices import Placement, base_shardings, check_attention, join_processes, place, placed_apply
@@ -42,7 +42,6 @@ def train(a: argparse.Namespace) -> int:
 
     import jax
 
-    from rslora_jax.commands.data import Asked, examples, said
     from rslora_jax.train import NonFiniteLoss
 
     if a.bf16:
@@ -51,16 +50,10 @@ def train(a: argparse.Namespace) -> int:
     placement = place(a.mesh, a.batch_size)
     _make_optimizer(a), _config_of(a)  # refused before all else
     start = _open_start(a)
-    asked = Asked(a.data, a.heldout, a.eval_data, settings.rule_of(a))
-    training, heldout = examples(asked)
-    if asked[:3] != (None, None, None):
-        print(said(asked, training, heldout), flush=True)
-    of_examples = settings.examples_to_save(training, heldout, asked.rule)
-    if a.resume:
-        settings.check_examples(a, of_examples)
+    chosen = run_data.choose(a)
     base, rows = with_new_tokens(a, _read_base(a, start, placement), placement)
     lora, found = _wrap(a, base, start, placement, rows)
-    data = _prepare(a, base, training, heldout, placement)
+    data = run_data.prepare(a, base, chosen, placement)
     settings.settle_steps(a, data.steps_an_epoch)
     lora = share_ranks(a, lora, base.variables, data, placement)
     optimizer = _make_optimizer(a, lora)
@@ -69,14 +62,14 @@ def train(a: argparse.Namespace) -> int:
     print(lora, flush=True)
     _keep_tokens(a, base, start, rows)
     # Of several processes none holds the whole of what the model writes.
-    shown = heldout[:2] if jax.process_count() == 1 else []
+    shown = data.shown if jax.process_count() == 1 else []
     answers = answerer(base, shown, max_len=a.max_len)
     before = answers(base)
     show_answers(shown, {"base model": before})
     first = begin(a, lora, base, found, data, placement, rows)
     base = first.base  # which a start may have changed
     try:
-        result = _fit(a, lora, first, data, optimizer, placement, of_examples)
+        result = _fit(a, lora, first, data, optimizer, placement, chosen.record)
     except NonFiniteLoss as error:
         print(f"rslora: error: {one_line(str(error))}", file=sys.stderr)
         return 1
@@ -89,17 +82,6 @@ def train(a: argparse.Namespace) -> int:
     after = answers(base, lora, result.adapters)
     show_answers(shown, {"before": before, "after": after})
     return _conclude(a, result, time.monotonic() - begun)
-
-
-class _Data(NamedTuple):
-    """The data of a run as batches, and its loss on them."""
-
-    batches: Any
-    heldout: Any  # None where nothing is held out
-    loss: Any
-    steps_an_epoch: float
-    rows: Any
-    examples: Sequence[Any]  # of which the rows are
 
 
 def _check_flags(a: argparse.Namespace) -> None:
@@ -245,32 +227,11 @@ def _keep_tokens(a: argparse.Namespace, base: Any, start: Any, rows: Mapping[str
         processes.first_decides(lambda: keep_new_tokens(a, base))
 
 
-def _prepare(
-    a: argparse.Namespace, base: Any, training: Sequence[Any], heldout: Sequence[Any], placement: Placement
-) -> _Data:
-    """Tokenise the examples and lay them out in batches."""
-    from rslora_jax.commands.progress import progress_line
-    from rslora_jax.train import batches, loss
-
-    options = {"max_len": min(a.max_len, base.config.max_len), "cache": a.cache}
-    rows = batches.prepare(base.tokenizer, training, progress=progress_line("tokenising"), **options)
-    print(f"training data: {rows.statistics}")
-    of_heldout, places = None, rows.places
-    if heldout:
-        held = batches.prepare(base.tokenizer, heldout, progress=progress_line("tokenising"), **options)
-        print(f"held-out data: {held.statistics}", flush=True)
-        of_heldout = batches.heldout_batches(held, batch_size=a.batch_size, share=placement.share)
-        places = max(places, held.places)
-    of_training = batches.train_batches(rows, batch_size=a.batch_size, seed=a.seed, share=placement.share)
-    of_tokens = loss.token_loss(places, chunk=loss.CHUNK_ON_MESH if placement.mesh else None)
-    return _Data(of_training, of_heldout, of_tokens, len(rows.rows) / a.batch_size, rows, training)
-
-
 def _fit(
     a: argparse.Namespace,
     lora: Any,
     first: Begun,
-    data: _Data,
+    data: run_data.Data,
     optimizer: Any,
     placement: Placement,
     of_examples: Mapping[str, Any],

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 
 from rslora_jax.commands.flags import Number, Several, add_flag, shared
+from rslora_jax.commands.sources import Files
 
 ATTENTION = (
     "auto",
@@ -41,7 +42,14 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
     add_flag(what, "--quantize", None, few, choices=("nf4", "int8", "float8"))
     packed = "make arrays of a base that its files have in 4 or 8 bits, as a .gguf; else it stays so in memory"
     what.add_argument("--dequantize", action="store_true", help=packed)
-    shared(what, "--data")
+    files = (
+        "a .jsonl, .json, .csv, .parquet or .txt file, also .gz, a folder of them or hf:OWNER/NAME; several are read "
+    )
+    files += "as one, or mixed by their weights: a.jsonl=0.7 b.jsonl=0.3 (default: docstrings of Python)"
+    add_flag(what, "--data", None, files, metavar="FILE", nargs="+", action=Files)
+    shared(what, "--columns")
+    bad = "leave out bad lines, and list them in the run's folder, in place of an error"
+    what.add_argument("--skip-bad", action="store_true", help=bad)
     add_flag(what, "--cache", None, "folder in which to keep the data's tokens for later runs", metavar="FOLDER")
     shared(what, "--max-len")
     held = "examples to hold out and score; 0 trains on all (default: every tenth of a file, 32 docstrings)"

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+import itertools
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -10,7 +12,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
-from rslora_jax.train.encode import Encoded, Tokenizer, cut, windows
+from rslora_jax.train.encode import Encoded, Tokenizer, Tokens, cut, encode_example, windows
 from rslora_jax.train.examples import Example
 from rslora_jax.train.packing import pack
 from rslora_jax.train.tokens import Progress, tokenise
@@ -105,6 +107,7 @@ def prepare(
     workers: int | None = None,
     cache: str | Path | None = None,
     progress: Progress | None = None,
+    skipped: list[str] | None = None,
 ) -> Rows:
     """Encode examples, make those fit that are too long, and lay them out in rows of `max_len`.
 
@@ -113,7 +116,8 @@ def prepare(
     `packed=False` gives each its own row, padded at the right, which a causal model cannot see.
 
     `workers`, `cache` and `progress` are `tokenise`'s: how many processes encode, in which folder the tokens are
-    kept for the next run, and what is called with (examples done, examples in all) on the way.
+    kept for the next run, and what is called with (examples done, examples in all) on the way. Where `skipped` is
+    given, examples that cannot be encoded are left out, and told in it.
 
     Raises:
       ValueError: there are no examples, `max_len` is below 1, an example cannot be encoded, or `workers` or
@@ -128,7 +132,9 @@ def prepare(
         raise ValueError(f"max_len is {max_len}; it must be at least 1")
     if not examples:
         raise ValueError("there are no examples to prepare; give at least one")
-    tokens = tokenise(tokenizer, examples, workers=workers, cache=cache, progress=progress)
+    skip_bad = skipped is not None
+    tokens = tokenise(tokenizer, examples, workers=workers, cache=cache, progress=progress, skip_bad=skip_bad)
+    left_out = _left_out(tokenizer, examples, tokens, skipped)
     owned = [
         (owner, short)
         for owner, (example, found) in enumerate(zip(examples, tokens.by_example(), strict=True))
@@ -139,7 +145,7 @@ def prepare(
     lengths = [len(encoded.ids_N) - 1 for encoded in sequences]
     rows = tuple(pack(lengths, max_len, seed=seed)) if packed else tuple((i,) for i in range(len(sequences)))
     statistics = Statistics(
-        examples=len(examples),
+        examples=len(examples) - left_out,
         sequences=len(sequences),
         tokens=sum(lengths),
         loss_tokens=sum(int(encoded.is_learnt_N.sum()) for encoded in sequences),
@@ -153,7 +159,51 @@ def prepare(
     return Rows(sequences, owners, rows, max_len, tokenizer.pad_id, statistics)
 
 
-def train_batches(rows: Rows, *, batch_size: int, seed: int = 0, share: slice | None = None) -> grain.MapDataset[Batch]:
+def joined(parts: Sequence[Rows], counts: Sequence[int]) -> Rows:
+    """Give the rows of several as those of one, one part after the other; none of theirs is packed anew.
+
+    `counts` says of how many examples each part was made.
+
+    >>> from rslora_jax.train.bytelevel import ByteTokenizer
+    >>> part = prepare(ByteTokenizer(), [Example("1+1=", "2")], max_len=8)
+    >>> joined([part, part], [1, 1]).rows
+    ((0,), (1,))
+    """
+    first, rows, owners = parts[0], list[tuple[int, ...]](), list[int]()
+    sequences, examples = list[Encoded](), 0
+    for part, count in zip(parts, counts, strict=True):
+        rows += [tuple(n + len(sequences) for n in row) for row in part.rows]
+        owners += [owner + examples for owner in part.owners]
+        sequences += part.sequences
+        examples += count
+    counted = dataclasses.asdict(first.statistics)
+    total = {name: sum(getattr(part.statistics, name) for part in parts) for name in counted}
+    padding = 1 - total["tokens"] / (total["rows"] * first.max_len)
+    statistics = Statistics(**{**total, "row_length": first.max_len, "padding": padding})
+    return Rows(tuple(sequences), tuple(owners), tuple(rows), first.max_len, first.pad_id, statistics)
+
+
+def _left_out(tokenizer: Tokenizer, examples: Sequence[Example], tokens: Tokens, skipped: list[str] | None) -> int:
+    """Count the examples without a sequence, which cannot be encoded, and tell why; an error where none is to be."""
+    bad = np.flatnonzero(tokens.sequences_E == 0).tolist()
+    for n in bad:
+        try:
+            encode_example(tokenizer, examples[n])
+        except ValueError as error:
+            if skipped is None or len(bad) == len(examples):
+                raise
+            skipped.append(str(error))
+    return len(bad)
+
+
+def train_batches(
+    rows: Rows,
+    *,
+    batch_size: int,
+    seed: int = 0,
+    share: slice | None = None,
+    mixed: Sequence[tuple[int, float]] = (),
+) -> grain.MapDataset[Batch]:
     """Give the endless training batches, by number: `train_batches(...)[n]` is a `Batch`.
 
     Batch n depends on the arguments and n alone, so a run resumes exactly by going on from its step's number.
@@ -162,6 +212,9 @@ def train_batches(rows: Rows, *, batch_size: int, seed: int = 0, share: slice | 
 
     Where several processes feed one batch, `share` says which of its `batch_size` rows are made here: all
     processes have the same order, and their shares, one after the other, are the batch bit for bit.
+
+    `mixed` says of rows that are `joined` how many each part has, and its weight: of all rows that are learnt from,
+    each part's are such a share, as evenly as can be, and each goes through its own epochs.
 
     Raises:
       ValueError: `batch_size` is below 1, or `share` has no rows or goes beyond the batch.
@@ -174,10 +227,26 @@ def train_batches(rows: Rows, *, batch_size: int, seed: int = 0, share: slice | 
     (2, 8)
     """
     share = _checked_share(batch_size, share)
+    order = _mixed(mixed, seed) if mixed else _shuffled(len(rows.rows), seed)
+    return order.batch(batch_size).map(lambda numbers_B: _batch(rows, [rows.rows[n] for n in numbers_B[share]]))
+
+
+def _shuffled(count: int, seed: int | tuple[int, int], start: int = 0) -> grain.MapDataset[int]:
+    """Give so many numbers from `start` on, again and again, each time in another order."""
     # grain shuffles epoch e with seed + e: hashed seeds keep run 1 from being run 0, an epoch late.
     hashed = int(np.random.SeedSequence(seed).generate_state(1)[0])
-    order = _numbers(len(rows.rows)).shuffle(seed=hashed).repeat()
-    return order.batch(batch_size).map(lambda numbers_B: _batch(rows, [rows.rows[n] for n in numbers_B[share]]))
+    return _numbers(count, start).shuffle(seed=hashed).repeat()
+
+
+def _mixed(parts: Sequence[tuple[int, float]], seed: int) -> grain.MapDataset[int]:
+    """Give the numbers of rows of several parts by their weights."""
+    import grain
+
+    starts = itertools.accumulate((count for count, _ in parts), initial=0)
+    orders = [
+        _shuffled(count, (seed, n), start) for n, ((count, _), start) in enumerate(zip(parts, starts, strict=False))
+    ]
+    return grain.MapDataset.mix(orders, [weight for _, weight in parts])
 
 
 def heldout_batches(rows: Rows, *, batch_size: int, share: slice | None = None) -> grain.MapDataset[Batch]:
@@ -201,13 +270,13 @@ def heldout_batches(rows: Rows, *, batch_size: int, share: slice | None = None) 
     return order.batch(batch_size).map(lambda numbers_B: _batch(rows, [padded[n] for n in numbers_B[share]]))
 
 
-def _numbers(stop: int) -> grain.MapDataset[int]:
-    """Give 0, 1, ... up to `stop`. Only here is grain needed: steps and losses are used without it."""
+def _numbers(count: int, start: int = 0) -> grain.MapDataset[int]:
+    """Give so many numbers from `start` on. Only here is grain needed: steps and losses are used without it."""
     try:
         import grain
     except ImportError as error:
         raise ImportError("batches need grain: pip install 'rslora_jax[train]'") from error
-    return grain.MapDataset.range(stop)
+    return grain.MapDataset.range(start, start + count)
 
 
 def _checked_share(batch_size: int, share: slice | None) -> slice:

@@ -48,18 +48,21 @@ class Tokens(NamedTuple):
             yield [Encoded(self.ids_N[part], self.is_learnt_N[part]) for part in itertools.islice(parts, count)]
 
 
-def encode_all(tokenizer: Tokenizer, examples: Sequence[Example]) -> Tokens:
+def encode_all(tokenizer: Tokenizer, examples: Sequence[Example], skip_bad: bool = False) -> Tokens:
     """Turn examples, at least one, into tokens. See `encode_example`.
+
+    Where they are to be skipped, those that cannot be encoded have no sequence.
 
     >>> from rslora_jax.train.bytelevel import ByteTokenizer
     >>> encode_all(ByteTokenizer(), [Example("ab", "c"), Example("", "d")]).lengths_S.tolist()
     [4, 2]
     """
-    encoded = [encode_example(tokenizer, example) for example in examples]
+    encode = _encode_or_skip if skip_bad else encode_example
+    encoded = [encode(tokenizer, example) for example in examples]
     sequences = [sequence for group in encoded for sequence in group]
     return Tokens(
-        ids_N=np.concatenate([sequence.ids_N for sequence in sequences]),
-        is_learnt_N=np.concatenate([sequence.is_learnt_N for sequence in sequences]),
+        ids_N=np.concatenate([np.zeros(0, np.int32), *(sequence.ids_N for sequence in sequences)]),
+        is_learnt_N=np.concatenate([np.zeros(0, bool), *(sequence.is_learnt_N for sequence in sequences)]),
         lengths_S=np.array([len(sequence.ids_N) for sequence in sequences], np.int64),
         sequences_E=np.array([len(group) for group in encoded], np.int64),
     )
@@ -152,6 +155,13 @@ def windows(encoded: Encoded, limit: int) -> list[Encoded]:
     for window in found:
         window.is_learnt_N[0] = False  # it was learnt at the end of the window before
     return found
+
+
+def _encode_or_skip(tokenizer: Tokenizer, example: Example) -> list[Encoded]:
+    try:
+        return encode_example(tokenizer, example)
+    except ValueError:
+        return []
 
 
 def _encode_plain(tokenizer: Tokenizer, example: Example) -> Encoded:

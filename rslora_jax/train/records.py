@@ -11,6 +11,7 @@ from typing import Any
 from rslora_jax.shown import shown
 from rslora_jax.train.examples import Example
 from rslora_jax.train.forms import FORMS_HELP, parse, renamed
+from rslora_jax.train.unpacked import lines
 
 _BAD_ROWS_SHOWN = 3
 _LONGEST_LINE = 1 << 25  # bytes: an object takes many times those of its JSON
@@ -83,7 +84,7 @@ def parse_all(
         more = f"; and {count - len(problems)} more" if count > len(problems) else ""
         raise ValueError(f"{count} bad {kind}s: {'; '.join(problems)}{more}")
     if not examples:
-        what = "JSON object a line" if kind == "line" else f"example a {kind}"
+        what = "JSON object a line" if kind == "line" else f"example {'an' if kind == 'object' else 'a'} {kind}"
         none = "no examples" if not skipped else f"no good examples, {skipped[0]}"
         raise ValueError(f"{path} holds {none}; write one {what}, as {FORMS_HELP}")
     return examples
@@ -95,17 +96,10 @@ def lines_of(path: Path) -> Iterator[tuple[int, bytes]]:
     Raises:
       ValueError: the file cannot be read.
     """
-    try:
-        # Bytes, so that one line of bad UTF-8 is one bad line, and U+2028 inside a string ends no line.
-        with path.open("rb") as file:
-            for number, line in enumerate(file, start=1):
-                if number == 1:
-                    line = line.removeprefix(b"\xef\xbb\xbf")
-                if line := line.rstrip():
-                    yield number, line
-    except OSError as error:
-        reason = (error.strerror or str(error)).lower()
-        raise ValueError(f"{path} cannot be read ({reason}); give the path of a JSON lines file") from error
+    # Bytes, so that one line of bad UTF-8 is one bad line, and U+2028 inside a string ends no line.
+    for number, line in lines(path, "JSON lines", _LONGEST_LINE):
+        if line := line.rstrip():
+            yield number, line
 
 
 def decode_line(line: bytes) -> dict[str, Any]:

@@ -32,6 +32,7 @@ def tokenise(
     workers: int | None = None,
     cache: str | Path | None = None,
     progress: Progress | None = None,
+    skip_bad: bool = False,
 ) -> Tokens:
     """Encode all examples; the result depends on neither `workers` nor `cache`.
 
@@ -41,6 +42,7 @@ def tokenise(
         other processes cannot have (not picklable, or its class is defined in the user's script or notebook).
       cache: a folder. The tokens are kept there, in a file named by a hash of the examples and the tokenizer.
       progress: called here with (examples done, examples in all) a few times a second.
+      skip_bad: those that cannot be encoded have no sequence, in place of an error.
 
     Raises:
       ValueError: an example cannot be encoded (the first such one is named), `workers` is below 1, the
@@ -63,7 +65,7 @@ def tokenise(
     if tokens is not None:
         report(len(examples), len(examples))
         return tokens
-    encode = functools.partial(encode_all, tokenizer)
+    encode = functools.partial(encode_all, tokenizer, skip_bad=skip_bad)
     chunks = list(_chunks(examples))
     workers = min(workers or workers_for(tokenizer, examples), len(chunks))
     parts = (encode(chunk) for chunk in chunks) if workers == 1 else map_in_processes(encode, chunks, workers=workers)

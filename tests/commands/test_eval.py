@@ -10,7 +10,7 @@ import pytest
 from rslora_jax import train
 from rslora_jax.cli import main
 from rslora_jax.commands import runs
-from rslora_jax.commands.data import Asked, examples
+from rslora_jax.commands.heldout import Asked, split
 from rslora_jax.models.decoder import Decoder
 from rslora_jax.train import score
 from rslora_jax.train.encode import encode_example
@@ -45,7 +45,7 @@ def scored(place, capsys, tmp_path, *flags):
 
 def test_perplexity_and_its_error_equal_float64_by_hand(place, capsys, tmp_path):
     found, shown = scored(place, capsys, tmp_path, place.folder / "one", place.folder / "two")
-    _, held = examples(Asked(str(place.folder / "sums.jsonl")))
+    held = split(Asked(str(place.folder / "sums.jsonl"))).heldout
     assert found["examples"] == len(held) == 4
     base, base_tokens = by_hand(place, place.base.variables, held, 48)
     records = {record["model"].rsplit("/")[-1]: record for record in found["models"]}
@@ -102,7 +102,7 @@ def test_runs_of_one_rank_share_what_is_compiled_and_keep_their_own_gamma(place)
         traces.append(1)
         return apply(*args, **kwargs)
 
-    rows = train.prepare(loaded.tokenizer, examples(Asked(str(place.folder / "sums.jsonl")))[1], max_len=48)
+    rows = train.prepare(loaded.tokenizer, split(Asked(str(place.folder / "sums.jsonl"))).heldout, max_len=48)
     lost, seen = {}, []
     for its in (None, one, two):
         apply_, variables = runs.program(loaded, its)

@@ -102,7 +102,7 @@ def test_half_characters_wait_for_their_other_half_and_nothing_is_lost():
         (["one", "--prompts", "blank.txt"], "blank.txt holds no prompt"),
         (["one", "--prompts", "bad.jsonl"], "bad.jsonl:2 is not JSON"),
         (["one", "--prompts", "other.jsonl"], "other.jsonl:1 is not {"),
-        (["one", "--prompts", "turns.jsonl"], "turns.jsonl:1 has a message that is not"),
+        (["one", "--prompts", "turns.jsonl"], "turns.jsonl:1 has in message"),
         (["nowhere", "--prompt", "hi"], "nowhere is not a folder: give that of a run"),
         (["one", "--prompt", "hi", "--step", "7"], "no checkpoint of step 7: it has steps 5"),
         (["one", "--prompt", "hi", "--step", "first"], "--step first is neither"),

@@ -5,12 +5,14 @@ import json
 
 import pytest
 from hypothesis import given
+from hypothesis import settings as of_hypothesis
 from hypothesis import strategies as st
 
 from rslora_jax.cli import main
-from rslora_jax.commands import data
+from rslora_jax.commands import heldout as data
+from rslora_jax.commands import settings
 from rslora_jax.commands import train as command
-from rslora_jax.commands.data import Asked, examples, to_score
+from rslora_jax.commands.heldout import Asked, split, to_score
 from rslora_jax.commands.settings import examples_to_save
 from rslora_jax.train import Example
 from tests.commands.conftest import SUMS
@@ -19,22 +21,28 @@ pytestmark = [pytest.mark.by_day_on("oldest"), pytest.mark.usefixtures("compile_
 SHORT = ["--steps", "1", "--rank", "3", "--max-len", "48"]
 
 
+def of(asked):
+    found = split(asked)
+    return found.training, found.heldout
+
+
 def write(path, rows):
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     return str(path)
 
 
+@of_hypothesis(deadline=None)
 @given(count=st.integers(1, 400), heldout=st.none() | st.integers(0, 450), rule=st.just(2))
 def test_no_line_is_in_neither_or_both(count, heldout, rule):
     everything = [Example("", str(n)) for n in range(count)]
     with pytest.MonkeyPatch.context() as patched:
-        patched.setattr(data, "read_examples", lambda path: everything)
+        patched.setattr(data, "read_examples", lambda path, **how: everything)
         asked = Asked("mine", heldout, None, rule)
         if heldout is not None and heldout >= count:
             with pytest.raises(ValueError, match="holds out all of them: ask for fewer"):
-                examples(asked)
+                of(asked)
             return
-        training, held = examples(asked)
+        training, held = of(asked)
     numbers = [int(example.completion) for example in held]
     assert sorted([*numbers, *(int(example.completion) for example in training)]) == list(range(count))
     if heldout is not None:
@@ -47,20 +55,22 @@ def test_no_line_is_in_neither_or_both(count, heldout, rule):
         assert numbers == [count - 1] * (count > 1)
 
 
+@of_hypothesis(deadline=None)
 @given(count=st.integers(1, 400), heldout=st.integers(1, 40))
 def test_a_run_of_before_goes_on_with_the_lines_that_it_began_with(count, heldout):
     everything = [Example("", str(n)) for n in range(count)]
     tenths = [n for n in range(count) if n % 10 == 9] or list(range(count))[1:][-1:]
     with pytest.MonkeyPatch.context() as patched:
-        patched.setattr(data, "read_examples", lambda path: everything)
+        patched.setattr(data, "read_examples", lambda path, **how: everything)
         settings = {"data": "mine", "heldout": heldout, "examples": {"training": "", "heldout": ""}}
-        training, held = examples(Asked.of(settings))
+        training, held = of(Asked.of(settings))
         scored = to_score("mine", everything, [settings]) if tenths else []
     every = -(-len(tenths) // heldout) or 1
     assert [int(e.completion) for e in training] == [n for n in range(count) if n not in tenths]
     assert [int(e.completion) for e in held] == [int(e.completion) for e in scored] == tenths[::every]
 
 
+@of_hypothesis(deadline=None)
 @given(
     count=st.integers(2, 200), runs=st.lists(st.none() | st.integers(0, 60), min_size=1, max_size=3), seed=st.integers()
 )
@@ -68,11 +78,11 @@ def test_what_is_scored_no_run_has_learnt_from(count, runs, seed):
     everything = [Example("", str(n)) for n in range(count)]
     started, learnt = [], set()
     with pytest.MonkeyPatch.context() as patched:
-        patched.setattr(data, "read_examples", lambda path: everything)
+        patched.setattr(data, "read_examples", lambda path, **how: everything)
         for heldout in runs:
             if heldout is not None:
                 heldout = min(heldout, count - 1)
-            training, held = examples(Asked("mine", heldout))
+            training, held = of(Asked("mine", heldout))
             learnt |= {example.completion for example in training}
             started.append({"data": "mine", "heldout": heldout, "examples": examples_to_save(training, held)})
     left = [example for example in everything if example.completion not in learnt]
@@ -113,7 +123,7 @@ def test_train_says_what_it_learns_from_and_what_it_scores(case, folder, place, 
     flags, counts, said = CASES[case]
     seen = []
     monkeypatch.setattr(command, "_read_base", lambda *a: (_ for _ in ()).throw(ValueError("no further")))
-    monkeypatch.setattr(command.settings, "examples_to_save", lambda t, h, rule: seen.append((len(t), len(h), rule)))
+    monkeypatch.setattr(settings, "examples_to_save", lambda t, h, rule, m: seen.append((len(t), len(h), rule)))
     assert main(["train", "--data", "mine.jsonl", *flags]) == 2
     out, err = capsys.readouterr()
     assert said in out + err
@@ -160,10 +170,10 @@ def test_what_is_scored_of_another_file_is_what_eval_scores(folder, place, capsy
 def test_a_run_of_before_resumes_on_its_own_lines(folder, place, capsys, monkeypatch):
     """The settings of a run of rule 1, as it was saved, and the digests of what it learnt from."""
     start = ["train", "--model", str(place.folder / "model.gguf"), "--data", "mine.jsonl", "--out", "run", *SHORT]
-    monkeypatch.setattr(command.settings, "rule_of", lambda a: 1)
-    save = command.settings.examples_to_save
+    monkeypatch.setattr(settings, "rule_of", lambda a: 1)
+    save = settings.examples_to_save
     monkeypatch.setattr(
-        command.settings, "examples_to_save", lambda *args: {k: v for k, v in save(*args).items() if k != "rule"}
+        settings, "examples_to_save", lambda *args: {k: v for k, v in save(*args).items() if k != "rule"}
     )
     assert main([*start, "--heldout", "2"]) == 0
     assert "36 examples are learnt from, 2 are held out" in capsys.readouterr().out

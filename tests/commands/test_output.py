@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from rslora_jax.cli import COMMANDS, main
-from rslora_jax.commands import data, flags, runs
+from rslora_jax.commands import flags, heldout, runs
 from rslora_jax.interop import adapter_folder, load, new_folder
 from rslora_jax.interop.new_folder import written_whole
 from tests.commands.test_flags import recorded
@@ -52,8 +52,8 @@ def nothing_is_read(monkeypatch, place):
     # Where they are already: what imports them while they are replaced would keep what takes their place.
     for module in (load, adapter_folder, runs):
         monkeypatch.setattr(module, "load_model", read)
-    monkeypatch.setattr(data, "read_examples", read)
-    monkeypatch.setattr(data, "docstring_pairs", read)
+    monkeypatch.setattr(heldout, "read_examples", read)
+    monkeypatch.setattr(heldout, "docstring_pairs", read)
     monkeypatch.chdir(place.folder)
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from rslora_jax.train.encode import encode_example
@@ -53,6 +53,7 @@ def cut(text):
     )
 
 
+@settings(deadline=None)
 @given(written())
 def test_one_chat_is_the_same_example_in_every_form(both):
     turns, kind, record = both
@@ -125,6 +126,7 @@ def test_what_others_write_is_read_as_it_is_meant(case):
     assert parse(record) == example
 
 
+@settings(deadline=None)
 @given(chats.conversations(), st.data())
 def test_only_turns_of_weight_one_are_learnt(turns, data):
     tokenizer = chats.tokenizer("bytes", "chatml_marked")
@@ -206,6 +208,7 @@ def test_what_is_of_no_form_is_refused_in_a_sentence(case):
     assert "; " in str(caught.value) and "\n" not in str(caught.value)
 
 
+@settings(deadline=None)
 @given(st.sampled_from(FORMS), st.data())
 def test_columns_of_other_names_are_those_of_the_form(form, data):
     chat = [{"role": "user", "content": "u"}, {"role": "assistant", "content": "a"}]
