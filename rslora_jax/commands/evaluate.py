@@ -220,8 +220,8 @@ COMMAND = Command(
             "Two runs beside the base. Runs of one rank and the same targets share what is compiled.",
         ),
         (
-            "rslora eval my-run --data test.jsonl --all --exact-match",
-            'All of a file, and how many answers are right: the number after "####", as in GSM8K.',
+            "rslora eval my-run --data test.jsonl --exact-match",
+            'Another file, and how many answers are right: the number after "####", as in GSM8K.',
         ),
     ),
     add_flags=_add_flags,

@@ -311,8 +311,16 @@ COMMAND = Command(
         (
             "rslora train --data mine.jsonl --out my-run --rank 64 --steps 200",
             'Your own data, one JSON object a line: {"prompt", "completion"}, {"question", "answer"}, {"messages"} or '
-            '{"text"}. The loss is on the completion only. Every tenth line is held out and scored. Also .parquet, '
-            "and .txt as one text.",
+            '{"text"}, or as Alpaca and ShareGPT have it. The loss is on the completion only. Every tenth line is held '
+            "out and scored. Also .csv, .parquet, and .txt as one text.",
+        ),
+        (
+            "rslora train --data mine.csv --columns prompt=question,completion=answer --eval-data test.csv",
+            "Columns by their names, and another file to score: all of the data are learnt from.",
+        ),
+        (
+            "rslora train --data chats.jsonl=0.7 books.jsonl=0.3 --skip-bad",
+            "Two files, mixed by weight; bad lines are left out, and listed in the run's folder.",
         ),
         (
             "rslora train --data mine.jsonl --batch-size 32 --accumulate auto --plan",
