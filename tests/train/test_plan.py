@@ -49,7 +49,10 @@ CASES = {
 }
 
 
-@pytest.mark.parametrize("case", CASES)
+BY_DAY = ("plain", "skipping")
+
+
+@pytest.mark.parametrize("case", [pytest.param(c, marks=() if c in BY_DAY else pytest.mark.nightly) for c in CASES])
 def test_memory_is_that_of_the_step_that_fit_compiles(case, tmp_path, monkeypatch):
     config, how, optimizer, moments = CASES[case]
     lora = wrapped(**config)
