@@ -79,7 +79,18 @@ def rounded(numbers: Array, form: str, seed: Array) -> Rounded | None:
     if form == "bfloat16":
         return Bfloat16(_as_bfloat16(numbers, _noise(numbers.shape, seed)))
     where = _blocks(numbers.shape)
-    return None if where is None else _as_eight_bits(numbers, *where, _noise(numbers.shape, seed))
+    if where is None:
+        return None
+    axis, block = where
+    if numbers.ndim < 3 or axis == 0:
+        return _as_eight_bits(numbers, axis, block, _noise(numbers.shape, seed))
+
+    def one(numbered: tuple[Array, Array]) -> EightBits:
+        number, matrix = numbered
+        return _as_eight_bits(matrix, axis - 1, block, _noise(matrix.shape, mixed(seed + number)))
+
+    # XLA on CPUs holds what this makes of all arrays at once, some ten times their size: of a stack, of one matrix.
+    return lax.map(one, (jnp.arange(len(numbers), dtype=jnp.uint32), numbers))
 
 
 def _as_bfloat16(numbers: Array, noise: Array) -> Array:
