@@ -64,7 +64,7 @@ def prepare(a: argparse.Namespace, base: Any, chosen: Chosen, placement: Placeme
     def rows_of(examples: Sequence[Any], what: str) -> Any:
         rows = batches.prepare(base.tokenizer, examples, progress=progress_line("tokenising"), **how)
         print(f"{what}: {rows.statistics}", flush=True)
-        for line in cut_lines(rows, examples):
+        for line in _cut_lines(rows, examples):
             print(line, flush=True)
         return rows
 
@@ -90,13 +90,13 @@ def prepare(a: argparse.Namespace, base: Any, chosen: Chosen, placement: Placeme
     )
 
 
-def cut_lines(rows: Any, examples: Sequence[Any]) -> list[str]:
+def _cut_lines(rows: Any, examples: Sequence[Any]) -> list[str]:
     """Say of the first few examples that do not fit a row where they are and how much of them is cut.
 
     >>> from rslora_jax.train import Example, prepare
     >>> from rslora_jax.train.bytelevel import ByteTokenizer
     >>> long = [Example("a" * 9, "b", origin="mine.jsonl:7")]
-    >>> cut_lines(prepare(ByteTokenizer(), long, max_len=5), long)
+    >>> _cut_lines(prepare(ByteTokenizer(), long, max_len=5), long)
     ['  cut: mine.jsonl:7, 5 of 9 tokens of its prompt']
     """
     found = [(owner, one) for owner, one in zip(rows.owners, rows.sequences, strict=True) if sum(one.cut)]

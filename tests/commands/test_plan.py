@@ -59,7 +59,8 @@ def test_the_run_is_what_its_plan_said_and_the_plan_leaves_nothing_behind(here, 
     assert plan.tokens.learnt == sum(record["tokens"] for record in steps)
     assert plan.epochs == pytest.approx(steps[-1]["epoch"], abs=1e-4)
     assert plan.evaluations == len(records) - len(steps) == 4
-    assert {round(plan.flops / record["seconds"] / 1e12, 4) for record in steps} == {r["tflops"] for r in steps}
+    for record in steps:  # whose seconds are rounded
+        assert record["tflops"] == pytest.approx(plan.flops / record["seconds"] / 1e12, rel=0.02, abs=2e-4)
     _, adapters = checkpoint.load_adapters(tmp_path / "rslora-run")
     assert sum(plan.trained.values()) == sum(leaf.size for each in adapters.values() for leaf in each.values())
     # As a reader sees it: the template, special tokens, what is learnt, and what is cut, by file and line.
