@@ -27,7 +27,7 @@ def is_array(path: Path) -> bool:
 
 
 def array_rows(path: Path) -> Iterator[tuple[int, Any]]:
-    """Give the values of the array, each with the number of the line that it begins in.
+    """Give the values of the array, each with the number of the line that it begins in; of one line, its own number.
 
     Raises:
       ValueError: the file cannot be read or is not one whole JSON array.
@@ -35,7 +35,7 @@ def array_rows(path: Path) -> Iterator[tuple[int, Any]]:
     text = text_of(content(path, "JSON"), path)
     decoder = json.JSONDecoder(object_pairs_hook=without_repeats)
     at = _after_space(text, _after_space(text, 0) + 1)  # behind the bracket
-    number, counted = 1, 0
+    number, counted, count, is_line = 1, 0, 0, "\n" not in text.strip()
     while text[at : at + 1] != "]":
         number, counted = number + text.count("\n", counted, at), at
         try:
@@ -47,7 +47,8 @@ def array_rows(path: Path) -> Iterator[tuple[int, Any]]:
             raise ValueError(f"{path}:{error.lineno} is not JSON ({reason}); write one whole JSON array") from error
         except ValueError as error:  # of a key that is there twice
             raise ValueError(f"{path}:{number} {error}") from error
-        yield number, value
+        count += 1
+        yield count if is_line else number, value
         at = _after_space(text, at)
         if text[at : at + 1] == ",":
             at = _after_space(text, at + 1)

@@ -84,7 +84,7 @@ class Slow:
 QUIET = {"save_every": 100, "eval_every": 100, "heldout": None}
 
 
-@pytest.mark.parametrize("most", [1, 7])
+@pytest.mark.parametrize("most", [pytest.param(1, marks=pytest.mark.nightly), 7])
 def test_so_many_steps_are_begun_while_one_is_under_way_and_no_more(run, tmp_path, monkeypatch, most):
     """Behind step 5 `most` are begun: batch 4 + most is asked for before step 5 is over, and the next one is not."""
     monkeypatch.setattr(ahead, "steps_ahead", lambda seconds: most)

@@ -80,10 +80,12 @@ def test_a_long_cell_and_cells_of_several_lines_are_read_and_said_by_line(tmp_pa
     assert csv.field_size_limit() == limit
 
 
-def test_objects_of_an_array_are_said_by_line(tmp_path):
+def test_objects_of_an_array_are_said_by_line_and_of_a_line_by_their_own_number(tmp_path):
     path = tmp_path / "mine.json"
     path.write_text('[\n {"text": "a"},\n\n {"text": "b"}, {"text":\n "c"},\n {"text": "d"}]')
     assert [e.origin.rpartition(":")[2] for e in read_examples(path)] == ["2", "4", "4", "6"]
+    path.write_text('\n[{"text": "a"}, {"text": "b"}, {"text": "c"}]\n')
+    assert [e.origin.rpartition(":")[2] for e in read_examples(path)] == ["1", "2", "3"]
 
 
 GOOD = gzip.compress(b'{"text": "a"}\n' * 5000, mtime=0)
