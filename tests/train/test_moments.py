@@ -131,7 +131,7 @@ def test_a_checkpoint_holds_the_small_arrays_and_goes_on_bit_for_bit(form, tmp_p
         (tmp_path / "whole" / "checkpoints").iterdir(), key=lambda path: int(path.name) if path.name.isdigit() else -1
     )
     on_disk = sum(path.stat().st_size for path in last.rglob("*") if path.is_file())
-    assert on_disk < size * {"bfloat16": 2.1, "int8": 1.7}[form]  # the adapters, and two moments (3.0 in float32)
+    assert on_disk < size * {"bfloat16": 2.1, "int8": 1.9}[form]  # the adapters, and two moments (3.0 in float32)
     with pytest.raises(ValueError, match="trained otherwise"):
         given = dict(batches=batches, loss=loss, optimizer=optax.adamw(1e-3), show=False)
         train.fit(lora, params, adapters, steps=7, folder=tmp_path / "whole", resume=True, **given)
