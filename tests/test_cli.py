@@ -50,7 +50,7 @@ def smollm2():
         (["--optimizer-option", "b3=0.9"], "b2"),
         (["--mesh", "data=0"], "is not a new name=size"),
         (["--distributed", "here"], "--distributed here is not HOST:PORT,PROCESSES,NUMBER"),
-        (["--data", "data.csv"], ".parquet"),
+        (["--data", "data.xlsx"], ".parquet"),
     ],
 )
 def test_bad_input_is_one_sentence_and_status_2(arguments, said, tmp_path, monkeypatch, capsys):
