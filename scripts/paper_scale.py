@@ -1,4 +1,4 @@
-"""Compile the steps of large decoders for TPU slices, without one: the paper's own, and those of a base in few bits.
+"""Compile steps of large decoders for TPU slices, without one: the paper's own, long rows, and a base in few bits.
 
     pip install ".[tpu-aot]"       # libtpu is large: an environment of its own is best
     JAX_PLATFORMS=cpu python scripts/paper_scale.py
@@ -8,12 +8,13 @@
     JAX_PLATFORMS=cpu python scripts/paper_scale.py --topology v5e:4x4 --mesh fsdp=4,tensor=4 --ranks 64 --out .
 
 The paper's is Llama 2 7B at rank 64 and 2048, 32 rows of 512 tokens; the others are Llama 3.1 8B and Llama 3.3 70B at
-rank 64, over a base in bfloat16 and in NF4, a row of 2,048 or 4,096 tokens on each device. Nothing is run and no weight
-is made: the arguments are shapes that say where they lie. The step is that of `rslora_jax.train` with AdamW. A compile
-takes some minutes. Results go to `scale.csv` and to the tables in `README.md`; a run replaces its own lines there, each
-as soon as it is compiled. It ends with exit
-status 1 where the step gathers base weights that the base alone does not or moves more than its adapters explain, a
-device holds more than it has, or a case that is said to fit does not.
+rank 64, over a base in bfloat16 and in NF4, a row of 2,048 or 4,096 tokens on each device; 8B with rows of 8,192 by
+what is kept for the backward pass, and of 2,048 to 131,072 on the eight chips of one host by each form of attention.
+Nothing is run and no weight is made: the arguments are shapes that say where they lie. The step is that of
+`rslora_jax.train` with AdamW. A compile takes some minutes. Results go to `scale.csv` and to the tables in `README.md`;
+a run replaces its own lines there, each as soon as it is compiled. It ends with exit status 1 where the step gathers
+base weights that the base alone does not or moves more than its adapters explain, a device holds more than it has, or a
+case that is said to fit does not.
 """
 
 import argparse
@@ -64,12 +65,13 @@ class Case:
     base: str = "bfloat16"
     rows: int = 32
     length: int = 512
+    attention: str = "pallas"  # what "auto" is on a TPU
     fits: bool | None = None
 
 
 ONE = "v5p:2x2x1"  # four chips, of which a mesh of one device takes one
 SPLIT: dict[str, Any] = {"adapters": "rank too"}
-FREE: dict[str, Any] = {"activations": "free"}
+FREE: dict[str, Any] = {"activations": "free", "attention": "xla"}  # a kernel would have to be told of the mesh
 CASES = (
     Case(ONE, "fsdp=1", 64, fits=True),
     Case("v5e:2x2", "fsdp=4", 64, fits=True),
@@ -82,6 +84,20 @@ CASES = (
     Case("v5e:2x4", "fsdp=8", 2048, fits=True, **SPLIT),
     Case("v5e:4x4", "fsdp=16", 2048, fits=True, **SPLIT),
     Case("v5e:4x4", "fsdp=16", 2048, "none", **SPLIT),
+    *(
+        Case("v5e:2x4", mesh, 64, remat, model="Llama 3.1 8B", rows=rows, length=length, attention=attention)
+        for length, mesh, rows, remat, attentions in (
+            (2048, "fsdp=8", 8, "full", ("pallas", "chunked", "xla")),
+            (8192, "fsdp=8", 8, "full", ("pallas", "chunked", "xla")),
+            (32768, "fsdp=8", 8, "full", ("pallas", "chunked")),
+            (32768, "fsdp=8", 8, "offload", ("pallas",)),
+            (32768, "fsdp=4,tensor=2", 4, "full", ("pallas",)),
+            (49152, "fsdp=8", 8, "offload", ("pallas",)),
+            (65536, "tensor=8", 1, "offload", ("pallas",)),
+            (131072, "tensor=8", 1, "offload", ("pallas",)),
+        )
+        for attention in attentions
+    ),
     *(
         Case(*place, 64, model="Llama 3.1 8B", base=base, rows=rows, length=length, fits=fits)
         for length in (2048, 4096)
@@ -103,6 +119,14 @@ CASES = (
             ("v5e:2x2", "fsdp=4", SPLIT, 4, "nf4", None),
             (ONE, "fsdp=1", {}, 1, "nf4", None),
         )
+    ),
+    *(
+        Case(*place, 64, remat, model="Llama 3.1 8B", rows=rows, length=8192, fits=fits)
+        for *place, rows, remats in (
+            (ONE, "fsdp=1", 1, {"none": None, "products": None, "full": True, "offload": True}),
+            ("v5e:2x2", "fsdp=4", 4, {"products": None, "full": True, "offload": True}),
+        )
+        for remat, fits in remats.items()
     ),
 )
 
@@ -155,7 +179,8 @@ def make_job(case: Case, layers: int | None = None, devices: Sequence[Any] | Non
         model,
         remat=case.remat,
         num_layers=layers or model.num_layers,
-        attention="chunked" if case.length >= 2048 else "xla",  # "auto" of a TPU; here it would be that of a CPU
+        attention=case.attention,  # by name: "auto" is by the machine that compiles
+        max_len=max(case.length, model.max_len),
     )
     sizes = math.prod(int(n) for n in re.findall(r"=(\d+)", case.mesh))
     mesh = sharding.make_mesh(case.mesh, devices[:1] if sizes == 1 else devices)
@@ -180,7 +205,6 @@ def compile_row(case: Case, job: scale.Job, base: tuple[int, int] | None, second
         total = inputs + temp + memory.generated_code_size_in_bytes
     return Row(
         **{name: value for name, value in dataclasses.asdict(case).items() if name != "fits"},
-        attention=job.config.attention,
         device=device,
         devices=n,
         adapter_parameters=job.lora.num_parameters,
@@ -191,6 +215,7 @@ def compile_row(case: Case, job: scale.Job, base: tuple[int, int] | None, second
         complaint=made if isinstance(made, str) else "",
         flops=counts and counts.flops,
         flops_by_hand=job.flops()[1] // n,
+        kernel_flops=job.kernel_flops // n,
         flops_xla=None if counts is None else made.cost_analysis()["flops"],
         collectives=summary(counts) if counts else "",
         moved_bytes=counts and sum(c.bytes for c in counts.collectives),
@@ -199,6 +224,7 @@ def compile_row(case: Case, job: scale.Job, base: tuple[int, int] | None, second
         base_weights_gathered=base and base[1],
         compile_s=round(seconds, 1),
         jax=jax.__version__,
+        host_bytes=None if counts is None else made.memory_analysis().host_temp_size_in_bytes,
     )
 
 
@@ -257,6 +283,7 @@ def parser() -> argparse.ArgumentParser:
     add("--ranks", help="of every adapter, with commas; in the tables, which cases (all)")
     add("--models", help=f"which, with commas: {', '.join(MODELS)}")
     add("--bases", help="which, with commas: bfloat16, nf4, int8, float8")
+    add("--attention", help="which, with commas: pallas, chunked, xla (all)")
     add("--missing", action="store_true", help="only what the file has no line of")
     add(
         "--ask", action="store_true", help="ask the compiler how much memory a step needs, in seconds, and compile none"
@@ -283,15 +310,15 @@ def chosen(arguments: argparse.Namespace) -> list[Case]:
     cases: Sequence[Case] = CASES
     if arguments.topology:
         how = ["free" if arguments.free else "by rows", "rank too" if arguments.split_rank else "as weights"]
-        size = arguments.batch, arguments.length
+        size, attention = (arguments.batch, arguments.length), arguments.attention or "pallas"
         cases = [
-            Case(arguments.topology, arguments.mesh, int(rank), arguments.remat, *how, model, base, *size)
+            Case(arguments.topology, arguments.mesh, int(rank), arguments.remat, *how, model, base, *size, attention)
             for model in models or [PAPER]
             for base in bases or ["bfloat16"]
             for rank in ranks or ["64", "2048"]
         ]
     done = {row.key for row in scale_report.read_csv(arguments.out / "scale.csv")} if arguments.missing else set()
-    wanted = ((models, "model"), (bases, "base"), (ranks, "rank"))
+    wanted = ((models, "model"), (bases, "base"), (ranks, "rank"), (listed(arguments.attention), "attention"))
     return [
         case
         for case in cases

@@ -93,7 +93,7 @@ def test_a_step_over_a_base_in_few_bits_is_lowered_and_counted(parts, compile_fa
     hlo, scale, paper_scale = parts
     tiny = dataclasses.replace(SMALL, width=64, mlp_width=128, num_layers=3, num_kv_heads=1, head_dim=32, max_len=4096)
     monkeypatch.setitem(paper_scale.MODELS, "tiny", tiny)
-    case = paper_scale.Case("", "fsdp=1", 3, model="tiny", base=base, rows=1, length=2048)
+    case = paper_scale.Case("", "fsdp=1", 3, model="tiny", base=base, rows=1, length=2048, attention="chunked")
     job = paper_scale.make_job(case, devices=jax.devices()[:1])
     # q and o (64, 64), k and v (64, 32), three of (64, 128); NF4: a scale of 8 bits for 64 numbers, and for each matrix
     # one of 32 bits for 256 of these, and a mean.
@@ -116,6 +116,8 @@ def test_a_run_can_go_on_and_name_what_it_compiles(parts, tmp_path):
     eight = chosen("--models", "Llama 3.1 8B", "--bases", "nf4")
     assert {(c.model, c.base, c.mesh) for c in eight} == {("Llama 3.1 8B", "nf4", "fsdp=1")}
     assert {case.length for case in eight} == {2048, 4096}
+    (long,) = chosen("--models", "Llama 3.1 8B", "--attention", "xla", "--ranks", "64")[1:]
+    assert (long.length, long.attention, long.topology) == (8192, "xla", "v5e:2x4")
     (one,) = chosen("--topology", "v5e:4x4", "--ranks", "8", "--models", "Llama 3.3 70B", "--length", "64")
     assert (one.rank, one.model, one.base, one.length) == (8, "Llama 3.3 70B", "bfloat16", 64)
     first, second = (r for r in paper_scale.scale_report.read_csv(DOCS / "scale.csv")[:2])
@@ -246,12 +248,14 @@ def test_the_page_shows_the_table_that_the_file_holds(parts):
     rows = paper_scale.scale_report.read_csv(DOCS / "scale.csv")
     assert {row.key for row in rows} >= set(paper_scale.ORDER)
     page = (DOCS / "README.md").read_text()
-    for section in (PAPER, paper_scale.scale_report.BITS):
-        assert paper_scale.scale_report.markdown(rows, section) in page
+    report = paper_scale.scale_report
+    for section in (PAPER, report.LONG, report.BITS, report.KEPT):
+        assert len(report.table(rows, section)[1]) > 5 and report.markdown(rows, section) in page
     for row in rows:
         # What compiles fits; what a step needs is what lies there and what the compiler adds.
         assert (row.total_bytes is None) == bool(row.complaint)
         assert row.flops is None or row.total_bytes is not None
+        assert (row.kernel_flops > 0) == (row.attention == "pallas")
         assert re.fullmatch(r"[\w.,=]+", row.mesh) and row.argument_bytes > 0
         if row.total_bytes is not None:
             assert row.argument_bytes < row.total_bytes <= row.memory_bytes

@@ -124,17 +124,34 @@ class Job:
         scales = {path: w for path, w in named_leaves(self.params).items() if path.endswith("scale")}
         return jax.jit(jax.value_and_grad(base_loss)).lower(scales, self.params, self.batch)
 
+    @property
+    def scores_flops(self) -> int:
+        """The FLOPs of all queries with all keys, and of the weights with the values, of all layers, once."""
+        c = self.config
+        return 4 * self.tokens * self.length * c.num_heads * c.head_dim * c.num_layers
+
+    @property
+    def kernel_flops(self) -> int:
+        """The FLOPs of attention in splash attention's kernels: two products in the forward pass, again with remat,
+        three for the queries' gradient and four for those of keys and values, of the half of scores that is seen.
+        """
+        if self.config.attention != "pallas":
+            return 0
+        passes = 1 + (self.config.remat in ("full", "offload", "products")) + 3 / 2 + 4 / 2
+        return int(self.scores_flops * passes) // 2
+
     def flops(self) -> tuple[int, int]:
         """Return the FLOPs of the base's step and of the whole step, counted by hand from the sizes.
 
-        With `remat="full"` a layer's forward pass is made again in the backward pass, all but the last product, whose
-        value no gradient needs. Attention in chunks forms the scores once more in the backward pass. Scores of
-        keys that no query sees are counted as well, as in the compiled program.
+        With `remat` "full" and "offload" a layer's forward pass is made again in the backward pass, all but the last
+        product, whose value no gradient needs; with "products" its attention alone. Attention in chunks forms the
+        scores once more in the backward pass. Scores of keys that no query sees are counted as well, as in the compiled
+        program; those of a kernel not at all, as they are no products of the compiled program: `kernel_flops`.
         """
-        c, t, again = self.config, self.tokens, self.config.remat == "full"
-        scores = 4 * t * self.length * c.num_heads * c.head_dim  # queries with keys, and weights with values
-        passes = 3 + again + (c.attention == "chunked") / 2
-        base, more = 4 * t * c.width * c.vocab_size + c.num_layers * int(scores * passes), 0
+        c, t, again = self.config, self.tokens, self.config.remat in ("full", "offload")
+        attends = 3 + (again or c.remat == "products") + (c.attention == "chunked") / 2
+        passes = 0 if c.attention == "pallas" else attends
+        base, more = 4 * t * c.width * c.vocab_size + int(self.scores_flops * passes), 0
         summable = jnp.finfo(c.param_dtype).bits >= 32
         for site in self.lora.sites.values():
             layers, i, o = site.shape

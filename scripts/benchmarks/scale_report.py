@@ -5,8 +5,10 @@ import dataclasses
 from collections.abc import Sequence
 from pathlib import Path
 
-PAPER, BITS = "Llama 2 7B", "the base in few bits"  # the tables of the page
-KEY = 10  # how many columns say what was asked for
+# The tables of the page.
+PAPER, LONG, BITS = "Llama 2 7B", "attention by length", "the base in few bits"
+KEPT = "what is kept for the backward pass"
+KEY = 11  # how many columns say what was asked for
 BUDGET = 24e9  # of a card that the compiler at hand knows nothing of
 
 
@@ -39,6 +41,7 @@ class Row:
     flops: int | None
     flops_by_hand: int
     flops_xla: float | None
+    kernel_flops: int
     collectives: str
     moved_bytes: int | None
     base_moved_bytes: int | None
@@ -46,6 +49,7 @@ class Row:
     base_weights_gathered: int | None
     compile_s: float
     jax: str
+    host_bytes: int | None = None  # temporary, in the host's memory
 
     @property
     def key(self) -> tuple[str, ...]:
@@ -53,12 +57,16 @@ class Row:
 
     @property
     def section(self) -> str:
-        return PAPER if self.model == PAPER else BITS
+        if self.model == PAPER:
+            return PAPER
+        if self.model == "Llama 3.1 8B" and self.topology == "v5e:2x4":  # one host
+            return LONG
+        return KEPT if self.length >= 8192 else BITS
 
 
 def table(rows: Sequence[Row], section: str = PAPER) -> tuple[list[str], list[list[str]]]:
-    """Return the head and the lines of one of the two tables."""
-    of = _paper if section == PAPER else _bits
+    """Return the head and the lines of one of the tables."""
+    of = {PAPER: _paper, LONG: _long, BITS: _bits, KEPT: _kept}[section]
     found = [of(row) for row in rows if row.section == section]
     return list(of(None)), [list(line.values()) for line in found]
 
@@ -71,6 +79,17 @@ def _paper(r: Row | None) -> dict[str, str]:
     cells = [f"{r.topology} ({r.devices})", r.mesh, str(r.rank), r.remat, r.activations, r.adapters]
     cells += [gb(r.argument_bytes), gb(r.temp_bytes), total(r), *flops(r), r.collectives]
     return dict(zip(names.split("|"), [*cells, gb(r.base_moved_bytes), f"{r.compile_s:.0f}"], strict=True))
+
+
+def _long(r: Row | None) -> dict[str, str]:
+    names = "rows x tokens|attention|slice|mesh|remat|arguments GB|temporary GB|of the host GB|total of GB"
+    names += "|TFLOPs a device|to hand count|and in the kernel|compile s"
+    if r is None:
+        return dict.fromkeys(names.split("|"), "")
+    cells = [f"{r.rows} x {r.length:,}", r.attention, f"{r.topology} ({r.devices})", r.mesh, r.remat]
+    cells += [gb(r.argument_bytes), gb(r.temp_bytes), gb(r.host_bytes or None), total(r), *flops(r)]
+    cells += [f"{r.kernel_flops / 1e12:.1f}" if r.flops else "", f"{r.compile_s:.0f}" if r.flops else ""]
+    return dict(zip(names.split("|"), cells, strict=True))
 
 
 def _bits(r: Row | None) -> dict[str, str]:
@@ -93,6 +112,16 @@ def _bits(r: Row | None) -> dict[str, str]:
         f"{r.compile_s:.0f}" if r.flops else "",
     ]
     return dict(zip(names.split("|"), cells, strict=True))
+
+
+def _kept(r: Row | None) -> dict[str, str]:
+    names = "model|base|rows x tokens|slice|mesh|remat|arguments GB|temporary GB|of the host GB|total of GB"
+    names += "|TFLOPs a device|to hand count|compile s"
+    if r is None:
+        return dict.fromkeys(names.split("|"), "")
+    cells = [r.model, r.base, f"{r.rows} x {r.length:,}", f"{r.topology} ({r.devices})", r.mesh, r.remat]
+    cells += [gb(r.argument_bytes), gb(r.temp_bytes), gb(r.host_bytes or None), total(r), *flops(r)]
+    return dict(zip(names.split("|"), [*cells, f"{r.compile_s:.0f}" if r.flops else ""], strict=True))
 
 
 def gb(n: int | None) -> str:
@@ -135,7 +164,7 @@ def merge_csv(path: Path, rows: Sequence[Row], order: Sequence[tuple[str, ...]])
 def update_page(path: Path, rows: Sequence[Row]) -> None:
     """Put the tables in their places in a page, or make a page of them."""
     page = path.read_text() if path.exists() else ""
-    for section in (PAPER, BITS):
+    for section in (PAPER, LONG, BITS, KEPT):
         begin, end = (f"<!-- {word} of scripts/paper_scale.py: {section} -->" for word in ("the table", "end"))
         before, _, after = (page if begin in page else f"{page}{begin}\n{end}\n").partition(begin)
         page = f"{before}{begin}\n{markdown(rows, section)}{end}{after.partition(end)[2]}"
