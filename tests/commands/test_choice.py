@@ -182,8 +182,8 @@ def test_a_folder_of_one_call_is_read_by_the_commands(place, capsys, tmp_path):
         assert main(["generate", str(run), "--prompt", "hi", "--max-new", "9"]) == 0
         said.append(capsys.readouterr().out)
         assert main(["inspect", str(run)]) == 0
-        capsys.readouterr()
         assert main(["export", str(run), "--out", str(tmp_path / f"peft-{run.name}")]) == 0
+        capsys.readouterr()
     assert said[0] == said[1]
     one, other = (tmp_path / f"peft-{name}" / "adapter_model.safetensors" for name in ("mine", "one"))
     assert one.read_bytes() == other.read_bytes()
