@@ -63,7 +63,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
 def main(argv: Sequence[str] | None = None) -> int:
     a = parse(argv)
     model, variables, tokenizer = load_model(a)
-    rows = train.prepare(tokenizer, split(Asked(a.data)).training, max_len=a.max_len)
+    rows = train.prepare(tokenizer, split(Asked(a.data and str(a.data))).training, max_len=a.max_len)
     batches = list(itertools.islice(train.train_batches(rows, batch_size=a.batch_size, seed=a.seed), a.steps))
     loss, measured = train.token_loss(rows.places), []
     runs, begun = list(itertools.product(a.ranks, SCALINGS)), time.monotonic()

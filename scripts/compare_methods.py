@@ -124,7 +124,7 @@ def main(argv: list[str] | None = None) -> int:
 def prepared(a: argparse.Namespace) -> Job:
     """Load the model and the data."""
     model, variables, tokenizer = load_model(a)
-    found = split(Asked(a.data, a.heldout, rule=1))  # as in the runs that were measured before
+    found = split(Asked(a.data and str(a.data), a.heldout, rule=1))  # as in the runs that were measured before
     training, held = found.training, found.heldout
     rows, held = (train.prepare(tokenizer, part, max_len=a.max_len) for part in (training, held))
     print(f"training data: {rows.statistics}\nheld-out data: {held.statistics}", flush=True)

@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given, settings
 from pyarrow import parquet
 
-from rslora_jax.train import reading
+from rslora_jax.train import parquet_rows
 from rslora_jax.train.examples import Example
 from rslora_jax.train.reading import read_examples
 
@@ -43,7 +43,7 @@ def test_a_small_file_that_unpacks_to_much_is_refused(bomb, tmp_path, monkeypatc
     parquet.write_table(pa.table({"text": column}), path, compression="zstd", **options)
     del column
     assert path.stat().st_size < 200_000
-    monkeypatch.setattr(reading, "_KEPT", 60_000_000)
+    monkeypatch.setattr(parquet_rows, "_KEPT", 60_000_000)
     before, begun = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, time.process_time()
     with pytest.raises(ValueError, match=r"bomb\.parquet") as refused:
         read_examples(path)
