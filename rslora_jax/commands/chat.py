@@ -7,7 +7,6 @@ import contextlib
 import dataclasses
 import functools
 import json
-import shlex
 import sys
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -113,15 +112,19 @@ class _Chat:
     def _retry(self, _: str) -> None:
         if not self.turns:
             raise ValueError("nothing was said yet")
+        before = list(self.turns)
         del self.turns[-1]
         self.say(self.turns.pop()["content"])
+        if len(self.turns) < len(before):  # nothing came of it
+            self.turns = before
 
     def _save(self, text: str) -> None:
-        (path,) = shlex.split(text) or [""]
+        path = str(Path(text).expanduser()) if text else ""
         if not path or not self.turns:
             raise ValueError("nothing was said yet" if path else "say where: /save FILE")
         here = Path(path)
-        before = here.read_text() if here.exists() else ""
+        before = here.read_text(encoding="utf-8") if here.exists() else ""
+        before += "\n" if before and not before.endswith("\n") else ""
         write_text_whole(path, before + json.dumps({"messages": self.messages()}, ensure_ascii=False) + "\n")
         tell(f"added to {path}")
 
@@ -141,7 +144,7 @@ def chat(a: argparse.Namespace) -> int:
     loaded = runs.load_runs([*folders.values()], to_write=True, **how)
     if loaded.tokenizer.chat_template is None:
         raise ValueError("this model has no chat template, so it cannot be talked with: use `rslora generate`")
-    answers = _Answers(loaded, [*folders], answer_options(a, loaded.folder), a.seed, a.stop)
+    answers = Answers(loaded, [*folders], answer_options(a, loaded.folder), a.seed, a.stop)
     talk = _Chat(answers, choice, choice.default, a.system or "")
     if sys.stdin.isatty():
         with contextlib.suppress(ImportError):
@@ -157,7 +160,7 @@ def chat(a: argparse.Namespace) -> int:
 
 
 @dataclasses.dataclass
-class _Answers:
+class Answers:
     """Answers of a model by the adapters of runs, printed as they come."""
 
     loaded: Any
@@ -216,7 +219,8 @@ def _typed() -> str | None:
         except EOFError:
             return None
     line = sys.stdin.readline()
-    return line.rstrip("\r\n") if line else None
+    # A byte that is not UTF-8 comes as half a surrogate pair, which no tokenizer takes.
+    return line.encode(errors="replace").decode().rstrip("\r\n") if line else None
 
 
 COMMAND = Command(

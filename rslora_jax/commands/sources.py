@@ -124,4 +124,4 @@ def _source(text: str) -> Source:
 
 
 def _text(source: Source) -> str:
-    return source.path if source.weight is None else f"{source.path}={source.weight:g}"
+    return source.path if source.weight is None else f"{source.path}={source.weight!r}"

@@ -38,8 +38,14 @@ def add_answer_flags(how: Any) -> None:
     for flag, kind, bounds, text in _CHOOSING:
         add_flag(how, flag, None, text, metavar="N" if kind is int else "X", type=kind, **bounds)
     ends = "end an answer before this text; as often as you like"
-    add_flag(how, "--stop", [], ends, metavar="TEXT", action="append")
+    add_flag(how, "--stop", [], ends, metavar="TEXT", action="append", type=_some_text)
     add_flag(how, "--seed", 0, "seed of what is drawn", metavar="N", least=0)
+
+
+def _some_text(text: str) -> str:
+    if not text:
+        raise argparse.ArgumentTypeError("it is empty, and every text begins with it")
+    return text
 
 
 def answer_options(a: argparse.Namespace, folder: Path | None) -> dict[str, Any]:

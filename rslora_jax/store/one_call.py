@@ -40,7 +40,8 @@ def save(
       The folder of the checkpoint.
 
     Raises:
-      ValueError: the adapters are not of this `lora`, the folder has the step, or it cannot be written.
+      ValueError: the adapters are not of this `lora`, the folder has the step, or a run of training, or it
+        cannot be written.
 
     >>> import jax, jax.numpy as jnp, rslora_jax as rslora, tempfile
     >>> params, x = {"w": jnp.ones((8, 4))}, jnp.ones((2, 8))
@@ -54,10 +55,16 @@ def save(
     check_adapters(lora.sites, adapters)
     folder = Path(folder).absolute()
     steps = checkpoint.steps_in(folder)
+    if steps and "imported" not in checkpoint.load_about(folder)["settings"]:
+        raise ValueError(f"{folder} holds a run of training, which goes on from its last step: save to another folder")
+    if step is not None and (not isinstance(step, int) or step < 0):
+        raise ValueError(f"step={step!r} is no number of a step: give 0, 1, 2, ..., or none for the next")
     step = steps[-1] + 1 if step is None and steps else step or 0
     if step in steps:
         raise ValueError(f"{folder} has a checkpoint of step {step}: give another step, or none for the next")
-    settings = {"rank": lora.config.rank, "alpha": lora.config.alpha} | ({"model": model} if model else {})
+    # By "imported" commands know that there is no training to go on with.
+    settings = {"imported": "rslora.save", "rank": lora.config.rank, "alpha": lora.config.alpha}
+    settings |= {"model": str(Path(model).absolute()) if Path(model).exists() else str(model)} if model else {}
     about = checkpoint.describe(lora.config, {} if params is None else params, settings)
     with checkpoint.open_checkpoints(folder, resume=bool(steps), keep=_ALL) as saved:
         try:

@@ -139,10 +139,10 @@ def turns_of(value: Any, key: str = "messages") -> list[Message]:
 
 def _form_of(found: Mapping[str, Any], record: Mapping[str, Any]) -> Form:
     if set(PAIR) <= found.keys():
-        told = "completion=chosen" if "prompt" in found else "messages=chosen"
+        told = "prompt=prompt,completion=chosen" if "prompt" in found else "messages=chosen"
         raise ValueError(
-            'is a pair of preferences ("chosen", "rejected"); learn from both with --loss dpo, or from what was chosen '
-            f"alone with --columns {told}"
+            'is a pair of preferences ("chosen", "rejected"), which are not learnt from as such; learn from what was '
+            f"chosen alone with --columns {told}"
         )
     whole = [form for form in FORMS if found.keys() >= set(form.needed)]
     if _ALPACA in whole:  # its published file has the whole as "text" too

@@ -71,6 +71,19 @@ def test_ctrl_c_stops_an_answer_which_is_kept_as_far_as_it_came(place, talk, mon
     assert "/nowhere" in err
 
 
+def test_what_was_answered_is_kept_where_nothing_comes_of_another_try(place, talk, monkeypatch, tmp_path):
+    kept = tmp_path / "two words.jsonl"
+    kept.write_text('{"text": "a"}')
+    answers, whole = iter(["once", ""]), command.Answers.__call__
+    monkeypatch.setattr(command.Answers, "__call__", lambda *_: next(answers))
+    _, err = talk("hi", "/retry", f"/save {kept}", flags=[place.folder / "one"])
+    assert "nothing was answered" in err
+    assert [example.completion for example in read_examples(str(kept))] == ["a", "once"]
+    monkeypatch.setattr(command.Answers, "__call__", whole)
+    out, _ = talk("caf\udce9", flags=[place.folder / "one"])  # a byte that is not UTF-8
+    assert out.strip() == by_hand(place, "<u>caf?<a>", "one")
+
+
 def test_what_no_longer_fits_is_left_out_and_said(place, talk):
     out, err = talk("a" * 40, "b" * 40, "c" * 40, "d" * 130, flags=[place.folder / "one"])
     assert "messages no longer fit, and are left out" in err
@@ -83,6 +96,7 @@ def test_what_no_longer_fits_is_left_out_and_said(place, talk):
     [
         (["run", "--adapters", "a,b"], "--adapters is in place of a folder: leave out run"),
         (["--adapters", ""], "--adapters names none"),
+        (["--stop", ""], "it is empty"),
         (["no-such-run"], "no-such-run"),
     ],
 )

@@ -177,6 +177,10 @@ def test_a_folder_of_one_call_is_read_by_the_commands(place, capsys, tmp_path):
     lora, adapters = place.runs["one"]
     folder = tmp_path / "mine"
     rslora.save(folder, lora, adapters, params=place.base.variables, model=str(place.folder / "model.gguf"))
+    with pytest.raises(ValueError, match="one holds a run of training"):
+        rslora.save(place.folder / "one", lora, adapters)
+    assert main(["train", "--resume", "--out", str(folder), "--steps", "9"]) == 2
+    assert "has no training to resume" in capsys.readouterr().err
     said = []
     for run in (folder, place.folder / "one"):
         assert main(["generate", str(run), "--prompt", "hi", "--max-new", "9"]) == 0

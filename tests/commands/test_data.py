@@ -73,7 +73,7 @@ REFUSED = {
     "preferences": (
         "pairs.jsonl",
         [],
-        "with --loss dpo, or from what was chosen alone with --columns completion=chosen",
+        "learn from what was chosen alone with --columns prompt=prompt,completion=chosen",
     ),
     "no key": (
         "pairs.jsonl",

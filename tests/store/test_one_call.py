@@ -45,6 +45,9 @@ def test_each_call_adds_a_step_and_nothing_is_lost(tmp_path):
     jax.tree.map(np.testing.assert_array_equal, rslora.load(tmp_path / "run")[1], states[0])
     with pytest.raises(ValueError, match="has a checkpoint of step 70: give another step"):
         rslora.save(tmp_path / "run", lora, states[0], step=70)
+    for step in (-1, 1.5):
+        with pytest.raises(ValueError, match="is no number of a step"):
+            rslora.save(tmp_path / "run", lora, states[0], step=step)
 
 
 def test_what_does_not_belong_is_refused(tmp_path):

@@ -179,8 +179,8 @@ BAD = {
     "no list of tools": (chat(ANSWER, tools={"name": "f"}), 'has "tools" that is an object; write a list'),
     "preferences": (
         {"prompt": "p", "chosen": "c", "rejected": "r"},
-        'is a pair of preferences ("chosen", "rejected"); learn from both with --loss dpo, or from what was chosen '
-        "alone with --columns completion=chosen",
+        'is a pair of preferences ("chosen", "rejected"), which are not learnt from as such; learn from what was '
+        "chosen alone with --columns prompt=prompt,completion=chosen",
     ),
     "preferences of chats": ({"chosen": [ANSWER], "rejected": [ANSWER]}, "alone with --columns messages=chosen"),
     "a speaker": (
