@@ -132,7 +132,7 @@ def _words(flag: str, value: Any, default: Any) -> list[str] | None:
         return ([flag] if value else []) if isinstance(default, bool) and isinstance(value, bool) else None
     if flag == "--data" and isinstance(value, dict | list):  # of which a command line takes several
         value = [f"{name}={one}" for name, one in value.items()] if isinstance(value, dict) else value
-        return [flag, *value] if value and all(isinstance(one, str) for one in value) else None
+        return [f"{flag}={one}" for one in value] if value and all(isinstance(one, str) for one in value) else None
     if isinstance(value, list) and isinstance(default, str):  # of --targets
         return [f"{flag}={one}" for one in value] if value and all(isinstance(one, str) for one in value) else None
     if isinstance(default, list):

@@ -14,6 +14,7 @@ from typing import Any
 
 from rslora_jax.commands import config_file
 from rslora_jax.commands.sources import rewritten, shown_data
+from rslora_jax.commands.train_flags import STEPS
 from rslora_jax.interop.held import held_as
 
 OF_A_CALL = ("config", "set", "resume", "override", "plan")  # flags of one call of the command, and not of a run
@@ -123,6 +124,13 @@ def _check_steps(arguments: argparse.Namespace) -> None:
     step = checkpoint.load_about(arguments.out).get("data", {}).get("batch", 0)
     if step >= arguments.steps:
         raise ValueError(f"{arguments.out} is already at step {step}: ask for more than {step} --steps to go on")
+
+
+def check_length(arguments: argparse.Namespace) -> None:
+    """Raise a ValueError where both --epochs and --steps say how long a new run is."""
+    if arguments.epochs is not None and arguments.steps != STEPS and not arguments.resume:
+        both = f"--epochs {arguments.epochs:g} and --steps {arguments.steps}"
+        raise ValueError(f"{both} both say how long the run is: leave one of them out")
 
 
 def settle_steps(arguments: argparse.Namespace, steps_an_epoch: float) -> None:

@@ -97,6 +97,7 @@ def _check_flags(a: argparse.Namespace) -> None:
         raise ValueError("several processes need a mesh that says how they share the work: give --mesh data=-1")
     if not a.resume:  # of which one is the run's own, and the other is told from it below
         check_held(a.dequantize, a.quantize)
+    settings.check_length(a)
     check_start(a)
     check_attention(a.attention)
     check_memory(a)

@@ -7,6 +7,7 @@ import argparse
 from rslora_jax.commands.flags import Number, Several, add_flag, shared
 from rslora_jax.commands.sources import Files
 
+STEPS = 40
 ATTENTION = (
     "auto",
     "xla",
@@ -112,7 +113,7 @@ def _add_adapter_flags(parser: argparse.ArgumentParser) -> None:
 
 def _add_training_flags(parser: argparse.ArgumentParser) -> None:
     how = parser.add_argument_group("optimisation")
-    add_flag(how, "--steps", 40, "optimiser steps", metavar="N", least=1)
+    add_flag(how, "--steps", STEPS, "optimiser steps", metavar="N", least=1)
     whole = "in place of --steps: so many times through the data"
     add_flag(how, "--epochs", None, whole, metavar="X", type=float, above=0)
     shared(how, "--batch-size", default=2, text="rows in a step")

@@ -60,6 +60,7 @@ def test_names_of_others_are_read_to_the_same_arguments():
         (["train", "--set", "rank"], "--set rank has no value: write it as --set rank=8"),
         (["train", "--set", "rnak=3"], "--set has rnak, which is no flag of `rslora train`; did you mean rank?"),
         (["train", "--set", "rank=many"], "--set: rank = 'many' is not of the kind that --rank takes"),
+        (["train", "--epochs", "2", "--max_steps", "5"], "--epochs 2 and --steps 5 both say how long the run is"),
         (["train", "--epochs", "0"], "argument --epochs: 0 is not a number above 0"),
     ],
 )
